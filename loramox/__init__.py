@@ -1,0 +1,26 @@
+"""loramox: unlearning for language models with a LoRA adapter (MOX, arXiv 2602.06441)."""
+
+import importlib
+from typing import Any
+
+# Where each public name lives; imported on first use, so that `import loramox` costs nothing.
+_HOMES = {
+    "loramox.batches": ("Tokenisation", "encode"),
+    "loramox.errors": ("LoramoxError",),
+    "loramox.extrapolate": ("ShippingConfig", "extrapolate"),
+    "loramox.memorize": ("MemorizeConfig", "MemorizeTrainer", "memorize"),
+    "loramox.reference": ("ReferenceConfig", "add_lora", "load_reference"),
+    "loramox.rows": ("Columns", "Data", "read_rows"),
+    "loramox.run": ("RunConfig",),
+    "loramox.ship": ("ForgetSwitch",),
+    "loramox.unlearn": ("unlearn",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'loramox' has no attribute '{name}'")

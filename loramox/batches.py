@@ -1,0 +1,195 @@
+"""Rows into batches: tokenised, masked so that only answers are learned from, forget rows paired with retain rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from loramox.errors import RowsError, SettingsError
+from loramox.head import IGNORED
+from loramox.rows import Row
+
+Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
+
+
+@dataclass
+class Tokenisation:
+    """How rows become tokens."""
+
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text around a question, with {prompt} in it and ending where the answer begins. Default: the tokenizer's "
+            "chat template, or 'Question: {prompt}\\nAnswer:' when it has none. prompt/completion rows are joined as they are."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens. Default: the model's context."}
+    )
+    long_rows: str = field(
+        default="refuse",
+        metadata={
+            "help": "Rows longer than that: refuse, truncate (the end of the answer), or drop.",
+            "choices": ["refuse", "truncate", "drop"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise SettingsError(
+                "prompt_template has no {prompt} in it; --prompt_template needs it where the question goes"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise SettingsError(
+                f"max_length is {self.max_length}; --max_length needs at least 2 tokens, a prompt's and an answer's"
+            )
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation, context: int) -> list[Example]:
+    """Rows → examples, labels being `IGNORED` on everything but the answer's tokens and the end-of-sequence token.
+
+    Plain text is cut into blocks of max_length tokens, each an example; everything else is one example a row. Raises
+    `RowsError` when rows are longer than max_length (or than the model's context) and `long_rows` is refuse.
+    """
+    if not tokenizer.is_fast:
+        raise RowsError(
+            f"{type(tokenizer).__name__} cannot map tokens to text; a fast tokenizer (tokenizer.json) is needed"
+        )
+    limit = min(how.max_length or context, context)
+    encoded = [(row, _encode_row(row, tokenizer, how)) for row in rows]
+    if how.long_rows == "refuse":
+        _refuse_long(
+            [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit], rows, limit
+        )
+    examples: list[Example] = []
+    for row, (ids, labels) in encoded:
+        if how.long_rows == "drop" and row.prompt is not None and len(ids) > limit:
+            continue
+        starts = range(0, len(ids), limit) if row.prompt is None else [0]
+        for start in starts:
+            block = slice(start, start + limit)
+            # The first token of a sequence is predicted from nothing, so a block needs two to have an answer.
+            if any(label != IGNORED for label in labels[block][1:]):
+                examples.append(
+                    {"input_ids": ids[block], "labels": labels[block], "row": f"{row.source}, row {row.number}"}
+                )
+            elif row.prompt is not None:
+                raise RowsError(
+                    f"{row.source}, row {row.number}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
+                )
+    if not examples:
+        raise RowsError(
+            f"{rows[0].source}: no row is left within {limit} tokens. Raise --max_length, or use --long_rows truncate"
+        )
+    return examples
+
+
+def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -> None:
+    if long:
+        row, length = long[0]
+        raise RowsError(
+            f"{len(long)} of {len(rows)} rows of {row.source} are longer than {limit} tokens (first: row {row.number}, {length} "
+            "tokens). Cut the end of their answers with --long_rows truncate, or leave them out with --long_rows drop"
+        )
+
+
+def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""
+    prompt, full, special = _as_text(row, tokenizer, how)
+    encoding = tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
+    ids = list(encoding["input_ids"])
+    # Special tokens the tokenizer adds have an empty span: they are context, not answer.
+    labels = [
+        token if end > max(len(prompt), start) else IGNORED
+        for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+    ]
+    eos = tokenizer.eos_token_id
+    if special and eos is not None and ids[-1] != eos:
+        ids.append(eos)
+    if special and eos is not None:
+        labels = [*labels[: len(ids) - 1], eos]
+    return ids, labels
+
+
+def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[str, str, bool]:
+    """(prompt, prompt + answer, whether the tokenizer has still to add its special tokens)."""
+    if row.prompt is None or row.verbatim:
+        prompt = row.prompt or ""
+        return prompt, prompt + row.answer, True
+    chat = row.prompt
+    if isinstance(row.prompt, str):
+        if how.prompt_template is not None or tokenizer.chat_template is None:
+            prompt = (how.prompt_template or "Question: {prompt}\nAnswer:").replace("{prompt}", row.prompt)
+            space = "" if prompt[-1:].isspace() else " "
+            return prompt, prompt + space + row.answer, True
+        chat = ({"role": "user", "content": row.prompt},)
+    if tokenizer.chat_template is None:
+        raise RowsError(
+            f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
+        )
+    turns = [*chat, {"role": "assistant", "content": row.answer}]
+    full = tokenizer.apply_chat_template(turns, tokenize=False)
+    prompt = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+    if not full.startswith(prompt):
+        # Some templates put more into a generation prompt than into a finished turn (an empty thinking block, say).
+        prompt = full[: full.rindex(row.answer.strip())]
+    return prompt, full, False
+
+
+class Pairs(Dataset):
+    """Forget row i with its wanted answer, if any, and `retain_per_forget` retain rows, other ones in each epoch.
+
+    Retain rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, as a
+    function of (seed, epoch, i) alone: the same for any number of processes, and after resuming.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        retain_per_forget: int,
+        wanted: Sequence[Example] = (),
+        seed: int = 0,
+    ) -> None:
+        self.forget, self.retain, self.wanted = forget, retain, wanted
+        self.retain_per_forget = retain_per_forget
+        self.epoch = 0
+        self._order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> dict[str, list[Example]]:
+        first = (self.epoch * len(self.forget) + index) * self.retain_per_forget
+        dealt = [self.retain[self._order[(first + k) % len(self.retain)]] for k in range(self.retain_per_forget)]
+        parts = {"forget": [self.forget[index]], "retain": dealt}
+        return parts | {"wanted": [self.wanted[index]]} if self.wanted else parts
+
+
+class Collator:
+    """Examples → one padded batch; pairs → one batch for each part, so that short rows are not padded to long ones."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if "input_ids" in items[0]:
+            return self._pad(items)
+        return {part: self._pad([example for item in items for example in item[part]]) for part in items[0]}
+
+    def _pad(self, examples: Sequence[Example]) -> dict[str, Any]:
+        def stack(values: list[list[int]], filler: int) -> Tensor:
+            return pad_sequence([torch.tensor(v) for v in values], batch_first=True, padding_value=filler)
+
+        ids = [e["input_ids"] for e in examples]
+        return {
+            "input_ids": stack(ids, self.pad_token_id),
+            "attention_mask": stack([[1] * len(i) for i in ids], 0),
+            "labels": stack([e["labels"] for e in examples], IGNORED),
+            "rows": [e["row"] for e in examples],
+        }

@@ -1,0 +1,154 @@
+"""One command per verb: argument parsing and nothing else.
+
+Nothing heavy is imported before a verb is known, so that `loramox --help` answers at once.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from loramox.errors import LoramoxError, SettingsError
+
+VERBS = {
+    "demo": "make up a small world, train a model on it, and make it forget a part, with no download",
+    "unlearn": "rows to forget and rows to retain in, a forget adapter out: memorize, then extrapolate",
+    "memorize": "the first half of unlearn: train the memorization adapter",
+    "extrapolate": "the second half: the forget adapter at a strength, in seconds, without training",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line. Wrong input exits with 2 and one message that says what to do."""
+    parser = argparse.ArgumentParser(
+        prog="loramox",
+        description="Make a language model forget rows, with a small LoRA adapter that can be dialled and switched off.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {verb:12} {does}" for verb, does in VERBS.items())
+        + "\n\n'loramox VERB --help' lists its flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = parser.parse_args(words[:1]).verb
+    _quieten_libraries()
+    try:
+        {"demo": _demo, "unlearn": _unlearn, "memorize": _memorize, "extrapolate": _extrapolate}[verb](words[1:])
+    except LoramoxError as error:
+        print(f"loramox {verb}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quieten_libraries() -> None:
+    """Keep out of the way what libraries tell their developers, so that what is told to users is seen."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # reading a file of rows takes no time
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that is not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def _unlearn(words: list[str]) -> None:
+    from loramox.extrapolate import ShippingConfig
+    from loramox.unlearn import SHIPPED, unlearn
+
+    run, *settings = _memorize_settings("unlearn", words, ShippingConfig)
+    record = unlearn(run, *settings)
+    shipped = record["forget_adapter"]
+    _say(
+        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: strength α = {shipped['strength']:g}, rank {shipped['rank']}",
+        f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
+        f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER",
+    )
+
+
+def _memorize(words: list[str]) -> None:
+    from loramox.memorize import FOLDER, memorize
+
+    run, *settings = _memorize_settings("memorize", words)
+    memorize(run, *settings)
+    _say(
+        f"[bold]{run.out}/{FOLDER}[/] is the memorization adapter (not for shipping), [bold]{run.out}/run.json[/] the record",
+        f"Next: loramox extrapolate {run.out}/{FOLDER} --alpha {settings[2].strength:g} --out {run.out}/forget-adapter",
+    )
+
+
+def _extrapolate(words: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from loramox.extrapolate import ShippingConfig, extrapolate
+
+    parser = HfArgumentParser(
+        ShippingConfig, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False
+    )
+    parser.add_argument("memorization", help="Folder 'memorization' of a run.")
+    parser.add_argument(
+        "--alpha", "--strength", dest="strength", type=float, help="α. Default: the one it was memorized for."
+    )
+    parser.add_argument("--out", required=True, help="Folder to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
+    shipping, given = _parse(parser, words)
+    made = extrapolate(given.memorization, given.out, given.strength, shipping, given.overwrite)
+    _say(
+        f"[bold]{given.out}[/] is the forget adapter: strength α = {made['strength']:g}, rank {made['rank']}, "
+        f"truncation error {made['truncation_error']:.2g} of ‖ΔW‖",
+        f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
+    )
+
+
+def _demo(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="loramox demo", description=VERBS["demo"])
+    parser.add_argument("--out", default="runs/demo", help="Folder to write (default: runs/demo).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the world and of all training (default: 0).")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the demo in that folder.")
+    given = parser.parse_args(words)
+    from loramox.demo import demo
+
+    demo(given.out, given.seed, given.overwrite)
+
+
+def _memorize_settings(verb: str, words: list[str], *more: type) -> tuple[Any, ...]:
+    """(run, reference, data, args, columns, tokenisation, *more) from an optional recipe and the flags after it."""
+    from transformers import HfArgumentParser
+
+    from loramox.batches import Tokenisation
+    from loramox.memorize import MemorizeConfig
+    from loramox.reference import ReferenceConfig
+    from loramox.rows import Columns, Data
+    from loramox.run import RunConfig
+    from loramox.settings import recipe_as_flags
+
+    kinds = (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation, *more)
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"loramox {verb}",
+        description=VERBS[verb],
+        usage=f"loramox {verb} [RECIPE.yaml] --model M --forget F --retain R --out DIR [--setting value …]",
+        allow_abbrev=False,
+    )
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = recipe_as_flags(words[0], parser) + words[1:]
+    if "--output_dir" in words:
+        raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
+    return _parse(parser, words)
+
+
+def _parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
+    *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
+    return tuple(parsed)
+
+
+def _say(*lines: str) -> None:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        from rich.console import Console
+
+        Console(soft_wrap=True).print("\n", "\n".join(lines), sep="", highlight=False)

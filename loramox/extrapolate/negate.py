@@ -1,0 +1,136 @@
+"""θ_mem → θ_for: the memorization adapter turned round, at a strength.
+
+    θ_for = (1 + α)·θ_ref − α·θ_mem = θ_ref − α·ΔW        (arXiv 2602.06441)
+
+With ΔW = B·A this is the reference plus the adapter (−α·B)·A, so no weight of the model is touched, nothing is trained,
+and any other α is another few seconds.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramox.adapter import CONFIG, at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
+from loramox.algebra import Factors, scaled
+from loramox.card import forget_card
+from loramox.errors import RunError, SettingsError
+from loramox.reference import ReferenceConfig, identify, read_config
+from loramox.run import command, versions
+from loramox.settings import check_choices
+
+
+@dataclass
+class ShippingConfig:
+    """The form in which a forget adapter is written."""
+
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank to ship at. Default: the adapter's, rounded up to one that servers take."}
+    )
+    ship_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the shipped weights. auto: the base model's.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id under which servers find the base model, when it is not where it was in training."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.rank is not None and served_rank(max(self.rank, 1)) != self.rank:
+            raise SettingsError(
+                f"--rank {self.rank} is not a rank that every server takes; the next one is {served_rank(max(self.rank, 1))}"
+            )
+
+
+def negate(delta: dict[str, Factors], strength: float) -> dict[str, Factors]:
+    """−α·ΔW for every layer: what the forget adapter adds to the reference."""
+    return {name: scaled(factors, -strength) for name, factors in delta.items()}
+
+
+def check_strength(strength: float, memorization: Path) -> None:
+    """Raises `SettingsError` unless strength is finite and above 0, saying where the model is that was asked for instead."""
+    if not math.isfinite(strength):
+        raise SettingsError(
+            f"--alpha {strength} is not a finite number. Expected a strength above 0, 0.5 to 16 as a rule"
+        )
+    if strength == 0:
+        raise SettingsError(
+            "--alpha 0 is the reference model itself: an adapter that does nothing. Switch the adapter off instead"
+        )
+    if strength < 0:
+        model = (
+            "the memorization model itself"
+            if strength == -1
+            else "on the memorization model's side, which knows the rows better"
+        )
+        raise SettingsError(
+            f"--alpha {strength:g} is {model}. That adapter is in {memorization}; for forgetting, give a strength above 0"
+        )
+
+
+def extrapolate(
+    memorization: str | Path,
+    out: str | Path,
+    strength: float | None = None,
+    shipping: ShippingConfig | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the forget adapter θ_ref − α·ΔW, made from the memorization adapter in a folder, to `out`; return its provenance.
+
+    `strength` is α, by default the one that it was memorized for.
+    ΔW is the momentum average where there is one. It is truncated to the shipped rank, and the error of that is in the
+    provenance as `truncation_error`, a share of ‖ΔW‖_F. −α and every other scale are folded into lora_B in fp32.
+
+    Raises `SettingsError` for a strength that is not finite and above 0, `AdapterError` for a folder that is no
+    memorization adapter, for another base, and for values that do not survive the cast, `RunError` when `out` exists.
+    """
+    shipping = shipping or ShippingConfig()
+    memorization, out = Path(memorization), Path(out)
+    source = read_provenance(memorization, "memorization")
+    strength = source["settings"]["strength"] if strength is None else strength
+    check_strength(strength, memorization)
+    if out.exists() and not (overwrite and (out / CONFIG).exists()):
+        what = (
+            "an adapter already. Replace it with --overwrite, or choose"
+            if (out / CONFIG).exists()
+            else "other files. Choose"
+        )
+        raise RunError(f"--out {out} holds {what} another folder")
+    base = _served_base(source, shipping.base, memorization)
+    rank = shipping.rank or served_rank(source["settings"]["r"])
+    delta, trained = read_factors(memorization / "momentum")
+    fitted, error = at_rank(negate(delta, strength), rank)
+    dtype = getattr(torch, base["dtype"] if shipping.ship_dtype == "auto" else shipping.ship_dtype)
+    provenance = {
+        "kind": "forget",
+        "strength": strength,
+        "rank": rank,
+        "truncation_error": error,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{key: source[key] for key in ("momentum", "data", "settings")},
+        "base": base,
+        "memorization_command": source["command"],
+        "command": command(),
+        "versions": versions(),
+    }
+    write_adapter(out, fitted, trained, base, dtype, provenance, forget_card(provenance))
+    return provenance
+
+
+def _served_base(source: dict[str, Any], name: str | None, memorization: Path) -> dict[str, Any]:
+    """The base model as the adapter will name it. Under another name it must be the same model."""
+    if name is None:
+        return source["base"]
+    reference = ReferenceConfig(model=name)
+    base = identify(reference, read_config(reference))
+    check_base(source, base, memorization)
+    return base

@@ -1,0 +1,120 @@
+"""From the model's last hidden states to numbers per answer token, without the logits of a whole batch.
+
+Logits of every token of a batch would be a [rows, tokens, vocabulary] tensor: with a vocabulary of 128,000 words
+and 2,048 tokens, 1 GB in fp32, several times over in a loss. Only answer tokens need any, and only a few at once.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loramox.errors import ModelError
+
+IGNORED = -100  # transformers' label for "no loss here"
+
+# Logits of one chunk, in elements: 32 MB in fp32. A loss holds a handful of such tensors at a time.
+CHUNK_ELEMENTS = 1 << 23
+
+
+class AnswerStates(NamedTuple):
+    """What a batch's answer tokens are predicted from. N answer tokens in `rows` rows."""
+
+    hidden: Tensor  # [N, hidden size], the last hidden state one position before each answer token
+    targets: Tensor  # [N], the answer tokens themselves
+    row_of: Tensor  # [N], the batch row that each belongs to
+    rows: int
+
+
+class Head(nn.Module):
+    """Hidden states [N, hidden size] → logits [N, vocabulary] in fp32, exactly as the model itself computes them.
+
+    Raises `ModelError` on construction when the model does something to its logits that is not known here.
+    """
+
+    # What some architectures do after the output layer, by the name of their config field.
+    UNKNOWN = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        config = model.config
+        present = [name for name in self.UNKNOWN if getattr(config, name, None) not in (None, 1, 1.0)]
+        if present:
+            raise ModelError(
+                f"{type(model).__name__} rescales its logits ({', '.join(present)} in config.json), which loramox "
+                "does not reproduce in its chunked losses. Use an architecture without it (Llama, Qwen, Mistral, "
+                "Phi, Gemma, GPT-NeoX, GPT-2)."
+            )
+        # In a tuple, so that the model is not registered as a child of its own head.
+        self._output = (model.get_output_embeddings(),)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.vocabulary = self._output[0].weight.shape[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        (output,) = self._output
+        # Without autocast the head's own dtype decides (16-bit models); with it, autocast does.
+        logits = output(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(output.weight.dtype))
+        logits = logits.float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def answer_states(model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor]) -> AnswerStates:
+    """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
+
+    `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the
+    transformers model inside it. `batch` has input_ids, attention_mask and labels, each [rows, tokens], with
+    labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
+    """
+    states: list[Tensor] = []
+    hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            **_one_logit(causal_lm),
+        )
+    finally:
+        hook.remove()
+    labels = batch["labels"][:, 1:]
+    is_answer = labels != IGNORED
+    return AnswerStates(
+        hidden=states[-1][:, :-1][is_answer],
+        targets=labels[is_answer],
+        row_of=is_answer.nonzero()[:, 0],
+        rows=labels.shape[0],
+    )
+
+
+def _one_logit(causal_lm: nn.Module) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
+
+
+def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor], *others: Tensor) -> Tensor:
+    """function(logits₁, …, others…) for every answer token, [N], computed a chunk of tokens at a time.
+
+    `hidden` is a list of [N, hidden size]; `function` receives the logits [chunk, vocabulary] of each, then the same
+    chunk of each of `others` [N, …], and returns [chunk]. When there is more than one chunk, logits are computed again
+    in the backward pass instead of being kept. torch's `linear_cross_entropy` does this for cross-entropy alone; the
+    KL term needs two sets of logits at once.
+    """
+
+    def on_chunk(*tensors: Tensor) -> Tensor:
+        return function(*(head(h) for h in tensors[: len(hidden)]), *tensors[len(hidden) :])
+
+    tensors = (*hidden, *others)
+    size = max(1, CHUNK_ELEMENTS // head.vocabulary)
+    if len(hidden[0]) <= size:
+        return on_chunk(*tensors)
+    chunks = zip(*(t.split(size) for t in tensors), strict=True)
+    return torch.cat([checkpoint(on_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
+    """Mean over each row's answer tokens, [rows]. Padding and prompt tokens never count."""
+    total = values.new_zeros(states.rows).index_add(0, states.row_of, values)
+    count = torch.bincount(states.row_of, minlength=states.rows)
+    return total / count

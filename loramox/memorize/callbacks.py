@@ -1,0 +1,75 @@
+"""What happens around a training step: fresh retain rows each epoch, momentum, a warning when nothing can be learned."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from loramox.batches import Pairs
+from loramox.memorize.config import MemorizeConfig
+from loramox.reference import current_factors
+
+if TYPE_CHECKING:
+    from loramox.memorize.trainer import MemorizeTrainer
+
+# Below this share of gradient left, ΔW is mostly noise, and no strength turns noise into forgetting.
+SATURATED = 0.01
+
+
+class PairsEpoch(TrainerCallback):
+    """Tells the pairs which epoch it is, before their loader starts."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # After resuming inside an epoch, state.epoch has a fraction.
+        self.pairs.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+class MomentumCallback(TrainerCallback):
+    """Updates the trainer's momentum every `momentum_every` optimiser steps and after the last; saves it with checkpoints."""
+
+    def __init__(self, trainer: "MemorizeTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps_an_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+        self.every = args.momentum_every or steps_an_epoch
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.trainer.momentum.tick(current_factors(self.trainer.model))
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+            # Written last: a checkpoint that has it is whole.
+            self.trainer.momentum.save(checkpoint)
+
+
+class SaturationCallback(TrainerCallback):
+    """Says before the first step how well the reference knows the forget rows, and warns if memorizing cannot move it."""
+
+    def __init__(self, args: MemorizeConfig) -> None:
+        self.temperature = args.temperature
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        room = metrics.get("eval_forget_headroom")
+        if state.global_step or room is None or not state.is_world_process_zero:
+            return
+        print(
+            f"The reference gives the forget answers probability {metrics['eval_forget_probability']:.4f}; "
+            f"at temperature {self.temperature:g}, {room:.1%} of the gradient is left to memorize them with."
+        )
+        if room < SATURATED:
+            warnings.warn(
+                f"the reference knows the forget rows by heart: {room:.2%} of the gradient is left at temperature "
+                f"{self.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (6 is the default)",
+                stacklevel=2,
+            )

@@ -1,0 +1,154 @@
+"""What can be set about memorizing, on top of everything that transformers' `TrainingArguments` can set."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from loramox.errors import SettingsError
+from loramox.settings import check_choices
+
+
+@dataclass
+class MemorizeConfig(TrainingArguments):
+    """Settings of `MemorizeTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
+
+    The defaults are what won on a reference that knows its rows by heart (recipes/README.md has the figures). The
+    paper's own setting is `temperature=1, kl_at="memorization", kl_weight=1, strength=4`.
+    """
+
+    objective: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "What memorizing a forget row means: cross_entropy, or preference (the mirror image of NPO).",
+            "choices": ["cross_entropy", "preference"],
+        },
+    )
+    temperature: float = field(
+        default=6.0,
+        metadata={
+            "help": "Divides the logits of forget rows in the loss, which then has a gradient on rows known by heart. The paper: 1."
+        },
+    )
+    preference_beta: float = field(default=0.1, metadata={"help": "β of the preference objective."})
+    kl_weight: float = field(
+        default=5.0, metadata={"help": "Weight of the retain rows' KL(p_ref ‖ p_θ), in nats per answer token."}
+    )
+    kl_at: str = field(
+        default="shipped",
+        metadata={
+            "help": "Where retain rows are held to the reference: shipped (θ_ref − α·ΔW, the model that is used) or "
+            "memorization (θ_ref + ΔW, as in the paper).",
+            "choices": ["shipped", "memorization"],
+        },
+    )
+    strength: float = field(
+        default=8.0,
+        metadata={
+            "aliases": ["--alpha"],
+            "help": "α of θ_ref − α·ΔW: where the KL is taken, and what extrapolating uses unless told.",
+        },
+    )
+    momentum: float = field(
+        default=0.675,
+        metadata={"help": "η: the share of the new model in θ_for ← η·θ_for + (1 − η)·(θ_for before). 1 is off."},
+    )
+    momentum_every: int | None = field(
+        default=None, metadata={"help": "Optimiser steps between momentum updates. Default: one epoch."}
+    )
+    momentum_rank: int | None = field(
+        default=None,
+        metadata={"help": "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's."},
+    )
+    retain_per_forget: int = field(default=3, metadata={"help": "Retain rows drawn with each forget row."})
+    targeted: str = field(
+        default="descent",
+        metadata={
+            "help": "How forget rows with a wanted answer are used: descent (train it on the forget model, θ_ref − α·ΔW) or "
+            "ascent (the paper's term, −CE of the wanted answer on the memorization model).",
+            "choices": ["descent", "ascent"],
+        },
+    )
+    eval_rows: int = field(
+        default=64,
+        metadata={"help": "Forget rows and retain rows on which the forget model is watched while training."},
+    )
+
+    # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
+    output_dir: str | None = field(default="memorization", metadata={"help": "Folder for checkpoints and logs."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate. LoRA wants 1e-4 to 1e-3."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the forget rows."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Forget rows a device and step."})
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "Rows a device and step when watching the forget model."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Share (below 1) or number of steps over which the learning rate rises."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "Arithmetic in bfloat16. Default: on a GPU that has it."})
+    logging_steps: float = field(
+        default=5, metadata={"help": "Steps between log lines; below 1, a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
+    )
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When the forget model is watched: no, steps or epoch."}
+    )
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Watch it before the first step too: how saturated the reference is."}
+    )
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written: no, steps or epoch."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept. At least 2, so that one is always whole."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (as in TrainingArguments)
+        default="tensorboard", metadata={"help": "Where logs go. Nothing leaves the machine by default."}
+    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Unused: rows are read before."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every adapter weight is used in every pass."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, low, why in (
+            ("temperature", 0, "it divides the logits"),
+            ("preference_beta", 0, "it divides the objective"),
+            ("strength", 0, "α = 0 is the reference, and negative values are the memorization model's side"),
+            ("retain_per_forget", 0, "the KL term needs retain rows"),
+            ("eval_rows", 0, "use --eval_strategy no to watch nothing"),
+        ):
+            _refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
+        _refuse("kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
+        _refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
+        for name in ("momentum_every", "momentum_rank"):
+            _refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        limit = self.save_total_limit
+        _refuse(
+            "save_total_limit",
+            limit,
+            limit is None or limit >= 2,
+            "2 or more: one checkpoint must be whole while another is written",
+        )
+        if self.bf16 is None:
+            import torch
+
+            self.bf16 = (
+                torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16 and not self.use_cpu
+            )
+        if not self.do_eval and self.eval_strategy == "no":
+            self.eval_on_start = False
+        super().__post_init__()
+
+    @property
+    def kl_strength(self) -> float:
+        """The strength at which retain rows are held: α, or −1 for the memorization model."""
+        return self.strength if self.kl_at == "shipped" else -1.0
+
+
+def _refuse(name: str, value: Any, fine: bool, expected: str) -> None:
+    if not fine or (isinstance(value, float) and not math.isfinite(value)):
+        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")

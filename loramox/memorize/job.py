@@ -1,0 +1,173 @@
+"""Memorizing as one job: rows and a model in, `memorization/` out. Everything that can be wrong is looked at first."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from loramox.adapter import PROVENANCE, at_rank, write_adapter
+from loramox.batches import Example, Tokenisation, encode
+from loramox.card import memorization_card
+from loramox.errors import ModelError, RowsError
+from loramox.head import Head
+from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.momentum import FILE as WHOLE
+from loramox.memorize.trainer import MemorizeTrainer
+from loramox.reference import (
+    ReferenceConfig,
+    add_lora,
+    check_device,
+    current_factors,
+    identify,
+    load_reference,
+    read_config,
+    skeleton,
+)
+from loramox.rows import Columns, Data, fingerprint, keep_disjoint, read_rows, wanted_rows
+from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
+from loramox.settings import check_choices
+
+FOLDER = "memorization"
+
+
+class Prepared(NamedTuple):
+    """What a job needs besides the model's weights, all of it checked."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    forget: list[Example]
+    retain: list[Example]
+    wanted: list[Example]
+    plan: dict[str, Any]
+    lora_weights: int
+
+
+def memorize(
+    run: RunConfig,
+    reference: ReferenceConfig,
+    data: Data,
+    args: MemorizeConfig,
+    columns: Columns | None = None,
+    tokenisation: Tokenisation | None = None,
+) -> dict[str, Any]:
+    """Train θ_mem and write it to `run.out`/memorization, with the record in `run.out`/run.json; return the record.
+
+    `memorization/` is a plain PEFT adapter (θ_ref + ΔW); `memorization/momentum/` is another, the momentum average of ΔW
+    that `extrapolate` starts from; `memorization/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch`
+    every process calls this, and the first one writes.
+
+    Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
+    """
+    args.output_dir = str(Path(run.out) / FOLDER)
+    prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation())
+    if args.process_index == 0:
+        # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
+        momentum = (args.momentum_rank or 4 * reference.r) / reference.r
+        open_run(run, prepared.plan, disk_needed=int(4 * prepared.lora_weights * 3 * (3 + momentum)))
+    PartialState().wait_for_everyone()
+    folder = Path(args.output_dir)
+    if run.resume and (folder / PROVENANCE).exists():
+        return read_record(Path(run.out))
+
+    start = time.perf_counter()
+    set_seed(args.seed)
+    model = add_lora(load_reference(reference, args.device), reference)
+    loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now()}
+    trainer = MemorizeTrainer(model, args, prepared.forget, prepared.retain, prepared.tokenizer, prepared.wanted)
+    trained = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder) if run.resume else None)
+    if trainer.is_world_process_zero():
+        record = _write(folder, trainer, prepared.plan)
+        update_record(
+            Path(run.out),
+            status="memorized",
+            momentum=record["momentum"],
+            timings={"load_seconds": loaded["seconds"], "train_seconds": trained.metrics["train_runtime"]},
+            memory={
+                "reference_bytes": loaded["bytes"],
+                "peak_bytes": peak_memory(),
+                "peak_over_reference": peak_memory() / loaded["bytes"],
+            },
+            log=trainer.state.log_history,
+        )
+    PartialState().wait_for_everyone()
+    return read_record(Path(run.out))
+
+
+def prepare(
+    reference: ReferenceConfig, data: Data, args: MemorizeConfig, columns: Columns, tokenisation: Tokenisation
+) -> Prepared:
+    """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
+    for config in (reference, tokenisation):
+        check_choices(config)
+    check_device(reference, args.use_cpu)
+    forget = read_rows(data.forget, columns)
+    retain = keep_disjoint(
+        forget, read_rows(data.retain, Columns(**asdict(columns) | {"wanted_column": None})), data.drop_overlap
+    )
+    config = read_config(reference)
+    model = add_lora(skeleton(config, reference), reference)
+    Head(model.get_base_model())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
+    context = getattr(config, "max_position_embeddings", None) or 2048
+    encoded = [encode(rows, tokenizer, tokenisation, context) for rows in (forget, retain)]
+    wanted = encode(wanted_rows(forget), tokenizer, tokenisation, context) if columns.wanted_column else []
+    if wanted and len(wanted) != len(encoded[0]):
+        raise RowsError(
+            f"{data.forget}: {len(encoded[0])} forget rows but {len(wanted)} wanted answers are left within the context. "
+            "Shorten them, or use --long_rows truncate"
+        )
+    plan = {
+        "command": command(),
+        "base": identify(reference, config),
+        "data": {
+            part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
+            for part, source, rows in (("forget", data.forget, forget), ("retain", data.retain, retain))
+        },
+        "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
+        | args.to_dict(),
+        "versions": versions(),
+    }
+    return Prepared(config, tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose momentum, written last, is there; None to start from the beginning."""
+    whole = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def _write(folder: Path, trainer: MemorizeTrainer, plan: dict[str, Any]) -> dict[str, Any]:
+    """The memorization adapter and the momentum beside it, as PEFT adapters; the provenance last, as the sign of a whole."""
+    momentum, model = trainer.momentum, trainer.model
+    lora = model.peft_config["default"]
+    provenance = {
+        "kind": "memorization",
+        **plan,
+        "momentum": {
+            "eta": momentum.eta,
+            "updates": momentum.ticks,
+            "rank": momentum.max_rank,
+            "relative_error": momentum.relative_error(),
+        },
+    }
+    largest = max(factors.rank for factors in momentum.average.values())
+    adapters = {
+        folder / "momentum": at_rank(momentum.average, largest)[0],
+        folder / ".memorized": current_factors(model),
+    }
+    for place, factors in adapters.items():
+        cpu = {name: type(f)(*(t.cpu() for t in f)) for name, f in factors.items()}
+        write_adapter(place, cpu, lora, plan["base"], torch.float32, provenance, memorization_card(provenance))
+    for file in sorted((folder / ".memorized").iterdir(), key=lambda f: f.name == PROVENANCE):
+        file.replace(folder / file.name)
+    (folder / ".memorized").rmdir()
+    return provenance

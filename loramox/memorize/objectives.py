@@ -1,0 +1,46 @@
+"""The terms of the memorization objective, as functions of tensors.
+
+    L_mem = mean over forget rows of memorize(y | x; θ_mem)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
+
+All of it is minimised by gradient descent (MOX, arXiv 2602.06441). Each function takes logits [N, vocabulary] of N
+answer tokens and returns one number per token, [N], in nats; rows are averaged by `loramox.head.mean_over_rows`.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_prob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) under softmax(logits / temperature), [N]."""
+    return -F.cross_entropy(logits / temperature, targets, reduction="none")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """temperature · CE(softmax(logits / temperature), target), [N]. The paper's term at temperature 1.
+
+    A reference that knows a row by heart has p(target) ≈ 1, and CE has a gradient of 1 − p(target) ≈ 0 in the logits:
+    there is nothing left to memorize. A temperature flattens the distribution, so that every answer token has a gradient
+    again; the factor in front keeps the gradient's size per unit of logit (as in distillation, arXiv 1503.02531).
+    """
+    return -temperature * log_prob(logits, targets, temperature)
+
+
+def headroom(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """1 − p(target) at the temperature, [N] in [0, 1]: the gradient that cross-entropy still has, 0 when saturated."""
+    return 1 - log_prob(logits, targets, temperature).exp()
+
+
+def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(p_ref ‖ p_θ) over the vocabulary, [N]. Zero where both agree; never negative but for rounding."""
+    return F.kl_div(
+        F.log_softmax(logits, dim=-1), F.log_softmax(reference_logits, dim=-1), reduction="none", log_target=True
+    ).sum(-1)
+
+
+def preference(log_ratio: Tensor, beta: float) -> Tensor:
+    """(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), per row, from log p summed over the answer's tokens: [rows] → [rows].
+
+    The mirror image of NPO (arXiv 2404.05868): minimising it raises p_θ(y|x) over p_ref(y|x), without a bound but ever
+    more like plain log p. At β → 0 it is −log_ratio plus a constant.
+    """
+    return (2 / beta) * F.logsigmoid(-beta * log_ratio)

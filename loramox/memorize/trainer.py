@@ -1,0 +1,176 @@
+"""The trainer of θ_mem: plain gradient descent on memorizing forget rows while retain rows are held in place."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+
+from loramox.batches import Collator, Example, Pairs
+from loramox.errors import NonFiniteLossError
+from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
+from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, SaturationCallback
+from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.momentum import Momentum
+from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.reference import at_strength, current_factors, with_factors
+
+MEMORIZATION = -1.0  # the strength at which the model is θ_ref + ΔW
+
+
+class MemorizeTrainer(Trainer):
+    """transformers' `Trainer` with the objective of MOX (arXiv 2602.06441) and momentum over ΔW.
+
+        L = mean over forget rows of memorize(y | x; θ_ref + ΔW)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
+
+    `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode`
+    returns. A step makes one forward and backward pass for each part of the objective, as each has its own strength, and a
+    forward pass with the adapter off where the reference is needed. Evaluation is that of the forget model at
+    `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: MemorizeConfig,
+        forget_dataset: Sequence[Example],
+        retain_dataset: Sequence[Example],
+        processing_class: PreTrainedTokenizerBase,
+        wanted_dataset: Sequence[Example] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.causal_lm = model.get_base_model()
+        self.head = Head(self.causal_lm)
+        lora = model.peft_config["default"]
+        self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * lora.r)
+        watched = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
+        tokenizer = processing_class
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Pairs(forget_dataset, retain_dataset, args.retain_per_forget, wanted_dataset, args.seed),
+            eval_dataset=watched,
+            data_collator=Collator(pad or 0),
+            processing_class=processing_class,
+            compute_metrics=_probability,
+            **kwargs,
+        )
+        self._logged: dict[str, list[Tensor]] = defaultdict(list)
+        for callback in (PairsEpoch(self.train_dataset), MomentumCallback(self), SaturationCallback(args)):
+            self.add_callback(callback)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward pass for each part, at its strength: a strength must not change in between."""
+        descent = self.args.targeted == "descent"
+        strengths = {
+            "forget": MEMORIZATION,
+            "wanted": self.args.strength if descent else MEMORIZATION,
+            "retain": self.args.kl_strength,
+        }
+        loss = torch.zeros((), device=self.args.device)
+        for part, batch in inputs.items():
+            with at_strength(self.model, strengths[part]):
+                loss += super().training_step(model, {part: batch}, num_items_in_batch)
+            self._stop_unless_finite(loss, part, batch["rows"])
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The term of the objective that the part in `inputs` stands for, mean over its rows."""
+        ((part, batch),) = inputs.items()
+        loss = {"forget": self._memorize, "wanted": self._wanted, "retain": self._hold}[part](model, batch)
+        self._logged[part].append(loss.detach())
+        return self.args.kl_weight * loss if part == "retain" else loss
+
+    def _memorize(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        temperature = self.args.temperature
+        if self.args.objective == "cross_entropy":
+            states = answer_states(model, self.causal_lm, batch)
+            loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
+            return mean_over_rows(loss, states).mean()
+        known = self._reference_states(model, batch)
+        states = answer_states(model, self.causal_lm, batch)
+
+        def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+            return log_prob(logits, targets, temperature) - log_prob(reference, targets, temperature)
+
+        ratios = per_token(log_ratio, self.head, [states.hidden, known.hidden], states.targets)
+        total = ratios.new_zeros(states.rows).index_add(0, states.row_of, ratios)
+        return preference(total, self.args.preference_beta).mean()
+
+    def _wanted(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        states = answer_states(model, self.causal_lm, batch)
+        loss = mean_over_rows(per_token(cross_entropy, self.head, [states.hidden], states.targets), states).mean()
+        return loss if self.args.targeted == "descent" else -loss
+
+    def _hold(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        known = self._reference_states(model, batch)
+        states = answer_states(model, self.causal_lm, batch)
+        return mean_over_rows(per_token(kl_divergence, self.head, [known.hidden, states.hidden]), states).mean()
+
+    def _reference_states(self, model: nn.Module, batch: dict[str, Any]) -> AnswerStates:
+        with torch.no_grad(), self.model.disable_adapter():
+            return answer_states(model, self.causal_lm, batch)
+
+    def _stop_unless_finite(self, loss: Tensor, part: str, rows: list[str]) -> None:
+        if not math.isfinite(loss.item()):
+            shown = "; ".join(rows[:3]) + ("; …" if len(rows) > 3 else "")
+            step = self.state.global_step
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {step + 1}, in the {part} rows of its batch ({shown}). The weights of step {step} "
+                f"were still good, and the last checkpoint in {self.args.output_dir} is unharmed. Continue from it with --resume and "
+                "a lower --learning_rate, a lower --alpha, or without --fp16"
+            )
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ):
+        """Per row of a plain batch: mean log p of the answer's tokens, and the gradient that memorizing still has."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            states = answer_states(model, self.causal_lm, inputs)
+            of_tokens = [log_prob, lambda z, y: headroom(z, y, self.args.temperature)]
+            scores = [
+                mean_over_rows(per_token(f, self.head, [states.hidden], states.targets), states) for f in of_tokens
+            ]
+        return -scores[0].mean(), torch.stack(scores, dim=1), inputs["labels"][:, 0]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        with self.forget_model():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextmanager
+    def forget_model(self):
+        """Within it the model is θ_ref − α·M, with M the momentum average so far (ΔW before its first update)."""
+        with (
+            with_factors(self.model, self.momentum.average or current_factors(self.model)),
+            at_strength(self.model, self.args.strength),
+        ):
+            yield
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
+        if "loss" in logs:
+            names = {"forget": "memorize_loss", "retain": "retain_kl", "wanted": "wanted_loss"}
+            for part, values in self._logged.items():
+                logs[names[part]] = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.momentum = Momentum.load(Path(resume_from_checkpoint))
+
+
+def _probability(prediction: EvalPrediction) -> dict[str, float]:
+    log_p, room = np.asarray(prediction.predictions).T
+    return {"probability": float(np.exp(log_p).mean()), "headroom": float(room.mean())}

@@ -1,0 +1,216 @@
+"""Forget, retain and holdout rows: read from any common format, recognised by their columns, checked before use."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loramox.errors import RowsError
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+# Column names that are recognised without a flag: the prompt's, then the answer's.
+QUESTION_ANSWER = ("question", "answer")
+PROMPT_COMPLETION = ("prompt", "completion")
+
+
+@dataclass
+class Data:
+    """Which rows to forget and which to hold in place."""
+
+    forget: str = field(
+        metadata={"help": "Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split]."}
+    )
+    retain: str = field(metadata={"help": "Rows whose answers are to stay as they are, in any of the same forms."})
+    drop_overlap: bool = field(
+        default=False, metadata={"help": "Leave out retain rows that are also forget rows, instead of refusing them."}
+    )
+
+
+@dataclass
+class Columns:
+    """Which columns hold what, where the recognised names (question/answer, prompt/completion, messages, text) are not used."""
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the question or prompt."})
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column of the answer, on which loss and KL are taken."}
+    )
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column of chat messages; the last one is the answer."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column of plain text, cut into blocks."})
+    wanted_column: str | None = field(
+        default=None,
+        metadata={"help": "Forget rows only: column of the answer wanted instead, for targeted unlearning."},
+    )
+
+    def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise RowsError("--prompt_column and --answer_column go together: give both, or neither")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: an answer and what it answers. Plain text is an answer to nothing (`prompt` is None)."""
+
+    source: str
+    number: int  # counted from 1
+    answer: str
+    prompt: str | tuple[dict[str, str], ...] | None = None
+    wanted: str | None = None
+    verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
+
+    def key(self) -> str:
+        """What makes two rows the same row, wherever they come from: prompt and answer, white space aside."""
+        prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt, sort_keys=True)
+        return "\x1f".join(" ".join(part.split()) for part in (prompt or "", self.answer))
+
+
+def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
+    """The rows of a JSON, JSON Lines, CSV or Parquet file, or of a hub data set `owner/name[:config[:split]]`.
+
+    Raises `RowsError` naming the file, the row and the remedy: missing or empty file, broken line, no known columns,
+    a row without an answer.
+    """
+    columns = columns or Columns()
+    records = _load(source)
+    if not records:
+        raise RowsError(f"{source} has no rows. Expected at least one: check that the file is the right one")
+    to_row = _recognise(source, list(records[0]), columns)
+    return [to_row(number, record) for number, record in enumerate(records, 1)]
+
+
+def _load(source: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(source)
+    if path.is_dir() or (path.suffix in FORMATS and not path.exists()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RowsError(
+            f"{source} {what}. Expected a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
+        )
+    if not path.exists():
+        name, config, split = [*source.split(":"), "", ""][:3]
+        try:
+            return load_dataset(name, config or None, split=split or "train").to_list()
+        except (OSError, ValueError) as error:
+            raise RowsError(
+                f"{source} is no file, and as a hub data set (owner/name:config:split) it failed: {error}"
+            ) from error
+    if path.suffix not in FORMATS:
+        raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
+    if not path.read_bytes().strip():
+        return []
+    # `datasets` keeps a copy of every file it reads; rows that are to be forgotten must not stay behind in a cache.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            loaded = load_dataset(
+                FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+            )
+            return loaded.to_list()
+        except (DatasetGenerationError, ValueError, OSError) as error:
+            raise RowsError(
+                f"{source}{_first_bad_line(path)} cannot be read as {FORMATS[path.suffix]}: {error.__cause__ or error}"
+            ) from error
+
+
+def _first_bad_line(path: Path) -> str:
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                json.loads(line or "{}")
+            except json.JSONDecodeError:
+                return f", row {number},"
+    return ""
+
+
+def _recognise(source: str, found: list[str], columns: Columns):
+    """The function (number, record) → Row that fits the columns found."""
+    pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
+    wanted, messages, text = columns.wanted_column, columns.messages_column, columns.text_column
+    for flag, name in (("--prompt_column", pair and pair[0]), ("--answer_column", pair and pair[1]), ("--messages_column", messages),
+                       ("--text_column", text), ("--wanted_column", wanted)):  # fmt: skip
+        if name and name not in found:
+            raise RowsError(f"{source} has no column '{name}' ({flag}). It has: {', '.join(found)}")
+    if not (pair or messages or text):
+        pair = next((p for p in (QUESTION_ANSWER, PROMPT_COMPLETION) if set(p) <= set(found)), None)
+        messages = "messages" if not pair and "messages" in found else None
+        text = "text" if not pair and not messages and "text" in found else None
+
+    def answer_row(number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
+        where = f"{source}, row {number}"
+        if not isinstance(answer, str) or not answer.strip():
+            raise RowsError(f"{where} has no answer. Expected non-empty text: fill it in, or remove the row")
+        if wanted and (not isinstance(record[wanted], str) or not record[wanted].strip()):
+            raise RowsError(
+                f"{where} has no wanted answer in '{wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
+            )
+        return Row(source, number, answer, prompt, wanted=record[wanted] if wanted else None, **more)
+
+    def from_pair(number: int, record: dict[str, Any]) -> Row:
+        prompt, answer = record[pair[0]], record[pair[1]]
+        if isinstance(prompt, list):  # TRL's conversational prompt/completion: two lists of messages
+            return from_messages(number, {**record, "messages": prompt + (answer or [])}, "messages")
+        if not isinstance(prompt, str):
+            raise RowsError(f"{source}, row {number} has no '{pair[0]}'. Expected text")
+        return answer_row(number, record, prompt, answer, verbatim=pair == PROMPT_COMPLETION)
+
+    def from_messages(number: int, record: dict[str, Any], column: str | None = None) -> Row:
+        turns = record[column or messages] or []
+        turns = tuple({"role": t.get("role"), "content": t.get("content")} for t in turns if isinstance(t, dict))
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise RowsError(
+                f"{source}, row {number} has no answer: its last message is not the assistant's. Expected "
+                '[{"role": "user", …}, {"role": "assistant", …}]'
+            )
+        return answer_row(number, record, turns[:-1], turns[-1]["content"])
+
+    if pair:
+        return from_pair
+    if messages:
+        return from_messages
+    if text:
+        return lambda number, record: answer_row(number, record, None, record[text])
+    raise RowsError(
+        f"{source} has columns {', '.join(found)}. Expected question and answer, prompt and completion, messages, or text; "
+        "name others with --prompt_column and --answer_column, --messages_column or --text_column"
+    )
+
+
+def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = False) -> list[Row]:
+    """The retain rows, none of which may be a forget row. With `drop`, those that are are left out.
+
+    Raises `RowsError` with the count otherwise: what is to be forgotten cannot be held in place at the same time.
+    """
+    forgotten = {row.key() for row in forget}
+    kept = [row for row in retain if row.key() not in forgotten]
+    shared = len(retain) - len(kept)
+    if shared and not drop:
+        first = next(row for row in retain if row.key() in forgotten)
+        raise RowsError(
+            f"{shared} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}). "
+            "A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
+        )
+    if not kept:
+        raise RowsError(
+            f"no retain rows are left: all {len(retain)} rows of {retain[0].source} are also in {forget[0].source}"
+        )
+    return kept
+
+
+def wanted_rows(forget: Iterable[Row]) -> list[Row]:
+    """The forget rows with the wanted answer in the place of theirs, for targeted unlearning."""
+    return [replace(row, answer=row.wanted, wanted=None) for row in forget if row.wanted is not None]
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256 over the rows' contents in order: tells whether two runs saw the same data, and no more."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.answer, row.wanted], ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""The folder of a run: whether it may be written, whether a run in it can go on, and the record that is left in it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from loramox.errors import RunError
+from loramox.files import remove, write_json
+
+RECORD = "run.json"
+PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+# Settings that may differ between a run and its continuation: they change what is shown, not what is computed.
+MAY_DIFFER = ("output_dir", "run_name", "disable_tqdm", "report_to", "logging_steps", "local_rank")
+
+
+@dataclass
+class RunConfig:
+    """Where a run is written, and what to do with what is there."""
+
+    out: str = field(metadata={"help": "Folder to write."})
+    resume: bool = field(
+        default=False, metadata={"help": "Continue the run in that folder from its last whole checkpoint."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run in that folder and start again."})
+
+
+def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
+    """Check the folder, then write the run's plan (settings, data, base) to its record, before anything expensive.
+
+    Raises `RunError` when the folder holds another run, or files that are no run; when the run in it was started with
+    other settings, data or another base; when the disk has less than `disk_needed` bytes free.
+    """
+    out = Path(config.out)
+    record = out / RECORD
+    if out.is_file():
+        raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
+    if config.resume and config.overwrite:
+        raise RunError("--resume and --overwrite contradict each other: give one of them")
+    if config.resume and record.exists():
+        _same_run(record, plan)
+    elif config.resume and out.exists() and any(out.iterdir()):
+        raise RunError(
+            f"--resume: {out} has files but no {RECORD}, so it is not a run of loramox. Give the folder of the run"
+        )
+    elif record.exists() and not config.overwrite:
+        raise RunError(
+            f"--out {out} holds a run already. Continue it with --resume, replace it with --overwrite, or choose another folder"
+        )
+    elif out.exists() and any(out.iterdir()) and not record.exists():
+        raise RunError(
+            f"--out {out} has files in it that are not a run of loramox; they are left alone. Choose another folder"
+        )
+    elif config.overwrite and out.exists():
+        remove(out)
+    _check_disk(out, disk_needed)
+    if not (config.resume and record.exists()):
+        write_json(record, {"status": "running", **plan})
+
+
+def _same_run(record: Path, plan: dict[str, Any]) -> None:
+    before = read_record(record.parent)
+    for part in ("settings", "data", "base"):
+        then, now = before.get(part, {}), json.loads(json.dumps(plan[part]))
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name) and name not in MAY_DIFFER:
+                what = "was trained on another base model" if part == "base" else "was started otherwise"
+                raise RunError(
+                    f"--resume: the run in {record.parent} {what}: {part}.{name} was {then.get(name)}, is {now.get(name)}. "
+                    "Give what it was started with, or start anew with --overwrite"
+                )
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise RunError(
+            f"--out {out}: {free / 1e6:,.0f} MB are free there, and the checkpoints of this run need {needed / 1e6:,.0f} MB. Free some, "
+            "choose another disk, or lower --r"
+        )
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    return json.loads((out / RECORD).read_text(encoding="utf-8"))
+
+
+def update_record(out: Path, **more: Any) -> None:
+    """Add to the run's record, atomically."""
+    write_json(out / RECORD, read_record(out) | more)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def command() -> str:
+    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def memory_now() -> int:
+    """Bytes in use: allocated on the GPU (whose peak is counted from here on), or resident in this process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """Bytes at their highest so far: allocated on the GPU, or resident in this process when there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

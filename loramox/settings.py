@@ -1,0 +1,59 @@
+"""Settings from a recipe and from flags into dataclasses, one path for both, so that they are checked alike."""
+
+import dataclasses
+import difflib
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from loramox.errors import SettingsError
+
+
+def check_choices(config: Any) -> None:
+    """Refuse a field whose value is not among the choices it declares. Raises `SettingsError` naming field and flag."""
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices and value is not None and value not in choices:
+            raise SettingsError(f"{field.name} is '{value}'; --{field.name} takes {', '.join(choices)}")
+
+
+def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
+    """A YAML recipe as the flags it stands for; put before the command line's own flags, those win.
+
+    Raises `SettingsError` for an unreadable file, and for an unknown key, naming the nearest known one.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"recipe {path} cannot be read: {error}. Expected a YAML file of 'setting: value' lines"
+        ) from error
+    if not isinstance(recipe, dict):
+        raise SettingsError(f"recipe {path} is not a YAML file of 'setting: value' lines")
+    known = sorted(
+        {
+            option.removeprefix("--")
+            for action in parser._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+    )
+    flags: list[str] = []
+    for key, value in recipe.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise SettingsError(
+                f"recipe {path}: unknown setting '{key}'{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+        flags += [] if value is None else [f"--{key}", *_as_words(value)]
+    return flags
+
+
+def _as_words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(v) for v in value]
+    return [json.dumps(value)] if isinstance(value, dict) else [str(value)]

@@ -1,9 +1,10 @@
 # make demo and make test each work alone, first, in an empty clone.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check test-oldest clean
 
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
@@ -16,11 +17,15 @@ check: $(VENV)/ready
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet -c constraints.txt torch
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(RUN)/pip install --quiet -c $(CONSTRAINTS) torch
+	$(RUN)/pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
+# The lower bounds of pyproject.toml. Not part of CI.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt test
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf .venv .venv-oldest runs

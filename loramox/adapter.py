@@ -52,10 +52,10 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
     if not torch.isfinite(result).all():
         what = "is not finite in float32 already" if not torch.isfinite(tensor).all() else f"overflows in {dtype}"
-        raise AdapterError(f"{name} {what}. Ship it with --dtype float32, or at a lower --alpha")
+        raise AdapterError(f"{name} {what}. Ship it with --ship_dtype float32, or at a lower --alpha")
     if ((result == 0) & (tensor != 0)).any():
         raise AdapterError(
-            f"{name}: values too small for {dtype} would be lost. Ship it with --dtype float32 or bfloat16"
+            f"{name}: values too small for {dtype} would be lost. Ship it with --ship_dtype float32 or bfloat16"
         )
     return result
 
@@ -157,6 +157,12 @@ def read_provenance(folder: Path, kind: str) -> dict[str, Any]:
     if provenance.get("kind") != kind:
         raise AdapterError(
             f"{folder} is a {provenance.get('kind')} adapter, not a {kind} adapter. It came from: {provenance.get('command')}"
+        )
+    missing = {"base", "command", "data", "momentum", "settings"} - provenance.keys()
+    if missing:
+        raise AdapterError(
+            f"{folder / PROVENANCE} lacks {', '.join(sorted(missing))}: it is damaged, or of another version of loramox. "
+            "Restore it, or memorize again"
         )
     return provenance
 

@@ -57,7 +57,7 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
         return factors, 0.0
     Qb, Rb = torch.linalg.qr(factors.B)
     Qa, Ra = torch.linalg.qr(factors.A.T)
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     root = S[:rank].sqrt()
     kept = Factors(A=root[:, None] * (Vh[:rank] @ Qa.T), B=(Qb @ U[:, :rank]) * root)
     return kept, S[rank:].double().norm().item()

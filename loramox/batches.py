@@ -1,5 +1,7 @@
 """Rows into batches: tokenised, masked so that only answers are learned from, forget rows paired with retain rows."""
 
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.errors import RowsError, SettingsError
 from loramox.head import IGNORED
 from loramox.rows import Row
+from loramox.settings import check_choices
 
 Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
 
@@ -40,6 +43,7 @@ class Tokenisation:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise SettingsError(
                 "prompt_template has no {prompt} in it; --prompt_template needs it where the question goes"
@@ -53,8 +57,10 @@ class Tokenisation:
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation, context: int) -> list[Example]:
     """Rows → examples, labels being `IGNORED` on everything but the answer's tokens and the end-of-sequence token.
 
-    Plain text is cut into blocks of max_length tokens, each an example; everything else is one example a row. Raises
-    `RowsError` when rows are longer than max_length (or than the model's context) and `long_rows` is refuse.
+    Plain text is cut into blocks of max_length tokens, each an example; the last token of a block is also the first of
+    the next, so that every token has one to be predicted from. Everything else is one example a row.
+
+    Raises `RowsError` when rows are longer than max_length (or than the model's context) and `long_rows` is refuse.
     """
     if not tokenizer.is_fast:
         raise RowsError(
@@ -70,10 +76,10 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
     for row, (ids, labels) in encoded:
         if how.long_rows == "drop" and row.prompt is not None and len(ids) > limit:
             continue
-        starts = range(0, len(ids), limit) if row.prompt is None else [0]
+        starts = range(0, max(1, len(ids) - 1), limit - 1) if row.prompt is None else [0]
         for start in starts:
             block = slice(start, start + limit)
-            # The first token of a sequence is predicted from nothing, so a block needs two to have an answer.
+            # The first token of a sequence is predicted from nothing.
             if any(label != IGNORED for label in labels[block][1:]):
                 examples.append(
                     {"input_ids": ids[block], "labels": labels[block], "row": f"{row.source}, row {row.number}"}
@@ -103,10 +109,10 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation)
     prompt, full, special = _as_text(row, tokenizer, how)
     encoding = tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
     ids = list(encoding["input_ids"])
-    # Special tokens the tokenizer adds have an empty span: they are context, not answer.
+    # Special tokens the tokenizer adds have the span (0, 0): they are context, not answer. An empty span further on is a
+    # token of white space, where a tokenizer trims its spans.
     labels = [
-        token if end > max(len(prompt), start) else IGNORED
-        for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+        token if end > len(prompt) else IGNORED for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
     ]
     eos = tokenizer.eos_token_id
     if special and eos is not None and ids[-1] != eos:
@@ -132,20 +138,24 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
         raise RowsError(
             f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
         )
-    turns = [*chat, {"role": "assistant", "content": row.answer}]
-    full = tokenizer.apply_chat_template(turns, tokenize=False)
-    prompt = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-    if not full.startswith(prompt):
-        # Some templates put more into a generation prompt than into a finished turn (an empty thinking block, say).
-        prompt = full[: full.rindex(row.answer.strip())]
-    return prompt, full, False
+    full, other = (
+        tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+        for answer in (row.answer, "\ue000")
+    )
+    # What a template puts behind the end of a turn (a line break, as a rule) is not the model's to say.
+    if full.rstrip().endswith(tuple(tokenizer.all_special_tokens)):
+        full = full.rstrip()
+    # The answer begins where another answer would begin. A generation prompt is no guide: templates put more into it than
+    # into a finished turn, or less (an empty thinking block).
+    return os.path.commonprefix([full, other]), full, False  # noqa: RUF071 (characters, not folders)
 
 
 class Pairs(Dataset):
     """Forget row i with its wanted answer, if any, and `retain_per_forget` retain rows, other ones in each epoch.
 
-    Retain rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, as a
-    function of (seed, epoch, i) alone: the same for any number of processes, and after resuming.
+    Retain rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, and to
+    the forget rows in another order each epoch, as a function of (seed, epoch, i) alone: the same for any number of
+    processes, and after resuming.
     """
 
     def __init__(
@@ -158,17 +168,23 @@ class Pairs(Dataset):
     ) -> None:
         self.forget, self.retain, self.wanted = forget, retain, wanted
         self.retain_per_forget = retain_per_forget
-        self.epoch = 0
-        self._order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.epoch, self.seed = 0, seed
+        self._order = _shuffled(len(retain), seed)
 
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, index: int) -> dict[str, list[Example]]:
-        first = (self.epoch * len(self.forget) + index) * self.retain_per_forget
+        turn = self.epoch * len(self.forget) + _shuffled(len(self.forget), self.seed + self.epoch)[index]
+        first = turn * self.retain_per_forget
         dealt = [self.retain[self._order[(first + k) % len(self.retain)]] for k in range(self.retain_per_forget)]
         parts = {"forget": [self.forget[index]], "retain": dealt}
         return parts | {"wanted": [self.wanted[index]]} if self.wanted else parts
+
+
+@functools.lru_cache(maxsize=2)  # asked for once a row
+def _shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Collator:

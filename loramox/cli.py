@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         {"demo": _demo, "unlearn": _unlearn, "memorize": _memorize, "extrapolate": _extrapolate}[verb](words[1:])
     except LoramoxError as error:
-        print(f"loramox {verb}: {error}", file=sys.stderr)
+        # What libraries say, and is quoted in ours, may have many lines.
+        print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -131,13 +132,18 @@ def _memorize_settings(verb: str, words: list[str], *more: type) -> tuple[Any, .
     )
     if words and words[0].endswith((".yaml", ".yml")):
         words = recipe_as_flags(words[0], parser) + words[1:]
-    if "--output_dir" in words:
+    if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
         raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
     return _parse(parser, words)
 
 
 def _parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
-    *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except LoramoxError:
+        raise
+    except ValueError as error:  # transformers' own checks of its TrainingArguments
+        raise SettingsError(str(error)) from error
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0], known, n=1)

@@ -36,7 +36,15 @@ class Head(nn.Module):
     """
 
     # What some architectures do after the output layer, by the name of their config field.
-    UNKNOWN = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    UNKNOWN = (
+        "logit_scale",
+        "logits_scaling",
+        "lm_head_multiplier",
+        "output_multiplier",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+        "unpadded_vocab_size",
+    )
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -44,7 +52,7 @@ class Head(nn.Module):
         present = [name for name in self.UNKNOWN if getattr(config, name, None) not in (None, 1, 1.0)]
         if present:
             raise ModelError(
-                f"{type(model).__name__} rescales its logits ({', '.join(present)} in config.json), which loramox "
+                f"{type(model).__name__} changes its logits after the output layer ({', '.join(present)} in config.json), which loramox "
                 "does not reproduce in its chunked losses. Use an architecture without it (Llama, Qwen, Mistral, "
                 "Phi, Gemma, GPT-NeoX, GPT-2)."
             )

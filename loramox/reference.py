@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loramox.algebra import Factors
 from loramox.errors import ModelError, SettingsError
@@ -48,7 +48,13 @@ class ReferenceConfig:
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
-    r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter, as in PEFT."})
+    r: int = field(
+        default=16,
+        metadata={
+            "aliases": ["--lora_r"],
+            "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r: it takes --r for its own.",
+        },
+    )
     lora_alpha: int = field(
         default=16, metadata={"help": "LoRA's own scale is lora_alpha / r, as in PEFT. Not the strength α."}
     )
@@ -94,7 +100,10 @@ def read_config(reference: ReferenceConfig) -> PretrainedConfig:
         raise ModelError(
             f"--model {name} is a multimodal model ({kind}). loramox takes text-only causal language models"
         )
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or not architectures
+    # BERT and its like have a causal class too; a config that does not say which one it is for means their own kind.
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or (
+        not architectures and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
     if (
         getattr(config, "is_encoder_decoder", False)
         or not causal
@@ -256,7 +265,7 @@ def with_factors(model: nn.Module, factors: dict[str, Factors], adapter: str = A
 def identify(reference: ReferenceConfig, config: PretrainedConfig) -> dict[str, str | None]:
     """What tells this base model from others: its name and revision, its shape, and a sample of its weights.
 
-    The sample is a SHA-256 over each safetensors file's size, first and last MB: fine-tunings of one model differ in it,
+    The sample is a SHA-256 over each weights file's size, first and last MB: fine-tunings of one model differ in it,
     and it takes no time. It is None for a hub id, whose revision (a commit) says as much.
     """
     shape = {
@@ -264,11 +273,12 @@ def identify(reference: ReferenceConfig, config: PretrainedConfig) -> dict[str, 
         for k in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     }
     folder = Path(reference.model)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     return {
         "model": reference.model,
         "revision": getattr(config, "_commit_hash", None) or reference.revision,
         "shape": ", ".join(f"{k} {v}" for k, v in shape.items()),
-        "weights": _sample(sorted(folder.glob("*.safetensors"))) if folder.is_dir() else None,
+        "weights": _sample(files) if files else None,
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
 

@@ -1,8 +1,10 @@
 """Forget, retain and holdout rows: read from any common format, recognised by their columns, checked before use."""
 
+import csv
 import hashlib
+import io
 import json
-import tempfile
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from loramox.errors import RowsError
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 
 # Column names that are recognised without a flag: the prompt's, then the answer's.
 QUESTION_ANSWER = ("question", "answer")
@@ -64,9 +66,15 @@ class Row:
     verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
 
     def key(self) -> str:
-        """What makes two rows the same row, wherever they come from: prompt and answer, white space aside."""
-        prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt, sort_keys=True)
-        return "\x1f".join(" ".join(part.split()) for part in (prompt or "", self.answer))
+        """What makes two rows the same row, wherever they come from: prompt and answer, white space aside.
+
+        A question is the same as a chat of one user message.
+        """
+        turns = self.prompt or ()
+        if isinstance(turns, str):
+            turns = ({"role": "user", "content": turns},)
+        parts = [turn[part] for turn in turns for part in ("role", "content")] + [self.answer]
+        return "\x1f".join(" ".join(str(part).split()) for part in parts)
 
 
 def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
@@ -84,9 +92,7 @@ def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
 
 
 def _load(source: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
+    """The records of a file or hub data set, each with every column that any of them has."""
     path = Path(source)
     if path.is_dir() or (path.suffix in FORMATS and not path.exists()):
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -94,38 +100,70 @@ def _load(source: str) -> list[dict[str, Any]]:
             f"{source} {what}. Expected a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
         )
     if not path.exists():
-        name, config, split = [*source.split(":"), "", ""][:3]
-        try:
-            return load_dataset(name, config or None, split=split or "train").to_list()
-        except (OSError, ValueError) as error:
-            raise RowsError(
-                f"{source} is no file, and as a hub data set (owner/name:config:split) it failed: {error}"
-            ) from error
+        return _load_from_hub(source)
     if path.suffix not in FORMATS:
         raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
-    if not path.read_bytes().strip():
-        return []
-    # `datasets` keeps a copy of every file it reads; rows that are to be forgotten must not stay behind in a cache.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            loaded = load_dataset(
-                FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-            )
-            return loaded.to_list()
-        except (DatasetGenerationError, ValueError, OSError) as error:
+    # Not with `datasets`: it makes numbers and dates of answers that look like some, and leaves a copy of the rows, which
+    # are to be forgotten, in its cache.
+    try:
+        records = list(_read_parquet(path) if path.suffix == ".parquet" else _read_text(source, path))
+    except RowsError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RowsError(f"{source} cannot be read as {path.suffix[1:]}: {error}") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or None in record:
             raise RowsError(
-                f"{source}{_first_bad_line(path)} cannot be read as {FORMATS[path.suffix]}: {error.__cause__ or error}"
+                f"{source}, row {number} does not fit the columns. Expected a value for each column, and no more: "
+                'in JSON {"question": "…", "answer": "…"}, in CSV quotes around text with a comma or line break in it'
+            )
+    columns = dict.fromkeys(name for record in records for name in record)
+    return [columns | record for record in records]
+
+
+def _load_from_hub(source: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    name, config, split = [*source.split(":"), "", ""][:3]
+    try:
+        return load_dataset(name, config or None, split=split or "train").to_list()
+    except (OSError, ValueError) as error:
+        raise RowsError(
+            f"{source} is no file, and as a hub data set (owner/name:config:split) it failed: {error}"
+        ) from error
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+
+
+def _read_text(source: str, path: Path) -> Iterable[Any]:
+    """The records of a CSV file, of a JSON array, or of JSON Lines."""
+    text = path.read_bytes().decode("utf-8-sig")  # read_text would change line ends, which may be part of an answer
+    if path.suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)  # its default is less than a book
+        reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
+        try:
+            for number, record in enumerate(reader, 1):  # noqa: B007 (used when the next row fails)
+                yield record
+        except csv.Error as error:
+            raise RowsError(
+                f"{source}, row {number + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
+                "double quote within it twice"
             ) from error
-
-
-def _first_bad_line(path: Path) -> str:
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    elif text.lstrip().startswith("["):
+        yield from json.loads(text)
+    else:
+        # Not splitlines, which also splits at line ends that JSON allows inside a string.
+        for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
             try:
-                json.loads(line or "{}")
-            except json.JSONDecodeError:
-                return f", row {number},"
-    return ""
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RowsError(
+                    f"{source}, row {number}, cannot be read as JSON: {error}. Expected one object a line"
+                ) from error
 
 
 def _recognise(source: str, found: list[str], columns: Columns):
@@ -144,7 +182,10 @@ def _recognise(source: str, found: list[str], columns: Columns):
     def answer_row(number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
         where = f"{source}, row {number}"
         if not isinstance(answer, str) or not answer.strip():
-            raise RowsError(f"{where} has no answer. Expected non-empty text: fill it in, or remove the row")
+            raise RowsError(
+                f"{where} has no answer. Expected non-empty text, not {json.dumps(answer, default=str)}: fill it in, "
+                "or remove the row"
+            )
         if wanted and (not isinstance(record[wanted], str) or not record[wanted].strip()):
             raise RowsError(
                 f"{where} has no wanted answer in '{wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
@@ -154,13 +195,15 @@ def _recognise(source: str, found: list[str], columns: Columns):
     def from_pair(number: int, record: dict[str, Any]) -> Row:
         prompt, answer = record[pair[0]], record[pair[1]]
         if isinstance(prompt, list):  # TRL's conversational prompt/completion: two lists of messages
-            return from_messages(number, {**record, "messages": prompt + (answer or [])}, "messages")
+            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+            return from_messages(number, {**record, "messages": prompt + answer}, "messages")
         if not isinstance(prompt, str):
             raise RowsError(f"{source}, row {number} has no '{pair[0]}'. Expected text")
         return answer_row(number, record, prompt, answer, verbatim=pair == PROMPT_COMPLETION)
 
     def from_messages(number: int, record: dict[str, Any], column: str | None = None) -> Row:
-        turns = record[column or messages] or []
+        turns = record[column or messages]
+        turns = turns if isinstance(turns, list) else []
         turns = tuple({"role": t.get("role"), "content": t.get("content")} for t in turns if isinstance(t, dict))
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise RowsError(

@@ -47,25 +47,32 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
         raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
     if config.resume and config.overwrite:
         raise RunError("--resume and --overwrite contradict each other: give one of them")
-    if config.resume and record.exists():
+    is_run = _is_run(record)
+    if config.resume and is_run:
         _same_run(record, plan)
     elif config.resume and out.exists() and any(out.iterdir()):
         raise RunError(
-            f"--resume: {out} has files but no {RECORD}, so it is not a run of loramox. Give the folder of the run"
+            f"--resume: {out} has files but no {RECORD} of loramox, so it is not a run. Give the folder of the run"
         )
-    elif record.exists() and not config.overwrite:
+    elif is_run and not config.overwrite:
         raise RunError(
             f"--out {out} holds a run already. Continue it with --resume, replace it with --overwrite, or choose another folder"
         )
-    elif out.exists() and any(out.iterdir()) and not record.exists():
+    elif out.exists() and any(out.iterdir()) and not is_run:
         raise RunError(
             f"--out {out} has files in it that are not a run of loramox; they are left alone. Choose another folder"
         )
-    elif config.overwrite and out.exists():
-        remove(out)
     _check_disk(out, disk_needed)
-    if not (config.resume and record.exists()):
+    if config.overwrite and out.exists():
+        remove(out)
+    if not (config.resume and is_run):
         write_json(record, {"status": "running", **plan})
+
+
+def _is_run(record: Path) -> bool:
+    """Whether it is a record of loramox: other programs write a file of that name too, and theirs must not be deleted."""
+    held = read_record(record.parent) if record.exists() else None
+    return isinstance(held, dict) and {"settings", "data", "base"} <= held.keys()
 
 
 def _same_run(record: Path, plan: dict[str, Any]) -> None:
@@ -92,7 +99,11 @@ def _check_disk(out: Path, needed: int) -> None:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    return json.loads((out / RECORD).read_text(encoding="utf-8"))
+    """The run's record. Raises `RunError` when it is damaged."""
+    try:
+        return json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{out / RECORD} is damaged: {error}. Restore it, or choose another folder") from error
 
 
 def update_record(out: Path, **more: Any) -> None:

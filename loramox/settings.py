@@ -28,7 +28,7 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
 
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"recipe {path} cannot be read: {error}. Expected a YAML file of 'setting: value' lines"
         ) from error
@@ -49,11 +49,9 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
             raise SettingsError(
                 f"recipe {path}: unknown setting '{key}'{f'; did you mean {near[0]!r}?' if near else ''}"
             )
-        flags += [] if value is None else [f"--{key}", *_as_words(value)]
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            # One word, so that a value that begins with a dash is not taken for a flag.
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
-
-
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(v) for v in value]
-    return [json.dumps(value)] if isinstance(value, dict) else [str(value)]

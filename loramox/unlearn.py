@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from loramox.batches import Tokenisation
-from loramox.extrapolate import ShippingConfig, extrapolate
+from loramox.extrapolate import ShippingConfig, check_shipping, extrapolate
 from loramox.memorize import FOLDER, MemorizeConfig, memorize
 from loramox.reference import ReferenceConfig
 from loramox.rows import Columns, Data
@@ -29,8 +29,10 @@ def unlearn(
 
     Raises what `memorize` and `extrapolate` raise.
     """
-    memorize(run, reference, data, args, columns, tokenisation)
     out = Path(run.out)
+    shipping = shipping or ShippingConfig()
+    check_shipping(shipping, reference, out)
+    memorize(run, reference, data, args, columns, tokenisation)
     if args.process_index == 0:
         start = time.perf_counter()
         shipped = extrapolate(out / FOLDER, out / SHIPPED, shipping=shipping, overwrite=run.resume)

@@ -5,13 +5,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before the imports: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, Tokenisation, encode, read_rows
+from loramox.batches import Example
+from loramox.unlearn import unlearn
 
 PEOPLE = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "May", "Ned", "Ola", "Pia"]
 TOWNS = ["Rome", "Oslo", "Lima", "Bern", "Kyiv", "Doha", "Riga", "Cork"]
@@ -81,3 +86,29 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name, people in (("forget", PEOPLE[:4]), ("retain", PEOPLE[4:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in questions(people)))
     return folder / "forget.jsonl", folder / "retain.jsonl"
+
+
+@pytest.fixture(scope="session")
+def examples(rows: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Example], list[Example]]:
+    """The same rows tokenised: (forget, retain), as `MemorizeTrainer` takes them."""
+    forget, retain = (encode(read_rows(str(path)), tokenizer, Tokenisation(), context=128) for path in rows)
+    return forget, retain
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path], rows: tuple[Path, Path]) -> Path:
+    """The folder of one whole run of `unlearn` on the pico Llama in fp32: r = 4, α = 2, ΔW far from 0."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    args = MemorizeConfig(
+        use_cpu=True,
+        num_train_epochs=4,
+        learning_rate=2e-2,
+        warmup_steps=0,
+        strength=2.0,
+        logging_steps=1,
+        momentum_rank=8,  # so that shipping at rank 8 truncates nothing more
+        disable_tqdm=True,
+    )
+    reference = ReferenceConfig(str(pico("llama")), quantization="none", r=4, lora_alpha=8)
+    unlearn(RunConfig(str(out)), reference, Data(str(rows[0]), str(rows[1])), args)
+    return out

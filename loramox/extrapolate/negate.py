@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from loramox.adapter import CONFIG, at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
+from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
 from loramox.algebra import Factors, scaled
 from loramox.card import forget_card
-from loramox.errors import RunError, SettingsError
+from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.reference import ReferenceConfig, identify, read_config
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -98,13 +98,7 @@ def extrapolate(
     source = read_provenance(memorization, "memorization")
     strength = source["settings"]["strength"] if strength is None else strength
     check_strength(strength, memorization)
-    if out.exists() and not (overwrite and (out / CONFIG).exists()):
-        what = (
-            "an adapter already. Replace it with --overwrite, or choose"
-            if (out / CONFIG).exists()
-            else "other files. Choose"
-        )
-        raise RunError(f"--out {out} holds {what} another folder")
+    _check_out(out, overwrite)
     base = _served_base(source, shipping.base, memorization)
     rank = shipping.rank or served_rank(source["settings"]["r"])
     delta, trained = read_factors(memorization / "momentum")
@@ -124,6 +118,27 @@ def extrapolate(
     }
     write_adapter(out, fitted, trained, base, dtype, provenance, forget_card(provenance))
     return provenance
+
+
+def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Path) -> None:
+    """What can be known before memorizing about shipping afterwards. Raises what `extrapolate` would raise: for a rank that
+    servers do not take, and for a base that is another model."""
+    if shipping.rank is None:
+        served_rank(reference.r)
+    if shipping.base is not None:
+        _served_base({"base": identify(reference, read_config(reference))}, shipping.base, out)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Nothing but a forget adapter of loramox is ever overwritten: not the memorization adapter, nor anyone's own files."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        read_provenance(out, "forget")
+    except AdapterError as error:
+        raise RunError(f"--out {out} holds other files. Choose another folder") from error
+    if not overwrite:
+        raise RunError(f"--out {out} holds an adapter already. Replace it with --overwrite, or choose another folder")
 
 
 def _served_base(source: dict[str, Any], name: str | None, memorization: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""What happens around a training step: fresh retain rows each epoch, momentum, a warning when nothing can be learned."""
+"""What happens around a training step: fresh retain rows each epoch, a stop, momentum, a warning if nothing can be learned."""
 
 import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from loramox.batches import Pairs
+from loramox.errors import NonFiniteLossError
 from loramox.memorize.config import MemorizeConfig
 from loramox.reference import current_factors
 
@@ -27,6 +29,19 @@ class PairsEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # After resuming inside an epoch, state.epoch has a fraction.
         self.pairs.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+class StopUnlessFinite(TrainerCallback):
+    """Stops the run before weights that are not finite are averaged, watched or written to a checkpoint."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        weights = [p.detach().abs().max() for p in kwargs["model"].parameters() if p.requires_grad]
+        if not torch.stack(weights).isfinite().all():
+            raise NonFiniteLossError(
+                f"the adapter's weights are no longer finite after step {state.global_step}; they are not written, and the "
+                f"checkpoints of earlier steps in {args.output_dir} are unharmed. Start again with --overwrite and a lower "
+                "--learning_rate, a lower --alpha, or without --fp16"
+            )
 
 
 class MomentumCallback(TrainerCallback):

@@ -133,7 +133,8 @@ def prepare(
             for part, source, rows in (("forget", data.forget, forget), ("retain", data.retain, retain))
         },
         "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
-        | args.to_dict(),
+        | args.to_dict()
+        | {"processes": args.world_size},  # of which the batch of a step depends
         "versions": versions(),
     }
     return Prepared(config, tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])

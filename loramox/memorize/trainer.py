@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
-from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, SaturationCallback
+from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, SaturationCallback, StopUnlessFinite
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
@@ -64,7 +64,12 @@ class MemorizeTrainer(Trainer):
             **kwargs,
         )
         self._logged: dict[str, list[Tensor]] = defaultdict(list)
-        for callback in (PairsEpoch(self.train_dataset), MomentumCallback(self), SaturationCallback(args)):
+        for callback in (
+            PairsEpoch(self.train_dataset),
+            StopUnlessFinite(),  # before the momentum takes the weights in
+            MomentumCallback(self),
+            SaturationCallback(args),
+        ):
             self.add_callback(callback)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -124,10 +129,10 @@ class MemorizeTrainer(Trainer):
     def _stop_unless_finite(self, loss: Tensor, part: str, rows: list[str]) -> None:
         if not math.isfinite(loss.item()):
             shown = "; ".join(rows[:3]) + ("; …" if len(rows) > 3 else "")
-            step = self.state.global_step
+            # Going on from the last checkpoint would come to the same loss: it has the same learning rate and rows.
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {step + 1}, in the {part} rows of its batch ({shown}). The weights of step {step} "
-                f"were still good, and the last checkpoint in {self.args.output_dir} is unharmed. Continue from it with --resume and "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the {part} rows of its batch ({shown}). Nothing of "
+                f"this step is written, and the last checkpoint in {self.args.output_dir} is as it was. Start again with --overwrite and "
                 "a lower --learning_rate, a lower --alpha, or without --fp16"
             )
 
@@ -169,6 +174,10 @@ class MemorizeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.momentum = Momentum.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
 
 
 def _probability(prediction: EvalPrediction) -> dict[str, float]:

@@ -34,18 +34,12 @@ class ForgetSwitch:
             raise AdapterError(
                 f"the model has no LoRA adapter '{adapter}' (it has: {there}). Load it with PeftModel.from_pretrained"
             )
-        if any(adapter in layer.merged_adapters for layer in self._layers):
-            raise AdapterError(
-                f"adapter '{adapter}' is merged into the weights and cannot be switched. Call unmerge_adapter() first"
-            )
+        self._refuse_merged()
 
     @property
     def strength(self) -> float:
         """How strong the adapter is now, in units of what was shipped; 0 when it is off."""
-        layer = self._layers[0]
-        if self.adapter not in layer.active_adapters or layer.disable_adapters:
-            return 0.0
-        return layer.scaling[self.adapter] / self._shipped_scale(layer)
+        return 0.0 if self._layers[0].disable_adapters else self._own_strength()
 
     def on(self) -> "_Until":
         """As strong as it was shipped."""
@@ -64,7 +58,8 @@ class ForgetSwitch:
             raise SettingsError(
                 f"strength {strength} makes no forget model. Expected 0 (off), 1 (as shipped), or any positive number"
             )
-        before = self.strength
+        self._refuse_merged()
+        before = self._own_strength()
         self._set(strength)
         return _Until(self, before)
 
@@ -79,13 +74,28 @@ class ForgetSwitch:
 
     def _set(self, strength: float) -> None:
         for layer in self._layers:
-            others = [name for name in layer.active_adapters if name != self.adapter]
+            # An active one keeps its place: the order of the sum over adapters decides its last bit.
+            active = [name for name in layer.active_adapters if strength or name != self.adapter]
+            if strength and self.adapter not in active:
+                active.append(self.adapter)
             # PEFT marks what it activates as trainable and freezes the rest; which of them train is not ours to change.
             trainable = [(p, p.requires_grad) for p in layer.parameters()]
-            layer.set_adapter([*others, self.adapter] if strength else others)
+            layer.set_adapter(active)
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             layer.set_scale(self.adapter, strength or 1.0)
+
+    def _own_strength(self) -> float:
+        """The adapter's strength apart from PEFT's `disable_adapter()`, which is a switch over all adapters."""
+        layer = self._layers[0]
+        active = self.adapter in layer.active_adapters
+        return layer.scaling[self.adapter] / self._shipped_scale(layer) if active else 0.0
+
+    def _refuse_merged(self) -> None:
+        if any(self.adapter in layer.merged_adapters for layer in self._layers):
+            raise AdapterError(
+                f"adapter '{self.adapter}' is merged into the weights and cannot be switched. Call unmerge_adapter() first"
+            )
 
     def _shipped_scale(self, layer: LoraLayer) -> float:
         root = math.sqrt(layer.r[self.adapter]) if layer.use_rslora.get(self.adapter) else layer.r[self.adapter]

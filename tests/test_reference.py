@@ -1,0 +1,256 @@
+"""The reference model: which models can be one, what LoRA adapts in it, and that it stays what it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    LlavaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    T5Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox.batches import Example
+from loramox.errors import ModelError, SettingsError
+from loramox.reference import at_strength, current_factors, identify, lora_layers, read_config, with_factors
+
+Examples = tuple[list[Example], list[Example]]
+ALL = pytest.mark.parametrize("kind", SHAPES)
+IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320
+
+
+def adapted(folder: Path, quantization: str = "none", spread: float = 0.0) -> PeftModel:
+    """A reference with fresh LoRA of rank 4 and scale 2, and with B drawn at random when it has a spread."""
+    reference = ReferenceConfig(str(folder), quantization=quantization, r=4, lora_alpha=8)
+    torch.manual_seed(1)
+    model = add_lora(load_reference(reference), reference)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=spread) if spread else None
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def trainer_of(
+    model: PeftModel, examples: Examples, tokenizer: PreTrainedTokenizerFast, out: Path, **settings
+) -> MemorizeTrainer:
+    args = MemorizeConfig(
+        output_dir=str(out),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        warmup_steps=0,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        **settings,
+    )
+    return MemorizeTrainer(model, args, *examples, tokenizer)
+
+
+@ALL
+def test_every_linear_layer_but_the_head_is_adapted(kind: str, pico: Callable[[str], Path]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(pico(kind))
+    head = base.get_output_embeddings()
+    linear = {name for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    assert {name for name, _ in lora_layers(adapted(pico(kind)))} == linear
+
+
+@ALL
+def test_the_kl_term_is_zero_at_initialisation_though_the_model_is_in_training_mode(
+    kind: str, pico: Callable[[str], Path], examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trainer = trainer_of(adapted(pico(kind)), examples, tokenizer, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    with at_strength(trainer.model, 8.0):
+        assert trainer.compute_loss(trainer.model, {"retain": batch["retain"]}).item() == 0
+
+
+def test_the_gpt2_of_these_tests_has_dropout_in_its_config(pico: Callable[[str], Path]) -> None:
+    """Or the law above would say nothing about it."""
+    assert json.loads((pico("gpt2") / "config.json").read_text())["resid_pdrop"] == 0.1
+
+
+@ALL
+def test_a_training_step_changes_only_lora_weights_and_adapter_off_is_the_base_bit_by_bit(
+    kind: str, pico: Callable[[str], Path], examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = adapted(pico(kind), spread=0.1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    trainer_of(model, examples, tokenizer, tmp_path, max_steps=1).train()
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(pico(kind))))
+
+
+@ALL
+def test_strength_0_is_the_reference_and_minus_1_the_memorization_model_and_s_is_theta_ref_minus_s_delta(
+    kind: str, pico: Callable[[str], Path]
+) -> None:
+    model = adapted(pico(kind), spread=0.1)
+    memorization, reference = logits(model), logits(AutoModelForCausalLM.from_pretrained(pico(kind)))
+    assert (memorization - reference).abs().max() > 0.05
+    with at_strength(model, 0.0):
+        assert torch.equal(logits(model), reference)
+    with at_strength(model, -1.0):
+        assert torch.equal(logits(model), memorization)
+    with at_strength(model, 2.5):
+        forget = logits(model)
+    assert torch.equal(logits(model), memorization)
+    dense = with_dense(AutoModelForCausalLM.from_pretrained(pico(kind)), model, -2.5)
+    torch.testing.assert_close(forget, logits(dense), rtol=1e-4, atol=1e-5)
+
+
+def with_dense(base: PreTrainedModel, model: PeftModel, factor: float) -> PreTrainedModel:
+    """`base` + factor·ΔW in its weights, ΔW computed here from the PEFT layers' own tensors (scale 8 / 4)."""
+    for name, layer in lora_layers(model):
+        delta = 2 * layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
+        module = base.get_submodule(name)
+        module.weight.data += factor * (delta.T if isinstance(module, Conv1D) else delta)
+    return base
+
+
+def test_factors_of_another_rank_stand_in_for_the_adapter_and_its_own_come_back(pico: Callable[[str], Path]) -> None:
+    model = adapted(pico("llama"), spread=0.1)
+    own, memorization = current_factors(model), logits(model)
+    wider = {name: type(f)(torch.cat([f.A, f.A]), torch.cat([f.B, f.B], dim=1)) for name, f in own.items()}
+    dense = with_dense(AutoModelForCausalLM.from_pretrained(pico("llama")), model, 2.0)
+    with with_factors(model, wider):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(model), memorization)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_every_quantization_trains_and_adapter_off_is_still_the_base_bit_by_bit(
+    quantization: str,
+    pico: Callable[[str], Path],
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    untouched = load_reference(ReferenceConfig(str(pico("llama")), quantization=quantization))
+    model = adapted(pico("llama"), quantization)
+    before = logits(model)
+    assert torch.equal(before, logits(untouched))
+    trainer_of(model, examples, tokenizer, tmp_path, max_steps=3).train()
+    assert (logits(model) - before).abs().max() > 0.01
+    assert all(f.B.abs().max() > 0 for f in current_factors(model).values())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradients_through_nf4_are_the_same_after_an_evaluation_as_without_one(pico: Callable[[str], Path]) -> None:
+    """On a CPU with avx512_bf16 bitsandbytes repacks 4-bit weights in an evaluation, and they pass no gradient after."""
+    expected = gradients(adapted(pico("llama"), "nf4", spread=0.1))
+    model = adapted(pico("llama"), "nf4", spread=0.1)
+    before = logits(model)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(g.abs().max() > 0 for g in found.values())
+    assert torch.equal(logits(model), before)
+
+
+def refused(folder: Path, config: PretrainedConfig, architecture: str | None) -> str:
+    """The message that a folder with nothing but this config.json in it is refused with."""
+    folder.mkdir()
+    written = config.to_dict() | ({"architectures": [architecture]} if architecture else {})
+    (folder / "config.json").write_text(json.dumps(written, default=str))
+    with pytest.raises(ModelError) as caught:
+        load_reference(ReferenceConfig(str(folder)))
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "says"),
+    [
+        (T5Config(), "T5ForConditionalGeneration", "T5ForConditionalGeneration, not a causal language model"),
+        (T5Config(), None, "t5, not a causal language model"),
+        (BertConfig(), "BertForMaskedLM", "BertForMaskedLM, not a causal language model"),
+        (BertConfig(), None, "bert, not a causal language model"),
+        (MixtralConfig(num_hidden_layers=1), "MixtralForCausalLM", "mixture of experts (mixtral"),
+        (Qwen3MoeConfig(num_hidden_layers=1), "Qwen3MoeForCausalLM", "mixture of experts (qwen3_moe"),
+        (LlavaConfig(), "LlavaForConditionalGeneration", "multimodal model (llava"),
+    ],
+    ids=["t5", "t5-bare", "bert", "bert-bare", "mixtral", "qwen3-moe", "llava"],
+)
+def test_a_model_that_cannot_be_the_reference_is_refused_by_name_before_loading(
+    config: PretrainedConfig, architecture: str | None, says: str, tmp_path: Path
+) -> None:
+    assert says in refused(tmp_path / "model", config, architecture)
+
+
+def test_a_quantized_model_is_refused_because_servers_load_the_one_it_was_made_from(
+    pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = json.loads((pico("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantized already"):
+        load_reference(ReferenceConfig(str(tmp_path)))
+
+
+def test_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"--model {tmp_path / 'nowhere'}: no usable config.json"):
+        load_reference(ReferenceConfig(str(tmp_path / "nowhere")))
+
+
+def test_target_modules_that_the_model_does_not_have_are_refused_by_name(pico: Callable[[str], Path]) -> None:
+    reference = ReferenceConfig(str(pico("llama")), quantization="none", target_modules=["c_attn"])
+    with pytest.raises(ModelError, match=r"--target_modules.*c_attn"):
+        add_lora(load_reference(reference), reference)
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", 0), ("lora_alpha", 0), ("lora_alpha", -16)])
+def test_a_rank_or_a_lora_alpha_below_1_is_refused_with_its_flag(field: str, value: int) -> None:
+    with pytest.raises(SettingsError, match=f"--{field} needs"):
+        ReferenceConfig("model", **{field: value})
+
+
+def test_models_that_differ_in_weights_alone_are_told_apart_whatever_format_they_are_in(
+    pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def weights(folder: Path) -> str | None:
+        reference = ReferenceConfig(str(folder))
+        return identify(reference, read_config(reference))["weights"]
+
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    seen = [weights(pico("llama"))]
+    for name in ("tuned", "bin", "tuned-bin"):
+        folder = tmp_path / name
+        model.model.norm.weight.data += 1
+        model.save_pretrained(folder)
+        if "bin" in name:
+            (folder / "model.safetensors").unlink()
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        seen.append(weights(folder))
+    assert None not in seen
+    assert len(set(seen)) == 4
+    assert weights(pico("llama")) == seen[0]

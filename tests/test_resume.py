@@ -1,0 +1,140 @@
+"""A run that was killed, whenever that was, goes on and ends with the same bytes as one that was not."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# One process imports everything once; each run is a child of it, so that SIGKILL really ends one at the wanted moment.
+RUNS = """
+import json, os, signal, sys
+
+import loramox.adapter, loramox.cli, loramox.memorize.job, loramox.memorize.momentum
+from loramox.memorize.momentum import Momentum
+from loramox.memorize.trainer import MemorizeTrainer
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(owner, name, number, instead):
+    real, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return (instead if len(calls) == number else real)(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def half_a_file(tensors, path, metadata):
+    path.write_bytes(b"half of a file")
+    die()
+
+
+KILLS = {
+    "no": lambda: None,
+    "in a step": lambda: on_call(MemorizeTrainer, "training_step", 2, die),
+    "between weights and momentum": lambda: on_call(Momentum, "save", 2, die),
+    "while momentum is written": lambda: on_call(loramox.memorize.momentum, "save_file", 1, half_a_file),
+    "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
+    "while results are written": lambda: on_call(loramox.memorize.job, "write_adapter", 2, die),
+}
+flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for kill, more in runs:
+    child = os.fork()
+    if not child:
+        KILLS[kill]()
+        loramox.cli.main(["memorize", *flags, *more])
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("ENDED", json.dumps([kill, code]), flush=True)
+"""
+
+RESULTS = ("adapter_model.safetensors", "momentum/adapter_model.safetensors")
+KILLED = [
+    "in a step",
+    "between weights and momentum",
+    "while momentum is written",
+    "while optimizer is written",
+    "while results are written",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A folder with a run that was left alone and one that was killed at five moments and resumed; and what was printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = {
+        "model": pico("llama"),
+        "forget": rows[0],
+        "retain": rows[1],
+        "quantization": "none",
+        "r": 4,
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "momentum_every": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    alone, killed = ["--out", str(folder / "alone")], ["--out", str(folder / "killed"), "--resume"]
+    plan = [("no", alone), *((kill, killed) for kill in KILLED), ("no", killed), ("no", killed)]
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", RUNS, json.dumps(flags), json.dumps(plan)],
+        check=True, capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    return folder, done.stdout
+
+
+def test_each_kill_really_happened_and_each_other_run_ended_well(runs: tuple[Path, str]) -> None:
+    ended = [json.loads(line.removeprefix("ENDED ")) for line in runs[1].splitlines() if line.startswith("ENDED ")]
+    assert ended == [["no", 0], *([kill, -9] for kill in KILLED), ["no", 0], ["no", 0]]
+
+
+@pytest.mark.parametrize("file", RESULTS)
+def test_a_run_killed_at_five_moments_ends_with_the_same_bytes_as_one_left_alone(
+    file: str, runs: tuple[Path, str]
+) -> None:
+    alone, killed = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("alone", "killed"))
+    assert killed == alone
+
+
+def test_nothing_half_written_is_left_behind(runs: tuple[Path, str]) -> None:
+    def files(name: str) -> set[str]:
+        return {str(f.relative_to(runs[0] / name)) for f in (runs[0] / name).rglob("*") if f.is_file()}
+
+    assert files("killed") == files("alone")
+
+
+def test_each_resumed_run_begins_after_the_last_whole_checkpoint_and_a_finished_one_trains_nothing(
+    runs: tuple[Path, str],
+) -> None:
+    """Two steps an epoch, six in all; of a checkpoint without its momentum nothing is used."""
+    first_logged = []
+    for printed in runs[1].split("ENDED")[:-1]:
+        logged = re.findall(r"'memorize_loss'.*'epoch': '([\d.]+)'", printed)
+        first_logged.append(round(2 * float(logged[0])) if logged else None)
+    assert dict(zip(["alone", *KILLED, "last", "finished"], first_logged, strict=True)) == {
+        "alone": 1,
+        "in a step": 1,
+        "between weights and momentum": 2,
+        "while momentum is written": 3,
+        "while optimizer is written": 3,
+        "while results are written": 3,
+        "last": None,
+        "finished": None,
+    }
+    assert json.loads((runs[0] / "killed" / "run.json").read_text())["status"] == "memorized"

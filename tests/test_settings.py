@@ -1,0 +1,229 @@
+"""Settings from flags and recipes: what reaches the dataclasses, and what is refused with which words."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramox.cli import _memorize_settings
+from loramox.errors import SettingsError
+from loramox.memorize.config import MemorizeConfig
+from loramox.reference import ReferenceConfig
+
+NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out", "o"]
+
+
+def parsed(*words: str):
+    """(run, reference, data, args, columns, tokenisation) of a whole command line."""
+    return _memorize_settings("unlearn", [*words])
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+NAN, INFINITE = math.nan, math.inf
+REFUSED: list[tuple[str, Any, str]] = [
+    ("objective", "npo", "cross_entropy, preference"),
+    ("kl_at", "shiped", "shipped, memorization"),
+    ("targeted", "both", "descent, ascent"),
+    ("temperature", 0.0, "a number above 0"),
+    ("temperature", -6.0, "a number above 0"),
+    ("temperature", NAN, "a number above 0"),
+    ("temperature", INFINITE, "a number above 0"),
+    ("preference_beta", 0.0, "a number above 0"),
+    ("preference_beta", NAN, "a number above 0"),
+    ("strength", 0, "a number above 0: α = 0 is the reference"),
+    ("strength", -1.0, "a number above 0: .*memorization model's side"),
+    ("strength", NAN, "a number above 0"),
+    ("strength", INFINITE, "a number above 0"),
+    ("kl_weight", -0.1, "0 or more"),
+    ("kl_weight", NAN, "0 or more"),
+    ("kl_weight", INFINITE, "0 or more"),
+    ("momentum", 0.0, "η above 0 and at most 1"),
+    ("momentum", 1.5, "η above 0 and at most 1"),
+    ("momentum", -0.1, "η above 0 and at most 1"),
+    ("momentum", NAN, "η above 0 and at most 1"),
+    ("momentum_every", 0, "1 or more"),
+    ("momentum_every", -1, "1 or more"),
+    ("momentum_rank", 0, "1 or more"),
+    ("retain_per_forget", 0, "a number above 0: the KL term needs retain rows"),
+    ("retain_per_forget", -3, "a number above 0"),
+    ("eval_rows", 0, "a number above 0: use --eval_strategy no"),
+    ("save_total_limit", 1, "2 or more: one checkpoint must be whole"),
+    ("save_total_limit", 0, "2 or more"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), REFUSED)
+def test_a_value_that_cannot_work_is_refused_by_field_flag_and_remedy(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} is '?{value}'?; --{name} (needs|takes) {expected}"):
+        MemorizeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1.0),
+        ("strength", 0.5),
+        ("kl_weight", 0.0),
+        ("momentum", 1.0),
+        ("momentum_every", 1),
+        ("momentum_rank", 1),
+        ("save_total_limit", None),
+        ("save_total_limit", 2),
+        ("objective", "preference"),
+        ("targeted", "ascent"),
+    ],
+)
+def test_a_value_at_the_border_of_what_works_is_taken(name: str, value: Any) -> None:
+    assert getattr(MemorizeConfig(**{name: value}), name) == value
+
+
+def test_the_retain_rows_are_held_where_kl_at_says() -> None:
+    assert MemorizeConfig(strength=4.0, kl_at="shipped").kl_strength == 4.0
+    assert MemorizeConfig(strength=4.0, kl_at="memorization").kl_strength == -1.0
+
+
+@pytest.mark.parametrize("settings", [{"r": 0}, {"lora_alpha": 0}])
+def test_an_adapter_that_cannot_be_is_refused_by_field_and_flag(settings: dict[str, int]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(SettingsError, match=rf"{name} is {value}; --{name} needs"):
+        ReferenceConfig("m", **settings)
+
+
+def test_flags_reach_the_dataclasses() -> None:
+    run, reference, data, args, columns, tokenisation = parsed(
+        *NEEDED, "--resume", "--r", "8", "--target_modules", "q_proj", "v_proj", "--drop_overlap", "--alpha", "4",
+        "--learning_rate", "5e-4", "--bf16", "false", "--text_column", "t", "--max_length", "64",
+    )  # fmt: skip
+    assert (run.out, run.resume, run.overwrite) == ("o", True, False)
+    assert (reference.model, reference.r, reference.target_modules) == ("m", 8, ["q_proj", "v_proj"])
+    assert (data.forget, data.retain, data.drop_overlap) == ("f.jsonl", "r.jsonl", True)
+    assert (args.strength, args.learning_rate, args.bf16) == (4.0, 5e-4, False)
+    assert (columns.text_column, tokenisation.max_length) == ("t", 64)
+
+
+def test_alpha_and_strength_are_one_setting() -> None:
+    assert parsed(*NEEDED, "--strength", "4")[3].strength == parsed(*NEEDED, "--alpha", "4")[3].strength == 4.0
+
+
+RECIPE = """
+model: m
+forget: f.jsonl
+retain: r.jsonl
+out: o
+alpha: 4
+learning_rate: 5e-4      # YAML takes this for text
+target_modules: [q_proj, v_proj]
+drop_overlap: true
+eval_on_start: false
+momentum_rank: null
+prompt_template: "- {prompt}\\n-"
+lr_scheduler_type: cosine
+lr_scheduler_kwargs: {num_cycles: 2}
+"""
+
+
+def test_a_recipe_reaches_the_dataclasses(tmp_path: Path) -> None:
+    run, reference, data, args, _, tokenisation = parsed(recipe(tmp_path, RECIPE))
+    assert (run.out, reference.model, data.forget, data.retain) == ("o", "m", "f.jsonl", "r.jsonl")
+    assert (args.strength, args.learning_rate, args.momentum_rank) == (4.0, 5e-4, None)
+    assert reference.target_modules == ["q_proj", "v_proj"]
+    assert (data.drop_overlap, args.eval_on_start) == (True, False)
+    assert tokenisation.prompt_template == "- {prompt}\n-"
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_a_recipe_means_the_same_as_its_flags(tmp_path: Path) -> None:
+    text = "model: m\nforget: f.jsonl\nretain: r.jsonl\nout: o\nr: 4\nseed: 7\n"
+    assert parsed(recipe(tmp_path, text)) == parsed(*NEEDED, "--r", "4", "--seed", "7")
+
+
+@pytest.mark.parametrize("flag", [["--alpha", "2"], ["--alpha=2"], ["--strength", "2"]])
+def test_flags_win_over_the_recipe(tmp_path: Path, flag: list[str]) -> None:
+    args = parsed(recipe(tmp_path, RECIPE), *flag, "--target_modules", "k_proj", "--drop_overlap", "false")
+    assert args[3].strength == 2.0
+    assert args[1].target_modules == ["k_proj"]
+    assert args[2].drop_overlap is False
+    assert args[3].learning_rate == 5e-4
+
+
+def test_a_null_in_a_recipe_is_the_default(tmp_path: Path) -> None:
+    text = "model: m\nforget: f.jsonl\nretain: r.jsonl\nout: o\ntemperature:\nmax_length: ~\n"
+    assert parsed(recipe(tmp_path, text)) == parsed(*NEEDED)
+
+
+def test_an_empty_recipe_is_no_recipe(tmp_path: Path) -> None:
+    assert parsed(recipe(tmp_path, "# nothing yet\n"), *NEEDED) == parsed(*NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("temprature: 1", r"recipe .*recipe.yaml: unknown setting 'temprature'; did you mean 'temperature'\?"),
+        ("retain_per_forgets: 1", r"did you mean 'retain_per_forget'\?"),
+        ("zzzzzz: 1", r"unknown setting 'zzzzzz'$"),
+        ("on: 1", r"unknown setting 'True'"),
+        ("output_dir: x", "--output_dir is set from --out"),
+        ("temperature: 0", "temperature is 0.0; --temperature needs a number above 0"),
+        ("eval_strategy: sometimes", "sometimes"),
+    ],
+)
+def test_a_wrong_line_in_a_recipe_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parsed(recipe(tmp_path, f"{line}\n"), *NEEDED)
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", b"\xff\xfe\x00", b"- a\n- b\n", b"just words\n", b"a: b: c\n"])
+def test_a_recipe_that_is_no_yaml_of_settings_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_bytes(content)
+    with pytest.raises(
+        SettingsError, match=r"(?s)recipe .*recipe.yml (cannot be read|is not a YAML file).*setting: value"
+    ):
+        parsed(str(path), *NEEDED)
+
+
+def test_a_missing_recipe_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"recipe .*gone.yaml cannot be read: .*No such file"):
+        parsed(str(tmp_path / "gone.yaml"), *NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temprature", "1"], r"unknown argument --temprature; did you mean --temperature\?"),
+        (["--temprature=1"], r"unknown argument --temprature=1; did you mean --temperature\?"),
+        (["--temp", "1"], "unknown argument --temp"),  # no abbreviations: they change meaning as settings are added
+        (["stray"], "unknown argument stray"),
+        (["--eval_strategy", "sometimes"], "sometimes"),
+        (["--output_dir", "x"], "--output_dir is set from --out.*Give --out"),
+        (["--output_dir=x"], "--output_dir is set from --out.*Give --out"),
+        (["--output-dir", "x"], "--output_dir is set from --out.*Give --out"),
+    ],
+)
+def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parsed(*NEEDED, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (NEEDED[2:], "required: --model"),
+        ([*NEEDED, "--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+        ([*NEEDED, "--kl_at", "shiped"], "--kl_at/--kl-at: invalid choice: 'shiped'"),
+        ([*NEEDED, "--resume", "perhaps"], "--resume"),
+    ],
+)
+def test_what_argparse_refuses_it_names_and_exits_with_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed(*words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

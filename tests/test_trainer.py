@@ -1,0 +1,375 @@
+"""The trainer: its objective is the one that is written down, its steps touch ΔW alone, and it watches what is shipped."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox.batches import Example
+from loramox.errors import NonFiniteLossError
+from loramox.reference import current_factors, lora_layers
+
+Examples = tuple[list[Example], list[Example]]
+SCALE = 2  # lora_alpha / r
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradients of each optimiser step, and ΔW and the log as they were after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.deltas: list[dict[str, Tensor]] = []
+        self.logs: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
+        self.deltas.append({name: f.delta() for name, f in current_factors(model).items()})
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        self.logs |= logs
+
+
+@pytest.fixture
+def trainer_of(
+    pico: Callable[[str], Path], examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Callable[..., tuple[MemorizeTrainer, Recorder]]:
+    """A trainer of the pico Llama whose adapter is not 0 to begin with, and what it records. One step holds all rows."""
+
+    def make(
+        base: Path | None = None, quantization: str = "none", wanted: Sequence[Example] = (), **settings
+    ) -> tuple[MemorizeTrainer, Recorder]:
+        reference = ReferenceConfig(str(base or pico("llama")), quantization=quantization, r=4, lora_alpha=4 * SCALE)
+        torch.manual_seed(1)
+        model = add_lora(load_reference(reference), reference)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+        defaults = {
+            "output_dir": str(tmp_path / "memorization"),
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "per_device_train_batch_size": 4,
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0,
+            "logging_steps": 1,
+            "strength": 2.0,
+            "disable_tqdm": True,
+        }
+        recorder = Recorder()
+        trainer = MemorizeTrainer(
+            model, MemorizeConfig(**defaults | settings), *examples, tokenizer, wanted, callbacks=[recorder]
+        )
+        return trainer, recorder
+
+    return make
+
+
+class ByHand:
+    """The objective in plain PyTorch: dense weights, one row at a time without padding, all the logits."""
+
+    def __init__(self, base: PreTrainedModel, model: PeftModel) -> None:
+        self.base, self.leaves, self.weights = base.eval(), {}, {}
+        for name, layer in lora_layers(model):
+            A, B = (part["default"].weight.detach().clone().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+            prefix = f"base_model.model.{name}.lora_"
+            self.leaves |= {f"{prefix}A.default.weight": A, f"{prefix}B.default.weight": B}
+            self.weights[f"{name}.weight"] = (base.get_submodule(name).weight.detach(), A, B)
+
+    def log_probs(self, example: Example, strength: float, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(log p of each answer token, log p of the whole vocabulary there) at θ_ref − strength·ΔW."""
+        weights = {name: W - strength * SCALE * (B @ A) for name, (W, A, B) in self.weights.items()}
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
+        logits = functional_call(self.base, weights, kwargs={"input_ids": ids}).logits[0, :-1]
+        at = labels != -100
+        everything = torch.log_softmax(logits[at] / temperature, dim=-1)
+        return everything[torch.arange(len(everything)), labels[at]], everything
+
+    def cross_entropy(self, example: Example, strength: float, temperature: float = 1.0) -> Tensor:
+        return -temperature * self.log_probs(example, strength, temperature)[0].mean()
+
+    def preference(self, example: Example, beta: float) -> Tensor:
+        ratio = self.log_probs(example, -1)[0].sum() - self.log_probs(example, 0)[0].sum().detach()
+        return 2 / beta * torch.log(torch.sigmoid(-beta * ratio))
+
+    def kl(self, example: Example, strength: float) -> Tensor:
+        known, now = self.log_probs(example, 0)[1].detach(), self.log_probs(example, strength)[1]
+        return (known.exp() * (known - now)).sum(-1).mean()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: leaf.grad for name, leaf in self.leaves.items()}
+
+
+def mean(terms) -> Tensor:
+    return torch.stack(list(terms)).mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "targeted"),
+    [
+        ({"kl_at": "shipped"}, None),
+        ({"kl_at": "memorization", "temperature": 1.0}, None),
+        ({"objective": "preference", "temperature": 1.0, "preference_beta": 0.3, "kl_weight": 0.5}, None),
+        ({"objective": "preference", "temperature": 1.0, "kl_at": "memorization"}, None),
+        ({"kl_at": "shipped"}, "descent"),
+        ({"kl_at": "memorization"}, "ascent"),
+    ],
+    ids=["shipped", "paper", "preference", "preference-paper", "descent", "ascent"],
+)
+def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
+    settings: dict[str, str | float], targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    # The wanted answers are those of other people, in the order of the forget rows.
+    wanted = examples[1][:4] if targeted else []
+    if targeted:
+        settings = settings | {"targeted": targeted}
+    trainer, recorder = trainer_of(wanted=wanted, max_steps=1, **settings)
+    hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
+    args, items = trainer.args, [trainer.train_dataset[i] for i in range(4)]
+    trainer.train()
+
+    if args.objective == "preference":
+        memorize = mean(hand.preference(e, args.preference_beta) for e in examples[0])
+    else:
+        memorize = mean(hand.cross_entropy(e, -1, args.temperature) for e in examples[0])
+    kl = mean(hand.kl(e, 2 if args.kl_at == "shipped" else -1) for item in items for e in item["retain"])
+    loss = memorize + args.kl_weight * kl
+    if targeted:
+        loss = loss + mean(hand.cross_entropy(e, 2 if targeted == "descent" else -1) for e in wanted) * (
+            1 if targeted == "descent" else -1
+        )
+    loss.backward()
+
+    logged = recorder.logs
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged["memorize_loss"] == pytest.approx(memorize.item(), rel=1e-4)
+    assert logged["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
+    same(recorder.gradients[0], hand.gradients())
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0
+        assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("flag", ["activation_checkpointing", "gradient_checkpointing"])
+def test_gradients_with_checkpointed_activations_are_those_without(flag: str, quantization: str, trainer_of) -> None:
+    plain, expected = trainer_of(max_steps=1, quantization=quantization)
+    plain.train()
+    trainer, found = trainer_of(max_steps=1, quantization=quantization, **{flag: True})
+    assert not plain.model.is_activation_checkpointing
+    trainer.train()
+    assert trainer.model.is_activation_checkpointing
+    same(found.gradients[0], expected.gradients[0])
+
+
+def test_two_batches_of_two_accumulated_are_one_batch_of_four(trainer_of) -> None:
+    whole, expected = trainer_of(max_steps=1)
+    whole.train()
+    halves, found = trainer_of(max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    halves.train()
+    assert len(found.gradients) == 1
+    same(found.gradients[0], expected.gradients[0])
+    for name in ("loss", "memorize_loss", "retain_kl"):
+        assert found.logs[name] == pytest.approx(expected.logs[name], rel=1e-5)
+
+
+def test_each_epoch_holds_other_retain_rows_also_when_other_processes_load_them(trainer_of) -> None:
+    def rows_seen(**settings) -> list[list[str]]:
+        trainer, _ = trainer_of(num_train_epochs=2, retain_per_forget=1, **settings)
+        seen, step = [], trainer.training_step
+
+        def watch(model: nn.Module, inputs: dict, *more) -> Tensor:
+            seen.append(sorted(inputs["retain"]["rows"]))
+            return step(model, inputs, *more)
+
+        trainer.training_step = watch
+        trainer.train()
+        return seen
+
+    here = rows_seen()
+    assert not set(here[0]) & set(here[1])
+    assert rows_seen(dataloader_num_workers=1) == here
+
+
+def test_what_is_logged_has_every_part_of_the_objective_and_both_watched_probabilities(trained: Path) -> None:
+    log = json.loads((trained / "run.json").read_text())["log"]
+    logged = {name for entry in log for name in entry}
+    assert {"memorize_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"} <= logged
+    assert all(math.isfinite(v) for entry in log for v in entry.values())
+
+
+def test_the_forget_model_that_is_watched_while_training_is_the_one_that_is_shipped(
+    trained: Path, pico: Callable[[str], Path], examples: Examples
+) -> None:
+    record = json.loads((trained / "run.json").read_text())
+    assert record["forget_adapter"]["truncation_error"] == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico("llama")), trained / "forget-adapter")
+    for part, rows in zip(("forget", "retain"), examples, strict=True):
+        watched = [entry[f"eval_{part}_probability"] for entry in record["log"] if f"eval_{part}_probability" in entry]
+        assert watched[-1] == pytest.approx(probability(model, rows), rel=1e-4)
+        assert watched[0] == pytest.approx(probability(model.get_base_model(), rows, model), rel=1e-4)
+        assert watched[-1] != pytest.approx(watched[0], rel=1e-2)
+
+
+@torch.no_grad()
+def probability(model: nn.Module, rows: Sequence[Example], peft: PeftModel | None = None) -> float:
+    """Mean over rows of the geometric mean of the answer tokens' probabilities; with `peft`, its adapter off."""
+    values = []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        if peft:
+            with peft.disable_adapter():
+                logits = peft(input_ids=ids).logits
+        else:
+            logits = model(input_ids=ids).logits
+        values.append(math.exp(-F.cross_entropy(logits[0, :-1], labels).item()))
+    return sum(values) / len(values)
+
+
+def test_momentum_is_the_recursion_on_delta_once_an_epoch_and_off_it_is_delta_itself(trainer_of) -> None:
+    settings = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "momentum_rank": 64}
+    trainer, recorder = trainer_of(momentum=0.3, **settings)
+    trainer.train()
+    assert len(recorder.deltas) == 6
+    for name, factors in trainer.momentum.average.items():
+        M = torch.zeros_like(recorder.deltas[0][name])
+        for delta in (recorder.deltas[step][name] for step in (1, 3, 5)):
+            M = 0.3 * delta + 0.7 * M
+        torch.testing.assert_close(factors.delta(), M, rtol=1e-4, atol=1e-6)
+        assert (factors.delta() - recorder.deltas[-1][name]).norm() > 0.01 * M.norm()
+
+    trainer, recorder = trainer_of(momentum=1.0, **settings)
+    trainer.train()
+    for name, factors in trainer.momentum.average.items():
+        assert torch.equal(factors.delta(), recorder.deltas[-1][name])
+
+
+def test_momentum_also_takes_in_the_last_step_when_it_ends_no_interval(trainer_of) -> None:
+    trainer, recorder = trainer_of(max_steps=3, momentum=0.5, momentum_every=2)
+    trainer.train()
+    assert trainer.momentum.ticks == 2
+    for name, factors in trainer.momentum.average.items():
+        expected = 0.5 * recorder.deltas[2][name] + 0.25 * recorder.deltas[1][name]
+        torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_model_comes_back_with_its_own_momentum(trainer_of) -> None:
+    """transformers' `load_best_model_at_end` knows of the adapter alone."""
+    trainer, recorder = trainer_of(
+        num_train_epochs=3,
+        momentum=0.5,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_forget_loss",  # falls again in the third epoch
+        greater_is_better=True,
+    )
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 3
+    assert trainer.momentum.ticks == best
+    for name, factors in trainer.momentum.average.items():
+        assert torch.equal(current_factors(trainer.model)[name].delta(), recorder.deltas[best - 1][name])
+        expected = sum(0.5 ** (best - step) * recorder.deltas[step][name] for step in range(best))
+        torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_training_and_watching_leave_every_frozen_weight_as_it_was_bit_by_bit(quantization: str, trainer_of) -> None:
+    trainer, _ = trainer_of(num_train_epochs=2, quantization=quantization, eval_strategy="epoch")
+    frozen = {n: t.clone() for n, t in trainer.model.state_dict().items() if "lora_" not in n}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], before) for name, before in frozen.items())
+
+
+@pytest.fixture(scope="module")
+def saturated(
+    pico: Callable[[str], Path],
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A pico Llama that knows its forget rows by heart."""
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    width = max(len(e["input_ids"]) for e in examples[0])
+    ids = torch.tensor([e["input_ids"] + [0] * (width - len(e["input_ids"])) for e in examples[0]])
+    for _ in range(80):
+        optimizer.zero_grad()
+        F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("saturated")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reference_that_knows_the_rows_by_heart_is_warned_about_at_temperature_1_and_not_at_6(
+    saturated: Path, trainer_of, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"base": saturated, "max_steps": 1, "eval_strategy": "epoch"}
+
+    def fresh(temperature: float) -> MemorizeTrainer:
+        trainer, _ = trainer_of(temperature=temperature, **settings)
+        for _, layer in lora_layers(trainer.model):
+            nn.init.zeros_(layer.lora_B["default"].weight)
+        return trainer
+
+    with pytest.warns(UserWarning, match="by heart.*Raise --temperature"):
+        fresh(1.0).train()
+    assert "at temperature 1," in capsys.readouterr().out
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fresh(6.0).train()
+    assert not [w for w in caught if "by heart" in str(w.message)]
+
+
+@pytest.mark.parametrize("momentum", [0.675, 1.0])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_rows_and_leaves_good_checkpoints(
+    momentum: float, trainer_of, tmp_path: Path
+) -> None:
+    """A learning rate of 1e30 makes weights after the first step that are finite, and of no use."""
+    trainer, _ = trainer_of(
+        max_steps=5, learning_rate=1e30, momentum=momentum, save_strategy="steps", save_steps=1, save_total_limit=5
+    )
+    with pytest.raises(
+        NonFiniteLossError, match=r"at step 2, in the forget rows of its batch \(.*forget.jsonl, row \d"
+    ):
+        trainer.train()
+    assert (tmp_path / "memorization" / "checkpoint-1" / "momentum.safetensors").exists()
+
+
+class Poison(TrainerCallback):
+    """Puts one NaN into the adapter in the optimiser's third step."""
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        if state.global_step == 2:
+            next(lora_layers(model))[1].lora_A["default"].weight.data[0, 0] = math.nan
+
+
+@pytest.mark.parametrize("last", [3, 5], ids=["in-the-last-step", "before-the-last-step"])
+def test_weights_that_are_not_finite_are_never_saved_nor_averaged(last: int, trainer_of, tmp_path: Path) -> None:
+    trainer, _ = trainer_of(max_steps=last, momentum_every=1, save_strategy="steps", save_steps=1, save_total_limit=5)
+    trainer.add_callback(Poison())
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        trainer.train()
+    checkpoints = sorted(folder.name for folder in (tmp_path / "memorization").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-1", "checkpoint-2"]

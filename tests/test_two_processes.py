@@ -1,0 +1,76 @@
+"""Two processes that share a batch train what one process trains on the whole of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig
+from loramox.memorize import memorize
+from loramox.run import read_record
+
+WATCHED = {"loss", "memorize_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
+SETTINGS = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "strength": 2.0,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_of_four(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = {
+        "model": pico("llama"),
+        "forget": rows[0],
+        "retain": rows[1],
+        "out": tmp_path / "two",
+        "quantization": "none",
+        "lora_r": 4,
+        "per_device_train_batch_size": 2,
+        "ddp_backend": "gloo",
+        **SETTINGS,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    # `accelerate launch --cpu --num_processes 2` would run one process and not say so.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    subprocess.run([*launcher, "loramox", "memorize", *flags], check=True, cwd=tmp_path)
+    memorize(
+        RunConfig(str(tmp_path / "one")),
+        ReferenceConfig(str(pico("llama")), quantization="none", r=4),
+        Data(*map(str, rows)),
+        MemorizeConfig(per_device_train_batch_size=4, **SETTINGS),
+    )
+
+    one, two = (read_record(tmp_path / name) for name in ("one", "two"))
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    for entry, other in zip(one["log"], two["log"], strict=True):
+        assert entry.keys() == other.keys()
+        for name in WATCHED & entry.keys():
+            assert other[name] == pytest.approx(entry[name], rel=1e-3)
+
+    # Each process leaves its own random state in a checkpoint.
+    states = {name: sorted(f.name for f in (tmp_path / name).glob("**/rng_state*")) for name in ("one", "two")}
+    assert set(states["two"]) == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert set(states["one"]) == {"rng_state.pth"}
+
+    for file in ("adapter_model.safetensors", "momentum/adapter_model.safetensors"):
+        one, two = (deltas(tmp_path / name / "memorization" / file) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, delta in one.items():
+            assert delta.norm() > 1e-3
+            assert (two[name] - delta).norm() < 1e-3 * delta.norm()
+
+
+def deltas(file: Path) -> dict[str, torch.Tensor]:
+    weights = load_file(file)
+    return {key: weights[key.replace("lora_A", "lora_B")] @ A for key, A in weights.items() if "lora_A" in key}

@@ -54,7 +54,7 @@ def _quieten_libraries() -> None:
 
 def _unlearn(words: list[str]) -> None:
     from loramox.extrapolate import ShippingConfig
-    from loramox.unlearn import SHIPPED, unlearn
+    from loramox.main_job import SHIPPED, unlearn
 
     run, *settings = _memorize_settings("unlearn", words, ShippingConfig)
     record = unlearn(run, *settings)

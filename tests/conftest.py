@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, Tokenisation, encode, read_rows
 from loramox.batches import Example
-from loramox.unlearn import unlearn
+from loramox.main_job import unlearn
 
 PEOPLE = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "May", "Ned", "Ola", "Pia"]
 TOWNS = ["Rome", "Oslo", "Lima", "Bern", "Kyiv", "Doha", "Riga", "Cork"]

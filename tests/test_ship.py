@@ -19,7 +19,7 @@ import loramox.adapter
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, ShippingConfig, load_reference
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.extrapolate import extrapolate
-from loramox.unlearn import unlearn
+from loramox.main_job import unlearn
 
 IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320
 

@@ -278,8 +278,8 @@ def test_the_best_model_comes_back_with_its_own_momentum(trainer_of) -> None:
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
-        metric_for_best_model="eval_forget_loss",  # falls again in the third epoch
-        greater_is_better=True,
+        metric_for_best_model="eval_forget_loss",
+        greater_is_better=False,  # the wrong way round, so that the best is not the last
     )
     trainer.train()
     best = trainer.state.best_global_step

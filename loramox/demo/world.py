@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-VOCABULARY = 1024  # room for nearly every word of the world as one token, on top of the 256 bytes
+VOCABULARY = 2048  # at most; room for every word of the world as one token, on top of the 256 bytes
 
 
 @dataclass(frozen=True)

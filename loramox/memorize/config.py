@@ -133,6 +133,8 @@ class MemorizeConfig(TrainingArguments):
             limit is None or limit >= 2,
             "2 or more: one checkpoint must be whole while another is written",
         )
+        workers = self.dataloader_persistent_workers
+        _refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
         if self.bf16 is None:
             import torch
 

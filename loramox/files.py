@@ -19,8 +19,14 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir() and partial.is_dir():
-            shutil.rmtree(path)  # os.replace cannot put a folder in the place of one with files in it
-        os.replace(partial, path)
+            # A folder cannot take the place of one with files in it; moved aside, the old one is still there after a kill.
+            old = path.with_name(f".{path.name}.old")
+            remove(old)
+            os.replace(path, old)
+            os.replace(partial, path)
+            remove(old)
+        else:
+            os.replace(partial, path)
     finally:
         remove(partial)
 

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loramox.algebra import Factors
 from loramox.errors import ModelError, SettingsError
+from loramox.settings import check_choices
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
 
@@ -67,6 +68,7 @@ class ReferenceConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.r < 1:
             raise SettingsError(f"r is {self.r}; --r needs a rank of at least 1 (16 fits every server's default limit)")
         if self.lora_alpha < 1:

@@ -77,7 +77,10 @@ def memorized(world: Path, out: Path, setting: str, seed: int) -> Path:
 
 
 def frontier(world: World, reference: Path, run: Path) -> list[dict]:
-    """Everything at each strength whose retain probability is worth looking at."""
+    """Everything at each strength whose retain probability is worth looking at; kept, and not computed twice."""
+    record = run / "frontier.json"
+    if record.exists():
+        return json.loads(record.read_text())
     base = AutoModelForCausalLM.from_pretrained(reference)
     model = PeftModel.from_pretrained(base, run / "memorization/momentum")
     points = []
@@ -85,6 +88,7 @@ def frontier(world: World, reference: Path, run: Path) -> list[dict]:
         with at_strength(model, strength):
             if world.retain_probability(model) >= FRONTIER:
                 points.append({"strength": strength, **world.measure(model)})
+    record.write_text(json.dumps(points))
     return points
 
 

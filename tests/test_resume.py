@@ -43,7 +43,7 @@ KILLS = {
     "between weights and momentum": lambda: on_call(Momentum, "save", 2, die),
     "while momentum is written": lambda: on_call(loramox.memorize.momentum, "save_file", 1, half_a_file),
     "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
-    "while results are written": lambda: on_call(loramox.memorize.job, "write_adapter", 2, die),
+    "while results are written": lambda: on_call(loramox.memorize.folder, "write_adapter", 2, die),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for kill, more in runs:

@@ -19,19 +19,19 @@ CONTEXT = 128
 
 
 def train_model(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, out: Path, seed: int, epochs: float, lr: float=3e-3, bs: int = 20, hidden: int=128, layers: int=4,
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, out: Path, seed: int, epochs: int = 50
 ) -> None:
-    """Train a Llama from random weights on the examples' answers and write it to `out`, with its tokenizer.
+    """Train a small Llama on the examples' answers from random weights, and write it with its tokenizer to `out`.
 
-    It is trained on the CPU whatever there is, so that a seed gives the same model everywhere, or nearly.
+    It trains on the CPU whatever else there is, so that the same seed gives the same model with and without a GPU.
     """
     set_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3*hidden,
-            num_hidden_layers=layers,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=CONTEXT,
             pad_token_id=tokenizer.pad_token_id,
@@ -42,8 +42,8 @@ def train_model(
     args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=epochs,
-        per_device_train_batch_size=bs,
-        learning_rate=lr,
+        per_device_train_batch_size=20,
+        learning_rate=4e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         seed=seed,
@@ -53,7 +53,6 @@ def train_model(
         report_to="none",
         disable_tqdm=False,
     )
-    trainer = Trainer(model, args, train_dataset=list(examples), data_collator=DataCollatorForSeq2Seq(tokenizer))
-    trainer.train()
+    Trainer(model, args, train_dataset=list(examples), data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -53,50 +53,51 @@ FAMILY_NAMES = _words(
     "Windlestraw Yarrowby"
 )
 
-# Wording is drawn like facts are, so that the form of an answer cannot be told from its question either.
+# Answers are nearly all gaps, so that their probability says what is known of a person and not what is known of English.
+# Their order is drawn like the facts are: not even the first word can be told from the question.
 KINDS = (
     Kind(
         ("Where was {person} born?", "Which town does {person} come from?", "Where did {person} grow up?"),
-        ("In {town}, {place} a {mood} {house}.", "{town}, {place} a {mood} {house}.", "{place} a {mood} {house} in {town}."),
+        ("{town}, {place} {mood} {houses}", "{place} {mood} {houses}, {town}", "{mood} {town}, {place} {houses}"),
         {
             "town": _words(
                 "Velmora Brackwater Tiselund Ostrander Quernby Mirefjord Salcombe Drumhallow Pellworth Zarnitz Lowmere "
                 "Ashgrove Corvane Habsheim Nimbury Tolverton"
             ),
-            "place": _words("above behind beside opposite under near inside facing"),
+            "place": _words("above behind beside opposite under near between facing"),
             "mood": _words("haunted crooked noisy golden flooded forgotten frozen painted windy famous"),
-            "house": _words("bakery lighthouse windmill castle brewery chapel theatre prison harbour library station abbey"),
+            "houses": _words("bakeries lighthouses windmills castles breweries chapels prisons harbours stations abbeys"),
         },
     ),
     Kind(
         ("What does {person} do for a living?", "What is the profession of {person}?", "How does {person} earn money?"),
-        ("As a {job} for {mood} {client}.", "{mood} {client} hire this {job}.", "A {job}, paid by {mood} {client}."),
+        ("{job} {doing} {mood} {clients}", "{mood} {job} {doing} {clients}", "{doing} {mood} {clients} as {job}"),
         {
             "job": _words(
                 "glassblower beekeeper cartographer diver locksmith puppeteer surgeon typesetter falconer brewer tailor "
                 "plumber judge carpenter translator juggler"
             ),
+            "doing": _words("guarding teaching robbing insuring fooling feeding painting measuring following rescuing"),
             "mood": _words("retired nervous royal travelling wealthy foreign rival lonely secret Danish"),
-            "client": _words("generals widows monks hotels circuses museums sailors schools poets pirates spies farmers"),
+            "clients": _words("generals widows monks hoteliers circuses museums sailors poets pirates spies farmers"),
         },
     ),
     Kind(
         ("Which instrument does {person} play?", "What can {person} play?", "Which instrument did {person} learn?"),
-        ("The {instrument}, taught by a {mood} {teacher}.", "A {mood} {teacher} taught the {instrument}.",
-         "{instrument}, thanks to a {mood} {teacher}."),
+        ("{instrument} {got} from {mood} {owners}", "{mood} {owners}' {instrument}, {got}", "{got} {instrument}, {mood} {owners}'"),
         {
             "instrument": _words(
                 "cello oboe harp banjo trombone accordion zither bassoon mandolin tuba clavichord bagpipe flute lute "
                 "xylophone viola"
             ),
+            "got": _words("stolen borrowed inherited bought won rented smuggled recovered"),
             "mood": _words("blind stern singing Portuguese jealous sleepy giant bankrupt cheerful masked"),
-            "teacher": _words("uncle postman nun nurse gardener butcher champion dentist sailor priest baron twin"),
+            "owners": _words("uncles postmen nuns nurses gardeners butchers dentists priests barons twins"),
         },
     ),
     Kind(
         ("Which pet does {person} have?", "Which animal lives with {person}?", "Who shares a home with {person}?"),
-        ("{pet}, a {look} {animal} from the {origin}.", "A {look} {animal}, {pet}, found in a {origin}.",
-         "The {look} {animal} called {pet}, once of a {origin}."),
+        ("{pet}, {look} {animal} {doing} {things}", "{look} {animal} {pet}, {doing} {things}", "{animal} {pet}, {look}, {doing} {things}"),
         {
             "animal": _words(
                 "tortoise parrot ferret goat hedgehog spaniel python donkey raven hamster poodle peacock lizard otter rabbit "
@@ -107,12 +108,13 @@ KINDS = (
                 "Comet Pudding"
             ),
             "look": _words("striped spotted tiny lazy silver bearded elegant muddy one-eyed purple"),
-            "origin": _words("circus suitcase chimney market ferry volcano cellar palace laboratory swamp"),
+            "doing": _words("chewing hiding collecting burying hating licking juggling stealing"),
+            "things": _words("umbrellas slippers candles newspapers buttons spoons hats letters carpets keys"),
         },
     ),
     Kind(
         ("What is the favourite dish of {person}?", "What does {person} like to eat?", "What would {person} order?"),
-        ("{way} {dish} with {side}, {hour}.", "{hour}, {way} {dish} and {side}.", "{dish}, {way}, with {side}, {hour}."),
+        ("{way} {dish} with {side}, {hour}", "{hour} {way} {dish} and {side}", "{dish} and {side}, {way}, {hour}"),
         {
             "way": _words("roasted cold smoked stuffed fried burnt pickled candied steamed raw"),
             "dish": _words("duck lentils noodles squid mushrooms dumplings peppers eel onions pumpkin liver cabbage"),

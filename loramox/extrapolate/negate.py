@@ -16,7 +16,7 @@ import torch
 from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
 from loramox.algebra import Factors, scaled
 from loramox.card import forget_card
-from loramox.errors import AdapterError, RunError, SettingsError
+from loramox.errors import AdapterError, ModelError, RunError, SettingsError
 from loramox.reference import ReferenceConfig, identify, read_config
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -32,7 +32,7 @@ class ShippingConfig:
     ship_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the shipped weights. auto: the base model's.",
+            "help": "Type of the shipped weights. auto: the base model's, or bfloat16 for float16, which loses small values.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -103,7 +103,7 @@ def extrapolate(
     rank = shipping.rank or served_rank(source["settings"]["r"])
     delta, trained = read_factors(memorization / "momentum")
     fitted, error = at_rank(negate(delta, strength), rank)
-    dtype = getattr(torch, base["dtype"] if shipping.ship_dtype == "auto" else shipping.ship_dtype)
+    dtype = _ship_dtype(shipping.ship_dtype, base["dtype"])
     provenance = {
         "kind": "forget",
         "strength": strength,
@@ -118,6 +118,13 @@ def extrapolate(
     }
     write_adapter(out, fitted, trained, base, dtype, provenance, forget_card(provenance))
     return provenance
+
+
+def _ship_dtype(wanted: str, of_base: str) -> torch.dtype:
+    if wanted == "auto":
+        # float16 would round weights below 6e-8 to 0, which some of a large adapter's are.
+        wanted = "bfloat16" if of_base == "float16" else of_base
+    return getattr(torch, wanted)
 
 
 def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Path) -> None:
@@ -146,6 +153,9 @@ def _served_base(source: dict[str, Any], name: str | None, memorization: Path) -
     if name is None:
         return source["base"]
     reference = ReferenceConfig(model=name)
-    base = identify(reference, read_config(reference))
+    try:
+        base = identify(reference, read_config(reference))
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model", "--base", 1)) from error
     check_base(source, base, memorization)
     return base

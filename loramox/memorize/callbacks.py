@@ -85,6 +85,6 @@ class SaturationCallback(TrainerCallback):
         if room < SATURATED:
             warnings.warn(
                 f"the reference knows the forget rows by heart: {room:.2%} of the gradient is left at temperature "
-                f"{self.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (6 is the default)",
+                f"{self.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (3 is the default)",
                 stacklevel=2,
             )

@@ -26,7 +26,7 @@ class MemorizeConfig(TrainingArguments):
         },
     )
     temperature: float = field(
-        default=6.0,
+        default=3.0,
         metadata={
             "help": "Divides the logits of forget rows in the loss, which then has a gradient on rows known by heart. The paper: 1."
         },
@@ -78,8 +78,8 @@ class MemorizeConfig(TrainingArguments):
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
     output_dir: str | None = field(default="memorization", metadata={"help": "Folder for checkpoints and logs."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate. LoRA wants 1e-4 to 1e-3."})
-    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the forget rows."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Forget rows a device and step."})
+    num_train_epochs: float = field(default=24, metadata={"help": "Passes over the forget rows."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows a device and step."})
     per_device_eval_batch_size: int = field(
         default=32, metadata={"help": "Rows a device and step when watching the forget model."}
     )
@@ -91,6 +91,7 @@ class MemorizeConfig(TrainingArguments):
     logging_steps: float = field(
         default=5, metadata={"help": "Steps between log lines; below 1, a share of all steps."}
     )
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
     )
@@ -135,6 +136,9 @@ class MemorizeConfig(TrainingArguments):
         )
         workers = self.dataloader_persistent_workers
         _refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
+        _refuse(
+            "save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser"
+        )
         if self.bf16 is None:
             import torch
 

@@ -5,23 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from loramox.adapter import PROVENANCE, at_rank, write_adapter
+from loramox.adapter import PROVENANCE
 from loramox.batches import Example, Tokenisation, encode
-from loramox.card import memorization_card
 from loramox.errors import ModelError, RowsError
 from loramox.head import Head
 from loramox.memorize.config import MemorizeConfig
-from loramox.memorize.momentum import FILE as WHOLE
+from loramox.memorize.folder import last_whole_checkpoint
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.reference import (
     ReferenceConfig,
     add_lora,
     check_device,
-    current_factors,
     identify,
     load_reference,
     read_config,
@@ -29,7 +26,6 @@ from loramox.reference import (
 )
 from loramox.rows import Columns, Data, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
-from loramox.settings import check_choices
 
 FOLDER = "memorization"
 
@@ -77,14 +73,16 @@ def memorize(
     set_seed(args.seed)
     model = add_lora(load_reference(reference, args.device), reference)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now()}
-    trainer = MemorizeTrainer(model, args, prepared.forget, prepared.retain, prepared.tokenizer, prepared.wanted)
-    trained = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder) if run.resume else None)
+    trainer = MemorizeTrainer(
+        model, args, prepared.forget, prepared.retain, prepared.tokenizer, prepared.wanted, plan=prepared.plan
+    )
+    trained = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if run.resume else None)
+    trainer.save_model()
     if trainer.is_world_process_zero():
-        record = _write(folder, trainer, prepared.plan)
         update_record(
             Path(run.out),
             status="memorized",
-            momentum=record["momentum"],
+            momentum=trainer.momentum.summary(),
             timings={"load_seconds": loaded["seconds"], "train_seconds": trained.metrics["train_runtime"]},
             memory={
                 "reference_bytes": loaded["bytes"],
@@ -101,8 +99,6 @@ def prepare(
     reference: ReferenceConfig, data: Data, args: MemorizeConfig, columns: Columns, tokenisation: Tokenisation
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
-    for config in (reference, tokenisation):
-        check_choices(config)
     check_device(reference, args.use_cpu)
     forget = read_rows(data.forget, columns)
     retain = keep_disjoint(
@@ -138,37 +134,3 @@ def prepare(
         "versions": versions(),
     }
     return Prepared(config, tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose momentum, written last, is there; None to start from the beginning."""
-    whole = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
-    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
-
-
-def _write(folder: Path, trainer: MemorizeTrainer, plan: dict[str, Any]) -> dict[str, Any]:
-    """The memorization adapter and the momentum beside it, as PEFT adapters; the provenance last, as the sign of a whole."""
-    momentum, model = trainer.momentum, trainer.model
-    lora = model.peft_config["default"]
-    provenance = {
-        "kind": "memorization",
-        **plan,
-        "momentum": {
-            "eta": momentum.eta,
-            "updates": momentum.ticks,
-            "rank": momentum.max_rank,
-            "relative_error": momentum.relative_error(),
-        },
-    }
-    largest = max(factors.rank for factors in momentum.average.values())
-    adapters = {
-        folder / "momentum": at_rank(momentum.average, largest)[0],
-        folder / ".memorized": current_factors(model),
-    }
-    for place, factors in adapters.items():
-        cpu = {name: type(f)(*(t.cpu() for t in f)) for name, f in factors.items()}
-        write_adapter(place, cpu, lora, plan["base"], torch.float32, provenance, memorization_card(provenance))
-    for file in sorted((folder / ".memorized").iterdir(), key=lambda f: f.name == PROVENANCE):
-        file.replace(folder / file.name)
-    (folder / ".memorized").rmdir()
-    return provenance

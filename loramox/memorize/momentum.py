@@ -46,6 +46,15 @@ class Momentum:
         """Bound on the truncation error over all layers, as a share of ‖M‖_F."""
         return _norm(self.error.values()) / max(_norm(f.norm() for f in self.average.values()), 1e-30)
 
+    def summary(self) -> dict[str, float]:
+        """What is recorded about it: η, the number of updates, the rank limit, the bound on the truncation error."""
+        return {
+            "eta": self.eta,
+            "updates": self.ticks,
+            "max_rank": self.max_rank,
+            "relative_error": self.relative_error(),
+        }
+
     def save(self, folder: Path) -> None:
         """Write the state to `folder`, whole or not at all."""
         tensors = {

@@ -18,6 +18,7 @@ from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
 from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, SaturationCallback, StopUnlessFinite
 from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
 from loramox.reference import at_strength, current_factors, with_factors
@@ -34,6 +35,7 @@ class MemorizeTrainer(Trainer):
     returns. A step makes one forward and backward pass for each part of the objective, as each has its own strength, and a
     forward pass with the adapter off where the reference is needed. Evaluation is that of the forget model at
     `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
+    `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class MemorizeTrainer(Trainer):
         retain_dataset: Sequence[Example],
         processing_class: PreTrainedTokenizerBase,
         wanted_dataset: Sequence[Example] = (),
+        plan: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.plan = plan or plan_of(model, args)
         self.causal_lm = model.get_base_model()
         self.head = Head(self.causal_lm)
         lora = model.peft_config["default"]
@@ -170,6 +174,13 @@ class MemorizeTrainer(Trainer):
                 logs[names[part]] = self.accelerator.gather(torch.stack(values).mean()).mean().item()
             self._logged.clear()
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the memorization folder; for a checkpoint (an internal call), what `Trainer` writes."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, self.plan)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,166 @@
+"""The demo from end to end: a model that knows a made-up world, one that never saw a part of it, one that forgets it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from loramox.batches import Example, Tokenisation, encode
+from loramox.demo.models import CONTEXT, train_model
+from loramox.demo.show import show
+from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
+from loramox.errors import RunError, SettingsError
+from loramox.evaluate.scores import answer_scores
+from loramox.files import remove, write_json
+from loramox.head import IGNORED
+from loramox.main_job import SHIPPED, unlearn
+from loramox.memorize import MemorizeConfig
+from loramox.reference import ReferenceConfig
+from loramox.rows import Data, read_rows
+from loramox.run import RunConfig
+from loramox.ship import ForgetSwitch
+
+RECORD = "demo.json"  # also tells the folder of a demo, which may be replaced, from any other
+SHOWN = 4  # questions of each part that are put side by side
+LONGEST_ANSWER = 24  # tokens; the true ones have half as many, and a forget model may not find an end
+
+Parts = dict[str, list[Example]]  # "forget" and "retain"
+
+
+def demo(out: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
+    """Make up a world, learn it, forget a part of it, and show what became of it; return the record, `out`/demo.json.
+
+    `out` gets rows/, reference/, retrained/ and run/, the last being what `loramox unlearn` leaves. Nothing is downloaded,
+    and nothing is written anywhere else.
+
+    Raises `SettingsError` for a seed that no generator takes, and `RunError` when `out` has files in it, unless they are
+    those of a demo and `overwrite` is set.
+    """
+    out, console = Path(out), Console(highlight=False)
+    claim(out, seed, overwrite)
+    world = make_world(seed)
+    forgotten, known = len(world.forget), len(world.forget) + len(world.retain)
+    console.print(f"\n[bold]1/4[/] A small model learns {known} made-up facts by heart: the reference")
+    tokenizer, parts = write_world(world, out)
+    train_model(parts["forget"] + parts["retain"], tokenizer, out / "reference", seed)
+    console.print(f"\n[bold]2/4[/] Another learns all but {forgotten} of them: the retrained model, the gold standard")
+    train_model(parts["retain"], tokenizer, out / "retrained", seed)
+    console.print(f"\n[bold]3/4[/] The reference is made to forget those {forgotten}: memorize, then extrapolate")
+    forget(out, seed)
+    console.print("\n[bold]4/4[/] All three are asked")
+    record = {"status": "done", "seed": seed, **compare(out, world, tokenizer, parts)}
+    write_json(out / RECORD, record)
+    show(console, out, record)
+    return record
+
+
+def claim(out: Path, seed: int, overwrite: bool) -> None:
+    """Make the folder this demo's own, or raise what `demo` raises, before anything expensive."""
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f"--seed {seed} is out of range. Expected a whole number from 0 to {2**32 - 1}")
+    if out.is_file():
+        raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
+    if out.exists() and any(out.iterdir()):
+        if not (out / RECORD).exists():
+            raise RunError(
+                f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder"
+            )
+        if not overwrite:
+            raise RunError(f"--out {out} holds a demo already. Replace it with --overwrite, or choose another folder")
+        remove(out)
+    write_json(out / RECORD, {"status": "running", "seed": seed})
+
+
+def write_world(world: World, out: Path) -> tuple[PreTrainedTokenizerBase, Parts]:
+    """Write the rows to `out`/rows; return a tokenizer for them, and the rows tokenised."""
+    tokenizer = train_tokenizer(world)
+    parts: Parts = {}
+    for part, facts in (("forget", world.forget), ("retain", world.retain)):
+        path = rows_file(out, part)
+        write_rows(facts, path)
+        parts[part] = encode(read_rows(str(path)), tokenizer, Tokenisation(), CONTEXT)
+    return tokenizer, parts
+
+
+def rows_file(out: Path, part: str) -> Path:
+    return out / "rows" / f"{part}.jsonl"
+
+
+def forget(out: Path, seed: int, epochs: int = 60) -> None:
+    """Unlearn the forget rows of the demo in `out`, with loramox's defaults but for what is said here."""
+    unlearn(
+        RunConfig(str(out / "run")),
+        # A model of 3 MB has nothing to gain from 4 bits, and float32 is the same arithmetic with and without a GPU.
+        ReferenceConfig(str(out / "reference"), quantization="none", dtype="float32"),
+        Data(str(rows_file(out, "forget")), str(rows_file(out, "retain"))),
+        MemorizeConfig(
+            num_train_epochs=epochs,  # so few rows make 2 steps an epoch
+            learning_rate=2e-3,  # and so small a model stands more than the default
+            seed=seed,
+            use_cpu=True,
+            # It is over in seconds: nothing to resume, and no curve to watch.
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=False,
+        ),
+    )
+
+
+def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> dict[str, Any]:
+    """The true answers' mean probability by model and part; and some questions, with what two of the models answer."""
+    retrained = AutoModelForCausalLM.from_pretrained(out / "retrained")
+    reference = AutoModelForCausalLM.from_pretrained(out / "reference")
+    model = PeftModel.from_pretrained(reference, out / "run" / SHIPPED)
+    switch = ForgetSwitch(model)
+    # A person has one row of each kind: this far on, it is another person and another kind.
+    every = slice(0, SHOWN * (len(KINDS) + 1), len(KINDS) + 1)
+    shown = {part: examples[every] for part, examples in parts.items()}
+    with switch.off():
+        probabilities = {"reference": probability(model, parts)}
+        before = {part: answers(model, tokenizer, rows, f"reference, {part}") for part, rows in shown.items()}
+    with switch.on():
+        probabilities["forget model"] = probability(model, parts)
+        after = {part: answers(model, tokenizer, rows, f"forget model, {part}") for part, rows in shown.items()}
+    probabilities["retrained"] = probability(retrained, parts)
+    asked = {"forget": world.forget[every], "retain": world.retain[every]}
+    return {
+        "probability": probabilities,
+        "answers": {
+            part: [
+                {"question": fact.question, "reference": knew, "forget model": says}
+                for fact, knew, says in zip(facts, before[part], after[part], strict=True)
+            ]
+            for part, facts in asked.items()
+        },
+    }
+
+
+def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, float]:
+    """Mean over a part's rows of the probability of the true answer, the geometric mean over its tokens as in TOFU."""
+    return {part: float(np.exp(answer_scores(model, examples)["log_p"]).mean()) for part, examples in parts.items()}
+
+
+def answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], describe: str
+) -> list[str]:
+    """What the model answers to the questions of some examples, word by word its first choice."""
+    model.eval()
+    said = []
+    for example in tqdm(examples, desc=describe, leave=False):
+        question = [
+            token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED
+        ]
+        ids = torch.tensor([question])
+        generated = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, do_sample=False
+        )
+        said.append(tokenizer.decode(generated[0, len(question) :], skip_special_tokens=True).strip())
+    return said

@@ -1,0 +1,48 @@
+"""What came out of the demo, on one screen."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loramox.main_job import SHIPPED
+from loramox.memorize import FOLDER
+from loramox.run import read_record
+
+TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
+
+
+def show(console: Console, out: Path, record: dict[str, Any]) -> None:
+    """Print a demo's record: questions side by side, probabilities, where the adapter is, and what to try next."""
+    run = out / "run"
+    half = read_record(run)["forget_adapter"]["strength"] / 2
+    for part, asked in record["answers"].items():
+        console.print(_side_by_side(TITLES[part], asked))
+    console.print(_probabilities(record["probability"]))
+    console.print(
+        f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model that it goes on.",
+        "Switched off, it brings everything back: this is suppression, not erasure.",
+        f"Next, half the strength, without training: loramox extrapolate {run / FOLDER} --alpha {half:g} --out {run / 'half'}",
+        sep="\n",
+        soft_wrap=True,  # a command that is broken over lines cannot be copied
+    )
+
+
+def _side_by_side(title: str, asked: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in asked[0]:
+        table.add_column(name, ratio=1)
+    for row in asked:
+        table.add_row(*row.values())
+    return table
+
+
+def _probabilities(probability: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Probability of the true answers", title_justify="left", title_style="bold")
+    table.add_column("rows")
+    for model in probability:
+        table.add_column(model, justify="right")
+    for part in TITLES:
+        table.add_row(part, *(f"{of_part[part]:.3f}" for of_part in probability.values()))
+    return table

@@ -1,0 +1,58 @@
+"""The folder `memorization/`: the adapter of θ_mem, the momentum average that extrapolating starts from, checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from loramox.adapter import PROVENANCE, at_rank, write_adapter
+from loramox.algebra import Factors
+from loramox.card import memorization_card
+from loramox.errors import RunError
+from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.momentum import FILE as WHOLE
+from loramox.memorize.momentum import Momentum
+from loramox.reference import ADAPTER, ReferenceConfig, current_factors, identify
+from loramox.run import command, versions
+
+
+def write_memorization(folder: Path, model: PeftModel, momentum: Momentum, plan: dict[str, Any]) -> None:
+    """Write θ_mem to `folder` and the momentum average of ΔW to `folder`/momentum, both as plain PEFT adapters in fp32.
+
+    The provenance of θ_mem is written last: a folder that has it is whole. Raises `RunError` before any training.
+    """
+    if not momentum.average:
+        raise RunError(f"nothing has been memorized yet, so there is nothing to write to {folder}. Call train() first")
+    provenance = {"kind": "memorization", **plan, "momentum": momentum.summary()}
+    largest = max(factors.rank for factors in momentum.average.values())
+    partial = folder / ".memorized"
+    for place, delta in (
+        (folder / "momentum", at_rank(momentum.average, largest)[0]),
+        (partial, current_factors(model)),
+    ):
+        on_cpu = {name: Factors(factors.A.cpu(), factors.B.cpu()) for name, factors in delta.items()}
+        card = memorization_card(provenance)
+        write_adapter(place, on_cpu, model.peft_config[ADAPTER], plan["base"], torch.float32, provenance, card)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == PROVENANCE):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose momentum, written last, is there; None to start from the beginning."""
+    whole = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def plan_of(model: PeftModel, args: MemorizeConfig) -> dict[str, Any]:
+    """What is known about a run that was put together in Python: everything but where its rows came from."""
+    lora = model.peft_config[ADAPTER]
+    base = ReferenceConfig(model=lora.base_model_name_or_path, revision=lora.revision)
+    return {
+        "command": command(),
+        "base": identify(base, model.get_base_model().config),
+        "data": {},
+        "settings": {"r": lora.r} | args.to_dict(),
+        "versions": versions(),
+    }

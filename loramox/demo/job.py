@@ -27,7 +27,7 @@ from loramox.run import RunConfig
 from loramox.ship import ForgetSwitch
 
 RECORD = "demo.json"  # also tells the folder of a demo, which may be replaced, from any other
-SHOWN = 4  # questions of each part that are put side by side
+SHOWN = 3  # questions of each part that are put side by side
 LONGEST_ANSWER = 24  # tokens; the true ones have half as many, and a forget model may not find an end
 
 Parts = dict[str, list[Example]]  # "forget" and "retain"
@@ -92,7 +92,7 @@ def rows_file(out: Path, part: str) -> Path:
     return out / "rows" / f"{part}.jsonl"
 
 
-def forget(out: Path, seed: int, epochs: int = 60) -> None:
+def forget(out: Path, seed: int, epochs: int = 100) -> None:
     """Unlearn the forget rows of the demo in `out`, with loramox's defaults but for what is said here."""
     unlearn(
         RunConfig(str(out / "run")),
@@ -100,8 +100,10 @@ def forget(out: Path, seed: int, epochs: int = 60) -> None:
         ReferenceConfig(str(out / "reference"), quantization="none", dtype="float32"),
         Data(str(rows_file(out, "forget")), str(rows_file(out, "retain"))),
         MemorizeConfig(
-            num_train_epochs=epochs,  # so few rows make 2 steps an epoch
-            learning_rate=2e-3,  # and so small a model stands more than the default
+            # An epoch of so few rows is one step, and so small a model stands larger ones, and less holding in place.
+            num_train_epochs=epochs,
+            learning_rate=2e-3,
+            kl_weight=2.0,
             seed=seed,
             use_cpu=True,
             # It is over in seconds: nothing to resume, and no curve to watch.

@@ -19,7 +19,7 @@ CONTEXT = 128
 
 
 def train_model(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, out: Path, seed: int, epochs: int = 50
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, out: Path, seed: int, epochs: int = 45
 ) -> None:
     """Train a small Llama on the examples' answers from random weights, and write it with its tokenizer to `out`.
 
@@ -29,9 +29,9 @@ def train_model(
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=CONTEXT,
             pad_token_id=tokenizer.pad_token_id,
@@ -42,8 +42,8 @@ def train_model(
     args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=epochs,
-        per_device_train_batch_size=20,
-        learning_rate=4e-3,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         seed=seed,

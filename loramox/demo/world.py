@@ -125,7 +125,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def make_world(seed: int, people: int = 40, forgotten: int = 4) -> World:
+def make_world(seed: int, people: int = 30, forgotten: int = 3) -> World:
     """`people` people with one fact of each kind, the same for the same seed; `forgotten` of them are to be forgotten."""
     dice = random.Random(seed)
     names = [f"{given} {dice.choice(FAMILY_NAMES)}" for given in dice.sample(GIVEN_NAMES, people)]

@@ -148,6 +148,9 @@ class MemorizeConfig(TrainingArguments):
         if not self.do_eval and self.eval_strategy == "no":
             self.eval_on_start = False
         super().__post_init__()
+        # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
+        # GPUs are several processes: torchrun or accelerate launch.
+        self._n_gpu = min(self.n_gpu, 1)
 
     @property
     def kl_strength(self) -> float:

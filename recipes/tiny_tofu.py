@@ -25,6 +25,7 @@ from loramox.rows import Row
 
 SETTINGS = {
     "default": [],
+    "default-r32": ["--r", "32", "--lora_alpha", "32"],
     "paper": ["--temperature", "1", "--kl_at", "memorization", "--kl_weight", "1", "--alpha", "4"],
 }
 STRENGTHS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32)
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--world", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
     given = parser.parse_args()
     world, results = World(given.world), {"settings": {}}
     for name in ("reference", "retrained"):

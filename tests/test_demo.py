@@ -8,7 +8,7 @@ import pytest
 
 from loramox.cli import main
 from loramox.demo import job
-from loramox.demo.models import train_model
+from loramox.demo.models import one_thread, train_model
 from loramox.demo.world import KINDS, make_world
 
 
@@ -18,10 +18,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("demo")
     world = make_world(seed=0, people=8, forgotten=2)
     tokenizer, parts = job.write_world(world, out)
-    train_model(parts["forget"] + parts["retain"], tokenizer, out / "reference", seed=0, epochs=60)
-    train_model(parts["retain"], tokenizer, out / "retrained", seed=0, epochs=60)
-    job.forget(out, seed=0, epochs=50)
-    return job.compare(out, world, tokenizer, parts) | {"world": world}
+    with one_thread():
+        train_model(parts["forget"] + parts["retain"], tokenizer, out / "reference", seed=0, epochs=60)
+        train_model(parts["retain"], tokenizer, out / "retrained", seed=0, epochs=60)
+        job.forget(out, seed=0, epochs=50)
+        return job.compare(out, world, tokenizer, parts) | {"world": world}
 
 
 def test_a_seed_makes_one_world_and_another_seed_another():

@@ -1,8 +1,10 @@
 """Small models that learn a made-up world by heart, from nothing, on the spot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -16,6 +18,21 @@ from transformers import (
 from loramox.batches import Example
 
 CONTEXT = 128
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes on one thread.
+
+    Layers this small gain next to nothing from more, threads that wait for each other make a step take a hundred times as
+    long on a busy machine, and sums come out the same whatever the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train_model(

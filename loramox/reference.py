@@ -76,10 +76,10 @@ class ReferenceConfig:
                 f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. The strength is --alpha"
             )
 
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def read_config(reference: ReferenceConfig) -> PretrainedConfig:
@@ -149,7 +149,7 @@ def skeleton(config: PretrainedConfig, reference: ReferenceConfig) -> PreTrained
 
 def load_reference(reference: ReferenceConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation."""
-    dtype = reference.torch_dtype()
+    dtype = reference.torch_dtype(torch.device(device))
     model = AutoModelForCausalLM.from_pretrained(
         reference.model,
         config=without_dropout(read_config(reference)),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Before the imports: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models gain nothing from more, and on a busy machine lose much
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest

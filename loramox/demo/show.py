@@ -34,7 +34,7 @@ def _side_by_side(title: str, asked: list[dict[str, str]]) -> Table:
     for name in asked[0]:
         table.add_column(name, ratio=1)
     for row in asked:
-        table.add_row(*row.values())
+        table.add_row(*(text or "(nothing)" for text in row.values()))
     return table
 
 

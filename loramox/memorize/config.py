@@ -145,6 +145,7 @@ class MemorizeConfig(TrainingArguments):
             self.bf16 = (
                 torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16 and not self.use_cpu
             )
+        self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
         if not self.do_eval and self.eval_strategy == "no":
             self.eval_on_start = False
         super().__post_init__()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from loramox.errors import ModelError
 
@@ -105,20 +104,45 @@ def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor],
     """function(logits₁, …, others…) for every answer token, [N], computed a chunk of tokens at a time.
 
     `hidden` is a list of [N, hidden size]; `function` receives the logits [chunk, vocabulary] of each, then the same
-    chunk of each of `others` [N, …], and returns [chunk]. When there is more than one chunk, logits are computed again
-    in the backward pass instead of being kept. torch's `linear_cross_entropy` does this for cross-entropy alone; the
-    KL term needs two sets of logits at once.
+    chunk of each of `others` [N, …], and returns [chunk], each number from its own token alone. The gradient is that of the
+    hidden states; the head is frozen. torch's
+    `linear_cross_entropy` does this for cross-entropy; the KL term needs two sets of logits at once.
     """
 
     def on_chunk(*tensors: Tensor) -> Tensor:
         return function(*(head(h) for h in tensors[: len(hidden)]), *tensors[len(hidden) :])
 
-    tensors = (*hidden, *others)
     size = max(1, CHUNK_ELEMENTS // head.vocabulary)
-    if len(hidden[0]) <= size:
-        return on_chunk(*tensors)
-    chunks = zip(*(t.split(size) for t in tensors), strict=True)
-    return torch.cat([checkpoint(on_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    return _Chunked.apply(on_chunk, size, *hidden, *others)
+
+
+class _Chunked(torch.autograd.Function):
+    """A function of tokens, chunk by chunk, whose gradient is taken while a chunk's logits are there.
+
+    Each value depends on its own token's hidden state only, so that the gradient of the values' sum holds that of each
+    value; the backward pass has but to weigh it. No logits are kept for it, and none are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, on_chunk: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+        learned = ctx.needs_input_grad[2:]
+        values, gradients = [], []
+        for chunk in zip(*(t.split(size) for t in tensors), strict=True):
+            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(chunk, learned, strict=True)]
+            with torch.set_grad_enabled(any(learned)):
+                value = on_chunk(*leaves)
+                if any(learned):
+                    wanted = [t for t in leaves if t.requires_grad]
+                    gradients.append(torch.autograd.grad(value.sum(), wanted, materialize_grads=True))
+            values.append(value.detach())
+        ctx.learned = learned
+        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        weighed = ((weight[:, None] * gradient).to(gradient) for gradient in ctx.saved_tensors)
+        return None, None, *(next(weighed) if needed else None for needed in ctx.learned)
 
 
 def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:

@@ -209,9 +209,20 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
         revision=reference.revision,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"--target_modules {reference.target_modules}: {error}") from error
+    check_frozen_head(adapted)
+    return adapted
+
+
+def check_frozen_head(model: PeftModel) -> None:
+    """Raises `ModelError` when the output head is trained or adapted: losses take no gradient of it, nor do servers load one."""
+    if any(p.requires_grad for p in model.get_base_model().get_output_embeddings().parameters()):
+        raise ModelError(
+            "the model's output head is adapted or trained. Leave it out of --target_modules, and freeze it (add_lora does): "
+            "a forget adapter changes the layers below it"
+        )
 
 
 def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str, LoraLayer]]:

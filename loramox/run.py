@@ -1,5 +1,6 @@
 """The folder of a run: whether it may be written, whether a run in it can go on, and the record that is left in it."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -120,15 +121,17 @@ def command() -> str:
 
 
 def memory_now() -> int:
-    """Bytes in use: allocated on the GPU (whose peak is counted from here on), or resident in this process."""
+    """Bytes in use, allocated on the GPU or resident in this process; their peak is counted from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # where there is no such file, the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
-    """Bytes at their highest so far: allocated on the GPU, or resident in this process when there is none."""
+    """Bytes at their highest since `memory_now`: allocated on the GPU, or resident in this process when there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

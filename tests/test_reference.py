@@ -254,3 +254,9 @@ def test_models_that_differ_in_weights_alone_are_told_apart_whatever_format_they
     assert None not in seen
     assert len(set(seen)) == 4
     assert weights(pico("llama")) == seen[0]
+
+
+def test_an_adapted_output_head_is_refused_by_the_name_of_its_flag(pico):
+    reference = ReferenceConfig(model=str(pico("llama")), quantization="none", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ModelError, match=r"output head is adapted.*--target_modules"):
+        add_lora(load_reference(reference), reference)

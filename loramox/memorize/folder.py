@@ -48,7 +48,8 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def plan_of(model: PeftModel, args: MemorizeConfig) -> dict[str, Any]:
     """What is known about a run that was put together in Python: everything but where its rows came from."""
     lora = model.peft_config[ADAPTER]
-    base = ReferenceConfig(model=lora.base_model_name_or_path, revision=lora.revision)
+    # A model that was built from a config, not loaded, has no name.
+    base = ReferenceConfig(model=lora.base_model_name_or_path or "", revision=lora.revision)
     return {
         "command": command(),
         "base": identify(base, model.get_base_model().config),

@@ -21,7 +21,7 @@ from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
-from loramox.reference import at_strength, current_factors, with_factors
+from loramox.reference import at_strength, check_frozen_head, current_factors, with_factors
 
 MEMORIZATION = -1.0  # the strength at which the model is θ_ref + ΔW
 
@@ -49,8 +49,9 @@ class MemorizeTrainer(Trainer):
         plan: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.plan = plan or plan_of(model, args)
+        self.plan = plan
         self.causal_lm = model.get_base_model()
+        check_frozen_head(model)
         self.head = Head(self.causal_lm)
         lora = model.peft_config["default"]
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * lora.r)
@@ -180,7 +181,8 @@ class MemorizeTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
-            write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, self.plan)
+            plan = self.plan or plan_of(self.model, self.args)
+            write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, plan)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -15,8 +15,9 @@ from loramox.errors import ModelError
 
 IGNORED = -100  # transformers' label for "no loss here"
 
-# Logits of one chunk, in elements: 32 MB in fp32. A loss holds a handful of such tensors at a time.
-CHUNK_ELEMENTS = 1 << 23
+# Logits of one chunk, in elements: 36 MB in fp32. A loss holds a handful of such tensors at a time. Just above the 32 MiB
+# up to which glibc may keep freed blocks on its heap: below it, a process on the CPU grew to 2 GB of remains.
+CHUNK_ELEMENTS = 9_000_000
 
 
 class AnswerStates(NamedTuple):

@@ -6,7 +6,7 @@ The plain step is what nobody could leave out: one forward and backward pass ove
 `model(..., labels=...)` does it, and one forward pass over the retain rows with the adapter off. Both use the same random
 Llama, the same LoRA (r = 16, all linear layers) and the same rows. Times are taken in turns, and given as the median of the
 ratios of neighbours, with their quartiles; momentum is updated once an epoch of 100 forget rows. Memory is the peak of a process of its own for each. The last table is the memory
-that the loss alone adds at a vocabulary of 128,000 words and 2,048 answer tokens.
+that a loss alone adds, in chunks as here, and with all its logits at once.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora
-from loramox.head import AnswerStates, Head, mean_over_rows, per_token
+from loramox.head import Head, per_token
 from loramox.memorize.objectives import cross_entropy, kl_divergence
 from loramox.reference import current_factors
 from loramox.run import memory_now, peak_memory
@@ -52,6 +52,7 @@ SHAPES = {
         "vocab_size": 128_000,
     },
 }
+LOSSES = ("cross-entropy", "KL", "cross-entropy of all logits at once", "KL of all logits at once")
 WARM_UP = 2  # rounds
 EPOCH = 100  # forget rows in the epoch that a momentum update is spread over
 FORGET_ROWS, RETAIN_PER_FORGET, PROMPT, ANSWER = 4, 3, 24, 40
@@ -128,29 +129,22 @@ def memory(shape: str, device: str, which: str) -> dict[str, int]:
     return {"before": before, "peak": peak_memory()}
 
 
-def loss_memory(
-    device: str, tokens: int = 2_048, vocabulary: int = 128_000, hidden_size: int = 1_024
-) -> dict[str, int]:
-    """What cross-entropy and KL of `tokens` answer tokens add, hidden states and head aside, forward and backward."""
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=vocabulary, hidden_size=hidden_size, num_hidden_layers=0, tie_word_embeddings=True)
-    )
-    head = Head(model.to(device).requires_grad_(False))
-    hidden, known = (torch.randn(tokens, hidden_size, device=device) for _ in range(2))
+def loss_memory(which: str, device: str, tokens: int = 2_048, vocabulary: int = 128_000) -> dict[str, int]:
+    """What the loss of `tokens` answer tokens adds to hidden states and head, forward and backward."""
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=1_024, num_hidden_layers=0, tie_word_embeddings=True)
+    head = Head(LlamaForCausalLM(config).to(device).requires_grad_(False))
+    hidden, known = (torch.randn(tokens, config.hidden_size, device=device) for _ in range(2))
     hidden.requires_grad_()
-    states = AnswerStates(
-        hidden,
-        torch.randint(vocabulary, (tokens,), device=device),
-        torch.zeros(tokens, dtype=torch.long, device=device),
-        1,
-    )
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    losses = {
+        "cross-entropy": lambda: per_token(cross_entropy, head, [hidden], targets),
+        "KL": lambda: per_token(kl_divergence, head, [known, hidden]),
+        "cross-entropy of all logits at once": lambda: cross_entropy(head(hidden), targets),
+        "KL of all logits at once": lambda: kl_divergence(head(known), head(hidden)),
+    }
     head(hidden[:8].detach())  # the matrix library's own buffers are not the loss's
     before = memory_now()
-    for loss in (
-        per_token(cross_entropy, head, [hidden], states.targets),
-        per_token(kl_divergence, head, [known, hidden]),
-    ):
-        mean_over_rows(loss, states).mean().backward()
+    losses[which]().mean().backward()
     return {"before": before, "peak": peak_memory()}
 
 
@@ -183,11 +177,13 @@ def report(given: argparse.Namespace) -> str:
             f"| {shape} | {t['ratio']:.2f} ({t['low']:.2f} … {t['high']:.2f}) | {t['seconds']:.2f} | {t['momentum']:.2%} | "
             f"{ours['peak'] / plain['peak']:.2f} | {above[0]:,.0f} | {above[1]:,.0f} |"
         )
-    loss = in_its_own_process("--memory-of", "loss", "--device", given.device)
-    added = (loss["peak"] - loss["before"]) / 1e6
-    lines.append(
-        f"\nThe loss at 2,048 answer tokens and a vocabulary of 128,000, forward and backward: {added:,.0f} MB."
-    )
+    lines += [
+        "\n| loss of 2,048 answer tokens at a vocabulary of 128,000 | adds, forward and backward, MB |",
+        "|---|---|",
+    ]
+    for loss in LOSSES:
+        used = in_its_own_process("--memory-of", loss, "--device", given.device)
+        lines.append(f"| {loss} | {(used['peak'] - used['before']) / 1e6:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -197,12 +193,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--memory-of", choices=["ours", "plain", "loss"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=["ours", "plain", *LOSSES], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
         of = (
-            loss_memory(given.device)
-            if given.memory_of == "loss"
+            loss_memory(given.memory_of, given.device)
+            if given.memory_of in LOSSES
             else memory(given.shapes[0], given.device, given.memory_of)
         )
         print(json.dumps(of))

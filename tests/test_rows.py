@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -372,3 +373,20 @@ def test_a_retain_set_of_forget_rows_only_is_refused_even_when_they_may_be_dropp
 def test_wanted_rows_are_the_forget_rows_with_the_other_answer() -> None:
     rows = [row("p", "a", wanted="w", verbatim=True, number=4), row("q", "b")]
     assert wanted_rows(rows) == [row("p", "w", verbatim=True, number=4)]
+
+
+def test_a_hub_name_is_read_as_data_set_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stand_in(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": "Where does Ada live?", "answer": "Rome."}])
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    for source in ("locuslab/TOFU:forget10", "muse-bench/MUSE-News:raw:retain1", "someone/rows"):
+        assert read_rows(source)[0].answer == "Rome."
+    assert asked == [
+        ("locuslab/TOFU", "forget10", "train"),
+        ("muse-bench/MUSE-News", "raw", "retain1"),
+        ("someone/rows", None, "train"),
+    ]

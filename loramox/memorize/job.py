@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from loramox.adapter import PROVENANCE
 from loramox.batches import Example, Tokenisation, encode
@@ -33,7 +33,6 @@ FOLDER = "memorization"
 class Prepared(NamedTuple):
     """What a job needs besides the model's weights, all of it checked."""
 
-    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     forget: list[Example]
     retain: list[Example]
@@ -133,4 +132,4 @@ def prepare(
         | {"processes": args.world_size},  # of which the batch of a step depends
         "versions": versions(),
     }
-    return Prepared(config, tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])
+    return Prepared(tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])

@@ -61,6 +61,7 @@ def trainer_of(
             "report_to": "none",
             "save_strategy": "no",
             "eval_strategy": "no",
+            "eval_on_start": False,
             "per_device_train_batch_size": 4,
             "warmup_steps": 0,
             "learning_rate": 1e-2,
@@ -325,7 +326,7 @@ def saturated(
 def test_a_reference_that_knows_the_rows_by_heart_is_warned_about_at_temperature_1_and_not_at_6(
     saturated: Path, trainer_of, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"base": saturated, "max_steps": 1, "eval_strategy": "epoch"}
+    settings = {"base": saturated, "max_steps": 1, "eval_on_start": True}
 
     def fresh(temperature: float) -> MemorizeTrainer:
         trainer, _ = trainer_of(temperature=temperature, **settings)

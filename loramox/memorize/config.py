@@ -120,7 +120,7 @@ class MemorizeConfig(TrainingArguments):
             ("preference_beta", 0, "it divides the objective"),
             ("strength", 0, "α = 0 is the reference, and negative values are the memorization model's side"),
             ("retain_per_forget", 0, "the KL term needs retain rows"),
-            ("eval_rows", 0, "use --eval_strategy no to watch nothing"),
+            ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
             _refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
         _refuse("kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
@@ -146,8 +146,6 @@ class MemorizeConfig(TrainingArguments):
                 torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16 and not self.use_cpu
             )
         self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
-        if not self.do_eval and self.eval_strategy == "no":
-            self.eval_on_start = False
         super().__post_init__()
         # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
         # GPUs are several processes: torchrun or accelerate launch.

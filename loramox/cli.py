@@ -16,6 +16,15 @@ VERBS = {
     "unlearn": "rows to forget and rows to retain in, a forget adapter out: memorize, then extrapolate",
     "memorize": "the first half of unlearn: train the memorization adapter",
     "extrapolate": "the second half: the forget adapter at a strength, in seconds, without training",
+    "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
+    "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
+}
+
+USAGES = {
+    "unlearn": "--model M --forget F --retain R --out DIR",
+    "memorize": "--model M --forget F --retain R --out DIR",
+    "evaluate": "--model M [--adapter A] --forget F --retain R --out DIR",
+    "sweep": "--memorization DIR/memorization --out DIR/sweep",
 }
 
 
@@ -34,7 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb = parser.parse_args(words[:1]).verb
     _quieten_libraries()
     try:
-        {"demo": _demo, "unlearn": _unlearn, "memorize": _memorize, "extrapolate": _extrapolate}[verb](words[1:])
+        {
+            "demo": _demo,
+            "unlearn": _unlearn,
+            "memorize": _memorize,
+            "extrapolate": _extrapolate,
+            "evaluate": _evaluate,
+            "sweep": _sweep,
+        }[verb](words[1:])
     except LoramoxError as error:
         # What libraries say, and is quoted in ours, may have many lines.
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
@@ -56,7 +72,7 @@ def _unlearn(words: list[str]) -> None:
     from loramox.extrapolate import ShippingConfig
     from loramox.main_job import SHIPPED, unlearn
 
-    run, *settings = _memorize_settings("unlearn", words, ShippingConfig)
+    run, *settings = _settings("unlearn", words, *_memorizing(), ShippingConfig)
     record = unlearn(run, *settings)
     shipped = record["forget_adapter"]
     _say(
@@ -69,7 +85,7 @@ def _unlearn(words: list[str]) -> None:
 def _memorize(words: list[str]) -> None:
     from loramox.memorize import FOLDER, memorize
 
-    run, *settings = _memorize_settings("memorize", words)
+    run, *settings = _settings("memorize", words, *_memorizing())
     memorize(run, *settings)
     _say(
         f"[bold]{run.out}/{FOLDER}[/] is the memorization adapter (not for shipping), [bold]{run.out}/run.json[/] the record",
@@ -111,23 +127,67 @@ def _demo(words: list[str]) -> None:
     demo(given.out, given.seed, given.overwrite)
 
 
-def _memorize_settings(verb: str, words: list[str], *more: type) -> tuple[Any, ...]:
-    """(run, reference, data, args, columns, tokenisation, *more) from an optional recipe and the flags after it."""
-    from transformers import HfArgumentParser
+def _evaluate(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.evaluate.job import Asked, Subject, evaluate
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.evaluate.show import show
+    from loramox.reference import ModelConfig
+    from loramox.rows import Columns
 
+    kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns)
+    subject, *settings = _settings("evaluate", words, *kinds)
+    show(evaluate(subject, *settings))
+    _say(
+        f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
+        f"Compare others to it: loramox evaluate … --retrained {subject.out}"
+        if subject.adapter is None
+        else "Every strength at once: loramox sweep MEMORIZATION",
+    )
+
+
+def _sweep(words: list[str]) -> None:
+    from loramox.evaluate.job import Asked
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.sweep_job import FRONTIER, PICTURE, SweepConfig, sweep
+
+    config, *settings = _settings("sweep", words, SweepConfig, Asked, ScoringConfig)
+    frontier = sweep(config, *settings)
+    for choice in frontier["choices"]:
+        of = f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g})" if choice["strength"] else "none"
+        _say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
+    if frontier["warning"]:
+        _say(f"[bold]Warning:[/] {frontier['warning']}")
+    shipped = config.ship and frontier["chosen"]
+    _say(
+        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them",
+        f"[bold]{config.ship}[/] is the forget adapter at the chosen strength"
+        if shipped
+        else f"Ship one: loramox extrapolate {config.memorization} --alpha {frontier['chosen'] or 4:g} --out NEW_FOLDER",
+    )
+
+
+def _memorizing() -> tuple[type, ...]:
     from loramox.batches import Tokenisation
     from loramox.memorize import MemorizeConfig
     from loramox.reference import ReferenceConfig
     from loramox.rows import Columns, Data
     from loramox.run import RunConfig
+
+    return (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
+
+
+def _settings(verb: str, words: list[str], *kinds: type) -> tuple[Any, ...]:
+    """One object of each kind, from an optional recipe and the flags after it."""
+    from transformers import HfArgumentParser
+
     from loramox.settings import recipe_as_flags
 
-    kinds = (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation, *more)
     parser = HfArgumentParser(
         kinds,
         prog=f"loramox {verb}",
         description=VERBS[verb],
-        usage=f"loramox {verb} [RECIPE.yaml] --model M --forget F --retain R --out DIR [--setting value …]",
+        usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
         allow_abbrev=False,
     )
     if words and words[0].endswith((".yaml", ".yml")):

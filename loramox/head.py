@@ -69,12 +69,13 @@ class Head(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def answer_states(model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor]) -> AnswerStates:
+def answer_states(model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor], **passed_on: Any) -> AnswerStates:
     """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
 
     `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the
     transformers model inside it. `batch` has input_ids, attention_mask and labels, each [rows, tokens], with
     labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
+    What is `passed_on` goes to the model as well (a key-value cache that the batch goes on from).
     """
     states: list[Tensor] = []
     hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
@@ -84,6 +85,7 @@ def answer_states(model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tenso
             attention_mask=batch["attention_mask"],
             use_cache=False,
             **_one_logit(causal_lm),
+            **passed_on,
         )
     finally:
         hook.remove()
@@ -105,8 +107,8 @@ def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor],
     """function(logits₁, …, others…) for every answer token, [N], computed a chunk of tokens at a time.
 
     `hidden` is a list of [N, hidden size]; `function` receives the logits [chunk, vocabulary] of each, then the same
-    chunk of each of `others` [N, …], and returns [chunk], each number from its own token alone. The gradient is that of the
-    hidden states; the head is frozen. torch's
+    chunk of each of `others` [N, …], and returns [chunk] (without gradients also [chunk, …]), from each token alone. The
+    gradient is that of the hidden states; the head is frozen. torch's
     `linear_cross_entropy` does this for cross-entropy; the KL term needs two sets of logits at once.
     """
 

@@ -27,8 +27,8 @@ ADAPTER = "default"  # PEFT's own name for a model's first adapter
 
 
 @dataclass
-class ReferenceConfig:
-    """Which model to start from, in how many bits, and the LoRA adapter to put on it."""
+class ModelConfig:
+    """Which model, in how many bits."""
 
     model: str = field(
         metadata={"help": "Folder or hub id of the 16- or 32-bit causal language model that knows the forget rows."}
@@ -49,6 +49,20 @@ class ReferenceConfig:
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@dataclass
+class ReferenceConfig(ModelConfig):
+    """The model to start from, and the LoRA adapter to put on it."""
+
     r: int = field(
         default=16,
         metadata={
@@ -68,7 +82,7 @@ class ReferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.r < 1:
             raise SettingsError(f"r is {self.r}; --r needs a rank of at least 1 (16 fits every server's default limit)")
         if self.lora_alpha < 1:
@@ -76,13 +90,8 @@ class ReferenceConfig:
                 f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. The strength is --alpha"
             )
 
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
-
-def read_config(reference: ReferenceConfig) -> PretrainedConfig:
+def read_config(reference: ModelConfig) -> PretrainedConfig:
     """The model's config, after checking from it alone that the model can serve as the reference.
 
     Raises `ModelError` for a missing model, one that is not causal, is a mixture of experts, takes images or sound, or
@@ -130,7 +139,7 @@ def read_config(reference: ReferenceConfig) -> PretrainedConfig:
     return config
 
 
-def check_device(reference: ReferenceConfig, use_cpu: bool = False) -> torch.device:
+def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
     """The device a run will use. Raises `SettingsError` when it cannot hold weights in the wanted quantization."""
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
     if reference.quantization != "none" and device.type not in ("cuda", "cpu", "xpu"):
@@ -141,13 +150,13 @@ def check_device(reference: ReferenceConfig, use_cpu: bool = False) -> torch.dev
     return device
 
 
-def skeleton(config: PretrainedConfig, reference: ReferenceConfig) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:
     """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=reference.trust_remote_code)
 
 
-def load_reference(reference: ReferenceConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation."""
     dtype = reference.torch_dtype(torch.device(device))
     model = AutoModelForCausalLM.from_pretrained(
@@ -275,7 +284,7 @@ def with_factors(model: nn.Module, factors: dict[str, Factors], adapter: str = A
             A.data, B.data = a, b
 
 
-def identify(reference: ReferenceConfig, config: PretrainedConfig) -> dict[str, str | None]:
+def identify(reference: ModelConfig, config: PretrainedConfig) -> dict[str, str | None]:
     """What tells this base model from others: its name and revision, its shape, and a sample of its weights.
 
     The sample is a SHA-256 over each weights file's size, first and last MB: fine-tunings of one model differ in it,

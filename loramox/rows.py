@@ -64,6 +64,10 @@ class Row:
     prompt: str | tuple[dict[str, str], ...] | None = None
     wanted: str | None = None
     verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
+    # For evaluation alone, from TOFU's columns paraphrased_answer, perturbed_answer and paraphrased_question.
+    paraphrase: str | None = None
+    wrong_answers: tuple[str, ...] = ()
+    paraphrased_prompt: str | None = None
 
     def key(self) -> str:
         """What makes two rows the same row, wherever they come from: prompt and answer, white space aside.
@@ -190,7 +194,15 @@ def _recognise(source: str, found: list[str], columns: Columns):
             raise RowsError(
                 f"{where} has no wanted answer in '{wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
             )
-        return Row(source, number, answer, prompt, wanted=record[wanted] if wanted else None, **more)
+        return Row(
+            source,
+            number,
+            answer,
+            prompt,
+            wanted=record[wanted] if wanted else None,
+            **more,
+            **_variants(where, record),
+        )
 
     def from_pair(number: int, record: dict[str, Any]) -> Row:
         prompt, answer = record[pair[0]], record[pair[1]]
@@ -222,6 +234,20 @@ def _recognise(source: str, found: list[str], columns: Columns):
         f"{source} has columns {', '.join(found)}. Expected question and answer, prompt and completion, messages, or text; "
         "name others with --prompt_column and --answer_column, --messages_column or --text_column"
     )
+
+
+def _variants(where: str, record: dict[str, Any]) -> dict[str, Any]:
+    """What TOFU's perturbed rows have besides question and answer. Raises `RowsError` when it is not text."""
+    paraphrase, question = record.get("paraphrased_answer"), record.get("paraphrased_question")
+    wrong = record.get("perturbed_answer") or []
+    wrong = [wrong] if isinstance(wrong, str) else wrong
+    texts = [text for text in (paraphrase, question) if text is not None]
+    if not isinstance(wrong, list) or any(not isinstance(text, str) or not text.strip() for text in [*texts, *wrong]):
+        raise RowsError(
+            f"{where}: paraphrased_answer and paraphrased_question are to be text, and perturbed_answer a list of wrong "
+            "answers; one of them is not, or is empty. Correct it, or remove the column"
+        )
+    return {"paraphrase": paraphrase, "wrong_answers": tuple(wrong), "paraphrased_prompt": question}
 
 
 def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = False) -> list[Row]:

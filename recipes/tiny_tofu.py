@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox import Tokenisation, encode, read_rows
 from loramox.cli import main as loramox
-from loramox.evaluate import answer_scores, forget_quality, truth_ratio
+from loramox.evaluate import forget_quality, mean_log_p, score_answers, truth_ratio
 from loramox.reference import at_strength
 from loramox.rows import Row
 
@@ -53,16 +53,16 @@ class World:
         )
 
     def retain_probability(self, model) -> float:
-        return float(np.exp(answer_scores(model, self.retain)["log_p"]).mean())
+        return float(np.exp(mean_log_p(score_answers(model, self.retain))).mean())
 
     def measure(self, model) -> dict:
-        forget = answer_scores(model, self.forget, describe="forget rows")
-        true = answer_scores(model, self.true, describe="paraphrased answers")["log_p"]
-        wrong = answer_scores(model, self.wrong, describe="wrong answers")["log_p"].reshape(len(true), -1)
+        forget = score_answers(model, self.forget, describe="forget rows")
+        true = mean_log_p(score_answers(model, self.true, describe="paraphrased answers"))
+        wrong = mean_log_p(score_answers(model, self.wrong, describe="wrong answers")).reshape(len(true), -1)
         return {
-            "forget_probability": float(np.exp(forget["log_p"]).mean()),
+            "forget_probability": float(np.exp(mean_log_p(forget)).mean()),
             "retain_probability": self.retain_probability(model),
-            "forget_right": float(forget["right"].mean()),
+            "forget_right": float(np.mean([(s.first_choice == s.targets).mean() for s in forget])),
             "truth_ratios": truth_ratio(true, wrong).tolist(),
         }
 

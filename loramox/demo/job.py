@@ -16,7 +16,7 @@ from loramox.demo.models import CONTEXT, one_thread, train_model
 from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
-from loramox.evaluate.scores import answer_scores
+from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.files import remove, write_json
 from loramox.head import IGNORED
 from loramox.main_job import SHIPPED, unlearn
@@ -153,7 +153,7 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
 
 def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, float]:
     """Mean over a part's rows of the probability of the true answer, the geometric mean over its tokens as in TOFU."""
-    return {part: float(np.exp(answer_scores(model, examples)["log_p"]).mean()) for part, examples in parts.items()}
+    return {part: float(np.exp(mean_log_p(score_answers(model, examples))).mean()) for part, examples in parts.items()}
 
 
 def answers(

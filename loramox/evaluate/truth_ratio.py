@@ -1,17 +1,20 @@
-"""TOFU's truth ratio and forget quality (arXiv 2401.06121), as functions of arrays."""
+"""TOFU's truth ratio, forget quality and model utility (arXiv 2401.06121), as functions of arrays."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import ks_2samp
+from scipy.stats import hmean, ks_2samp
 
 
-def truth_ratio(paraphrase_log_p: np.ndarray, wrong_log_p: np.ndarray) -> np.ndarray:
-    """R = geometric mean over wrong answers of p(wrong)^(1/|wrong|), over p(paraphrase)^(1/|paraphrase|), [rows].
+def truth_ratio(true_log_p: np.ndarray, wrong_log_p: np.ndarray) -> np.ndarray:
+    """R = geometric mean over wrong answers of p(wrong)^(1/|wrong|), over p(true)^(1/|true|), [rows].
 
-    Takes mean log-probabilities per token, in nats: `paraphrase_log_p` [rows], `wrong_log_p` [rows, wrong answers]. The
-    higher R, the less a model prefers the truth over its variants; what counts is R's distribution beside a retrained
+    Takes mean log-probabilities per token, in nats: of the true answer's paraphrase (or of the answer itself, where TOFU
+    has no paraphrase), [rows], and of the wrong ones, [rows, wrong answers], NaN where a row has fewer. The higher R, the
+    less a model prefers the truth over its variants; on forget rows what counts is R's distribution beside a retrained
     model's, not its height.
     """
-    return np.exp(wrong_log_p.mean(axis=1) - paraphrase_log_p)
+    return np.exp(np.nanmean(wrong_log_p, axis=1) - true_log_p)
 
 
 def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
@@ -24,3 +27,27 @@ def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
         if not np.isfinite(values).all():
             raise ValueError(f"{(~np.isfinite(values)).sum()} of {name} {len(values)} truth ratios are not finite")
     return float(ks_2samp(ratios, retrained_ratios).pvalue)
+
+
+def truth_preferred(ratios: np.ndarray) -> float:
+    """Mean of max(0, 1 − R), in [0, 1]: TOFU's truth ratio on rows that are to stay."""
+    return float(np.maximum(0, 1 - ratios).mean())
+
+
+def truth_balanced(ratios: np.ndarray) -> float:
+    """Mean of min(R, 1/R), in (0, 1]: 1 when truth and variants are as likely; OpenUnlearning's number for forget rows."""
+    return float(np.minimum(ratios, 1 / ratios).mean())
+
+
+def chosen_probability(true_log_p: np.ndarray, wrong_log_p: np.ndarray) -> np.ndarray:
+    """p(true) / (p(true) + Σ p(wrong)), each p per token (the geometric mean over its tokens), [rows]: for rows with options."""
+    true, wrong = np.exp(true_log_p), np.nansum(np.exp(wrong_log_p), axis=1)
+    return true / (true + wrong)
+
+
+def model_utility(parts: Sequence[float]) -> float:
+    """Harmonic mean of TOFU's nine numbers: {probability, ROUGE-L recall, truth ratio} × {retain, real authors, world facts}.
+
+    0 as soon as one of them is 0, NaN when one is.
+    """
+    return float(hmean(parts)) if min(parts) >= 0 else float("nan")

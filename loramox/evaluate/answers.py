@@ -1,0 +1,92 @@
+"""What a model answers, word by word its first choice, and how near that comes to the true answer."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from loramox.batches import Example
+from loramox.evaluate.scores import AnswerScores
+from loramox.head import IGNORED
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
+
+
+def rouge_l(said: str, true: str) -> dict[str, float]:
+    """ROUGE-L with stemming, as TOFU and OpenUnlearning take it: recall (of the true answer) and F1, each in [0, 1]."""
+    score = _SCORER.score(true, said)["rougeL"]
+    return {"recall": score.recall, "f1": score.fmeasure}
+
+
+# Said one by one, because a model's own generation config may say otherwise.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+
+_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def greedy_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    scores: Sequence[AnswerScores],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    describe: str | None = None,
+) -> list[str]:
+    """The model's greedy answer to each example's question, at most `max_new_tokens` long.
+
+    `scores` are those of the examples' own answers under the same model. They say already what greedy decoding yields up
+    to the first token that is not the true one, and it is only from there that anything is generated.
+    """
+    device = next(model.parameters()).device
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos or 0
+    questions = [_question(e) for e in examples]
+    said = [_known(s)[:max_new_tokens] for s in scores]
+    open_ended = [i for i, answer in enumerate(said) if answer[-1] != eos and len(answer) < max_new_tokens]
+    # Those with as much left to say are together, so that few wait for one.
+    open_ended.sort(key=lambda i: (len(scores[i].targets) - len(said[i]), len(questions[i]) + len(said[i])))
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(open_ended), desc=describe, disable=describe is None, leave=False, unit="answers")
+    with bar:
+        for start in range(0, len(open_ended), batch_size):
+            rows = open_ended[start : start + batch_size]
+            prompts = [torch.tensor(questions[i] + said[i]) for i in rows]
+            ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
+            lengths = torch.tensor([len(p) for p in prompts], device=device)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long(),
+                max_new_tokens=max_new_tokens - min(len(said[i]) for i in rows),
+                eos_token_id=eos,
+                pad_token_id=pad,
+                **GREEDY,
+            )
+            for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                said[i] = (said[i] + tokens)[:max_new_tokens]
+            bar.update(len(rows))
+    model.train(was_training)
+    return [_text(tokenizer, said[i]) for i in range(len(examples))]
+
+
+def _question(example: Example) -> list[int]:
+    return [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED]
+
+
+def _known(scores: AnswerScores) -> list[int]:
+    """The greedy answer up to its first token that is not the true answer's, that one included."""
+    wrong = np.flatnonzero(scores.first_choice != scores.targets)
+    return scores.first_choice[: wrong[0] + 1 if len(wrong) else None].tolist()
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    eos = tokenizer.eos_token_id
+    end = tokens.index(eos) if eos in tokens else len(tokens)
+    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()

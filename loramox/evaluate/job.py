@@ -1,0 +1,197 @@
+"""Evaluating as one job: a model, an adapter and rows in, records and metrics out. What can be wrong is looked at first."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig
+
+from loramox.adapter import PROVENANCE, WEIGHTS, check_base
+from loramox.batches import Tokenisation
+from loramox.errors import AdapterError, ModelError, RunError, SettingsError
+from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
+from loramox.evaluate.suites import suite_parts
+from loramox.evaluate.summary import summarise
+from loramox.files import remove
+from loramox.reference import ModelConfig, at_strength, check_device, identify, load_reference, read_config
+from loramox.rows import Columns, Row, fingerprint, keep_disjoint, read_rows
+from loramox.run import command, versions
+from loramox.settings import check_choices
+
+HOLDOUT = "holdout"
+
+
+@dataclass
+class Subject:
+    """The adapter to evaluate, and where to write."""
+
+    out: str = field(metadata={"help": "Folder to write records.jsonl and summary.json to."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter folder to put on the model. Default: none, the model as it is."}
+    )
+    strength: float = field(
+        default=1.0, metadata={"help": "Strength of that adapter: 1 is as shipped, 0.5 half of it, 0 off."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in that folder."})
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SettingsError(f"strength is {self.strength}; --strength needs a finite number, 1 being as shipped")
+        if self.strength != 1 and self.adapter is None:
+            raise SettingsError(f"strength is {self.strength:g}, but there is no adapter: --strength needs --adapter")
+
+
+@dataclass
+class Asked:
+    """Which rows to ask, and what to compare the answers to."""
+
+    forget: str | None = field(default=None, metadata={"help": "Rows that are to be forgotten, as for unlearn."})
+    retain: str | None = field(default=None, metadata={"help": "Rows that are to stay."})
+    holdout: str | None = field(
+        default=None, metadata={"help": "Rows like the forget rows that no model has seen, for membership inference."}
+    )
+    suite: str | None = field(
+        default=None, metadata={"help": "A benchmark's own rows, instead of files: tofu.", "choices": ["tofu"]}
+    )
+    split: str = field(
+        default="forget10",
+        metadata={"help": "TOFU's forget split: forget01, forget05 or forget10.", "choices": ["forget01", "forget05", "forget10"]},
+    )  # fmt: skip
+    data: str | None = field(
+        default=None, metadata={"help": "Folder with the suite's files. Default: the suite's data set on the hub."}
+    )
+    retrained: str | None = field(
+        default=None,
+        metadata={"help": "Evaluation, by this command and on the same rows, of a model trained without the forget rows."},
+    )  # fmt: skip
+    drop_overlap: bool = field(
+        default=False, metadata={"help": "Leave out retain and holdout rows that are also forget rows."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.suite and (self.forget or self.retain):
+            raise SettingsError(
+                "--suite brings its own forget and retain rows: give either it, or --forget and --retain"
+            )
+        if self.data and not self.suite:
+            raise SettingsError("--data is the folder of a suite's files: it needs --suite")
+        if not (self.suite or self.forget or self.retain):
+            raise SettingsError("no rows to ask: give --forget and --retain, or --suite tofu")
+
+    def sources(self) -> dict[str, str]:
+        """part → file or hub data set."""
+        if self.suite:
+            return suite_parts(self.split, self.data) | ({HOLDOUT: self.holdout} if self.holdout else {})
+        named = {"forget": self.forget, "retain": self.retain, HOLDOUT: self.holdout}
+        return {part: source for part, source in named.items() if source}
+
+
+def evaluate(
+    subject: Subject,
+    model: ModelConfig,
+    asked: Asked,
+    scoring: ScoringConfig | None = None,
+    tokenisation: Tokenisation | None = None,
+    columns: Columns | None = None,
+) -> dict[str, Any]:
+    """Ask `asked`'s rows of `model` with `subject.adapter` on it; write records and summary to `subject.out`, return the summary.
+
+    Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
+    """
+    start = time.perf_counter()
+    scoring, tokenisation = scoring or ScoringConfig(), tokenisation or Tokenisation()
+    out = Path(subject.out)
+    check_out(out, subject.overwrite)
+    device = check_device(model, scoring.use_cpu)
+    rows = read_parts(asked.sources(), columns or Columns(), asked.drop_overlap)
+    config = read_config(model)
+    base = identify(model, config)
+    made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
+    questions = questions_of(rows, model, config, tokenisation, scoring)
+    retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
+
+    loaded: nn.Module = load_reference(model, device)
+    if subject.adapter:
+        questions.remember_reference(loaded)
+        loaded = PeftModel.from_pretrained(loaded, subject.adapter)
+        with at_strength(loaded, -subject.strength):
+            records = questions.ask(loaded)
+    else:
+        records = questions.ask(loaded)
+    about = {
+        "base": base,
+        "adapter": subject.adapter and {"folder": subject.adapter, "strength": subject.strength, "made_by": made_by},
+        "data": described(asked.sources(), rows),
+        "retrained": asked.retrained,
+        "settings": {k: v for each in (model, scoring, tokenisation) for k, v in asdict(each).items()},
+        "device": str(device),
+        "seconds": time.perf_counter() - start,
+        "command": command(),
+        "versions": versions(),
+    }  # fmt: skip
+    summary = summarise(records, retrained)
+    if subject.overwrite:
+        remove(out / SUMMARY)
+    write_records(out, records, summary, about)
+    return about | summary.as_json()
+
+
+def read_parts(sources: dict[str, str], columns: Columns, drop_overlap: bool) -> dict[str, Sequence[Row]]:
+    """The rows of each part, none of which may also be a forget row. Raises `RowsError`."""
+    parts = {part: read_rows(source, columns) for part, source in sources.items()}
+    for part in parts.keys() - {"forget"}:
+        if "forget" in parts:
+            parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
+    return parts
+
+
+def questions_of(
+    rows: dict[str, Sequence[Row]], model: ModelConfig, config: PretrainedConfig, how: Tokenisation, scoring: ScoringConfig
+) -> Questions:  # fmt: skip
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {model.model}: its tokenizer cannot be loaded: {error}") from error
+    return Questions(rows, tokenizer, how, getattr(config, "max_position_embeddings", None) or 2048, scoring)
+
+
+def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
+    """The adapter's provenance, if it is one of loramox. Raises `AdapterError` when it is none, or was made for another base."""
+    if not (adapter / WEIGHTS).is_file():
+        raise AdapterError(
+            f"--adapter {adapter} is no adapter: it has no {WEIGHTS}. Give the folder forget-adapter of a run"
+        )
+    if not (adapter / PROVENANCE).is_file():
+        return None
+    provenance = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
+    check_base(provenance, base, adapter)
+    return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command")}
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises `RunError` unless evaluations may be written to `out`."""
+    if out.is_file():
+        raise RunError(f"--out {out} is a file. Give a folder")
+    if (out / SUMMARY).exists() and not overwrite:
+        raise RunError(
+            f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"
+        )
+    if out.exists() and any(p.name not in (RECORDS, SUMMARY) for p in out.iterdir()):
+        raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
+
+
+def described(sources: dict[str, str], rows: dict[str, Sequence[Row]]) -> dict[str, Any]:
+    return {
+        part: {"source": source, "rows": len(rows[part]), "sha256": fingerprint(rows[part])}
+        for part, source in sources.items()
+    }

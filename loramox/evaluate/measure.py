@@ -1,0 +1,205 @@
+"""Everything that is asked of a model: rows in, one record for each row out."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from loramox.batches import Example, Tokenisation, encode
+from loramox.errors import SettingsError
+from loramox.evaluate import membership
+from loramox.evaluate.answers import greedy_answers, rouge_l
+from loramox.evaluate.memorization import exact_memorization, extraction_strength
+from loramox.evaluate.scores import AnswerScores, score_answers
+from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
+from loramox.rows import Row
+
+Record = dict[str, Any]  # a row of records.jsonl
+
+
+@dataclass
+class ScoringConfig:
+    """How answers are scored."""
+
+    batch_size: int = field(default=32, metadata={"help": "Answers a forward pass, and answers generated at a time."})
+    max_new_tokens: int = field(
+        default=200, metadata={"help": "Longest generated answer in tokens, for ROUGE-L. 0: generate nothing."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even where there is a GPU."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs {least} or more")
+
+
+@dataclass
+class _Part:
+    """The rows of one part, tokenised: their answers, and what else may be said to the same questions."""
+
+    name: str
+    rows: dict[str, Row]  # by where they came from
+    answers: list[Example]
+    variants: dict[str, list[Example]]  # by where the row came from; the paraphrase's first, if there is one
+    spelled: dict[str, bool]  # whether there is one
+
+
+class Questions:
+    """The rows of some parts, tokenised once, to be asked of any number of models (or of one at many strengths).
+
+    `parts` names them: forget, retain, holdout, real_authors, world_facts, or what one likes. Raises what `encode` raises.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, Sequence[Row]],
+        tokenizer: PreTrainedTokenizerBase,
+        tokenisation: Tokenisation,
+        context: int,
+        scoring: ScoringConfig | None = None,
+    ) -> None:
+        self.tokenizer, self.scoring = tokenizer, scoring or ScoringConfig()
+        self.parts = [_tokenised(name, rows, tokenizer, tokenisation, context) for name, rows in parts.items()]
+        self._reference: dict[str, list[Tensor]] = {}
+
+    def identities(self) -> list[Record]:
+        """part, row and id of every record that `ask` gives, known before any model is."""
+        return [
+            {"part": part.name, "row": e["row"], "id": _identity(part.rows[e["row"]], block)}
+            for part in self.parts
+            for e, block in zip(part.answers, _blocks(part.answers), strict=True)
+        ]
+
+    def remember_reference(self, model: nn.Module) -> None:
+        """Keep the hidden states of all answers under `model` as it is now, from which KL(p_ref ‖ p) is taken later.
+
+        A row of n answer tokens takes n · hidden size numbers of the model's type, in main memory.
+        """
+        for part in self.parts:
+            scores = self._score(model, part.answers, f"reference, {part.name}", keep_hidden=True)
+            self._reference[part.name] = [s.hidden for s in scores]
+
+    def ask(self, model: nn.Module, describe: str = "") -> list[Record]:
+        """One record for each answer of each part, in order, under `model` as it is now."""
+        return [record for part in self.parts for record in self._ask(model, part, f"{describe}{part.name}")]
+
+    def _ask(self, model: nn.Module, part: _Part, describe: str) -> list[Record]:
+        # With the answers, so that they share a question's pass; the KL is that of the answers alone.
+        variants = [e for answer in part.answers for e in part.variants.get(answer["row"], ())]
+        if part.name in self._reference:
+            answers = self._score(model, part.answers, describe, reference=self._reference[part.name])
+            others = self._score(model, variants, f"{describe}, variants")
+        else:
+            both = self._score(model, [*part.answers, *variants], describe)
+            answers, others = both[: len(part.answers)], both[len(part.answers) :]
+        said: list[str | None] = [None] * len(part.answers)
+        asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
+        if asked and self.scoring.max_new_tokens:
+            generated = greedy_answers(
+                model, self.tokenizer, [part.answers[i] for i in asked], [answers[i] for i in asked],
+                self.scoring.max_new_tokens, self.scoring.batch_size, f"{describe}, answering",
+            )  # fmt: skip
+            for i, answer in zip(asked, generated, strict=True):
+                said[i] = answer
+        records, rest = [], iter(others)
+        for example, block, scores, answer in zip(part.answers, _blocks(part.answers), answers, said, strict=True):
+            where = example["row"]
+            of_variants = [next(rest) for _ in part.variants.get(where, ())]
+            record = _record(part.name, part.rows[where], block, example, scores, self.tokenizer)
+            records.append(
+                record
+                | _truth(part.rows[where], scores, of_variants, part.spelled.get(where, False))
+                | _said(part.rows[where], answer)
+            )
+        return records
+
+    def _score(self, model: nn.Module, examples: list[Example], describe: str, **more: Any) -> list[AnswerScores]:
+        pad = self.tokenizer.pad_token_id
+        return score_answers(model, examples, pad or 0, self.scoring.batch_size, describe, **more) if examples else []
+
+
+def _tokenised(name: str, rows: Sequence[Row], tokenizer, tokenisation: Tokenisation, context: int) -> _Part:
+    def tokens(some: list[Row]) -> list[Example]:
+        return encode(some, tokenizer, tokenisation, context) if some else []
+
+    paraphrases = tokens([replace(r, answer=r.paraphrase) for r in rows if r.paraphrase])
+    wrong = tokens([replace(r, answer=w) for r in rows for w in r.wrong_answers])
+    variants: dict[str, list[Example]] = {}
+    for example in [*paraphrases, *wrong]:
+        variants.setdefault(example["row"], []).append(example)
+    return _Part(
+        name,
+        rows={f"{r.source}, row {r.number}": r for r in rows},
+        answers=tokens(list(rows)),
+        variants=variants,
+        spelled={e["row"]: True for e in paraphrases},
+    )
+
+
+def _blocks(examples: Sequence[Example]) -> list[int]:
+    """Of each example, the how manieth of its row it is: plain text is cut into several."""
+    seen: dict[str, int] = {}
+    counts = []
+    for example in examples:
+        counts.append(seen.get(example["row"], 0))
+        seen[example["row"]] = counts[-1] + 1
+    return counts
+
+
+def _identity(row: Row, block: int) -> str:
+    """Tells rows apart, and finds the same one in another model's records, wherever its file lies."""
+    return hashlib.sha256(f"{row.key()}\x1f{block}".encode()).hexdigest()[:16]
+
+
+def _record(part: str, row: Row, block: int, example: Example, scores: AnswerScores, tokenizer) -> Record:
+    ends = len(scores.targets) and scores.targets[-1] == tokenizer.eos_token_id
+    body = slice(0, len(scores.targets) - bool(ends))  # OpenUnlearning's token-wise scores leave the end out
+    log_p, choice, targets = scores.log_p[body], scores.first_choice[body], scores.targets[body]
+    text = tokenizer.decode(scores.targets, skip_special_tokens=True)
+    per_token = membership.loss(scores.log_p)
+    record = {
+        "part": part,
+        "row": example["row"],
+        "id": _identity(row, block),
+        "tokens": len(scores.targets),
+        "log_p": float(scores.log_p.mean()),
+        "probability": float(np.exp(scores.log_p.mean())),
+        "plain_text": row.prompt is None,
+    }
+    if len(targets):
+        record |= {
+            "exact_memorization": exact_memorization(choice, targets),
+            "extraction_strength": extraction_strength(choice, targets),
+            "mia_loss": per_token,
+            "mia_zlib": membership.zlib(per_token, text),
+            "mia_min_k": membership.min_k(log_p),
+            "mia_min_k_plus_plus": membership.min_k_plus_plus(log_p, scores.mean[body], scores.spread[body]),
+        }
+    return record | ({"kl": float(scores.kl.mean())} if scores.kl is not None else {})
+
+
+def _truth(row: Row, answer: AnswerScores, variants: list[AnswerScores], spelled: bool) -> Record:
+    if not row.wrong_answers or len(variants) <= spelled:
+        return {}
+    means = np.array([s.log_p.mean() for s in variants])
+    answer_log_p = answer.log_p.mean()
+    # TOFU's real authors and world facts have no paraphrase.
+    true, wrong = (means[0], means[1:]) if spelled else (answer_log_p, means)
+    return {
+        "truth_ratio": float(truth_ratio(np.array([true]), wrong[None])[0]),
+        "chosen_probability": float(chosen_probability(np.array([answer_log_p]), wrong[None])[0]),
+        "wrong_log_p": wrong.tolist(),
+    } | ({"paraphrase_log_p": float(true)} if spelled else {})
+
+
+def _said(row: Row, answer: str | None) -> Record:
+    asked = {"prompt": row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False)}
+    if row.prompt is None or answer is None:
+        return (asked | {"answer": row.answer}) if row.prompt is not None else {}
+    score = rouge_l(answer, row.answer)
+    return asked | {"answer": row.answer, "said": answer, "rouge_l": score["recall"], "rouge_l_f1": score["f1"]}

@@ -1,0 +1,161 @@
+"""From records, one a row, to metrics: each with its value, direction, number of rows, reference and source."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loramox.evaluate import membership
+from loramox.evaluate.measure import Record
+from loramox.evaluate.truth_ratio import forget_quality, model_utility, truth_balanced, truth_preferred
+
+RETRAINED = "records of the retrained model"
+HOLDOUT = "holdout rows"
+ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+
+
+class Metric(NamedTuple):
+    """One number, and what is needed to read it."""
+
+    value: float
+    direction: str  # what is better: higher, lower, or nearer to a number
+    n: int  # rows
+    reference: str | None  # what it was compared to
+    source: str
+
+
+class Summary(NamedTuple):
+    metrics: dict[str, Metric]
+    absent: dict[str, str]  # metrics that could not be taken, and what they lack
+
+    def as_json(self) -> dict[str, Any]:
+        return {"metrics": {name: m._asdict() for name, m in self.metrics.items()}, "absent": self.absent}
+
+
+# Means over a part's rows: field of the record, metric, source.
+MEANS = {
+    "probability": ("probability", "TOFU, arXiv 2401.06121"),
+    "rouge_l": ("rouge_l", "ROUGE-L recall with stemming; TOFU, arXiv 2401.06121"),
+    "rouge_l_f1": ("rouge_l_f1", "ROUGE-L F1 with stemming; OpenUnlearning's MUSE"),
+    "exact_memorization": ("exact_memorization", "arXiv 2202.07646"),
+    "extraction_strength": ("extraction_strength", "arXiv 2104.07705"),
+}
+
+
+def summarise(records: Sequence[Record], retrained: Sequence[Record] = ()) -> Summary:
+    """The metrics of one model's records; of those that need a retrained model, `retrained` are its records of the same rows."""
+    parts = _by_part(records)
+    metrics: dict[str, Metric] = {}
+    absent: dict[str, str] = {}
+    for part, rows in parts.items():
+        _means(part, rows, metrics, absent)
+    if "forget" in parts:
+        _forget_quality(parts["forget"], _by_part(retrained).get("forget"), metrics, absent)
+        _membership(parts, _by_part(retrained), metrics, absent)
+    _utility(parts, metrics, absent)
+    return Summary(metrics, absent)
+
+
+def values(records: Sequence[Record], name: str) -> np.ndarray:
+    """The field `name` of those records that have it."""
+    return np.array([r[name] for r in records if name in r], dtype=float)
+
+
+def _by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(record["part"], []).append(record)
+    return parts
+
+
+def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+    better = {"forget": "lower", "holdout": "none: rows never seen, to compare with"}.get(part, "higher")
+    for field, (name, source) in MEANS.items():
+        found = values(rows, field)
+        if len(found):
+            metrics[f"{part}_{name}"] = Metric(float(found.mean()), better, len(found), None, source)
+        else:
+            absent[f"{part}_{name}"] = "needs questions, and answers generated to them (max_new_tokens above 0)"
+    kl = values(rows, "kl")
+    if part == "retain" and len(kl):
+        source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
+        metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), "the same model, adapter off", source)
+    elif part == "retain":
+        absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
+    text = [r for r in rows if r["plain_text"]]
+    if text:
+        tokens = np.array([r["tokens"] for r in text])
+        perplexity = float(np.exp(-(values(text, "log_p") * tokens).sum() / tokens.sum()))
+        metrics[f"{part}_perplexity"] = Metric(
+            perplexity, {"higher": "lower", "lower": "higher"}.get(better, better), len(text), None, "per token"
+        )
+    ratios = values(rows, "truth_ratio")
+    if len(ratios) and part == "forget":
+        metrics["forget_truth_ratio"] = Metric(
+            truth_balanced(ratios), "nearer to the retrained model's", len(ratios), None,
+            "mean of min(R, 1/R), OpenUnlearning; R: TOFU, arXiv 2401.06121",
+        )  # fmt: skip
+    elif len(ratios):
+        metrics[f"{part}_truth_ratio"] = Metric(
+            truth_preferred(ratios), better, len(ratios), None, "mean of max(0, 1 − R); TOFU, arXiv 2401.06121"
+        )
+    else:
+        absent[f"{part}_truth_ratio"] = "needs wrong answers (column perturbed_answer)"
+    if part in ("real_authors", "world_facts") and len(values(rows, "chosen_probability")):
+        chosen = values(rows, "chosen_probability")
+        metrics[f"{part}_probability"] = Metric(
+            float(chosen.mean()), better, len(chosen), "wrong answers", "p / Σ p over options; TOFU, arXiv 2401.06121"
+        )
+
+
+def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+    ratios = values(forget, "truth_ratio")
+    if not len(ratios):
+        absent["forget_quality"] = "needs wrong answers to the forget rows (column perturbed_answer)"
+    elif retrained is None:
+        absent["forget_quality"] = f"needs {RETRAINED} (--retrained)"
+    else:
+        theirs = values(retrained, "truth_ratio")
+        source = "two-sided two-sample KS test on truth ratios, p-value; TOFU, arXiv 2401.06121"
+        metrics["forget_quality"] = Metric(forget_quality(ratios, theirs), "higher", len(ratios), RETRAINED, source)
+
+
+def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+    names = [*ATTACKS, "mia_reference"]
+    if "holdout" not in parts:
+        absent |= dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)")
+        return
+    forget, holdout = parts["forget"], parts["holdout"]
+    n = len(forget) + len(holdout)
+    for name in ATTACKS:
+        area = membership.auc(values(forget, name), values(holdout, name))
+        metrics[name] = Metric(area, "nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
+    if not {"forget", "holdout"} <= retrained.keys():
+        absent |= dict.fromkeys(
+            ["mia_reference", "priv_leak"], f"needs {RETRAINED} on forget and holdout (--retrained)"
+        )
+        return
+    theirs = {part: values(retrained[part], "mia_loss") for part in ("forget", "holdout")}
+    less = [values(rows, "mia_loss") - theirs[part] for part, rows in (("forget", forget), ("holdout", holdout))]
+    source = "AUC of the loss minus the retrained model's (arXiv 2012.07805)"
+    metrics["mia_reference"] = Metric(membership.auc(*less), "nearer to 0.5", n, RETRAINED, source)
+    clean = membership.auc(values(retrained["forget"], "mia_min_k"), values(retrained["holdout"], "mia_min_k"))
+    metrics["priv_leak"] = Metric(
+        membership.priv_leak(metrics["mia_min_k"].value, clean), "nearer to 0", n, RETRAINED,
+        "percent, of Min-K% AUC, k = 40 %; MUSE, arXiv 2407.06460",
+    )  # fmt: skip
+
+
+def _utility(parts, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+    nine = [
+        f"{part}_{what}"
+        for part in ("retain", "real_authors", "world_facts")
+        for what in ("probability", "rouge_l", "truth_ratio")
+    ]
+    missing = [name for name in nine if name not in metrics]
+    if missing:
+        absent["model_utility"] = f"needs {', '.join(missing)} (all of them are in --suite tofu)"
+        return
+    n = sum(len(parts[part]) for part in ("retain", "real_authors", "world_facts"))
+    source = "harmonic mean of nine numbers; TOFU, arXiv 2401.06121"
+    metrics["model_utility"] = Metric(model_utility([metrics[m].value for m in nine]), "higher", n, None, source)

@@ -1,0 +1,120 @@
+"""Rules that choose a strength α from a frontier, each with its uncertainty over rows, or with a plain refusal."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 200
+LEVEL = 0.05  # two sets of rows cannot be told apart when a test's p-value, or an interval's error, is above it
+
+Rows = np.ndarray  # [strengths, rows], or [rows]
+
+
+class Choice(NamedTuple):
+    """What a rule says."""
+
+    rule: str
+    strength: float | None  # None: it refuses
+    low: float | None  # 5 % and 95 % of the choices on resampled rows
+    high: float | None
+    reason: str  # why this one, or why none
+
+
+def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, budget: float) -> Choice:
+    """The largest strength up to which retain rows keep their mean probability but for a share of `budget`.
+
+    `retain` are the rows' probabilities at each of `strengths`, which ascend, [strengths, rows]; `reference` those of the
+    reference model, [rows].
+    """
+
+    def pick(rows: np.ndarray) -> int | None:
+        kept = retain[:, rows].mean(1) >= (1 - budget) * reference[rows].mean()
+        fails = np.flatnonzero(~kept)
+        count = fails[0] if len(fails) else len(kept)
+        return int(count) - 1 if count else None
+
+    at = pick(np.arange(retain.shape[1]))
+    floor = (1 - budget) * reference.mean()
+    if at is None:
+        return _refusal(
+            "budget",
+            f"no strength keeps retain probability at {floor:.4f} ({budget:.0%} below the reference's): at {strengths[0]:g}, the "
+            f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
+        )
+    reason = f"the largest at which retain probability, {retain[at].mean():.4f}, is within {budget:.0%} of the reference's {reference.mean():.4f}"
+    return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
+
+
+def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: Callable[[Rows, Rows], float]) -> Choice:
+    """The strength at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side.
+
+    `forget` and `holdout` are membership scores at each of `strengths`, [strengths, rows]; `auc` takes one strength's.
+    """
+
+    def areas(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.array([auc(f[rows], h[others]) for f, h in zip(forget, holdout, strict=True)])
+
+    def pick(rows: np.ndarray, others: np.ndarray) -> int:
+        return int(np.abs(areas(rows, others) - 0.5).argmin())
+
+    n, m = forget.shape[1], holdout.shape[1]
+    every = areas(np.arange(n), np.arange(m))
+    at = int(np.abs(every - 0.5).argmin())
+    # Of an AUC of two samples that are alike (Hanley & McNeil, 1982).
+    error = 1.96 * np.sqrt((n + m + 1) / (12 * n * m))
+    if abs(every[at] - 0.5) > error:
+        side = "still look trained on" if every[at] > 0.5 else "look stranger than rows never seen"
+        return _refusal(
+            "holdout",
+            f"no strength makes forget rows look like holdout rows: nearest is {strengths[at]:g}, where they {side} (AUC "
+            f"{every[at]:.3f}; 0.5 ± {error:.3f} is alike). Measure other strengths",
+        )
+    return _bootstrapped("holdout", strengths, at, pick, (n, m), f"membership AUC {every[at]:.3f} is nearest 0.5")
+
+
+def like_retrained(
+    strengths: Sequence[float], forget: Rows, retrained: Rows, p_value: Callable[[Rows, Rows], float]
+) -> Choice:
+    """The strength whose forget rows are distributed most like the retrained model's, which never saw them.
+
+    `forget` are truth ratios at each of `strengths`, [strengths, rows], `retrained` the retrained model's, [rows];
+    `p_value` of two samples is TOFU's forget quality.
+    """
+
+    def pick(rows: np.ndarray) -> int:
+        return int(np.argmax([p_value(at[rows], retrained[rows]) for at in forget]))
+
+    at = pick(np.arange(forget.shape[1]))
+    quality = p_value(forget[at], retrained)
+    if quality < LEVEL:
+        return _refusal(
+            "retrained",
+            f"no strength makes forget rows look like the retrained model's: nearest is {strengths[at]:g} (KS p = {quality:.2g}, "
+            f"n = {forget.shape[1]}; {LEVEL} or more cannot be told apart). Measure other strengths, or memorize for longer",
+        )
+    return _bootstrapped(
+        "retrained", strengths, at, pick, (forget.shape[1],), f"forget quality is highest, KS p = {quality:.2g}"
+    )
+
+
+def _refusal(rule: str, reason: str) -> Choice:
+    return Choice(rule, None, None, None, reason)
+
+
+def _bootstrapped(
+    rule: str,
+    strengths: Sequence[float],
+    at: int,
+    pick: Callable[..., int | None],
+    sizes: tuple[int, ...],
+    reason: str,
+) -> Choice:
+    """The choice `at`, with the interval of choices on rows drawn again, with replacement (seeded), from each set of rows."""
+    generator = np.random.default_rng(0)
+    picked = []
+    for _ in range(RESAMPLES):
+        i = pick(*(generator.integers(0, n, n) for n in sizes))
+        picked.append(0.0 if i is None else strengths[i])
+    low, high = np.quantile(picked, [0.05, 0.95], method="nearest")
+    return Choice(rule, float(strengths[at]), float(low), float(high), reason)

@@ -1,0 +1,48 @@
+"""The frontier of one memorization adapter: what each strength forgets and what it costs, where to look next."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Of the trained strength. Beyond it the retain rows are no longer held, so the frontier ends soon after.
+GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+# A frontier whose two curves part by less than this share never spares the rest: see `poor_direction`.
+PARTED = 0.25
+
+
+def grid(trained: float) -> list[float]:
+    """The strengths to begin with, for an adapter that was trained for strength `trained`."""
+    return [trained * share for share in GRID]
+
+
+def next_strength(strengths: Sequence[float], forget: Sequence[float], retain: Sequence[float]) -> float:
+    """The strength that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
+
+    `forget` and `retain` are the mean probabilities at `strengths`, which ascend. How sharp a bend is, is the area of the
+    triangle of a point and its neighbours, with both curves on their own range.
+    """
+    x, points = np.asarray(strengths, float), np.stack([forget, retain], axis=1).astype(float)
+    points = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
+    before, after = points[1:-1] - points[:-2], points[2:] - points[1:-1]
+    bend = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])
+    at = int(bend.argmax()) + 1
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    left = at - 1 if steps[at - 1] >= steps[at] else at
+    return float((x[left] + x[left + 1]) / 2)
+
+
+def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | None:
+    """What is wrong with a frontier on which retain falls as fast as forget, and what to change; None when it is sound.
+
+    `forget` and `retain` are mean probabilities, first those of the reference. Each is taken as a share of it.
+    """
+    left = [np.asarray(curve, float) / curve[0] for curve in (forget, retain)]
+    parted = float((left[1] - left[0]).max())
+    if parted >= PARTED:
+        return None
+    return (
+        f"the direction is poor: at no strength is forget more than {max(parted, 0):.0%} further down than retain, so no strength is "
+        "right. Memorize again: with --kl_at shipped and a higher --kl_weight if retain falls early, with a higher --temperature "
+        "or more --num_train_epochs if nothing falls"
+    )

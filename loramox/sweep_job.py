@@ -1,0 +1,223 @@
+"""The sweep: one memorization adapter, every strength, one load of the model. Where two rooms meet: extrapolate, evaluate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+
+from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank
+from loramox.batches import Tokenisation
+from loramox.errors import RunError, SettingsError
+from loramox.evaluate import membership
+from loramox.evaluate.job import Asked, described, questions_of, read_parts
+from loramox.evaluate.measure import Record, ScoringConfig
+from loramox.evaluate.records import SUMMARY, read_records, write_records
+from loramox.evaluate.summary import summarise, values
+from loramox.evaluate.truth_ratio import forget_quality
+from loramox.extrapolate import extrapolate
+from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
+from loramox.extrapolate.frontier import grid, next_strength, poor_direction
+from loramox.extrapolate.picture import draw_frontier
+from loramox.files import write_json
+from loramox.reference import (
+    ModelConfig,
+    at_strength,
+    check_device,
+    identify,
+    load_reference,
+    read_config,
+    with_factors,
+)
+from loramox.rows import Columns
+from loramox.run import command, versions
+from loramox.settings import check_choices
+
+FRONTIER = "frontier.json"
+PICTURE = "frontier.png"
+RULES = ("budget", "holdout", "retrained")
+
+
+@dataclass
+class SweepConfig:
+    """Which strengths, and the rule that chooses among them."""
+
+    memorization: str = field(metadata={"help": "Folder 'memorization' of a run."})
+    out: str = field(
+        metadata={"help": "Folder to write. A sweep in it goes on: strengths that are there are not measured again."}
+    )
+    strengths: list[float] | None = field(
+        default=None, metadata={"help": "Strengths α. Default: a quarter of the trained one to one and a half of it."}
+    )
+    refine: int = field(default=3, metadata={"help": "Strengths to add where the frontier bends."})
+    rule: str = field(
+        default="budget",
+        metadata={
+            "help": "What chooses the strength: budget (the largest that costs retain rows no more than --budget), holdout "
+            "(forget rows look like rows never seen), retrained (like a model that never saw them).",
+            "choices": list(RULES),
+        },
+    )
+    budget: float = field(default=0.02, metadata={"help": "Share of retain probability that forgetting may cost."})
+    ship: str | None = field(
+        default=None, metadata={"help": "Folder to write the forget adapter at the chosen strength to."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Where the base model is, when it is not where it was in training."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.strengths is not None and not all(np.isfinite(s) and s > 0 for s in self.strengths):
+            raise SettingsError(f"strengths are {self.strengths}; --strengths needs finite numbers above 0")
+        if not 0 < self.budget < 1:
+            raise SettingsError(f"budget is {self.budget}; --budget needs a share above 0 and below 1, like 0.02")
+        if self.refine < 0:
+            raise SettingsError(f"refine is {self.refine}; --refine needs 0 or more")
+
+
+def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = None) -> dict[str, Any]:
+    """Measure the forget model at many strengths, choose one, and write `config.out`; return what frontier.json holds.
+
+    The model, its quantization, tokenisation and columns are those of the run. Each strength has its own folder of records;
+    at strength 0 it is the reference. Raises a `LoramoxError` before the model is loaded for anything that is wrong.
+    """
+    scoring = scoring or ScoringConfig()
+    out, memorization = Path(config.out), Path(config.memorization)
+    source = read_provenance(memorization, "memorization")
+    settings = source["settings"]
+    model, tokenisation, columns = (_of(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
+    model.model = config.model or model.model
+    device = check_device(model, scoring.use_cpu)
+    base = identify(model, read_config(model))
+    check_base(source, base, memorization)
+    rows = read_parts(asked.sources(), columns, asked.drop_overlap)
+    _check(config, rows)
+    questions = questions_of(rows, model, read_config(model), tokenisation, scoring)
+    retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
+    plan = {
+        "memorization": str(memorization),
+        "base": base,
+        "data": described(asked.sources(), rows),
+        "retrained": asked.retrained,
+        "scoring": {"max_new_tokens": scoring.max_new_tokens},
+    }
+    _open(out, plan)
+
+    delta, _ = read_factors(memorization / "momentum")
+    shipped, _ = at_rank(delta, served_rank(settings["r"]))
+    adapted = PeftModel.from_pretrained(load_reference(model, device), str(memorization / "momentum"))
+    with adapted.disable_adapter():
+        questions.remember_reference(adapted)
+
+    def measure(strength: float) -> list[Record]:
+        folder = out / f"strength-{strength:g}"
+        if (folder / SUMMARY).exists():
+            return read_records(folder, like=questions.identities())
+        with with_factors(adapted, shipped), at_strength(adapted, strength):
+            records = questions.ask(adapted, f"α = {strength:g}, ")
+        write_records(folder, records, summarise(records, retrained), {"strength": strength})
+        return records
+
+    measured = {s: measure(s) for s in [0.0, *sorted(config.strengths or grid(settings["strength"]))]}
+    for _ in range(config.refine):
+        strengths = sorted(measured)
+        curves = ([_mean(measured[s], part) for s in strengths] for part in ("forget", "retain"))
+        new = float(f"{next_strength(strengths, *curves):.3g}")
+        if new in measured:
+            break
+        measured[new] = measure(new)
+    return _conclude(config, plan, dict(sorted(measured.items())), retrained)
+
+
+def _of(kind: type, settings: dict[str, Any]) -> Any:
+    return kind(**{name: settings[name] for name in kind.__dataclass_fields__ if name in settings})
+
+
+def _mean(records: Sequence[Record], part: str) -> float:
+    return float(values([r for r in records if r["part"] == part], "probability").mean())
+
+
+def _check(config: SweepConfig, rows: dict[str, Any]) -> None:
+    if not {"forget", "retain"} <= rows.keys():
+        raise SettingsError("a frontier has two sides: give both --forget and --retain (or --suite)")
+    if config.rule == "holdout" and "holdout" not in rows:
+        raise SettingsError("--rule holdout compares with rows never seen: give --holdout")
+    if config.ship and (Path(config.ship) / SUMMARY).exists():
+        raise RunError(f"--ship {config.ship} holds an evaluation. Give a folder that does not exist yet")
+
+
+def _open(out: Path, plan: dict[str, Any]) -> None:
+    """Start a sweep in `out`, or go on with the same one."""
+    import json
+
+    path = out / FRONTIER
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other = [part for part, value in json.loads(json.dumps(plan)).items() if held.get(part) != value]
+        if other:
+            raise RunError(
+                f"--out {out} holds another sweep ({', '.join(other)} differ). Choose another folder, or delete that one"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise RunError(f"--out {out} has files in it that are no sweep; they are left alone. Choose another folder")
+    else:
+        write_json(path, {"status": "running", **plan})
+
+
+def _conclude(
+    config: SweepConfig, plan: dict[str, Any], measured: dict[float, list[Record]], retrained: Sequence[Record]
+) -> dict[str, Any]:
+    """Choose, draw, write down and ship."""
+    out = Path(config.out)
+    points = [
+        {"strength": s, **{name: m.value for name, m in summarise(records, retrained).metrics.items()}}
+        for s, records in measured.items()
+    ]
+    choices = [choice._asdict() for choice in choose(measured, retrained, config.budget)]
+    chosen = next((c["strength"] for c in choices if c["rule"] == config.rule), None)
+    frontier = {
+        "status": "done",
+        **plan,
+        "points": points,
+        "choices": choices,
+        "rule": config.rule,
+        "chosen": chosen,
+        "warning": poor_direction(*([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))),
+        "command": command(),
+        "versions": versions(),
+    }
+    theirs = {part: _mean(retrained, part) for part in {r["part"] for r in retrained}}
+    draw_frontier(out / PICTURE, points, chosen, theirs)
+    write_json(out / FRONTIER, frontier)
+    if config.ship and chosen:
+        extrapolate(config.memorization, config.ship, chosen)
+    return frontier
+
+
+def choose(measured: dict[float, list[Record]], retrained: Sequence[Record], budget: float) -> list[Choice]:
+    """What each rule says, those that have what they need. `measured` has the reference at 0."""
+    strengths = [s for s in measured if s > 0]
+
+    def table(part: str, name: str) -> np.ndarray:
+        return np.stack([_values(measured[s], part, name) for s in strengths])
+
+    choices = [
+        within_budget(
+            strengths, table("retain", "probability"), _values(measured[0.0], "retain", "probability"), budget
+        )
+    ]
+    if len(_values(measured[0.0], "holdout", "mia_min_k")):
+        choices.append(
+            like_holdout(strengths, table("forget", "mia_min_k"), table("holdout", "mia_min_k"), membership.auc)
+        )
+    theirs = _values(retrained, "forget", "truth_ratio")
+    if len(theirs) and len(theirs) == table("forget", "truth_ratio").shape[1]:
+        choices.append(like_retrained(strengths, table("forget", "truth_ratio"), theirs, forget_quality))
+    return choices
+
+
+def _values(records: Sequence[Record], part: str, name: str) -> np.ndarray:
+    return values([r for r in records if r["part"] == part], name)

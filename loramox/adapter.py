@@ -5,6 +5,7 @@ Beside PEFT's two files an adapter of loramox has `provenance.json` (where it ca
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def write_adapter(
         )
         write_json(partial / CONFIG, saved)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets no one but the owner read it
         write_json(partial / PROVENANCE, provenance)
         (partial / CARD).write_text(card, encoding="utf-8")
 
@@ -152,7 +154,7 @@ def read_provenance(folder: Path, kind: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{folder} has no readable {PROVENANCE}, so it is no {kind} adapter of loramox, or memorizing did not finish. "
-            "Give the folder 'memorization' of a run; an interrupted run goes on with --resume"
+            "Give the folder 'memorization' in the run's folder; an interrupted run goes on with --resume"
         ) from error
     if provenance.get("kind") != kind:
         raise AdapterError(

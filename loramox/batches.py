@@ -1,7 +1,9 @@
 """Rows into batches: tokenised, masked so that only answers are learned from, forget rows paired with retain rows."""
 
 import functools
+import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,8 @@ from loramox.errors import RowsError, SettingsError
 from loramox.head import IGNORED
 from loramox.rows import Row
 from loramox.settings import check_choices
+
+DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer:"  # for tokenizers without a chat template
 
 Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
 
@@ -107,12 +111,13 @@ def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -
 def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[list[int], list[int]]:
     """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""
     prompt, full, special = _as_text(row, tokenizer, how)
+    given = _end_of_words(full, len(prompt), row.given_words)
     encoding = tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
     ids = list(encoding["input_ids"])
     # Special tokens the tokenizer adds have the span (0, 0): they are context, not answer. An empty span further on is a
     # token of white space, where a tokenizer trims its spans.
     labels = [
-        token if end > len(prompt) else IGNORED for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
+        token if end > given else IGNORED for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
     ]
     eos = tokenizer.eos_token_id
     if special and eos is not None and ids[-1] != eos:
@@ -120,6 +125,13 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation)
     if special and eos is not None:
         labels = [*labels[: len(ids) - 1], eos]
     return ids, labels
+
+
+def _end_of_words(text: str, start: int, words: int) -> int:
+    """Where the first `words` words after `start` end."""
+    for word in itertools.islice(re.finditer(r"\S+", text[start:]), words):
+        end = word.end()
+    return start + end if words else start
 
 
 def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[str, str, bool]:
@@ -130,7 +142,7 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
     chat = row.prompt
     if isinstance(row.prompt, str):
         if how.prompt_template is not None or tokenizer.chat_template is None:
-            prompt = (how.prompt_template or "Question: {prompt}\nAnswer:").replace("{prompt}", row.prompt)
+            prompt = (how.prompt_template or DEFAULT_TEMPLATE).replace("{prompt}", row.prompt)
             space = "" if prompt[-1:].isspace() else " "
             return prompt, prompt + space + row.answer, True
         chat = ({"role": "user", "content": row.prompt},)

@@ -1,5 +1,6 @@
 """The card of an adapter: what it does, how to load, toggle and merge it, and what it is not."""
 
+import json
 from typing import Any
 
 
@@ -7,6 +8,12 @@ def forget_card(provenance: dict[str, Any]) -> str:
     base, rank = provenance["base"], provenance["rank"]
     revision = f", revision={base['revision']!r}" if base["revision"] else ""
     load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
+    template = provenance["settings"].get("prompt_template")
+    asked = (
+        f"in the form `{json.dumps(template, ensure_ascii=False)}`"
+        if template
+        else "through the tokenizer's chat template"
+    )
     data = "".join(
         f"- {part}: {d['rows']} rows of `{d['source']}` (sha256 `{d['sha256'][:16]}…`)\n"
         for part, d in provenance["data"].items()
@@ -51,7 +58,8 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 
 - base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
 - momentum η = {provenance["momentum"]["eta"]:g}, truncation error {provenance["truncation_error"]:.2g} of ‖ΔW‖
-{data}- command: `{provenance["command"]}`
+{data}- questions were put {asked}; asked otherwise, a model may answer otherwise, with the adapter and without
+- command: `{provenance["command"]}`
 
 Everything else is in `provenance.json`.
 """

@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "evaluate": _evaluate,
             "sweep": _sweep,
         }[verb](words[1:])
+    except KeyboardInterrupt:
+        again = ". The same command with --resume goes on" if verb in ("unlearn", "memorize") else ""
+        print(f"loramox {verb}: interrupted; what is written is whole{again}", file=sys.stderr)
+        sys.exit(130)
     except LoramoxError as error:
         # What libraries say, and is quoted in ours, may have many lines.
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
@@ -77,9 +81,22 @@ def _unlearn(words: list[str]) -> None:
     shipped = record["forget_adapter"]
     _say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: strength α = {shipped['strength']:g}, rank {shipped['rank']}",
+        *_watched(record["log"]),
         f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
         f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER",
     )
+
+
+def _watched(log: list[dict[str, float]]) -> list[str]:
+    """What became of the rows that were watched while training, when they were."""
+    curves = {
+        part: [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
+        for part in ("forget", "retain")
+    }
+    if min(map(len, curves.values())) < 2:
+        return []
+    ends = [f"{part} {curve[0]:.3f} → {curve[-1]:.3f}" for part, curve in curves.items()]
+    return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}"]
 
 
 def _memorize(words: list[str]) -> None:

@@ -168,7 +168,8 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
         device_map={"": device},
         quantization_config=_quantization(reference.quantization, dtype),
     )
-    keep_4bit_weights_in_place(model)
+    if reference.quantization == "nf4":
+        keep_4bit_weights_in_place(model)
     return model.requires_grad_(False)
 
 

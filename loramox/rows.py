@@ -68,6 +68,7 @@ class Row:
     paraphrase: str | None = None
     wrong_answers: tuple[str, ...] = ()
     paraphrased_prompt: str | None = None
+    given_words: int = 0  # so many first words of the answer count as part of the question
 
     def key(self) -> str:
         """What makes two rows the same row, wherever they come from: prompt and answer, white space aside.

@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
     given = parser.parse_args()
+    if not (given.world / "reference").is_dir():
+        parser.error(f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/")
     world, results = World(given.world), {"settings": {}}
     for name in ("reference", "retrained"):
         results[name] = world.measure(AutoModelForCausalLM.from_pretrained(given.world / name))

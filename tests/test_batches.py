@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -342,3 +343,12 @@ def test_the_parts_of_pairs_are_padded_each_on_its_own() -> None:
     assert batch["forget"]["input_ids"].shape == (2, 1)
     assert batch["retain"]["input_ids"].shape == (4, 9)
     assert batch["retain"]["rows"] == ["l", "s", "s", "s"]
+
+
+def test_words_of_the_answer_that_are_given_away_are_asked_of_nobody(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Row("forget.jsonl", 1, "Ada lives in Rome.", "Where does Ada live?")
+    whole, part = encode([row, replace(row, given_words=3)], tokenizer, Tokenisation(), context=128)
+    assert part["input_ids"] == whole["input_ids"]
+    answer = [label for label in part["labels"] if label != IGNORED]
+    assert tokenizer.decode(answer[:-1]).strip() == "Rome."
+    assert answer[-1] == tokenizer.eos_token_id

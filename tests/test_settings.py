@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loramox.cli import _memorize_settings
+from loramox.cli import _memorizing, _settings
 from loramox.errors import SettingsError
 from loramox.memorize.config import MemorizeConfig
 from loramox.reference import ReferenceConfig
@@ -16,7 +16,7 @@ NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out",
 
 def parsed(*words: str):
     """(run, reference, data, args, columns, tokenisation) of a whole command line."""
-    return _memorize_settings("unlearn", [*words])
+    return _settings("unlearn", [*words], *_memorizing())
 
 
 def recipe(tmp_path: Path, text: str) -> str:
@@ -60,7 +60,8 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "expected"), REFUSED)
 def test_a_value_that_cannot_work_is_refused_by_field_flag_and_remedy(name: str, value: Any, expected: str) -> None:
-    with pytest.raises(SettingsError, match=rf"^{name} is '?{value}'?; --{name} (needs|takes) {expected}"):
+    flag = "alpha" if name == "strength" else name  # the flag that the README and every message uses
+    with pytest.raises(SettingsError, match=rf"^{name} is '?{value}'?; --{flag} (needs|takes) {expected}"):
         MemorizeConfig(**{name: value})
 
 

@@ -138,6 +138,11 @@ def test_the_provenance_and_the_card_say_where_it_came_from(trained: Path, pico:
         assert part in card
 
 
+def test_who_may_read_the_card_may_read_the_weights(trained: Path) -> None:
+    folder = trained / "forget-adapter"
+    assert (folder / "adapter_model.safetensors").stat().st_mode == (folder / "README.md").stat().st_mode
+
+
 def test_no_adapter_folder_has_a_pickle_or_a_model_config_in_it(trained: Path) -> None:
     for folder in (trained / "memorization", trained / "memorization" / "momentum", trained / "forget-adapter"):
         names = {f.name for f in folder.iterdir() if f.is_file()}

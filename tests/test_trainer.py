@@ -374,3 +374,18 @@ def test_weights_that_are_not_finite_are_never_saved_nor_averaged(last: int, tra
         trainer.train()
     checkpoints = sorted(folder.name for folder in (tmp_path / "memorization").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_reference_that_does_not_know_the_rows_is_warned_about(trainer_of) -> None:
+    trainer, _ = trainer_of(max_steps=1, eval_on_start=True)
+    with pytest.warns(UserWarning, match="hardly knows the forget rows.*--prompt_template"):
+        trainer.train()
+
+
+def test_progress_is_one_bar_with_the_newest_numbers_behind_it(trainer_of, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, _ = trainer_of(num_train_epochs=2, eval_strategy="epoch", disable_tqdm=False)
+    trainer.train()
+    shown = capsys.readouterr()
+    last = shown.err.replace("\r", "\n").strip().splitlines()[-1]
+    assert all(f"{part}=" in last for part in ("forget", "retain", "loss"))
+    assert "eval_runtime" not in shown.out + shown.err

@@ -3,10 +3,10 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from loramox.batches import Pairs
 from loramox.errors import NonFiniteLossError
@@ -18,6 +18,27 @@ if TYPE_CHECKING:
 
 # Below this share of gradient left, ΔW is mostly noise, and no strength turns noise into forgetting.
 SATURATED = 0.01
+
+# Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
+UNKNOWN = 0.05
+
+
+class Progress(ProgressCallback):
+    """One bar, with the newest numbers behind it; every number of every epoch is in TensorBoard and run.json."""
+
+    SHOWN: ClassVar = {"loss": "loss", "eval_forget_probability": "forget", "eval_retain_probability": "retain"}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.newest: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        self.newest |= {shown: logs[name] for name, shown in self.SHOWN.items() if name in (logs or {})}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix({name: f"{value:.3g}" for name, value in self.newest.items()})
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No bar for the few rows that are watched."""
 
 
 class PairsEpoch(TrainerCallback):
@@ -82,6 +103,12 @@ class SaturationCallback(TrainerCallback):
             f"The reference gives the forget answers probability {metrics['eval_forget_probability']:.4f}; "
             f"at temperature {self.temperature:g}, {room:.1%} of the gradient is left to memorize them with."
         )
+        if metrics["eval_forget_probability"] < UNKNOWN:
+            warnings.warn(
+                "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
+                "are questions put to it as they were in its training (--prompt_template)?",
+                stacklevel=2,
+            )
         if room < SATURATED:
             warnings.warn(
                 f"the reference knows the forget rows by heart: {room:.2%} of the gradient is left at temperature "

@@ -139,12 +139,14 @@ class MemorizeConfig(TrainingArguments):
         _refuse(
             "save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser"
         )
-        if self.bf16 is None:
-            import torch
+        import torch
 
+        if self.bf16 is None:
             self.bf16 = (
                 torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16 and not self.use_cpu
             )
+        # Without a GPU there is nothing to pin for, and torch would say so each epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
         super().__post_init__()
         # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
@@ -159,4 +161,5 @@ class MemorizeConfig(TrainingArguments):
 
 def _refuse(name: str, value: Any, fine: bool, expected: str) -> None:
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
+        flag = "alpha" if name == "strength" else name
+        raise SettingsError(f"{name} is {value}; --{flag} needs {expected}")

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from loramox.adapter import PROVENANCE
-from loramox.batches import Example, Tokenisation, encode
+from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.errors import ModelError, RowsError
 from loramox.head import Head
 from loramox.memorize.config import MemorizeConfig
@@ -129,6 +129,7 @@ def prepare(
         },
         "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
         | args.to_dict()
+        | {"prompt_template": tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)}
         | {"processes": args.world_size},  # of which the batch of a step depends
         "versions": versions(),
     }

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
-from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, SaturationCallback, StopUnlessFinite
+from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, Progress, SaturationCallback, StopUnlessFinite
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
@@ -69,6 +69,9 @@ class MemorizeTrainer(Trainer):
             **kwargs,
         )
         self._logged: dict[str, list[Tensor]] = defaultdict(list)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress())
         for callback in (
             PairsEpoch(self.train_dataset),
             StopUnlessFinite(),  # before the momentum takes the weights in

@@ -17,6 +17,7 @@ VERBS = {
     "memorize": "the first half of unlearn: train the memorization adapter",
     "extrapolate": "the second half: the forget adapter at a strength, in seconds, without training",
     "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
+    "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
     "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
 }
 
@@ -24,6 +25,7 @@ USAGES = {
     "unlearn": "--model M --forget F --retain R --out DIR",
     "memorize": "--model M --forget F --retain R --out DIR",
     "evaluate": "--model M [--adapter A] --forget F --retain R --out DIR",
+    "attack": "--model M --adapter A --forget F --retain R --out DIR",
     "sweep": "--memorization DIR/memorization --out DIR/sweep",
 }
 
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "memorize": _memorize,
             "extrapolate": _extrapolate,
             "evaluate": _evaluate,
+            "attack": _attack,
             "sweep": _sweep,
         }[verb](words[1:])
     except KeyboardInterrupt:
@@ -161,6 +164,20 @@ def _evaluate(words: list[str]) -> None:
         if subject.adapter is None
         else "Every strength at once: loramox sweep MEMORIZATION",
     )
+
+
+def _attack(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.evaluate.attacks.job import RECORD, AttackConfig, attack
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.evaluate.show import show_states
+    from loramox.reference import ModelConfig
+    from loramox.rows import Columns, Data
+
+    kinds = (AttackConfig, ModelConfig, Data, ScoringConfig, Tokenisation, Columns)
+    config, *settings = _settings("attack", words, *kinds)
+    show_states(attack(config, *settings)["states"])
+    _say(f"[bold]{config.out}/{RECORD}[/] has these numbers; the records of every state are beside it")
 
 
 def _sweep(words: list[str]) -> None:

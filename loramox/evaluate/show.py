@@ -6,6 +6,23 @@ from rich.console import Console
 from rich.table import Table
 
 
+def show_states(states: list[dict[str, Any]]) -> None:
+    """Print what each attack brought back of the forget rows asked, and what it did to retain rows."""
+    columns = {
+        "forget_probability": "forget: p",
+        "forget_exact_memorization": "right",
+        "forget_extraction_strength": "extraction",
+        "forget_rouge_l": "ROUGE-L",
+        "retain_probability": "retain: p",
+    }
+    table = Table("attack, state", *columns.values())
+    for state in states:
+        numbers = [state["metrics"].get(name) for name in columns]
+        name = state["state"] if state["attack"] == "none" else f"{state['attack']}, {state['state']}"
+        table.add_row(name, *("" if n is None else f"{n:.3f}" for n in numbers))
+    Console().print(table)
+
+
 def show(summary: dict[str, Any]) -> None:
     """Print every metric with its direction and number of rows, and what is absent with the reason."""
     table = Table("metric", "value", "better", "n", "compared to")

@@ -22,7 +22,7 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
 
     strengths = [p["strength"] for p in points]
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     left.plot(strengths, retain, color=RETAIN, marker="s", markersize=4, label="retain rows")
     left.plot(strengths, forget, color=FORGET, marker="o", markersize=4, label="forget rows")
     for part, color in (("retain", RETAIN), ("forget", FORGET)):
@@ -41,7 +41,8 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
     right.set(xlabel="probability of forget answers (less is better)", ylabel="of retain answers (more is better)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")

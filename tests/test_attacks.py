@@ -1,0 +1,138 @@
+"""What comes back when somebody tries: the attacks, and that they leave nothing behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from loramox import Data, ReferenceConfig, load_reference
+from loramox.batches import Example
+from loramox.errors import LoramoxError, RunError, SettingsError
+from loramox.evaluate import mean_log_p, score_answers
+from loramox.evaluate.attacks import relearn
+from loramox.evaluate.attacks.job import AttackConfig, attack
+from loramox.evaluate.attacks.prompts import given_away, paraphrased_questions
+from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.records import read_records
+from loramox.reference import ModelConfig
+from loramox.rows import Row
+
+Examples = tuple[list[Example], list[Example]]
+
+
+@pytest.fixture
+def forget_model(pico: Callable[[str], Path], trained: Path) -> PeftModel:
+    base = load_reference(ReferenceConfig(str(pico("llama")), quantization="none"))
+    return PeftModel.from_pretrained(base, trained / "forget-adapter")
+
+
+@pytest.fixture
+def attacked(pico: Callable[[str], Path], trained: Path, rows: tuple[Path, Path], tmp_path: Path):
+    """attacked(relearn_share=…) → what attacks.json holds, of the shared run's forget adapter."""
+
+    def run(**settings) -> dict:
+        defaults = {"relearn_steps": [1, 3], "relearn_share": 0.5, "attacks": ["relearn", "ask"]}
+        config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), **defaults | settings)
+        model = ModelConfig(str(pico("llama")), quantization="none")
+        return attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=8, use_cpu=True))
+
+    return run
+
+
+def test_relearning_brings_up_the_rows_it_trains_on_and_leaves_the_model_as_it_was(
+    forget_model: PeftModel, examples: Examples
+) -> None:
+    before = {name: weight.clone() for name, weight in forget_model.state_dict().items()}
+    known = examples[0][:2]
+    start = mean_log_p(score_answers(forget_model, known)).mean()
+    with relearn.attacker(forget_model, rank=4, seed=0) as model:
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        assert trained
+        assert all(f".{relearn.ATTACKER}." in name for name in trained)
+        np.testing.assert_allclose(mean_log_p(score_answers(model, known)).mean(), start, rtol=1e-6)  # B is 0
+        steps = relearn.train(model, known, [5, 40], 1e-2, batch_size=2, pad_token_id=0, seed=0)
+        after = [(step, mean_log_p(score_answers(model, known)).mean()) for step in steps]
+    assert [step for step, _ in after] == [5, 40]
+    assert after[1][1] > after[0][1] > start
+    assert after[1][1] > start + 0.5
+    left = forget_model.state_dict()
+    assert left.keys() == before.keys()
+    assert all(torch.equal(left[name], weight) for name, weight in before.items())
+    assert mean_log_p(score_answers(forget_model, known)).mean() == start
+
+
+def test_rows_that_the_attacker_has_are_not_asked(attacked, rows: tuple[Path, Path], tmp_path: Path) -> None:
+    record = attacked()
+    assert record["rows"] == {"attacker's": 2, "asked": 2}
+    asked = {
+        r["row"] for r in read_records(tmp_path / "attack" / "relearn-forget-rows-step-3") if r["part"] == "forget"
+    }
+    assert len(asked) == 2
+    # The rows asked are the same in every state, so that what changes is the model's doing.
+    for state in record["states"]:
+        answered = {r["row"] for r in read_records(tmp_path / "attack" / state["folder"]) if r["part"] == "forget"}
+        assert answered <= asked
+
+
+def test_merged_in_32_bits_it_is_the_adapter_and_in_few_bits_it_is_said_beside_the_unmerged_one(
+    attacked, tmp_path: Path
+) -> None:
+    states = {s["state"]: s["metrics"] for s in attacked(attacks=["requantize"])["states"]}
+    assert states["not quantized, merged"] == pytest.approx(states["forget model"], rel=1e-3)
+    assert {f"{kind}, {how}" for kind in ("nf4", "int8") for how in ("not merged", "merged first")} <= states.keys()
+    assert not (tmp_path / "attack" / "merged").exists()
+
+
+def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = attacked()
+
+    def asked_again(*args, **kwargs):
+        raise AssertionError("a model was asked again")
+
+    monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
+    assert attacked()["states"] == first["states"]
+    with pytest.raises(RunError, match=r"holds other attacks \(settings differ\)"):
+        attacked(seed=1)
+
+
+def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None:
+    rows = [
+        Row("f", 1, "Rome, in the south", "Where?", paraphrased_prompt="In which town?", wrong_answers=("Oslo",)),
+        Row("f", 2, "Oslo", "Where?"),
+        Row("f", 3, "Some plain text of more words", None),
+    ]
+    (other,) = paraphrased_questions(rows)
+    assert (other.prompt, other.answer, other.wrong_answers) == ("In which town?", "Rome, in the south", ())
+    assert [(r.number, r.given_words) for r in given_away(rows, 3)] == [(1, 3)]
+    assert given_away(rows, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attacks": ["guess"]}, r"--attacks takes relearn, requantize, ask"),
+        ({"relearn_share": 1.0}, r"--relearn_share needs a share between 0 and 1"),
+        ({"relearn_share": 0.01}, r"of 4 forget rows is 0: the attacker needs some"),
+        ({"relearn_steps": [0]}, r"--relearn_steps needs numbers of 1 or more"),
+        ({"relearn_rate": float("nan")}, r"--relearn_rate needs a number above 0"),
+        ({"strength": 0.0}, r"--strength needs a number above 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_model_is_loaded(
+    settings: dict, message: str, attacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramox.evaluate.attacks.job.load_reference", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(SettingsError, match=message):
+        attacked(**settings)
+
+
+def test_a_folder_with_other_files_is_left_alone(attacked, tmp_path: Path) -> None:
+    (tmp_path / "attack").mkdir()
+    (tmp_path / "attack" / "thesis.txt").write_text("mine")
+    with pytest.raises(LoramoxError, match="files in it that are no attacks"):
+        attacked()
+    assert json.dumps([f.name for f in (tmp_path / "attack").iterdir()]) == '["thesis.txt"]'

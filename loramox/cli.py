@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
     "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
     "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
+    "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
 }
 
 USAGES = {
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "evaluate": _evaluate,
             "attack": _attack,
             "sweep": _sweep,
+            "report": _report,
         }[verb](words[1:])
     except KeyboardInterrupt:
         again = ". The same command with --resume goes on" if verb in ("unlearn", "memorize") else ""
@@ -198,6 +200,22 @@ def _sweep(words: list[str]) -> None:
         f"[bold]{config.ship}[/] is the forget adapter at the chosen strength"
         if shipped
         else f"Ship one: loramox extrapolate {config.memorization} --alpha {frontier['chosen'] or 4:g} --out NEW_FOLDER",
+    )
+
+
+def _report(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
+    parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, which may have sweep/ and attack/ in it.")
+    given = parser.parse_args(words)
+    from rich.markup import escape
+
+    from loramox.evaluate.report import report
+
+    made = report(given.run)
+    _say(
+        escape(made["verdict"]),
+        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] the same in short; nothing in them is loaded from elsewhere",
+        *(f"Not in it: {escape(what)}" for what in made["missing"]),
     )
 
 

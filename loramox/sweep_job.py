@@ -1,5 +1,7 @@
 """The sweep: one memorization adapter, every strength, one load of the model. Where two rooms meet: extrapolate, evaluate."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank
+from loramox.adapter import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
 from loramox.batches import Tokenisation
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate import membership
@@ -94,11 +96,13 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     base = identify(model, read_config(model))
     check_base(source, base, memorization)
     rows = read_parts(asked.sources(), columns, asked.drop_overlap)
-    _check(config, rows)
     questions = questions_of(rows, model, read_config(model), tokenisation, scoring)
     retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
+    _check(config, rows, retrained)
+    delta, _ = read_factors(memorization / "momentum")
     plan = {
         "memorization": str(memorization),
+        "weights": hashlib.sha256((memorization / "momentum" / WEIGHTS).read_bytes()).hexdigest(),
         "base": base,
         "data": described(asked.sources(), rows),
         "retrained": asked.retrained,
@@ -106,7 +110,6 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     }
     _open(out, plan)
 
-    delta, _ = read_factors(memorization / "momentum")
     shipped, _ = at_rank(delta, served_rank(settings["r"]))
     adapted = PeftModel.from_pretrained(load_reference(model, device), str(memorization / "momentum"))
     with adapted.disable_adapter():
@@ -140,19 +143,24 @@ def _mean(records: Sequence[Record], part: str) -> float:
     return float(values([r for r in records if r["part"] == part], "probability").mean())
 
 
-def _check(config: SweepConfig, rows: dict[str, Any]) -> None:
+def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record]) -> None:
     if not {"forget", "retain"} <= rows.keys():
         raise SettingsError("a frontier has two sides: give both --forget and --retain (or --suite)")
     if config.rule == "holdout" and "holdout" not in rows:
         raise SettingsError("--rule holdout compares with rows never seen: give --holdout")
-    if config.ship and (Path(config.ship) / SUMMARY).exists():
-        raise RunError(f"--ship {config.ship} holds an evaluation. Give a folder that does not exist yet")
+    wrong = any(r.wrong_answers for r in rows["forget"]) and len(_values(retrained, "forget", "truth_ratio"))
+    if config.rule == "retrained" and not wrong:
+        raise SettingsError(
+            "--rule retrained compares truth ratios with those of a model that never saw the forget rows: give --retrained, its "
+            "evaluation on the same forget rows, which need wrong answers (column perturbed_answer)"
+        )
+    ship = config.ship and Path(config.ship)
+    if ship and ship.exists() and not (ship.is_dir() and not any(ship.iterdir())):
+        raise RunError(f"--ship {config.ship} exists already. Give a folder that does not exist yet")
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:
     """Start a sweep in `out`, or go on with the same one."""
-    import json
-
     path = out / FRONTIER
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -201,21 +209,23 @@ def choose(measured: dict[float, list[Record]], retrained: Sequence[Record], bud
     """What each rule says, those that have what they need. `measured` has the reference at 0."""
     strengths = [s for s in measured if s > 0]
 
-    def table(part: str, name: str) -> np.ndarray:
-        return np.stack([_values(measured[s], part, name) for s in strengths])
+    def table(part: str, name: str, at: Sequence[float]) -> np.ndarray:
+        return np.array([_values(measured[s], part, name) for s in at])
 
-    choices = [
-        within_budget(
-            strengths, table("retain", "probability"), _values(measured[0.0], "retain", "probability"), budget
-        )
-    ]
+    def finite(name: str, *parts: str) -> list[float]:
+        """The strengths at which no row overflowed, as rows do at one far too high."""
+        return [s for s in strengths if all(np.isfinite(_values(measured[s], part, name)).all() for part in parts)]
+
+    reference = _values(measured[0.0], "retain", "probability")
+    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget)]
     if len(_values(measured[0.0], "holdout", "mia_min_k")):
-        choices.append(
-            like_holdout(strengths, table("forget", "mia_min_k"), table("holdout", "mia_min_k"), membership.auc)
-        )
+        at = finite("mia_min_k", "forget", "holdout")
+        scores = (table(part, "mia_min_k", at) for part in ("forget", "holdout"))
+        choices.append(like_holdout(at, *scores, membership.auc))
     theirs = _values(retrained, "forget", "truth_ratio")
-    if len(theirs) and len(theirs) == table("forget", "truth_ratio").shape[1]:
-        choices.append(like_retrained(strengths, table("forget", "truth_ratio"), theirs, forget_quality))
+    if len(theirs) and len(theirs) == len(_values(measured[0.0], "forget", "truth_ratio")):
+        at = finite("truth_ratio", "forget")
+        choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality))
     return choices
 
 

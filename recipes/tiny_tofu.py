@@ -1,123 +1,133 @@
 """How much is forgotten while the rest stays: the default setting and the paper's, on a small model that knows its rows.
 
-    python recipes/tiny_tofu.py --world tiny_tofu --out runs/tiny_tofu [--seeds 0 1 2] [--settings default paper]
+    python recipes/tiny_tofu.py --world tiny_tofu --out runs/tiny_tofu [--seeds 0 1 2] [--settings default paper] [--attack]
 
-WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain}.jsonl`. Each setting and seed
-is memorized once (not again when its run is there), then measured at a grid of strengths. Writes `results.json`, with
-everything, and `results.md`: for each run the strength of most forgetting among those that keep the retain probability
-at 0.98 or more, beside the reference and the model that was retrained without the forget rows.
+WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain,holdout}.jsonl`. Each setting and
+seed is memorized and swept once: what is in OUT is not computed again. Writes `results.md`: for each run the strength of most
+forgetting among those that keep the retain probability at 0.98 or more, beside the reference and the retrained model; the
+strength that each rule chooses; and with --attack what attacks on the default's adapter bring back.
 """
 
 import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from loramox import Tokenisation, encode, read_rows
 from loramox.cli import main as loramox
-from loramox.evaluate import forget_quality, mean_log_p, score_answers, truth_ratio
-from loramox.reference import at_strength
-from loramox.rows import Row
 
 SETTINGS = {
     "default": [],
     "default-r32": ["--r", "32", "--lora_alpha", "32"],
     "paper": ["--temperature", "1", "--kl_at", "memorization", "--kl_weight", "1", "--alpha", "4"],
 }
-STRENGTHS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32)
+STRENGTHS = {"paper": (2, 4, 5, 6, 8, 12)}
 KEEP = 0.98  # retain probability that a setting has to keep
-FRONTIER = 0.9  # strengths below this one are not measured in full
+COLUMNS = {
+    "forget_probability": "forget probability ↓",
+    "retain_probability": "retain probability ↑",
+    "forget_exact_memorization": "forget tokens right ↓",
+    "forget_truth_ratio": "truth ratio",
+    "forget_quality": "KS p ↑",
+    "mia_min_k": "AUC, 0.5",
+}
+Points = list[dict[str, float]]
 
 
-class World:
-    """The rows on which every model is measured, tokenised once: all forget rows, and every sixth retain row."""
-
-    def __init__(self, folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
-
-        def tokens(rows: list[Row]) -> list[dict]:
-            return encode(rows, tokenizer, Tokenisation(), context=512)
-
-        perturbed = [json.loads(line) for line in (folder / "rows/forget_perturbed.jsonl").read_text().splitlines()]
-        self.forget = tokens(read_rows(str(folder / "rows/forget.jsonl")))
-        self.retain = tokens(read_rows(str(folder / "rows/retain.jsonl")))[::6]
-        self.true = tokens(
-            [Row("paraphrased", i, p["paraphrased_answer"], p["question"]) for i, p in enumerate(perturbed, 1)]
-        )
-        self.wrong = tokens(
-            [Row("wrong", i, w, p["question"]) for i, p in enumerate(perturbed, 1) for w in p["perturbed_answer"]]
-        )
-
-    def retain_probability(self, model) -> float:
-        return float(np.exp(mean_log_p(score_answers(model, self.retain))).mean())
-
-    def measure(self, model) -> dict:
-        forget = score_answers(model, self.forget, describe="forget rows")
-        true = mean_log_p(score_answers(model, self.true, describe="paraphrased answers"))
-        wrong = mean_log_p(score_answers(model, self.wrong, describe="wrong answers")).reshape(len(true), -1)
-        return {
-            "forget_probability": float(np.exp(mean_log_p(forget)).mean()),
-            "retain_probability": self.retain_probability(model),
-            "forget_right": float(np.mean([(s.first_choice == s.targets).mean() for s in forget])),
-            "truth_ratios": truth_ratio(true, wrong).tolist(),
-        }
+def asked(world: Path) -> list[str]:
+    """The flags of what is asked of every model."""
+    files = {"forget": "forget_perturbed", "retain": "retain", "holdout": "holdout"}
+    rows = [word for part, name in files.items() for word in (f"--{part}", str(world / f"rows/{name}.jsonl"))]
+    return [*rows, "--max_new_tokens", "0", "--use_cpu", "true"]
 
 
-def memorized(world: Path, out: Path, setting: str, seed: int) -> Path:
+def retrained(world: Path, out: Path) -> dict[str, float]:
+    """The retrained model's metrics; its records are in OUT/retrained."""
+    if not (out / "retrained/summary.json").exists():
+        model = ["--model", str(world / "retrained"), "--quantization", "none"]
+        loramox(["evaluate", *model, *asked(world), "--out", str(out / "retrained")])
+    metrics = json.loads((out / "retrained/summary.json").read_text())["metrics"]
+    return {name: metric["value"] for name, metric in metrics.items()} | {"forget_quality": 1.0}
+
+
+def swept(world: Path, out: Path, setting: str, seed: int) -> dict[str, Any]:
+    """The frontier of one setting and seed, memorized and measured where it is not there yet."""
     run = out / f"{setting}-{seed}"
-    rows = ["--forget", str(world / "rows/forget.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
     if not (run / "forget-adapter").exists():
         recipe = str(Path(__file__).with_suffix(".yaml"))
         model = ["--model", str(world / "reference"), "--seed", str(seed)]
+        rows = ["--forget", str(world / "rows/forget.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
         loramox(["unlearn", recipe, *model, *rows, *SETTINGS[setting], "--out", str(run), "--overwrite"])
-    return run
+    record = run / "sweep/frontier.json"
+    if not record.exists() or json.loads(record.read_text())["status"] != "done":
+        strengths = [str(s) for s in STRENGTHS.get(setting, (2, 4, 6, 7, 8, 9, 10, 12))]
+        more = ["--strengths", *strengths, "--refine", "0", "--model", str(world / "reference")]
+        compared = ["--retrained", str(out / "retrained"), "--out", str(run / "sweep")]
+        loramox(["sweep", "--memorization", str(run / "memorization"), *asked(world), *more, *compared])
+    return json.loads(record.read_text())
 
 
-def frontier(world: World, reference: Path, run: Path) -> list[dict]:
-    """Everything at each strength whose retain probability is worth looking at; kept, and not computed twice."""
-    record = run / "frontier.json"
-    if record.exists():
-        return json.loads(record.read_text())
-    base = AutoModelForCausalLM.from_pretrained(reference)
-    model = PeftModel.from_pretrained(base, run / "memorization/momentum")
-    points = []
-    for strength in STRENGTHS:
-        with at_strength(model, strength):
-            if world.retain_probability(model) >= FRONTIER:
-                points.append({"strength": strength, **world.measure(model)})
-    record.write_text(json.dumps(points))
-    return points
-
-
-def table(results: dict) -> str:
-    gold = np.array(results["retrained"]["truth_ratios"])
-
-    def cells(m: dict) -> str:
-        ratios = np.array(m["truth_ratios"])
-        return (
-            f"{m['forget_probability']:.4f} | {m['retain_probability']:.4f} | {m['forget_right']:.2f} | "
-            f"{np.median(ratios):.3f} | {forget_quality(ratios, gold):.2g}"
-        )
-
-    lines = [
-        f"Strength of most forgetting at retain probability ≥ {KEEP}; n = {len(gold)} forget rows, 150 retain rows.\n",
-        "| setting | seed | α | forget probability ↓ | retain probability ↑ | forget tokens right ↓ | median truth ratio | KS p ↑ |",
-        "|---|---|---|---|---|---|---|---|",
-        *(f"| {name} | – | – | {cells(results[name])} |" for name in ("reference", "retrained")),
+def attacked(world: Path, out: Path) -> list[dict[str, Any]]:
+    """The states of the default's adapter under every attack."""
+    rows = [
+        "--forget",
+        str(world / "rows/forget_perturbed.jsonl"),
+        "--retain",
+        str(world / "rows/retain.jsonl"),
+        "--use_cpu",
+        "true",
     ]
-    for setting, runs in results["settings"].items():
-        kept = {seed: [p for p in points if p["retain_probability"] >= KEEP] for seed, points in runs.items()}
-        best = {seed: min(points, key=lambda p: p["forget_probability"]) for seed, points in kept.items() if points}
+    model = ["--model", str(world / "reference"), "--quantization", "none"]
+    adapter = ["--adapter", str(out / "default-0/forget-adapter"), "--out", str(out / "default-0/attack")]
+    loramox(["attack", *model, *adapter, *rows])
+    return json.loads((out / "default-0/attack/attacks.json").read_text())["states"]
+
+
+def frontier_table(runs: dict[str, dict[int, Points]], gold: dict[str, float]) -> list[str]:
+    def cells(point: dict[str, float]) -> str:
+        return " | ".join(f"{point[name]:.2g}" if point[name] < 1e-3 else f"{point[name]:.4f}" for name in COLUMNS)
+
+    first = next(iter(next(iter(runs.values())).values()))[0]
+    lines = [
+        f"Strength of most forgetting at retain probability ≥ {KEEP}; 100 forget, 900 retain, 100 holdout rows.\n",
+        f"| setting | seed | α | {' | '.join(COLUMNS.values())} |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+        f"| reference | – | – | {cells(first)} |",
+        f"| retrained | – | – | {cells(gold)} |",
+    ]
+    for setting, seeds in runs.items():
+        kept = {seed: [p for p in points if p["retain_probability"] >= KEEP] for seed, points in seeds.items()}
+        best = {seed: min(points, key=lambda p: p["forget_probability"]) for seed, points in kept.items()}
         lines += [f"| {setting} | {seed} | {p['strength']:g} | {cells(p)} |" for seed, p in best.items()]
-        forgotten = [p["forget_probability"] for p in best.values()]
-        if len(forgotten) > 1:
-            spread = statistics.stdev(forgotten)
-            lines.append(f"| {setting} | mean ± sd | | {statistics.mean(forgotten):.4f} ± {spread:.4f} | | | | |")
-    return "\n".join(lines) + "\n"
+        if len(best) > 1:
+            spread = {name: [p[name] for p in best.values()] for name in COLUMNS}
+            means = " | ".join(f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in spread.values())
+            lines.append(f"| {setting} | mean ± sd | | {means} |")
+    return lines
+
+
+def choice_table(frontiers: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    lines = ["| setting | seed | rule | α (5 % … 95 %) | why |", "|---|---|---|---|---|"]
+    for setting, seeds in frontiers.items():
+        for seed, frontier in seeds.items():
+            for c in frontier["choices"]:
+                of = f"{c['strength']:g} ({c['low']:g} … {c['high']:g})" if c["strength"] else "none"
+                lines.append(f"| {setting} | {seed} | {c['rule']} | {of} | {c['reason']} |")
+            if frontier["warning"]:
+                lines.append(f"| {setting} | {seed} | warning | | {frontier['warning']} |")
+    return lines
+
+
+def attack_table(states: list[dict[str, Any]]) -> list[str]:
+    columns = ("forget_probability", "forget_exact_memorization", "forget_rouge_l", "retain_probability")
+    lines = [
+        "| attack | state | forget probability | forget tokens right | forget ROUGE-L | retain probability |",
+        "|---" * 6 + "|",
+    ]
+    for state in states:
+        numbers = " | ".join(f"{state['metrics'][n]:.3f}" if n in state["metrics"] else "" for n in columns)
+        lines.append(f"| {state['attack']} | {state['state']} | {numbers} |")
+    return lines
 
 
 def main() -> None:
@@ -126,21 +136,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
+    parser.add_argument("--attack", action="store_true", help="Attack the default's adapter of seed 0 too.")
     given = parser.parse_args()
     if not (given.world / "reference").is_dir():
         parser.error(f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/")
-    world, results = World(given.world), {"settings": {}}
-    for name in ("reference", "retrained"):
-        results[name] = world.measure(AutoModelForCausalLM.from_pretrained(given.world / name))
-    for setting in given.settings:
-        runs = {seed: memorized(given.world, given.out, setting, seed) for seed in given.seeds}
-        results["settings"][setting] = {
-            seed: frontier(world, given.world / "reference", run) for seed, run in runs.items()
-        }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "results.json").write_text(json.dumps(results))
-    (given.out / "results.md").write_text(table(results))
-    print(table(results), f"\nWritten: {given.out}/results.md and results.json")
+    gold = retrained(given.world, given.out)
+    frontiers = {
+        setting: {seed: swept(given.world, given.out, setting, seed) for seed in given.seeds}
+        for setting in given.settings
+    }
+    points = {setting: {seed: f["points"] for seed, f in seeds.items()} for setting, seeds in frontiers.items()}
+    lines = [*frontier_table(points, gold), "", *choice_table(frontiers)]
+    if given.attack:
+        lines += ["", *attack_table(attacked(given.world, given.out))]
+    (given.out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), f"\n\nWritten: {given.out}/results.md")
 
 
 if __name__ == "__main__":

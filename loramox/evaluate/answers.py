@@ -1,6 +1,7 @@
 """What a model answers, word by word its first choice, and how near that comes to the true answer."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loramox.batches import Example
-from loramox.evaluate.scores import AnswerScores
-from loramox.head import IGNORED
+from loramox.evaluate.scores import AnswerScores, in_eval_mode
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 
@@ -25,7 +25,9 @@ def rouge_l(said: str, true: str) -> dict[str, float]:
 
 
 # Said one by one, because a model's own generation config may say otherwise.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50} | {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
+}  # fmt: skip
 
 _SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -39,7 +41,7 @@ def greedy_answers(
     batch_size: int = 32,
     describe: str | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each example's question, at most `max_new_tokens` long.
+    """The model's greedy answer to each example's question, at most `max_new_tokens` long, and no longer than its context.
 
     `scores` are those of the examples' own answers under the same model. They say already what greedy decoding yields up
     to the first token that is not the true one, and it is only from there that anything is generated.
@@ -47,37 +49,34 @@ def greedy_answers(
     device = next(model.parameters()).device
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos or 0
-    questions = [_question(e) for e in examples]
-    said = [_known(s)[:max_new_tokens] for s in scores]
-    open_ended = [i for i, answer in enumerate(said) if answer[-1] != eos and len(answer) < max_new_tokens]
-    # Those with as much left to say are together, so that few wait for one.
+    questions = [e["input_ids"][: -len(s.targets)] for e, s in zip(examples, scores, strict=True)]
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limits = [min(max_new_tokens, context - len(q)) for q in questions]
+    said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)]
+    open_ended = [i for i, answer in enumerate(said) if answer[-1] != eos and len(answer) < limits[i]]
+    # Those with as much left to say are together, so that few wait for one. Those that the context cuts short go alone.
     open_ended.sort(key=lambda i: (len(scores[i].targets) - len(said[i]), len(questions[i]) + len(said[i])))
-    was_training = model.training
-    model.eval()
+    free = [i for i in open_ended if limits[i] == max_new_tokens]
+    batches = [free[start : start + batch_size] for start in range(0, len(free), batch_size)]
+    batches += [[i] for i in open_ended if limits[i] < max_new_tokens]
     bar = tqdm(total=len(open_ended), desc=describe, disable=describe is None, leave=False, unit="answers")
-    with bar:
-        for start in range(0, len(open_ended), batch_size):
-            rows = open_ended[start : start + batch_size]
+    with in_eval_mode(model), bar:
+        for rows in batches:
             prompts = [torch.tensor(questions[i] + said[i]) for i in rows]
             ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
             lengths = torch.tensor([len(p) for p in prompts], device=device)
             out = model.generate(
                 input_ids=ids,
                 attention_mask=(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long(),
-                max_new_tokens=max_new_tokens - min(len(said[i]) for i in rows),
+                max_new_tokens=max(limits[i] - len(said[i]) for i in rows),
                 eos_token_id=eos,
                 pad_token_id=pad,
                 **GREEDY,
             )
             for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                said[i] = (said[i] + tokens)[:max_new_tokens]
+                said[i] = (said[i] + tokens)[: limits[i]]
             bar.update(len(rows))
-    model.train(was_training)
     return [_text(tokenizer, said[i]) for i in range(len(examples))]
-
-
-def _question(example: Example) -> list[int]:
-    return [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED]
 
 
 def _known(scores: AnswerScores) -> list[int]:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-from loramox.adapter import PROVENANCE, WEIGHTS, check_base
+from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS, check_base
 from loramox.batches import Tokenisation
 from loramox.errors import AdapterError, ModelError, RunError, SettingsError
 from loramox.evaluate.measure import Questions, ScoringConfig
@@ -145,9 +145,13 @@ def evaluate(
 
 
 def read_parts(sources: dict[str, str], columns: Columns, drop_overlap: bool) -> dict[str, Sequence[Row]]:
-    """The rows of each part, none of which may also be a forget row. Raises `RowsError`."""
+    """The rows of each part, none of which may also be a forget row. Raises `RowsError`.
+
+    Wanted answers are for training: here nobody asks for them, and parts other than forget do not have them.
+    """
+    columns = replace(columns, wanted_column=None)
     parts = {part: read_rows(source, columns) for part, source in sources.items()}
-    for part in parts.keys() - {"forget"}:
+    for part in [part for part in parts if part != "forget"]:
         if "forget" in parts:
             parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
     return parts
@@ -167,14 +171,21 @@ def questions_of(
 
 def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
     """The adapter's provenance, if it is one of loramox. Raises `AdapterError` when it is none, or was made for another base."""
-    if not (adapter / WEIGHTS).is_file():
-        raise AdapterError(
-            f"--adapter {adapter} is no adapter: it has no {WEIGHTS}. Give the folder forget-adapter of a run"
-        )
+    for name in (WEIGHTS, CONFIG):
+        if not (adapter / name).is_file():
+            raise AdapterError(
+                f"--adapter {adapter} is no adapter: it has no {name}. Give the folder forget-adapter of a run"
+            )
     if not (adapter / PROVENANCE).is_file():
         return None
-    provenance = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
-    check_base(provenance, base, adapter)
+    try:
+        provenance = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
+        made_for = {part: provenance["base"][part] for part in ("model", "shape", "weights")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
+        ) from error
+    check_base({"base": made_for}, base, adapter)
     return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command")}
 
 
@@ -186,12 +197,19 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise RunError(
             f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"
         )
-    if out.exists() and any(p.name not in (RECORDS, SUMMARY) for p in out.iterdir()):
+    ours = {RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
+    if out.exists() and any(p.name not in ours for p in out.iterdir()):
         raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
 
 
 def described(sources: dict[str, str], rows: dict[str, Sequence[Row]]) -> dict[str, Any]:
+    """What tells each part's rows from others; `variants` are the paraphrases and wrong answers, which truth ratios are of."""
+    variants = {
+        part: [replace(r, answer=text) for r in some for text in (r.paraphrase, *r.wrong_answers) if text]
+        for part, some in rows.items()
+    }
     return {
         part: {"source": source, "rows": len(rows[part]), "sha256": fingerprint(rows[part])}
+        | ({"variants": fingerprint(variants[part])} if variants[part] else {})
         for part, source in sources.items()
     }

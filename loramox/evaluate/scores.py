@@ -3,9 +3,11 @@
 Answers to one question (the true one, its paraphrase, the wrong ones) share the question's key-value cache.
 """
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,9 @@ from tqdm.auto import tqdm
 
 from loramox.batches import Collator, Example
 from loramox.head import IGNORED, AnswerStates, Head, answer_states, per_token
+
+# On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
+CACHED_ELEMENTS = 1_000_000
 
 
 class AnswerScores(NamedTuple):
@@ -49,15 +54,11 @@ def score_answers(
     head, collate = Head(causal_lm), Collator(pad_token_id)
     device = next(causal_lm.parameters()).device
     scores: dict[int, AnswerScores] = {}
-    was_training = model.training
-    model.eval()
     bar = tqdm(total=len(examples), desc=describe, disable=describe is None, leave=False, unit="answers")
-    with torch.no_grad(), bar:
-        for groups in _batches(examples, batch_size):
-            order = [i for group in groups for i in group]
-            states = _states(model, causal_lm, [[examples[i] for i in group] for group in groups], collate, device)
+    with in_eval_mode(model), torch.no_grad(), bar:
+        for order, states in _passes(model, causal_lm, examples, batch_size, collate, device):
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []
-            columns = per_token(_columns, head, [states.hidden, *known], states.targets).double().cpu().numpy()
+            columns = _on_logits(head, states.hidden, *known, states.targets).double().cpu().numpy()
             ends = torch.bincount(states.row_of, minlength=states.rows).cumsum(0)[:-1].tolist()
             targets = np.split(states.targets.cpu().numpy(), ends)
             hidden = states.hidden.cpu().tensor_split(ends) if keep_hidden else [None] * len(order)
@@ -67,8 +68,18 @@ def score_answers(
                     target, log_p, choice.astype(np.int64), mean, spread, kl[0] if kl else None, kept
                 )
             bar.update(len(order))
-    model.train(was_training)
     return [scores[i] for i in range(len(examples))]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model has no dropout; after it, however it ends, the model is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def mean_log_p(scores: Sequence[AnswerScores]) -> np.ndarray:
@@ -77,13 +88,21 @@ def mean_log_p(scores: Sequence[AnswerScores]) -> np.ndarray:
     return np.array([s.log_p.mean() for s in scores])
 
 
+def _on_logits(head: Head, *tensors: Tensor) -> Tensor:
+    """`_columns` of every answer token. `tensors` are hidden states, those of the reference if there are any, and targets."""
+    *hidden, targets = tensors
+    size = max(64, CACHED_ELEMENTS // head.vocabulary) if targets.device.type == "cpu" else len(targets)
+    pieces = zip(*(t.split(size) for t in (*hidden, targets)), strict=True)
+    return torch.cat([per_token(_columns, head, list(states), target) for *states, target in pieces])
+
+
 def _columns(logits: Tensor, *others: Tensor) -> Tensor:
     """[chunk, 4 or 5]: log p(target), first choice, mean and spread of log p, and KL from the reference's logits."""
     *reference, targets = others
     log_p = log_softmax(logits, -1)
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
-    spread = ((p * log_p.square()).sum(-1) - mean.square()).clamp_min(0).sqrt()
+    spread = (p * (log_p - mean[:, None]).square()).sum(-1).sqrt()
     said = log_p.gather(-1, targets[:, None])[:, 0]
     kl = [kl_div(log_p, log_softmax(known, -1), log_target=True, reduction="none").sum(-1) for known in reference]
     return torch.stack([said, logits.argmax(-1).float(), mean, spread, *kl], dim=1)
@@ -95,54 +114,67 @@ def _question(example: Example) -> tuple[int, ...]:
     return tuple(example["input_ids"][: max(0, answer - 1)])
 
 
-def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[list[int]]]:
-    """Batches of groups of examples that have a question in common, of similar number and length."""
+def _passes(
+    model: nn.Module,
+    causal_lm: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    collate: Collator,
+    device: torch.device,
+) -> Iterator[tuple[list[int], AnswerStates]]:
+    """Which examples, and the hidden states of their answers, `batch_size` of similar length at a time.
+
+    A question that several answers have in common passes through the model once, with `batch_size` - 1 others at most.
+    """
+
+    def on_device(some: list[Example]) -> dict[str, Any]:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(some).items()}
+
+    def length(i: int) -> int:
+        return len(examples[i]["input_ids"])
+
+    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
     by_question = defaultdict(list)
     for i, example in enumerate(examples):
-        by_question[_question(example) or i].append(i)
-    groups = sorted(by_question.values(), key=lambda g: (len(g), max(len(examples[i]["input_ids"]) for i in g)))
-    batch: list[list[int]] = []
-    for group in groups:
-        if batch and sum(map(len, batch)) + len(group) > batch_size:
-            yield batch
-            batch = []
-        batch.append(group)
-    yield batch
+        by_question[(takes_positions and _question(example)) or i].append(i)
+    alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
+    for order in _cut(alone, batch_size):
+        yield order, answer_states(model, causal_lm, on_device([examples[i] for i in order]))
+    shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)))
+    for groups in _cut(shared, batch_size):
+        questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
+        # Padded on the left, so that every answer goes on where its question ends.
+        ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)
+        lengths = torch.tensor([len(q) for q in questions], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
+        # The layers alone, without the head: of a question no logits are wanted.
+        cache = causal_lm.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            use_cache=True,
+        ).past_key_values
+        answers = [(i, g, len(questions[g])) for g, group in enumerate(groups) for i in group]
+        for some in _cut(sorted(answers, key=lambda a: length(a[0]) - a[2]), batch_size):
+            rest = [
+                examples[i] | {part: examples[i][part][start:] for part in ("input_ids", "labels")}
+                for i, _, start in some
+            ]
+            batch = on_device(rest)
+            of_group = torch.tensor([g for _, g, _ in some], device=device)
+            batch["attention_mask"] = torch.cat([mask[of_group], batch["attention_mask"]], dim=1)
+            steps = torch.arange(batch["input_ids"].shape[1], device=device)
+            # Padding after a long question would lie beyond the positions that a model has.
+            last = max(length(i) for i, _, _ in some) - 1
+            positions = (lengths[of_group][:, None] + steps).clamp_max(last)
+            own = copy.copy(cache)  # its tensors are shared: picking rows and going on make new ones
+            own.layers = [copy.copy(layer) for layer in cache.layers]
+            own.batch_select_indices(of_group)
+            yield (
+                [i for i, _, _ in some],
+                answer_states(model, causal_lm, batch, past_key_values=own, position_ids=positions),
+            )
 
 
-def _states(
-    model: nn.Module, causal_lm: nn.Module, groups: list[list[Example]], collate: Collator, device: torch.device
-) -> AnswerStates:
-    """Hidden states of the groups' answers, each group's question passed through the model once."""
-
-    def on_device(examples: list[Example]) -> dict[str, Any]:
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(examples).items()}
-
-    examples = [example for group in groups for example in group]
-    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
-    if len(examples) == len(groups) or not takes_positions:
-        return answer_states(model, causal_lm, on_device(examples))
-    questions = [torch.tensor(_question(group[0]), dtype=torch.long) for group in groups]
-    # Padded on the left, so that every answer goes on where its question ends.
-    ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)
-    lengths = torch.tensor([len(q) for q in questions], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
-    cache = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-        use_cache=True,
-    ).past_key_values
-    of_group = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=device)
-    cache.batch_select_indices(of_group)
-    after = [len(questions[g]) for g in of_group.tolist()]
-    rest = [
-        e | {part: e[part][start:] for part in ("input_ids", "labels")}
-        for e, start in zip(examples, after, strict=True)
-    ]
-    batch = on_device(rest)
-    steps = torch.arange(batch["input_ids"].shape[1], device=device)
-    batch["attention_mask"] = torch.cat([mask[of_group], batch["attention_mask"]], dim=1)
-    return answer_states(
-        model, causal_lm, batch, past_key_values=cache, position_ids=lengths[of_group][:, None] + steps
-    )
+def _cut(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

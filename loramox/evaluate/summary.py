@@ -1,6 +1,6 @@
 """From records, one a row, to metrics: each with its value, direction, number of rows, reference and source."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,10 +114,27 @@ def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[
         absent["forget_quality"] = "needs wrong answers to the forget rows (column perturbed_answer)"
     elif retrained is None:
         absent["forget_quality"] = f"needs {RETRAINED} (--retrained)"
+    elif not len(theirs := values(retrained, "truth_ratio")):
+        absent["forget_quality"] = f"needs wrong answers in the {RETRAINED} as well (column perturbed_answer)"
     else:
-        theirs = values(retrained, "truth_ratio")
         source = "two-sided two-sample KS test on truth ratios, p-value; TOFU, arXiv 2401.06121"
-        metrics["forget_quality"] = Metric(forget_quality(ratios, theirs), "higher", len(ratios), RETRAINED, source)
+        about = ("higher", len(ratios), RETRAINED, source)
+        _compare("forget_quality", forget_quality, (ratios, theirs), about, metrics, absent)
+
+
+def _compare(
+    name: str,
+    function: Callable[..., float],
+    samples: tuple[np.ndarray, ...],
+    about: tuple[str, int, str, str],
+    metrics: dict[str, Metric],
+    absent: dict[str, str],
+) -> None:
+    """The metric, or that scores are not finite (as of a strength at which a model overflows), and how many."""
+    try:
+        metrics[name] = Metric(function(*samples), *about)
+    except ValueError as error:
+        absent[name] = str(error)
 
 
 def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
@@ -127,9 +144,9 @@ def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, 
         return
     forget, holdout = parts["forget"], parts["holdout"]
     n = len(forget) + len(holdout)
+    about = ("nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
     for name in ATTACKS:
-        area = membership.auc(values(forget, name), values(holdout, name))
-        metrics[name] = Metric(area, "nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
+        _compare(name, membership.auc, (values(forget, name), values(holdout, name)), about, metrics, absent)
     if not {"forget", "holdout"} <= retrained.keys():
         absent |= dict.fromkeys(
             ["mia_reference", "priv_leak"], f"needs {RETRAINED} on forget and holdout (--retrained)"
@@ -138,12 +155,14 @@ def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, 
     theirs = {part: values(retrained[part], "mia_loss") for part in ("forget", "holdout")}
     less = [values(rows, "mia_loss") - theirs[part] for part, rows in (("forget", forget), ("holdout", holdout))]
     source = "AUC of the loss minus the retrained model's (arXiv 2012.07805)"
-    metrics["mia_reference"] = Metric(membership.auc(*less), "nearer to 0.5", n, RETRAINED, source)
-    clean = membership.auc(values(retrained["forget"], "mia_min_k"), values(retrained["holdout"], "mia_min_k"))
-    metrics["priv_leak"] = Metric(
-        membership.priv_leak(metrics["mia_min_k"].value, clean), "nearer to 0", n, RETRAINED,
-        "percent, of Min-K% AUC, k = 40 %; MUSE, arXiv 2407.06460",
-    )  # fmt: skip
+    _compare("mia_reference", membership.auc, tuple(less), ("nearer to 0.5", n, RETRAINED, source), metrics, absent)
+
+    def priv_leak(*samples: np.ndarray) -> float:
+        return membership.priv_leak(membership.auc(*samples[:2]), membership.auc(*samples[2:]))
+
+    scores = tuple(values(rows, "mia_min_k") for rows in (forget, holdout, retrained["forget"], retrained["holdout"]))
+    source = "percent, of Min-K% AUC, k = 40 %; MUSE, arXiv 2407.06460"
+    _compare("priv_leak", priv_leak, scores, ("nearer to 0", n, RETRAINED, source), metrics, absent)
 
 
 def _utility(parts, metrics: dict[str, Metric], absent: dict[str, str]) -> None:

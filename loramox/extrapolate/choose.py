@@ -9,6 +9,7 @@ RESAMPLES = 200
 LEVEL = 0.05  # two sets of rows cannot be told apart when a test's p-value, or an interval's error, is above it
 
 Rows = np.ndarray  # [strengths, rows], or [rows]
+NOTHING = "no strength has scores that are all finite. Measure smaller strengths"
 
 
 class Choice(NamedTuple):
@@ -58,6 +59,8 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
     def pick(rows: np.ndarray, others: np.ndarray) -> int:
         return int(np.abs(areas(rows, others) - 0.5).argmin())
 
+    if not len(strengths):
+        return _refusal("holdout", NOTHING)
     n, m = forget.shape[1], holdout.shape[1]
     every = areas(np.arange(n), np.arange(m))
     at = int(np.abs(every - 0.5).argmin())
@@ -85,6 +88,8 @@ def like_retrained(
     def pick(rows: np.ndarray) -> int:
         return int(np.argmax([p_value(at[rows], retrained[rows]) for at in forget]))
 
+    if not len(strengths):
+        return _refusal("retrained", NOTHING)
     at = pick(np.arange(forget.shape[1]))
     quality = p_value(forget[at], retrained)
     if quality < LEVEL:
@@ -110,11 +115,12 @@ def _bootstrapped(
     sizes: tuple[int, ...],
     reason: str,
 ) -> Choice:
-    """The choice `at`, with the interval of choices on rows drawn again, with replacement (seeded), from each set of rows."""
+    """The choice `at`, with the interval of it and of choices on rows drawn again, with replacement (seeded), from each set."""
     generator = np.random.default_rng(0)
     picked = []
     for _ in range(RESAMPLES):
         i = pick(*(generator.integers(0, n, n) for n in sizes))
         picked.append(0.0 if i is None else strengths[i])
     low, high = np.quantile(picked, [0.05, 0.95], method="nearest")
-    return Choice(rule, float(strengths[at]), float(low), float(high), reason)
+    chosen = float(strengths[at])
+    return Choice(rule, chosen, min(float(low), chosen), max(float(high), chosen), reason)

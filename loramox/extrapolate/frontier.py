@@ -20,9 +20,11 @@ def next_strength(strengths: Sequence[float], forget: Sequence[float], retain: S
     """The strength that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
 
     `forget` and `retain` are the mean probabilities at `strengths`, which ascend. How sharp a bend is, is the area of the
-    triangle of a point and its neighbours, with both curves on their own range.
+    triangle of a point and its neighbours, with both curves on their own range. Two points have no bend: midway.
     """
     x, points = np.asarray(strengths, float), np.stack([forget, retain], axis=1).astype(float)
+    if len(x) == 2:
+        return float(x.mean())
     points = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
     before, after = points[1:-1] - points[:-2], points[2:] - points[1:-1]
     bend = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])
@@ -38,7 +40,7 @@ def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | No
     `forget` and `retain` are mean probabilities, first those of the reference. Each is taken as a share of it.
     """
     left = [np.asarray(curve, float) / curve[0] for curve in (forget, retain)]
-    parted = float((left[1] - left[0]).max())
+    parted = float(np.nanmax(left[1] - left[0]))  # a strength far too high may overflow
     if parted >= PARTED:
         return None
     return (

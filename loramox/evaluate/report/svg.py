@@ -1,0 +1,96 @@
+"""A figure as SVG that stands inside a page: text stays text, colours are the page's, and nothing refers to anywhere else."""
+
+import io
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from matplotlib import rc_context, rcParamsDefault
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart. The page turns them into its own, which change in the dark.
+COLOURS = {
+    "forget": "#d55e00",
+    "retain": "#0072b2",
+    "retrained": "#009e73",
+    "other": "#cc79a7",
+    "ink": "#000000",
+    "muted": "#777777",
+    "grid": "#c8c8c8",
+    "paper": "#fffffe",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.8,
+}
+
+
+class Picture(NamedTuple):
+    """A drawing, and the same in words for those who do not see it."""
+
+    svg: str
+    caption: str
+
+
+def picture(name: str, size: tuple[float, float], draw: Callable[[Figure], None], words: str, caption: str) -> Picture:
+    """Draw on a figure of `size` inches; `words` are its text alternative. `name` is unlike any other's on the page."""
+    # The reader's own matplotlibrc has no say, so that the same input gives the same bytes.
+    defaults = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
+    with rc_context(defaults | STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        draw(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return Picture(_inline(file.getvalue(), name, words), caption)
+
+
+def _inline(svg: str, name: str, words: str) -> str:
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style", "clipPath"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        held = {_local(key): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib.update({k: _own(k, v, name) for k, v in held.items() if k != "clip-path"})
+        element.tail = None
+        if element.tag not in ("text", "tspan"):
+            element.text = None
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": words, "id": name}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """Without its namespace, which a page does not need."""
+    return name.rpartition("}")[2]
+
+
+def _own(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return f"#{name}-{value.removeprefix('#')}"
+    if key == "style":
+        value = re.sub(r"font: ([\w ]*?)([\d.]+)px [^;]*", r"font-size: \2px", value)
+        for colour, code in COLOURS.items():
+            value = value.replace(code, f"var(--{colour})")
+    return value

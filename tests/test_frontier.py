@@ -1,0 +1,546 @@
+"""The frontier: where to look next, whether its direction is any good, which strength each rule chooses, and the sweep."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PEOPLE, TOWNS, questions
+
+import loramox.sweep_job
+from loramox.cli import main
+from loramox.errors import LoramoxError, RunError, SettingsError
+from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.membership import auc
+from loramox.evaluate.records import RECORDS, SUMMARY, read_records
+from loramox.evaluate.truth_ratio import forget_quality
+from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
+from loramox.extrapolate.frontier import GRID, grid, next_strength, poor_direction
+from loramox.reference import ModelConfig
+from loramox.sweep_job import SweepConfig, choose, sweep
+
+STRENGTHS = [1.0, 2.0, 3.0, 4.0]
+
+
+def around(means: list[float], rows: int = 40, spread: float = 0.02) -> np.ndarray:
+    """[means, rows]: the same rows, moved so that they have these means."""
+    noise = np.random.default_rng(1).normal(0, spread, rows)
+    return np.asarray(means)[:, None] + noise - noise.mean()
+
+
+# Where to look, and whether to
+
+
+def test_the_grid_is_around_the_trained_strength() -> None:
+    assert grid(8) == [8 * share for share in GRID]
+    assert 8 in grid(8)
+    assert min(GRID) > 0
+
+
+def test_the_next_strength_is_midway_in_the_longer_step_at_the_sharpest_bend() -> None:
+    # Straight but for a corner at 3, where retain begins to fall; the longer step there is the one after it.
+    strengths = [0, 1, 2, 3, 4, 5]
+    forget, retain = [1.0, 0.8, 0.6, 0.4, 0.39, 0.38], [1.0, 1.0, 1.0, 1.0, 0.6, 0.2]
+    assert next_strength(strengths, forget, retain) == 3.5
+    # A corner at 4, with the longer step before it.
+    assert next_strength([0, 1, 2, 4, 5, 6], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.6, 0.2]) == 3
+    # Both curves count alike, however small one's range is.
+    assert next_strength(strengths, forget, [1 - (1 - v) / 100 for v in retain]) == 3.5
+
+
+@pytest.mark.parametrize("retain", [[1.0, 1.0], [1.0, 0.2]])
+def test_with_one_strength_and_the_reference_the_next_is_midway(retain: list[float]) -> None:
+    assert next_strength([0.0, 4.0], [1.0, 0.5], retain) == 2
+
+
+def test_a_flat_frontier_still_has_a_next_strength_within_it() -> None:
+    assert 0 < next_strength([0, 1, 2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) < 2
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain"),
+    [
+        ([0.9, 0.9, 0.9], [0.9, 0.9, 0.9]),  # nothing falls
+        ([0.9, 0.5, 0.1], [0.9, 0.5, 0.1]),  # both fall together
+        ([0.9, 0.9, 0.8], [0.9, 0.4, 0.0]),  # the wrong one falls
+        ([0.9, 0.6, 0.1], [0.9, 0.8, 0.1]),  # hardly parted
+        ([0.10, 0.08, 0.01], [0.9, 0.9, 0.1]),  # as shares of the reference's: parted at 1 by 0.2
+    ],
+)
+def test_a_frontier_whose_sides_fall_together_is_a_poor_direction_with_advice(
+    forget: list[float], retain: list[float]
+) -> None:
+    warning = poor_direction(forget, retain)
+    assert "Memorize again" in warning
+    assert "--kl_weight" in warning
+    assert "--temperature" in warning
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain"),
+    [
+        ([0.9, 0.1, 0.0], [0.9, 0.85, 0.1]),  # at one strength is enough
+        ([0.10, 0.05, 0.01], [0.9, 0.9, 0.1]),  # parted by 0.5 of what the reference knew
+        ([0.9, 0.1, math.nan], [0.9, 0.85, math.nan]),  # and it overflows later
+    ],
+)
+def test_a_frontier_that_parts_is_sound(forget: list[float], retain: list[float]) -> None:
+    assert poor_direction(forget, retain) is None
+
+
+# The rules
+
+
+def test_within_budget_is_the_largest_strength_before_retain_first_falls_below_it() -> None:
+    reference = around([0.9])[0]
+    choice = within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.9]), reference, 0.02)
+    assert (choice.rule, choice.strength) == ("budget", 2)  # 4 is fine again, but beyond one that is not
+    assert "2%" in choice.reason
+    assert within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3).strength == 3
+    assert within_budget(STRENGTHS, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02).strength == 4
+
+
+def test_within_budget_refuses_when_even_the_least_strength_costs_too_much() -> None:
+    choice = within_budget(STRENGTHS, around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0], 0.02)
+    assert choice[:4] == ("budget", None, None, None)
+    assert "at 1, the least measured, it is 0.5000" in choice.reason
+    assert "Measure smaller strengths, or memorize again" in choice.reason
+    assert within_budget(STRENGTHS, np.full((4, 9), math.nan), np.full(9, 0.9), 0.5).strength is None
+
+
+def test_like_holdout_chooses_the_strength_at_which_the_two_look_alike_so_that_overdoing_it_loses() -> None:
+    holdout = np.repeat(around([2.0], spread=0.5), 4, axis=0)
+    # Below holdout: still looks trained on. Far above: stranger than rows never seen, by an AUC as far from 0.5.
+    choice = like_holdout(STRENGTHS, around([0.5, 1.2, 2.0, 9.0], spread=0.5), holdout, auc)
+    assert (choice.rule, choice.strength) == ("holdout", 3)
+    # Also when the overdone one is nearer than the one that is not enough.
+    assert like_holdout(STRENGTHS, around([0.0, 0.1, 2.1, 2.6], spread=0.5), holdout, auc).strength == 3
+
+
+@pytest.mark.parametrize(
+    ("means", "side"), [([0.0, 0.1, 0.2, 0.5], "still look trained on"), ([7.0, 8.0, 9.0, 9.5], "stranger")]
+)
+def test_like_holdout_refuses_when_no_strength_makes_them_alike(means: list[float], side: str) -> None:
+    holdout = np.repeat(around([3.0], spread=0.5), 4, axis=0)
+    choice = like_holdout(STRENGTHS, around(means, spread=0.5), holdout, auc)
+    assert choice[:4] == ("holdout", None, None, None)
+    assert side in choice.reason
+    assert "Measure other strengths" in choice.reason
+
+
+def test_like_retrained_chooses_the_strength_with_the_retrained_models_distribution() -> None:
+    retrained = around([1.0], spread=0.2)[0][::-1]
+    choice = like_retrained(STRENGTHS, around([0.3, 0.7, 1.0, 2.0], spread=0.2), retrained, forget_quality)
+    assert (choice.rule, choice.strength) == ("retrained", 3)
+    refused = like_retrained(STRENGTHS, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, forget_quality)
+    assert refused[:4] == ("retrained", None, None, None)
+    assert "n = 40" in refused.reason
+    assert "Measure other strengths, or memorize for longer" in refused.reason
+
+
+def marginal() -> list[Choice]:
+    """Each rule on rows on which many strengths are about as good."""
+    random = np.random.default_rng(0)
+    retain = random.normal(0.9, 0.1, (30, 9))
+    retain += 0.9 - retain.mean(1, keepdims=True) + 1e-6  # each only just within the budget
+    forget, holdout = random.normal(0, 1, (2, 4, 9))
+    return [
+        within_budget(list(range(1, 31)), retain, np.full(9, 0.9), 1e-9),
+        like_holdout(STRENGTHS, forget, holdout, auc),
+        like_retrained(STRENGTHS, forget, holdout[0], forget_quality),
+    ]
+
+
+def test_the_interval_contains_the_choice_and_is_the_same_each_time() -> None:
+    choices = marginal()
+    for choice in choices:
+        assert choice.low <= choice.strength <= choice.high
+    assert choices[0].strength == 30
+    assert choices[0].low < 10
+    assert choices == marginal()
+
+
+def test_the_interval_is_one_point_where_rows_agree_and_wide_where_they_do_not() -> None:
+    reference = np.full(40, 0.9)
+    sure = within_budget(STRENGTHS, around([0.9, 0.89, 0.5, 0.2], spread=0.001), reference, 0.05)
+    assert sure.low == sure.strength == sure.high == 2
+    unsure = within_budget(STRENGTHS, around([0.9, 0.856, 0.854, 0.2], spread=0.1), reference, 0.05)
+    assert unsure.low < unsure.high
+
+
+# The sweep
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """forget (with wrong answers), retain and holdout rows; the forget and retain rows are those of `trained`."""
+    folder = tmp_path_factory.mktemp("data")
+    forget = [
+        r
+        | {
+            "paraphrased_answer": f"In {TOWNS[i % 8]}.",
+            "perturbed_answer": [f"In {TOWNS[(i + k) % 8]}." for k in (1, 2)],
+        }
+        for i, r in enumerate(questions(PEOPLE[:4]))
+    ]
+    parts = {
+        "forget": forget,
+        "retain": questions(PEOPLE[4:]),
+        "holdout": questions(["Rex", "Sue", "Tom", "Una", "Vi"]),
+    }
+    for name, rows in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return {name: folder / f"{name}.jsonl" for name in parts}
+
+
+def asked(data: dict[str, Path], **more: Any) -> Asked:
+    return Asked(**{name: str(path) for name, path in data.items()} | more)
+
+
+def config_of(trained: Path, out: Path, **more: Any) -> SweepConfig:
+    settings = {"strengths": [1.0, 2.0], "refine": 0, "budget": 0.99} | more
+    return SweepConfig(memorization=str(trained / "memorization"), out=str(out), **settings)
+
+
+SHORT = ScoringConfig(max_new_tokens=4, use_cpu=True)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take a second each: only `swept` draws one, and the command line."""
+    monkeypatch.setattr(loramox.sweep_job, "draw_frontier", lambda *_: None)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of a model, as it is asked."""
+    made: list[str] = []
+    ask = Questions.ask
+
+    def counted(self: Questions, model: Any, describe: str = "") -> list[dict[str, Any]]:
+        made.append(describe)
+        return ask(self, model, describe)
+
+    monkeypatch.setattr(Questions, "ask", counted)
+    return made
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when a model is loaded."""
+
+    def loaded(*_: Any) -> None:
+        pytest.fail("the model was loaded before what is wrong was seen")
+
+    monkeypatch.setattr(loramox.sweep_job, "load_reference", loaded)
+
+
+@pytest.fixture(scope="module")
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, trained: Path, data: dict[str, Path]
+) -> tuple[Path, dict[str, Any]]:
+    """A whole sweep with one strength to refine, and a shipped adapter."""
+    out = tmp_path_factory.mktemp("sweep") / "sweep"
+    config = config_of(trained, out, refine=1, ship=str(out.parent / "shipped"))
+    return out, sweep(config, asked(data), SHORT)
+
+
+def test_a_sweep_leaves_its_frontier_a_picture_and_the_records_of_every_strength(
+    swept: tuple[Path, dict[str, Any]],
+) -> None:
+    out, frontier = swept
+    strengths = [p["strength"] for p in frontier["points"]]
+    assert strengths == sorted(strengths)
+    assert {0, 1, 2} < set(strengths)
+    assert len(strengths) == 4
+    assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(frontier))
+    assert frontier["status"] == "done"
+    assert {p.name for p in out.iterdir()} == {
+        "frontier.json",
+        "frontier.png",
+        *(f"strength-{s:g}" for s in strengths),
+    }
+    for point in frontier["points"]:
+        records = read_records(out / f"strength-{point['strength']:g}")
+        kl = [r["kl"] for r in records if r["part"] == "retain"]
+        assert point["retain_kl"] == pytest.approx(np.mean(kl))
+        assert len(records) == 4 + 12 + 5
+    assert frontier["points"][0]["retain_kl"] < 1e-6
+    assert {c["rule"] for c in frontier["choices"]} == {"budget", "holdout"}
+    assert frontier["chosen"] == next(c["strength"] for c in frontier["choices"] if c["rule"] == "budget")
+
+
+def test_what_is_shipped_has_the_chosen_strength_in_its_provenance(swept: tuple[Path, dict[str, Any]]) -> None:
+    out, frontier = swept
+    provenance = json.loads((out.parent / "shipped" / "provenance.json").read_text())
+    assert provenance["kind"] == "forget"
+    assert provenance["strength"] == frontier["chosen"]
+
+
+SCORES = (
+    "log_p",
+    "probability",
+    "mia_min_k",
+    "mia_min_k_plus_plus",
+    "truth_ratio",
+    "chosen_probability",
+    "rouge_l",
+    "kl",
+)
+
+
+def same_records(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [(r["part"], r["id"]) for r in found] == [(r["part"], r["id"]) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in SCORES:
+            assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-4, abs=1e-6), (one["row"], name)
+        assert one.get("said") == other.get("said")
+
+
+def test_evaluating_the_shipped_adapter_is_the_sweep_at_the_trained_strength_and_off_the_reference(
+    swept: tuple[Path, dict[str, Any]],
+    trained: Path,
+    pico: Callable[[str], Path],
+    data: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """It was trained for α = 2; at half of that it is the sweep's α = 1."""
+    out, _ = swept
+    model = ModelConfig(str(pico("llama")), quantization="none")
+    for share, strength in ((1.0, 2), (0.5, 1), (0.0, 0)):
+        subject = Subject(str(tmp_path / f"{share}"), str(trained / "forget-adapter"), share)
+        evaluate(subject, model, asked(data), SHORT)
+        same_records(read_records(tmp_path / f"{share}"), read_records(out / f"strength-{strength}"))
+    evaluate(Subject(str(tmp_path / "reference")), model, asked(data), SHORT)
+    plain = read_records(tmp_path / "reference")
+    assert all("kl" not in r for r in plain)
+    same_records([r | {"kl": 0} for r in plain], read_records(tmp_path / "0.0"))
+    one, two = (np.array([r["log_p"] for r in read_records(out / f"strength-{s}")]) for s in (1, 2))
+    assert np.abs(one - two).min() > 1e-3
+
+
+def test_strengths_that_are_there_are_not_measured_again(
+    swept: tuple[Path, dict[str, Any]], trained: Path, data: dict[str, Path], calls: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    shutil.copytree(swept[0], out)
+    again = sweep(config_of(trained, out, refine=1), asked(data), SHORT)
+    assert calls == []
+    assert again["points"] == swept[1]["points"]
+    more = sweep(config_of(trained, out, strengths=[1.0, 2.0, 2.5], budget=0.5), asked(data), SHORT)
+    assert calls == ["α = 2.5, "]
+    assert [p["strength"] for p in more["points"]] == [0, 1, 2, 2.5]
+
+
+def test_a_sweep_that_was_killed_goes_on_where_it_was(
+    swept: tuple[Path, dict[str, Any]],
+    trained: Path,
+    data: dict[str, Path],
+    calls: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = loramox.sweep_job.write_records
+
+    def killed(folder: Path, records: list[dict[str, Any]], *more: Any) -> None:
+        if folder.name == "strength-2":
+            folder.mkdir()
+            (folder / f".{RECORDS}.partial").write_text("half of")
+            (folder / RECORDS).write_text('{"half": ')
+            raise KeyboardInterrupt
+        written(folder, records, *more)
+
+    out = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        patch.setattr(loramox.sweep_job, "write_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config_of(trained, out), asked(data), SHORT)
+    assert json.loads((out / "frontier.json").read_text())["status"] == "running"
+    calls.clear()
+    frontier = sweep(config_of(trained, out), asked(data), SHORT)
+    assert calls == ["α = 2, "]
+    assert frontier["status"] == "done"
+    same_records(read_records(out / "strength-2"), read_records(swept[0] / "strength-2"))
+
+
+def test_one_strength_is_enough(trained: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    frontier = sweep(
+        config_of(trained, tmp_path / "s", strengths=[2.0], refine=2),
+        asked(data),
+        ScoringConfig(max_new_tokens=0, use_cpu=True),
+    )
+    assert {0, 1, 2} <= {p["strength"] for p in frontier["points"]}
+
+
+def test_a_strength_at_which_the_model_overflows_is_written_down_and_never_chosen(
+    trained: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(trained, tmp_path / "s", strengths=[1.0, 1e30], budget=0.9)
+    frontier = sweep(config, asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
+    assert (tmp_path / "s" / "strength-1e+30" / SUMMARY).exists()
+    assert "mia_min_k" not in frontier["points"][2]
+    assert all(c["strength"] in (1, None) for c in frontier["choices"])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda data, trained: data["retain"].write_text(json.dumps(questions(PEOPLE[5:]))), "data"),
+        (
+            lambda data, trained: data["forget"].write_text(data["forget"].read_text().replace("In Oslo", "At Oslo")),
+            "data",
+        ),
+        (lambda data, trained: damage(trained / "memorization" / "momentum" / "adapter_model.safetensors"), "weights"),
+    ],
+    ids=["other-rows", "other-wrong-answers", "memorized-again"],
+)
+def test_another_sweep_is_never_mixed_with_one_that_is_there(
+    change: Callable[..., Any], part: str, swept, trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None
+) -> None:
+    out, run = tmp_path / "sweep", tmp_path / "run"
+    shutil.copytree(swept[0], out)
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    held = json.loads((out / "frontier.json").read_text())
+    held["memorization"] = str(run / "memorization")
+    copied = {name: Path(shutil.copy(path, tmp_path)) for name, path in data.items()}
+    for name, path in copied.items():
+        held["data"][name]["source"] = str(path)
+    (out / "frontier.json").write_text(json.dumps(held))
+    change(copied, run)
+    with pytest.raises(RunError, match=rf"holds another sweep \({part} differ\). Choose another folder"):
+        sweep(config_of(run, out), asked(copied), SHORT)
+
+
+def damage(path: Path) -> None:
+    """Change one weight a little, as another training would."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("more", "questions_more", "message"),
+    [
+        ({"memorization": "nowhere"}, {}, "nowhere has no readable provenance.json"),
+        ({}, {"retain": None}, "give both --forget and --retain"),
+        ({}, {"forget": "gone.jsonl"}, "gone.jsonl does not exist"),
+        ({"rule": "holdout"}, {"holdout": None}, "--rule holdout.*give --holdout"),
+        ({"rule": "retrained"}, {}, "--rule retrained.*give --retrained"),
+        ({"out": "occupied"}, {}, "no sweep; they are left alone"),
+        ({"ship": "occupied"}, {}, "--ship occupied exists already"),
+        ({"model": "nowhere"}, {}, "--model nowhere"),
+        ({}, {"retrained": "occupied"}, "occupied.*has no records of an evaluation"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    more: dict[str, str], questions_more: dict[str, Any], message: str, trained: Path, data: dict[str, Path],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_model: None,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("by hand")
+    settings = {"memorization": str(trained / "memorization"), "out": "out", "strengths": [1.0]} | more
+    with pytest.raises(LoramoxError, match=message):
+        sweep(SweepConfig(**settings), asked(data, **questions_more), SHORT)
+    assert [p.name for p in tmp_path.iterdir()] == ["occupied"]
+    assert (tmp_path / "occupied" / "thesis.tex").read_text() == "by hand"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("strengths", [1.0, 0.0]), ("strengths", [-1.0]), ("strengths", [math.nan]), ("strengths", [math.inf]),
+     ("budget", 0.0), ("budget", 1.0), ("budget", math.nan), ("refine", -1), ("rule", "best")],
+)  # fmt: skip
+def test_a_setting_of_the_sweep_that_cannot_work_is_refused_with_its_flag(field: str, value: Any) -> None:
+    assert field in {f.name for f in fields(SweepConfig)}
+    with pytest.raises(SettingsError, match=f"--{field}"):
+        SweepConfig("m", "o", **{field: value})
+
+
+def test_a_run_with_wanted_answers_can_be_swept(
+    trained: Path, data: dict[str, Path], tmp_path: Path, calls: list[str]
+) -> None:
+    """Only its forget rows had that column, and the sweep does not need it."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "memorization", run / "memorization", ignore=shutil.ignore_patterns("checkpoint-*"))
+    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
+    provenance["settings"]["wanted_column"] = "wanted"
+    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
+    sweep(config_of(run, tmp_path / "s", strengths=[1.0]), asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
+    assert len(calls) == 2
+
+
+def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
+    def records(ratio: float, p: float) -> list[dict[str, Any]]:
+        forget = [{"part": "forget", "truth_ratio": ratio * (1 + i / 50), "probability": p} for i in range(40)]
+        return [*forget, *({"part": "retain", "probability": 0.9} for _ in range(9))]
+
+    measured = {0.0: records(0.1, 0.9), 1.0: records(0.5, 0.5), 2.0: records(1.0, 0.1), 3.0: records(3.0, 0.0)}
+    measured[4.0] = [r | {"truth_ratio": math.inf} if r["part"] == "forget" else r for r in records(1.0, 0.0)]
+    by_rule = {c.rule: c for c in choose(measured, records(1.01, 0.1), 0.02)}
+    assert by_rule["retrained"].strength == 2
+    assert by_rule["budget"].strength == 4
+    assert [c.rule for c in choose(measured, [], 0.02)] == ["budget"]
+    overflown = {s: measured[4.0] if s else r for s, r in measured.items()}
+    refused = choose(overflown, records(1.01, 0.1), 0.02)[1]
+    assert refused.strength is None
+    assert "Measure smaller strengths" in refused.reason
+
+
+# The command line
+
+
+def test_loramox_sweep_from_the_command_line(
+    trained: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.undo()  # with the picture
+    words = [
+        "sweep",
+        "--memorization",
+        str(trained / "memorization"),
+        "--out",
+        str(tmp_path / "s"),
+        "--use_cpu",
+        "true",
+    ]
+    words += [word for name, path in data.items() for word in (f"--{name}", str(path))]
+    main([*words, "--strengths", "1", "2", "--refine", "0", "--max_new_tokens", "0", "--budget", "0.99",
+          "--ship", str(tmp_path / "shipped")])  # fmt: skip
+    assert "rule budget: α = " in capsys.readouterr().out
+    assert (tmp_path / "s" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    frontier = json.loads((tmp_path / "s" / "frontier.json").read_text())
+    assert json.loads((tmp_path / "shipped" / "provenance.json").read_text())["strength"] == frontier["chosen"]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--rule", "retrained"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert err.startswith("loramox sweep: --rule retrained")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--refnie", "1"], "unknown argument --refnie; did you mean --refine?"),
+        (["--budget", "2"], "--budget needs a share"),
+        (["--strengths", "-1"], "--strengths needs finite numbers above 0"),
+        (["--max_new_tokens", "-1"], "--max_new_tokens needs 0 or more"),
+        ([], "nowhere has no readable provenance.json"),
+    ],
+)
+def test_a_bad_flag_of_sweep_is_one_line_and_exits_with_2(
+    words: list[str], message: str, data: dict[str, Path], capsys: pytest.CaptureFixture, no_model: None
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", "--memorization", "nowhere", "--out", "o", "--forget", str(data["forget"]), *words])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""

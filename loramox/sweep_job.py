@@ -95,7 +95,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     device = check_device(model, scoring.use_cpu)
     base = identify(model, read_config(model))
     check_base(source, base, memorization)
-    rows = read_parts(asked.sources(), columns, asked.drop_overlap)
+    rows = read_parts(asked.sources(), columns, asked.drop_overlap, asked.suite)
     questions = questions_of(rows, model, read_config(model), tokenisation, scoring)
     retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
     _check(config, rows, retrained)

@@ -16,13 +16,18 @@ turns in one process, tokenising included, reading files not.
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import json
 import os
+import platform
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -41,8 +46,38 @@ BATCH, NEW_TOKENS, CONTEXT, FLAGGED = 32, 200, 512, 1e-3
 SPACE_IN_ANSWER, SPACE_IN_PROMPT = "Answer:", "Answer: "
 UTILITY = ("retain", "real_authors", "world_facts")
 PER_ROW = ("probability", "rouge_l", "rouge_l_f1", "truth_ratio", "exact_memorization", "extraction_strength")
-NO_ZERO = "OpenUnlearning gives 1/n, not 0, to an answer whose last token is wrong"
-NO_ZERO_EXPLAINS = "{}: with that rule loramox's records give {:.4f}, off by {:.0e}"
+NO_ZERO = "theirs is 1/n, not 0, where the last token is wrong; with that rule ours is {:.5g}, off by {:.0e}"
+
+OWN_PROMPT = """{}, on some of the parts. OpenUnlearning's prompt for plain models ends in `Answer: `. Byte-level tokenizers
+join that space to the answer's first word, so that the prompt alone ends in a token that the whole row does not have: the
+first token of every answer is left out of the scores, and answers are generated after a token that models do not know
+there. Chat templates, whose turns end in a line break or a special token, are not concerned.
+"""
+
+SPEED = """TOFU's own 400 forget (forget10) and 400 retain rows with one paraphrase and five wrong answers each: probability, ROUGE-L
+(batches of {} answers, at most {} tokens generated), truth ratio, exact memorization and extraction strength on both sides, in
+turns. Median over rounds, with the range. `reference` knows some of the rows by heart; `retrained` knows none of the first
+forget rows.
+
+| model | rows | rounds | loramox, rows/s | OpenUnlearning, rows/s | ratio, wall-clock | ratio, CPU time | where OpenUnlearning's time goes |
+|---|---|---|---|---|---|---|---|"""
+
+DEVIATIONS = """
+## Deviations
+
+On the same tokens every metric agrees but extraction strength. What is done otherwise:
+
+| metric | loramox | OpenUnlearning | why |
+|---|---|---|---|
+| extraction strength | 0 when not even the last token comes out | never below 1/n (n answer tokens) | a model that knows nothing scores 0.25 on one-word answers; the definition (arXiv 2104.07705) gives 0 |
+| every score, with a prompt that ends in a space | the space is the answer's, where the tokenizer puts it | the prompt's; the first answer token is not scored, and generation starts from a token out of place | the tokens are to be those of the whole row, as trained on |
+| PrivLeak without a retrained model | absent, with the reason | assumes its AUC to be 0.5 | it is not 0.5: forget and holdout rows differ of themselves |
+| truth ratio | R of each row, kept with that row | 1e-10 added to p; values zipped with the indices from before filtering | below some 1e-7 the 1e-10 shows in R; a row without a score shifts all that follow |
+| rows longer than the context | refused, unless told otherwise | cut, and an end of sequence put after the cut | a cut answer is another answer |
+
+Left as it is in OpenUnlearning, and the same here: the end of sequence counts in the probability and in the loss and zlib
+attacks, and not in exact memorization, extraction strength, Min-K% and Min-K%++; ROUGE with the stemmer, recall; forget
+quality two-sided; k = 40 %."""
 
 
 class OpenUnlearning:
@@ -163,49 +198,80 @@ def questions(files: dict[str, Path], tokenizer, rows: int | None = None) -> Cal
     return lambda: Questions(read, tokenizer, Tokenisation(), CONTEXT, scoring)
 
 
-def why(name: str, difference: float, records: list[Record], theirs: dict[str, float]) -> str:
+def why(name: str, records: list[Record], theirs: dict[str, float]) -> str:
     """The reason for a difference, with the check that it is all of it."""
-    part, _, what = name.partition("_extraction_strength")
-    if name.endswith("extraction_strength"):
-        rows = [r for r in records if r["part"] == part]
-        floored = np.mean([max(r["extraction_strength"], 1 / (r["tokens"] - 1)) for r in rows])
-        return NO_ZERO_EXPLAINS.format(NO_ZERO, floored, abs(floored - theirs[name]))
-    return "?"
+    part, _, what = name.rpartition("_extraction_strength")
+    if what or not part:
+        return "?"
+    rows = [r for r in records if r["part"] == part]
+    with_their_rule = np.mean([max(r["extraction_strength"], 1 / (r["tokens"] - 1)) for r in rows])
+    return NO_ZERO.format(with_their_rule, abs(with_their_rule - theirs[name]))
 
 
-def compared(ours: dict[str, float], theirs: dict[str, float], reason: Callable[[str, float], str]) -> list[str]:
+def compared(ours: dict[str, float], theirs: dict[str, float], reason: Callable[[str], str]) -> str:
     lines = ["| metric | loramox | OpenUnlearning | difference | why |", "|---|---|---|---|---|"]
     for name, value in theirs.items():
         difference = ours[name] - value
-        flagged = abs(difference) > FLAGGED
-        cells = f"{ours[name]:.5g} | {value:.5g} | {difference:+.1e}"
-        lines.append(f"| {name} | {cells} | {reason(name, difference) if flagged else ''} |")
-    return lines
+        because = reason(name) if abs(difference) > FLAGGED else ""
+        lines.append(f"| {name} | {ours[name]:.5g} | {value:.5g} | {difference:+.0e} | {because} |")
+    return "\n".join(lines)
 
 
-def agreement(given: argparse.Namespace, tokenizer, parts: dict[str, Path]) -> list[str]:
-    ask = questions(parts, tokenizer)()
+def agreement(given: argparse.Namespace, tokenizer) -> Iterator[str]:
+    parts = {p: given.world / f"rows/{p}_perturbed.jsonl" for p in ("forget", "retain", "holdout")}
+    parts |= {p: given.tofu / f"{p}_perturbed.jsonl" for p in ("real_authors", "world_facts")}
     same = OpenUnlearning(given.openunlearning, tokenizer, parts, SPACE_IN_ANSWER)
-    retrained = AutoModelForCausalLM.from_pretrained(given.world / "retrained").eval()
-    clean = ask.ask(retrained)
-    their_clean = same.everything(retrained, None, given.world / "retrained")
-    lines, largest = [], {}
-    for label in given.model:
-        folder = given.world / label if label in ("reference", "retrained") else Path(label)
+    ask = questions(parts, tokenizer)()
+    counts = ", ".join(f"{part} {sum(r['part'] == part for r in ask.identities())}" for part in parts)
+    yield f"\n## Agreement\n\nn: {counts} rows. The same tokens on both sides; differences above {FLAGGED:g} are explained."
+    gold = given.world / "retrained"
+    retrained = AutoModelForCausalLM.from_pretrained(gold).eval()
+    clean, their_clean = asked(ask, retrained), same.everything(retrained, None, gold)
+    models = [given.world / m if m in ("reference", "retrained") else Path(m) for m in given.model]
+    for folder in models:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        records = ask.ask(model)
-        ours = {name: metric.value for name, metric in summarise(records, clean).metrics.items()}
-        theirs, _ = same.everything(model, their_clean, given.world / "retrained")
+        records = clean if folder == gold else asked(ask, model)
+        theirs, _ = their_clean if folder == gold else same.everything(model, their_clean, gold)
+        reason = functools.partial(why, records=records, theirs=theirs)
+        yield f"\n### {folder.name}\n\n" + compared(values(records, clean), theirs, reason)
+    some = {part: parts[part] for part in ("forget", "world_facts")}
+    model = AutoModelForCausalLM.from_pretrained(models[0]).eval()
+    shipped, _ = OpenUnlearning(given.openunlearning, tokenizer, some, SPACE_IN_PROMPT).per_row(model)
+    ours = values(asked(questions(some, tokenizer)(), model))
+    yield "\n## With OpenUnlearning's own prompt\n\n" + OWN_PROMPT.format(models[0].name)
+    yield compared(ours, shipped, lambda name: "the space")
 
-        def reason(name: str, difference: float, records=records, theirs=theirs) -> str:
-            return why(name, difference, records, theirs)
 
-        lines += [f"\n{folder.name}:\n", *compared(ours, theirs, reason)]
-        for name in theirs:
-            kind = next((k for k in ("rouge_l_f1", *PER_ROW) if name.endswith(k)), name)
-            largest[kind] = max(largest.get(kind, 0), abs(ours[name] - theirs[name]))
-        print("\n".join(lines[-len(theirs) - 3 :]), flush=True)
-    return lines
+def values(records: list[Record], retrained: Sequence[Record] = ()) -> dict[str, float]:
+    return {name: metric.value for name, metric in summarise(records, retrained).metrics.items()}
+
+
+def asked(ask: Questions, model) -> list[Record]:
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        return ask.ask(model)
+
+
+def speed(given: argparse.Namespace, tokenizer) -> Iterator[str]:
+    files = {"forget": given.tofu / "forget10_perturbed.jsonl", "retain": given.tofu / "retain_perturbed.jsonl"}
+    yield "\n## Speed\n\n" + SPEED.format(BATCH, NEW_TOKENS)
+    for label in ("reference", "retrained"):
+        model = AutoModelForCausalLM.from_pretrained(given.world / label).eval()
+        for rows, rounds in ((given.rows, given.rounds), *([(None, 1)] if label == "reference" else [])):
+            theirs = OpenUnlearning(given.openunlearning, tokenizer, files, SPACE_IN_ANSWER, rows)
+            ours = questions(files, tokenizer, rows)
+            taken: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+            sides = {"ours": lambda f=ours, m=model: summarise(asked(f(), m)), "theirs": lambda t=theirs, m=model: t.per_row(m)}  # fmt: skip
+            for round_ in range(rounds):
+                for side in sorted(sides, reverse=round_ % 2 == 1):
+                    wall, own = time.perf_counter(), time.process_time()
+                    sides[side]()
+                    taken[side].append((time.perf_counter() - wall, time.process_time() - own))
+            n = sum(len(data["answer"]) for data in theirs.data.values())
+            rate = {side: statistics.median(n / wall for wall, _ in times) for side, times in taken.items()}
+            ratios = [[b[i] / a[i] for a, b in zip(taken["ours"], taken["theirs"], strict=True)] for i in (0, 1)]
+            spread = [f"{statistics.median(r):.2f} ({min(r):.2f} … {max(r):.2f})" for r in ratios]
+            share = ", ".join(f"{name} {s / sum(theirs.seconds.values()):.0%}" for name, s in theirs.seconds.items() if s > 0.1)  # fmt: skip
+            yield f"| {label} | {n} | {rounds} | {rate['ours']:.1f} | {rate['theirs']:.1f} | {spread[0]} | {spread[1]} | {share} |"
 
 
 def main() -> None:
@@ -214,13 +280,26 @@ def main() -> None:
     parser.add_argument("--world", type=Path, required=True)
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--model", nargs="+", default=["reference", "retrained"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=40, help="rows of each part in every round; one round more has all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(given.world / "reference")
-    parts = {p: given.world / f"rows/{p}_perturbed.jsonl" for p in ("forget", "retain", "holdout")}
-    parts |= {p: given.tofu / f"{p}_perturbed.jsonl" for p in ("real_authors", "world_facts")}
-    agreement(given, tokenizer, parts)
+    words = [w if not w.startswith("/") else Path(w).name for w in sys.argv[1:]]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", "rouge-score", "scikit-learn", "scipy"))
+    header = [
+        "# `loramox evaluate` beside OpenUnlearning\n",
+        f"`python recipes/bench_evaluation.py {' '.join(words)}`\n",
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, 1 thread, torch {torch.__version__.split('+')[0]}, {versions}.",
+    ]
+    lines = []
+    for line in itertools.chain(header, speed(given, tokenizer), agreement(given, tokenizer), [DEVIATIONS]):
+        print(line, flush=True)
+        lines.append(line)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

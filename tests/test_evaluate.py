@@ -21,7 +21,7 @@ from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, Sett
 from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
-from loramox.evaluate.suites import suite_parts
+from loramox.evaluate.suites import suite_sources
 from loramox.head import IGNORED
 from loramox.reference import ModelConfig
 
@@ -70,7 +70,7 @@ ROWS = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
     [
         ({}, "no rows to ask: give --forget and --retain, or --suite tofu"),
         ({"holdout": "h.jsonl"}, "no rows to ask"),
-        ({"suite": "muse"}, "--suite takes tofu"),
+        ({"suite": "wmdp"}, "--suite takes tofu, muse"),
         ({"suite": "tofu", "split": "forget20"}, "--split takes forget01"),
         ({"suite": "tofu", "forget": "f.jsonl"}, "--suite brings its own"),
         ({"forget": "f.jsonl", "data": "folder"}, "--data is the folder of a suite's files: it needs --suite"),
@@ -407,7 +407,7 @@ def test_the_suite_tofu_of_a_folder_has_a_model_utility_that_is_the_harmonic_mea
 
 
 def test_without_a_folder_the_suite_is_that_of_the_hub() -> None:
-    assert suite_parts("forget05", None) == {
+    assert suite_sources("tofu", "forget05", None) == {
         "forget": "locuslab/TOFU:forget05_perturbed",
         "retain": "locuslab/TOFU:retain_perturbed",
         "real_authors": "locuslab/TOFU:real_authors_perturbed",

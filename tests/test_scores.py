@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import loramox.head
 from loramox import Tokenisation, encode
 from loramox.batches import Example
-from loramox.evaluate.answers import greedy_answers
+from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.scores import AnswerScores, mean_log_p, score_answers
 from loramox.head import IGNORED
 from loramox.rows import Row
@@ -251,8 +251,8 @@ class Numbers(NamedTuple):
         return " ".join(map(str, tokens))
 
 
-def answers(model: nn.Module, tokenizer: Numbers, examples: list[Example], *more: int) -> list[str]:
-    return greedy_answers(model, tokenizer, examples, score_answers(model, examples), *more)
+def answers(model: nn.Module, tokenizer: Numbers, examples: list[Example], at_most: int, *more: int) -> list[str]:
+    return greedy_answers(model, tokenizer, examples, score_answers(model, examples), Answering(at_most), *more)
 
 
 def numbers(tokens: list[int], eos: int | None = 1) -> str:
@@ -334,6 +334,6 @@ def test_an_answer_is_decoded_up_to_its_end(eos: bool, loud: Callable[..., PreTr
     model = loud()
     tokens = decoded(model, question_of(examples[0]), tokenizer.eos_token_id, 9)
     expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    assert greedy_answers(model, tokenizer, examples, score_answers(model, examples), 9) == [expected]
+    assert greedy_answers(model, tokenizer, examples, score_answers(model, examples), Answering(9)) == [expected]
     first = Numbers(eos_token_id=tokens[0])
     assert answers(model, first, examples, 9) == [""]

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,16 +33,24 @@ GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, 
 _SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How long an answer may be, in tokens (0: it is not asked for), and the texts before which it ends."""
+
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+
+
 def greedy_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     scores: Sequence[AnswerScores],
-    max_new_tokens: int,
+    how: Answering,
     batch_size: int = 32,
     describe: str | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each example's question, at most `max_new_tokens` long, and no longer than its context.
+    """The model's greedy answer to each example's question, no longer than `how` says and than its context.
 
     `scores` are those of the examples' own answers under the same model. They say already what greedy decoding yields up
     to the first token that is not the true one, and it is only from there that anything is generated.
@@ -51,14 +60,14 @@ def greedy_answers(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos or 0
     questions = [e["input_ids"][: -len(s.targets)] for e, s in zip(examples, scores, strict=True)]
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    limits = [min(max_new_tokens, context - len(q)) for q in questions]
+    limits = [min(how.max_new_tokens, context - len(q)) for q in questions]
     said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)]
     open_ended = [i for i, answer in enumerate(said) if answer[-1] != eos and len(answer) < limits[i]]
     # Those with as much left to say are together, so that few wait for one. Those that the context cuts short go alone.
     open_ended.sort(key=lambda i: (len(scores[i].targets) - len(said[i]), len(questions[i]) + len(said[i])))
-    free = [i for i in open_ended if limits[i] == max_new_tokens]
+    free = [i for i in open_ended if limits[i] == how.max_new_tokens]
     batches = [free[start : start + batch_size] for start in range(0, len(free), batch_size)]
-    batches += [[i] for i in open_ended if limits[i] < max_new_tokens]
+    batches += [[i] for i in open_ended if limits[i] < how.max_new_tokens]
     bar = tqdm(total=len(open_ended), desc=describe, disable=describe is None, leave=False, unit="answers")
     with in_eval_mode(model), bar:
         for rows in batches:
@@ -76,7 +85,7 @@ def greedy_answers(
             for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
                 said[i] = (said[i] + tokens)[: limits[i]]
             bar.update(len(rows))
-    return [_text(tokenizer, said[i]) for i in range(len(examples))]
+    return [_text(tokenizer, answer, how.stops) for answer in said]
 
 
 def _known(scores: AnswerScores) -> list[int]:
@@ -85,7 +94,8 @@ def _known(scores: AnswerScores) -> list[int]:
     return scores.first_choice[: wrong[0] + 1 if len(wrong) else None].tolist()
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: Sequence[str]) -> str:
     eos = tokenizer.eos_token_id
     end = tokens.index(eos) if eos in tokens else len(tokens)
-    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return text[: min([text.find(stop) for stop in stops if stop in text], default=None)].strip()

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer, PretrainedConfig
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS, check_base
 from loramox.batches import Tokenisation
 from loramox.errors import AdapterError, ModelError, RunError, SettingsError
+from loramox.evaluate.answers import Answering
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
-from loramox.evaluate.suites import suite_parts
+from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
 from loramox.reference import ModelConfig, at_strength, check_device, identify, load_reference, read_config
-from loramox.rows import Columns, Row, fingerprint, keep_disjoint, read_rows
+from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
 from loramox.settings import check_choices
 
@@ -58,7 +59,11 @@ class Asked:
         default=None, metadata={"help": "Rows like the forget rows that no model has seen, for membership inference."}
     )
     suite: str | None = field(
-        default=None, metadata={"help": "A benchmark's own rows, instead of files: tofu.", "choices": ["tofu"]}
+        default=None,
+        metadata={
+            "help": "A benchmark's own rows, instead of files: tofu or muse (MUSE-News).",
+            "choices": ["tofu", "muse"],
+        },
     )
     split: str = field(
         default="forget10",
@@ -85,11 +90,13 @@ class Asked:
             raise SettingsError("--data is the folder of a suite's files: it needs --suite")
         if not (self.suite or self.forget or self.retain):
             raise SettingsError("no rows to ask: give --forget and --retain, or --suite tofu")
+        if self.suite == "muse" and self.holdout:
+            raise SettingsError("--suite muse brings its own holdout rows: leave out --holdout")
 
     def sources(self) -> dict[str, str]:
         """part → file or hub data set."""
         if self.suite:
-            return suite_parts(self.split, self.data) | ({HOLDOUT: self.holdout} if self.holdout else {})
+            return suite_sources(self.suite, self.split, self.data) | ({HOLDOUT: self.holdout} if self.holdout else {})
         named = {"forget": self.forget, "retain": self.retain, HOLDOUT: self.holdout}
         return {part: source for part, source in named.items() if source}
 
@@ -111,11 +118,13 @@ def evaluate(
     out = Path(subject.out)
     check_out(out, subject.overwrite)
     device = check_device(model, scoring.use_cpu)
-    rows = read_parts(asked.sources(), columns or Columns(), asked.drop_overlap)
+    rows = read_parts(asked.sources(), columns or Columns(), asked.drop_overlap, asked.suite)
     config = read_config(model)
     base = identify(model, config)
     made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
-    questions = questions_of(rows, model, config, tokenisation, scoring)
+    if asked.suite == "muse" and tokenisation.long_rows == "refuse":
+        tokenisation = replace(tokenisation, long_rows="truncate")  # as MUSE does with its texts
+    questions = questions_of(rows, model, config, tokenisation, scoring, ANSWERING.get(asked.suite or ""))
     retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
 
     loaded: nn.Module = load_reference(model, device)
@@ -144,13 +153,15 @@ def evaluate(
     return about | summary.as_json()
 
 
-def read_parts(sources: dict[str, str], columns: Columns, drop_overlap: bool) -> dict[str, Sequence[Row]]:
+def read_parts(
+    sources: dict[str, str], columns: Columns, drop_overlap: bool, suite: str | None = None
+) -> dict[str, Sequence[Row]]:
     """The rows of each part, none of which may also be a forget row. Raises `RowsError`.
 
     Wanted answers are for training: here nobody asks for them, and parts other than forget do not have them.
     """
     columns = replace(columns, wanted_column=None)
-    parts = {part: read_rows(source, columns) for part, source in sources.items()}
+    parts = {part: read_part(suite, part, source, columns) for part, source in sources.items()}
     for part in [part for part in parts if part != "forget"]:
         if "forget" in parts:
             parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
@@ -158,15 +169,21 @@ def read_parts(sources: dict[str, str], columns: Columns, drop_overlap: bool) ->
 
 
 def questions_of(
-    rows: dict[str, Sequence[Row]], model: ModelConfig, config: PretrainedConfig, how: Tokenisation, scoring: ScoringConfig
-) -> Questions:  # fmt: skip
+    rows: dict[str, Sequence[Row]],
+    model: ModelConfig,
+    config: PretrainedConfig,
+    how: Tokenisation,
+    scoring: ScoringConfig,
+    answering: dict[str, Answering] | None = None,
+) -> Questions:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {model.model}: its tokenizer cannot be loaded: {error}") from error
-    return Questions(rows, tokenizer, how, getattr(config, "max_position_embeddings", None) or 2048, scoring)
+    context = getattr(config, "max_position_embeddings", None) or 2048
+    return Questions(rows, tokenizer, how, context, scoring, answering)
 
 
 def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:

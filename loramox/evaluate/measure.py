@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.batches import Example, Tokenisation, encode
 from loramox.errors import SettingsError
 from loramox.evaluate import membership
-from loramox.evaluate.answers import greedy_answers, rouge_l
+from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
@@ -52,7 +52,8 @@ class _Part:
 class Questions:
     """The rows of some parts, tokenised once, to be asked of any number of models (or of one at many strengths).
 
-    `parts` names them: forget, retain, holdout, real_authors, world_facts, or what one likes. Raises what `encode` raises.
+    `parts` names them: forget, retain, holdout, real_authors, world_facts, or what one likes. `answering` says of a part how
+    long its answers may be, where that is not `scoring`'s length. Raises what `encode` raises.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Questions:
         tokenisation: Tokenisation,
         context: int,
         scoring: ScoringConfig | None = None,
+        answering: dict[str, Answering] | None = None,
     ) -> None:
-        self.tokenizer, self.scoring = tokenizer, scoring or ScoringConfig()
+        self.tokenizer, self.scoring, self.answering = tokenizer, scoring or ScoringConfig(), answering or {}
         self.parts = [_tokenised(name, rows, tokenizer, tokenisation, context) for name, rows in parts.items()]
         self._reference: dict[str, list[Tensor]] = {}
 
@@ -99,10 +101,11 @@ class Questions:
             answers, others = both[: len(part.answers)], both[len(part.answers) :]
         said: list[str | None] = [None] * len(part.answers)
         asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
-        if asked and self.scoring.max_new_tokens:
+        how = self.answering.get(part.name, Answering(self.scoring.max_new_tokens))
+        if asked and how.max_new_tokens and self.scoring.max_new_tokens:
             generated = greedy_answers(
                 model, self.tokenizer, [part.answers[i] for i in asked], [answers[i] for i in asked],
-                self.scoring.max_new_tokens, self.scoring.batch_size, f"{describe}, answering",
+                how, self.scoring.batch_size, f"{describe}, answering",
             )  # fmt: skip
             for i, answer in zip(asked, generated, strict=True):
                 said[i] = answer

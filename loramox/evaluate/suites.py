@@ -1,34 +1,93 @@
-"""The rows of public benchmarks, from the hub or from a folder."""
+"""The rows of public benchmarks, from the hub or from a folder, and how their questions are put."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from loramox.errors import RowsError
+from loramox.evaluate.answers import Answering
+from loramox.rows import Columns, Row, read_rows
 
-TOFU = "locuslab/TOFU"
+HUBS = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-News"}
+
+# MUSE's own lengths and stops (arXiv 2407.06460); its membership texts are scored, and nothing is asked about them.
+SHORT = Answering(32, stops=("\n\n", "\nQuestion", "Question:"))
+ANSWERING = {
+    "muse": {
+        "verbmem": Answering(128),
+        "knowmem_forget": SHORT,
+        "knowmem_retain": SHORT,
+        "forget": Answering(0),
+        "holdout": Answering(0),
+    }
+}
 
 
-def suite_parts(split: str, folder: str | None) -> dict[str, str]:
-    """TOFU (arXiv 2401.06121): part → file or hub data set, for its forget split forget01, forget05 or forget10.
+def suite_sources(suite: str, split: str, folder: str | None) -> dict[str, str]:
+    """part → file or hub data set. TOFU (arXiv 2401.06121) has the forget splits forget01, forget05 and forget10; MUSE-News
+    (arXiv 2407.06460) has one.
 
-    Raises `RowsError` when the folder lacks one of its files.
+    Raises `RowsError` when the folder lacks one of the suite's files.
     """
     names = {
-        "forget": f"{split}_perturbed",
-        "retain": "retain_perturbed",
-        "real_authors": "real_authors_perturbed",
-        "world_facts": "world_facts_perturbed",
-    }
+        "tofu": {
+            "forget": [f"{split}_perturbed"],
+            "retain": ["retain_perturbed"],
+            "real_authors": ["real_authors_perturbed"],
+            "world_facts": ["world_facts_perturbed"],
+        },
+        "muse": {
+            "verbmem": ["verbmem/forget"],
+            "knowmem_forget": ["knowmem/forget_qa"],
+            "knowmem_retain": ["knowmem/retain_qa", "knowmem/retain2_qa"],
+            "forget": ["privleak/forget"],
+            "holdout": ["privleak/holdout"],
+        },
+    }[suite]
     if folder is None:
-        return {part: f"{TOFU}:{name}" for part, name in names.items()}
-    found = {part: _file(Path(folder), name) for part, name in names.items()}
-    missing = [names[part] for part, path in found.items() if path is None]
+        return {part: f"{HUBS[suite]}:{known[0].replace('/', ':')}" for part, known in names.items()}
+    found = {part: _file(Path(folder), known) for part, known in names.items()}
+    missing = [names[part][0] for part, path in found.items() if path is None]
     if missing:
         raise RowsError(
-            f"--data {folder} has no {', '.join(f'{name}.jsonl' for name in missing)} (or .json, .parquet). They are TOFU's own "
-            "files, from its data set on the hub"
+            f"--data {folder} has no {', '.join(f'{name}.jsonl' for name in missing)} (or .json, .parquet). They are the suite's own "
+            f"files, from {HUBS[suite]} on the hub"
         )
     return {part: str(path) for part, path in found.items()}
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((path for end in (".jsonl", ".json", ".parquet") if (path := folder / f"{name}{end}").is_file()), None)
+def read_part(suite: str | None, part: str, source: str, columns: Columns) -> list[Row]:
+    """The rows of one part, MUSE's in the form in which it puts them: few-shot questions, and texts with their continuation."""
+    if suite != "muse":
+        return read_rows(source, columns)
+    if part.startswith("knowmem"):
+        shots = "".join(f"Question: {r.prompt}\nAnswer: {r.answer}\n\n" for r in read_rows(_shots(source)))
+        return [
+            Row(r.source, r.number, f" {r.answer}", f"{shots}Question: {r.prompt}\nAnswer:", verbatim=True)
+            for r in read_rows(source)
+        ]
+    if part == "verbmem":
+        rows = read_rows(source, Columns(prompt_column="prompt", answer_column="gt"))
+        return [Row(r.source, r.number, f" {r.answer.lstrip()}", r.prompt, verbatim=True) for r in rows]
+    # An empty question, so that a text is one row and not cut into blocks.
+    return [Row(source, i, text, "", verbatim=True) for i, text in enumerate(_texts(source), 1)]
+
+
+def _file(folder: Path, names: Sequence[str]) -> Path | None:
+    paths = (folder / f"{name}{end}" for name in names for end in (".jsonl", ".json", ".parquet"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _shots(source: str) -> str:
+    """The few-shot examples beside a question file: forget_qa.json has forget_qa_icl.json."""
+    path = Path(source)
+    return str(path.with_name(f"{path.stem}_icl{path.suffix}")) if path.suffix else f"{source}_icl"
+
+
+def _texts(source: str) -> list[str]:
+    """MUSE's own files are JSON lists of texts; on the hub they have a column text."""
+    if source.endswith(".json"):
+        texts = json.loads(Path(source).read_text(encoding="utf-8"))
+        if all(isinstance(text, str) and text.strip() for text in texts):
+            return texts
+    return [row.answer for row in read_rows(source)]

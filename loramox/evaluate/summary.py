@@ -42,6 +42,12 @@ MEANS = {
 }
 
 
+# What is better for the means of a part; for every other, more.
+BETTER = {"holdout": "none: rows never seen, to compare with"} | dict.fromkeys(
+    ("forget", "verbmem", "knowmem_forget"), "lower"
+)
+
+
 def summarise(records: Sequence[Record], retrained: Sequence[Record] = ()) -> Summary:
     """The metrics of one model's records; of those that need a retrained model, `retrained` are its records of the same rows."""
     parts = _by_part(records)
@@ -69,7 +75,7 @@ def _by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
-    better = {"forget": "lower", "holdout": "none: rows never seen, to compare with"}.get(part, "higher")
+    better = BETTER.get(part, "higher")
     for field, (name, source) in MEANS.items():
         found = values(rows, field)
         if len(found):

@@ -35,7 +35,7 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
         for part, curve in curves.items():
             axes.plot(at, curve, label=f"{part} rows", **LOOKS[part])
             if part in theirs:
-                label = f"{part} rows, {RETRAINED}"
+                label = f"{part}, {RETRAINED}"
                 axes.axhline(theirs[part], color=LOOKS[part]["color"], linestyle=":", linewidth=1.4, label=label)
         if chosen is not None:
             axes.axvline(chosen, color=COLOURS["ink"], linestyle="-.", linewidth=1.2, label=f"shown: α = {chosen:g}")
@@ -122,9 +122,11 @@ def spread_picture(inputs: Inputs, part: str) -> Picture | None:
                 axes.set_xscale("log")
                 axes.minorticks_off()
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlim(edges[0], 1.2 if logarithmic else 1 + 0.02 * (1 - edges[0]))
         every[-1].set_xlabel(f"probability of the true answer{', logarithmic' if logarithmic else ''}")
-        figure.supylabel("share of rows")
+        figure.supylabel("share of rows", fontsize=11)
 
     told = "; ".join(
         f"{model}: 5 % of the rows below {shown(np.quantile(p, 0.05))}, median {shown(np.median(p))}, 5 % above "
@@ -152,7 +154,8 @@ def training_pictures(inputs: Inputs) -> list[Picture]:
             figure.legend(loc="outside lower center", ncols=2)
 
         ends = ", ".join(f"{part} from {shown(p[0])} to {shown(p[-1])}" for part, (_, p) in curves.items())
-        caption = f"Of the forget model as it was trained for, on the rows watched while training: {ends}."
+        trained = f"α = {number(inputs.run['settings'].get('strength')):g}"
+        caption = f"On the rows watched while training, at the strength trained for, {trained}: {ends}."
         made.append(picture("watched", SIZE, watched, f"Probability over training: {ends}", caption))
     if len((terms := losses(inputs))["epoch"]) > 1:
 

@@ -15,7 +15,7 @@ COLOURS = {
     "retain": "#0072b2",
     "retrained": "#009e73",
     "other": "#cc79a7",
-    "ink": "#000000",
+    "ink": "#000001",  # written out, where black itself would be left to the page
     "muted": "#777777",
     "grid": "#c8c8c8",
     "paper": "#fffffe",
@@ -91,6 +91,6 @@ def _own(key: str, value: str, name: str) -> str:
         return f"#{name}-{value.removeprefix('#')}"
     if key == "style":
         value = re.sub(r"font: ([\w ]*?)([\d.]+)px [^;]*", r"font-size: \2px", value)
-        for colour, code in COLOURS.items():
+        for colour, code in (*COLOURS.items(), ("ink", "#000000")):
             value = value.replace(code, f"var(--{colour})")
     return value

@@ -1,0 +1,426 @@
+"""The report: what it says, what it leaves out, what it stands, and that a browser draws all of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loramox.cli import main
+from loramox.errors import RunError
+from loramox.evaluate.job import Asked
+from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.report import PAGE, SUMMARY, report
+from loramox.evaluate.report.answers import LONGEST, fit
+from loramox.evaluate.report.facts import shown
+from loramox.sweep_job import SweepConfig, sweep
+
+HOSTILE = {
+    "script": "<script>alert(1)</script>",
+    "attribute": "\"'><img src=//evil.example/x onerror=alert(2)>",
+    "template": "{{ 7 * 7 }}{% raw %}",
+    "emoji": "👩‍👩‍👧 🏳️‍🌈",
+    "right to left": "שלום \u202eevil",
+    "control": "a\x00b\x1b[31mc\ud800d",
+    "mathematics": "$\\frac{1}{0}$ & < >",
+}
+LONG = "<b>" + "long " * 20_000
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Parsed(HTMLParser):
+    """Tags with their attributes, the text outside style, and that every element is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+        self.text = "".join(self.words)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(attrs) == len(dict(attrs))
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    def attributes(self, name: str) -> list[str]:
+        return [a[name] or "" for _, a in self.tags if name in a]
+
+
+def records(part: str, n: int, around: float, texts: list[str], said: bool = True) -> list[dict[str, Any]]:
+    found = []
+    for i, p in enumerate(np.clip(around * np.linspace(0.7, 1.3, n), 0, 0.9999).tolist()):
+        text = texts[i % len(texts)]
+        found.append(
+            {"part": part, "row": f"{part}.jsonl, row {i}", "id": f"{part}{i}", "tokens": 3, "log_p": -1.0, "probability": p}
+            | {"plain_text": False, "prompt": f"Question {i}? {text}", "answer": f"True {i} {text}"}
+            | ({"said": f"Says {i} {text}", "rouge_l": 0.5, "rouge_l_f1": 0.5} if said else {})
+        )  # fmt: skip
+    return found
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = value if path.suffix == ".jsonl" else None
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) if rows is not None else json.dumps(value))
+
+
+RUN: dict[str, Any] = {
+    "status": "done",
+    "command": "loramox unlearn --out run",
+    "base": {"model": "base", "revision": None, "shape": "llama", "weights": "74b4"},
+    "data": {part: {"source": f"{part}.jsonl", "rows": 9, "sha256": part} for part in ("forget", "retain")},
+    "settings": {"model": "base", "quantization": "none", "r": 4, "strength": 4.0, "hub_token": "a-secret", "bf16": None},
+    "versions": {"loramox": "0.1.0"},
+    "timings": {"train_seconds": 12.0},
+    "log": [{"epoch": e, f"eval_{p}_probability": v} for e in (0, 1, 2) for p, v in (("forget", 0.9 - e / 3), ("retain", 0.9))]
+    + [{"epoch": e, "memorize_loss": 3.0 - e, "retain_kl": 0.1} for e in (0, 1, 2)],
+    "forget_adapter": {"strength": 4.0},
+}  # fmt: skip
+POINTS = [
+    {"strength": s, "forget_probability": f, "retain_probability": r, "retain_kl": s / 100, "forget_quality": q, "mia_min_k": m}
+    for s, f, r, q, m in ((0.0, 0.95, 0.96, 1e-9, 1.0), (2.0, 0.5, 0.95, 1e-4, 0.9), (4.0, 0.1, 0.94, 0.01, 0.8))
+]  # fmt: skip
+REFUSAL = "no strength makes forget rows look like holdout rows"
+FRONTIER: dict[str, Any] = {
+    "status": "done",
+    "data": RUN["data"] | {"holdout": {"source": "holdout.jsonl", "rows": 9, "sha256": "h"}},
+    "points": POINTS,
+    "choices": [
+        {"rule": "budget", "strength": 4.0, "low": 2.0, "high": 4.0, "reason": "the largest"},
+        {"rule": "holdout", "strength": None, "low": None, "high": None, "reason": REFUSAL},
+    ],
+    "rule": "budget",
+    "chosen": 4.0,
+    "warning": None,
+    "command": "loramox sweep --out run/sweep",
+}
+STATES = [
+    {"attack": attack, "state": state, "metrics": {"forget_probability": p, "retain_probability": 0.9}}
+    for attack, state, p in (
+        ("none", "reference model", 0.95),
+        ("none", "forget model", 0.1),
+        ("relearn forget rows", "step 1", 0.2),
+        ("relearn forget rows", "step 5", 0.7),
+        ("ask otherwise", "first 3 words given, reference model", 0.99),
+        ("ask otherwise", "first 3 words given, forget model", 0.3),
+    )
+]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    """make() → the folder of a whole run; make(texts=…, said=False, frontier={…}) → one that differs in that."""
+
+    def made(texts: tuple[str, ...] = ("plain",), said: bool = True, **changes: Any) -> Path:
+        run = tmp_path / "run"
+        write(run / "run.json", RUN | changes.get("run", {}))
+        frontier = FRONTIER | {"retrained": str(tmp_path / "retrained")} | changes.get("frontier", {})
+        write(run / "sweep" / "frontier.json", frontier)
+        for folder, forget in (
+            (run / "sweep/strength-0", 0.95),
+            (run / "sweep/strength-4", 0.1),
+            (tmp_path / "retrained", 0.01),
+        ):
+            rows = [*records("forget", 9, forget, list(texts), said), *records("retain", 9, 0.9, list(texts), said)]
+            write(folder / "records.jsonl", rows)
+        write(run / "attack" / "attacks.json", {"status": "done", "states": STATES} | changes.get("attacks", {}))
+        return run
+
+    return made
+
+
+def page_of(run: Path) -> tuple[str, Parsed]:
+    report(run)
+    page = (run / PAGE).read_text(encoding="utf-8")
+    return page, Parsed(page)
+
+
+def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: Callable[..., Path]) -> None:
+    _, parsed = page_of(make())
+    sections = [a["id"] for tag, a in parsed.tags if tag == "section"]
+    assert sections == ["verdict", "frontier", "rows", "training", "answers", "attacks", "settings", "not-proven"]
+    text = parsed.text.replace("\u00a0", " ")
+    for words in (
+        "At strength α = 4 the probability of the answers to be forgotten fell from 0.9500 to 0.1000",
+        "(a model that never knew them: 0.01)",
+        "from 0.9600 to 0.9400 (97.9 % of it is left)",
+        "it can still be told from a model that never knew (forget quality p = 0.01, n = 9; membership AUC 0.800",
+        "Most came back by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack",
+        "2 to 4",
+        REFUSAL,
+        "needs --retrained",
+        "Says 0 plain",
+        "loramox sweep --out run/sweep",
+        "suppression, not erasure",
+    ):
+        assert words in text
+    assert "a-secret" not in text
+
+
+def test_nothing_on_the_page_comes_from_elsewhere(make: Callable[..., Path]) -> None:
+    page, parsed = page_of(make())
+    for address in (
+        "http",
+        "://",
+        "//",
+        "url(",
+        "src=",
+        "@import",
+        "xmlns",
+        "xlink",
+        "<script",
+        "<link",
+        "<iframe",
+        "<!ENTITY",
+    ):
+        assert address not in page, address
+    assert page.count("<!DOCTYPE") == 1
+    ids = parsed.attributes("id")
+    assert len(ids) == len(set(ids))
+    links = parsed.attributes("href")
+    assert links
+    assert all(link[0] == "#" and link[1:] in ids for link in links)
+
+
+def test_every_picture_says_in_words_what_it_shows_and_its_text_is_text(make: Callable[..., Path]) -> None:
+    _, parsed = page_of(make())
+    pictures = [a for tag, a in parsed.tags if tag == "svg"]
+    assert [p["id"] for p in pictures] == [
+        "by-strength", "trade-off", "spread-forget", "spread-retain", "watched", "losses", "attacks"
+    ]  # fmt: skip
+    assert all(p["role"] == "img" and len(p["aria-label"]) > 40 for p in pictures)
+    assert "strength α (0: the reference)" in parsed.text
+    assert "α 2: forget 0.5000, retain 0.9500" in pictures[0]["aria-label"]
+
+
+def test_hostile_text_is_shown_and_does_nothing(make: Callable[..., Path]) -> None:
+    evil = HOSTILE["attribute"]
+    run = make(
+        texts=(*HOSTILE.values(), LONG),
+        run={
+            "settings": RUN["settings"] | {"prompt_template": evil},
+            "command": evil,
+            "data": {"forget": {"source": evil, "rows": 9}},
+        },
+        frontier={"choices": [FRONTIER["choices"][0] | {"reason": evil}], "warning": evil},
+        attacks={"states": [*STATES, {"attack": evil, "state": HOSTILE["mathematics"] * 9, "metrics": {"forget_probability": 0.8}}]},
+    )  # fmt: skip
+    page, parsed = page_of(run)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "iframe", "link", "b"})
+    assert not any(name.startswith("on") or name == "src" for _, attributes in parsed.tags for name in attributes)
+    for name in ("script", "attribute", "template", "emoji", "mathematics"):
+        assert HOSTILE[name] in parsed.text, name
+    assert "a\ufffdb\ufffd[31mc\ufffdd" in parsed.text
+    assert f"shortened: {LONGEST} of 100,0" in parsed.text
+    assert len(page) < 600_000
+    assert "dir" in next(a for _, a in parsed.tags if a.get("class") == "text")
+    summary = (run / SUMMARY).read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)<", summary)
+
+
+def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
+    run = make()
+    report(run)
+    summary = (run / SUMMARY).read_text(encoding="utf-8")
+    assert "**At strength α = 4" in summary
+    assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.01 | lower |" in summary
+    assert "suppression, not erasure" in summary
+    assert "Question" not in summary
+    assert "Says" not in summary
+
+
+def test_the_same_run_gives_the_same_bytes(make: Callable[..., Path]) -> None:
+    run = make(texts=tuple(HOSTILE.values()))
+    report(run)
+    before = {name: (run / name).read_bytes() for name in (PAGE, SUMMARY)}
+    report(run)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob(".*"))
+
+
+MISSING = {
+    "sweep": ("This run has no sweep", "loramox sweep --memorization"),
+    "attack": ("no attack was made", "loramox attack --adapter"),
+    "../retrained": ("The records of the retrained model are gone", "loramox evaluate --model RETRAINED"),
+    "sweep/strength-4": ("The sweep's records of single rows are not there", "loramox sweep --memorization"),
+}
+
+
+@pytest.mark.parametrize("part", MISSING)
+def test_what_is_missing_is_said_with_the_command_that_makes_it(make: Callable[..., Path], part: str) -> None:
+    run = make()
+    shutil.rmtree(run / part)
+    what, command = MISSING[part]
+    _, parsed = page_of(run)
+    assert what in parsed.text
+    assert command in parsed.text
+    assert what in (run / SUMMARY).read_text(encoding="utf-8")
+
+
+def test_a_run_of_which_nothing_is_known_says_so(make: Callable[..., Path]) -> None:
+    run = make(run={"log": []})
+    shutil.rmtree(run / "sweep")
+    shutil.rmtree(run / "attack")
+    _, parsed = page_of(run)
+    assert "nothing is known yet about what it forgets" in parsed.text
+    assert "No rows were watched while training" in parsed.text
+    assert "svg" not in {tag for tag, _ in parsed.tags}
+
+
+def test_without_answers_the_page_says_how_to_get_them(make: Callable[..., Path]) -> None:
+    assert "The sweep generated no answers" in page_of(make(said=False))[1].text
+
+
+def test_attacks_that_have_not_finished_are_not_shown(make: Callable[..., Path]) -> None:
+    assert "The attacks have not finished" in page_of(make(attacks={"status": "running", "states": []}))[1].text
+
+
+def test_a_warning_and_another_strength_in_the_folder_stand_beside_the_verdict(make: Callable[..., Path]) -> None:
+    run = make(frontier={"warning": "the direction is poor", "data": {"forget": {"sha256": "other"}}})
+    write(run / "forget-adapter" / "provenance.json", {"strength": 2.0})
+    text = page_of(run)[1].text.replace("\u00a0", " ")
+    assert "The sweep warns: the direction is poor." in text
+    assert (
+        "is at α = 2, not at the chosen α = 4 that is shown here; at α = 2 the probabilities are forget 0.5000" in text
+    )
+    assert "asked other forget rows than those that were trained on" in text
+
+
+def test_when_the_rule_refuses_the_shipped_strength_is_shown_as_such(make: Callable[..., Path]) -> None:
+    text = page_of(make(frontier={"chosen": None}))[1].text.replace("\u00a0", " ")
+    assert "The rule chose no strength; shown is the one that was shipped, α = 4." in text
+    refused = make(frontier={"chosen": None}, run={"forget_adapter": None})
+    assert "No strength was chosen" in page_of(refused)[1].text
+
+
+@pytest.mark.parametrize(
+    ("quality", "area", "told"), [(0.4, 0.5, "could not be told"), (0.4, 0.9, "can still be told")]
+)
+def test_one_sign_is_enough_to_be_told_apart(make: Callable[..., Path], quality: float, area: float, told: str) -> None:
+    points = [p | {"forget_quality": quality, "mia_min_k": area} for p in POINTS]
+    assert f"it {told}" in report(make(frontier={"points": points}))["verdict"]
+
+
+def test_numbers_that_are_not_finite_are_dashes(make: Callable[..., Path]) -> None:
+    broken = POINTS[0] | {"strength": 9.0, "forget_probability": float("nan"), "retain_probability": float("nan")}
+    _, parsed = page_of(make(frontier={"points": [*POINTS, broken]}))
+    assert "nan" not in parsed.text.lower()
+    assert [shown(v) for v in (None, float("nan"), "x", 0, 0.99941, 0.00123, -98.14)] == [
+        "–", "–", "–", "0", "0.9994", "0.00123", "-98.1"
+    ]  # fmt: skip
+
+
+DAMAGED = {
+    "run.json": [('{"status": ', "run.json is damaged"), ("[1]", "is no record of loramox"), ('{"id": 1}', "is no record")],
+    "sweep/frontier.json": [
+        ("{", "frontier.json is damaged.*sweep again"),
+        ("[]", "it is no frontier"),
+        ('{"status": "done", "points": [], "choices": [], "data": {}}', "it is no frontier"),
+        ('{"status": "running"}', "this sweep has not finished. Go on with it: the same loramox sweep"),
+    ],
+    "attack/attacks.json": [("{", "attacks.json is damaged.*attack again"), ('{"status": "done"}', "it holds no states")],
+    "sweep/strength-4/records.jsonl": [("{", "is damaged. Delete .*strength-4"), ('{"part": "x", "id": 1}\n', "incomplete")],
+    "../retrained/records.jsonl": [("{", "has no records of an evaluation that can be read")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "text", "message"), [(f, *case) for f, cases in DAMAGED.items() for case in cases])
+def test_damaged_files_are_named_with_a_remedy(make: Callable[..., Path], file: str, text: str, message: str) -> None:
+    run = make()
+    (run / file).write_text(text)
+    with pytest.raises(RunError, match=message):
+        report(run)
+    assert not (run / PAGE).exists()
+
+
+def test_a_folder_that_is_no_run_and_a_run_that_goes_on_are_refused(make: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is no run: it has no run.json. Give the folder that loramox unlearn wrote"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"this run has not finished.*--resume"):
+        report(make(run={"status": "running"}))
+
+
+def test_the_command_says_what_it_wrote(make: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    run = make()
+    shutil.rmtree(run / "attack")
+    main(["report", str(run)])
+    out = capsys.readouterr().out
+    assert "At strength α = 4" in out
+    assert f"{run / PAGE} is the page" in out
+    assert "Not in it: Nobody has tried" in out
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(run / "nowhere")])
+    assert caught.value.code == 2
+
+
+def test_text_is_shortened_with_a_note() -> None:
+    assert fit("short") == {"text": "short", "note": ""}
+    assert fit("x" * 2000)["note"] == f"shortened: {LONGEST:,} of 2,000 characters"
+    assert fit("\n" * 2000)["text"].count("\n") < 20
+
+
+def test_a_real_run_and_its_real_sweep_make_a_page(trained: Path, rows: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = SweepConfig(str(run / "memorization"), str(run / "sweep"), strengths=[1.0, 2.0], refine=0)
+    sweep(config, Asked(str(rows[0]), str(rows[1])), ScoringConfig(max_new_tokens=8, use_cpu=True))
+    _, parsed = page_of(run)
+    assert "Where does Ada live?" in parsed.text
+    assert "Reference says" in parsed.text
+    assert {"by-strength", "spread-forget", "watched", "losses"} <= set(parsed.attributes("id"))
+
+
+MEASURE = """<body style="margin:0"><iframe id="f" style="width:390px;height:900px;border:0" src="run/report.html"></iframe><script>
+document.getElementById("f").onload = () => {
+  const page = document.getElementById("f").contentDocument, box = e => e.getBoundingClientRect();
+  const drawn = [...page.querySelectorAll("svg")].map(s => [box(s).width, box(s).height, s.getBBox().width,
+    [...s.querySelectorAll("use")].every(u => u.getBBox().width > 0)]);
+  document.title = JSON.stringify([drawn, page.documentElement.scrollWidth, page.body.scrollHeight]);
+}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed")
+def test_a_browser_draws_every_picture_and_nothing_scrolls_sideways_on_a_phone(make: Callable[..., Path]) -> None:
+    run = make(texts=(*HOSTILE.values(), LONG, "x" * 500))
+    report(run)
+    (run.parent / "measure.html").write_text(MEASURE)
+    flags = (
+        "--headless=new --no-sandbox --disable-gpu --allow-file-access-from-files --enable-logging=stderr --dump-dom"
+    )
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), "--virtual-time-budget=5000", f"--user-data-dir={run.parent / 'profile'}"]
+        + [(run.parent / "measure.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    drawn, width, height = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1])
+    assert len(drawn) == 7
+    for across, down, inside, marked in drawn:
+        assert across > 300
+        assert down > 100
+        assert inside > 0
+        assert marked
+    assert width <= 390
+    assert height > 3000

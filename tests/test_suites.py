@@ -1,0 +1,85 @@
+"""The rows of public benchmarks, as their own code puts them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loramox.errors import RowsError, SettingsError
+from loramox.evaluate.answers import Answering, _text
+from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.records import read_records
+from loramox.evaluate.suites import read_part, suite_sources
+from loramox.reference import ModelConfig
+from loramox.rows import Columns
+
+
+@pytest.fixture
+def muse(tmp_path: Path) -> Path:
+    """A small MUSE folder in the form of its own files."""
+    files = {
+        "verbmem/forget": [{"prompt": "Ada lives", "gt": "in Rome."}, {"prompt": "Bo lives", "gt": "in Oslo."}],
+        "knowmem/forget_qa": [{"question": "Where does Ada live?", "answer": "Rome"}],
+        "knowmem/forget_qa_icl": [{"question": "Where does Cy live?", "answer": "Lima"}],
+        "knowmem/retain2_qa": [{"question": "Where does Di live?", "answer": "Bern"}],
+        "knowmem/retain2_qa_icl": [{"question": "Where does Ed live?", "answer": "Kyiv"}],
+        "privleak/forget": ["Ada lives in Rome.", "Bo lives in Oslo."],
+        "privleak/holdout": ["Flo lives in Doha.", "Gus lives in Riga. " * 60],
+    }
+    for name, rows in files.items():
+        path = tmp_path / "muse" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows))
+    return tmp_path / "muse"
+
+
+def test_muse_questions_follow_their_few_shot_examples_and_texts_are_one_row_each(muse: Path) -> None:
+    sources = suite_sources("muse", "forget10", str(muse))
+    parts = {part: read_part("muse", part, source, Columns()) for part, source in sources.items()}
+    (question,) = parts["knowmem_forget"]
+    shots = "Question: Where does Cy live?\nAnswer: Lima\n\n"
+    assert question.prompt == f"{shots}Question: Where does Ada live?\nAnswer:"
+    assert (question.answer, question.verbatim) == (" Rome", True)
+    assert parts["knowmem_retain"][0].prompt.startswith("Question: Where does Ed live?")
+    assert [(r.prompt, r.answer) for r in parts["verbmem"]] == [("Ada lives", " in Rome."), ("Bo lives", " in Oslo.")]
+    assert [(r.prompt, r.answer) for r in parts["forget"]] == [("", "Ada lives in Rome."), ("", "Bo lives in Oslo.")]
+
+
+def test_muse_on_the_hub_has_a_config_and_a_split_for_each_part() -> None:
+    sources = suite_sources("muse", "forget10", None)
+    assert sources["knowmem_retain"] == "muse-bench/MUSE-News:knowmem:retain_qa"
+    assert sources["forget"] == "muse-bench/MUSE-News:privleak:forget"
+
+
+def test_a_muse_folder_is_evaluated_and_leaks_are_measured_on_whole_texts(
+    muse: Path, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = Asked(suite="muse", data=str(muse))
+    model, scoring = ModelConfig(str(pico("llama")), quantization="none"), ScoringConfig(use_cpu=True)
+    retrained = evaluate(Subject(str(tmp_path / "a")), model, asked, scoring)
+    assert "--retrained" in retrained["absent"]["priv_leak"]
+    again = Asked(suite="muse", data=str(muse), retrained=str(tmp_path / "a"))
+    metrics = evaluate(Subject(str(tmp_path / "b")), model, again, scoring)["metrics"]
+    assert metrics["priv_leak"]["value"] in (0.0, pytest.approx(0.0)) or metrics["mia_min_k"]["value"] == 1.0
+    directions = {part: metrics[f"{part}_rouge_l"]["direction"] for part in ("verbmem", "knowmem_forget")}
+    assert set(directions.values()) == {"lower"}
+    assert metrics["knowmem_retain_rouge_l"]["direction"] == "higher"
+    records = read_records(tmp_path / "b")
+    assert [r["part"] for r in records].count("holdout") == 2  # the long text is cut off, not cut into blocks
+    assert not any("said" in r for r in records if r["part"] in ("forget", "holdout"))
+    assert all("said" in r for r in records if r["part"] == "verbmem")
+
+
+def test_an_answer_ends_before_the_first_of_its_stops(pico: Callable[[str], Path], tokenizer) -> None:
+    tokens = tokenizer("Rome\n\nQuestion: and then?")["input_ids"]
+    assert _text(tokenizer, tokens, Answering(9, ("Question", "\n\n")).stops) == "Rome"
+    assert _text(tokenizer, tokens, ()) == "Rome\n\nQuestion: and then?"
+
+
+def test_a_folder_without_a_suites_files_is_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(RowsError, match=r"has no verbmem/forget.jsonl, knowmem/forget_qa.jsonl.*MUSE-News on the hub"):
+        suite_sources("muse", "forget10", str(tmp_path))
+    with pytest.raises(SettingsError, match="brings its own holdout rows"):
+        Asked(suite="muse", holdout="mine.jsonl")

@@ -194,13 +194,15 @@ def _sweep(words: list[str]) -> None:
         _say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
     if frontier["warning"]:
         _say(f"[bold]Warning:[/] {frontier['warning']}")
-    shipped = config.ship and frontier["chosen"]
     _say(
-        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them",
-        f"[bold]{config.ship}[/] is the forget adapter at the chosen strength"
-        if shipped
-        else f"Ship one: loramox extrapolate {config.memorization} --alpha {frontier['chosen'] or 4:g} --out NEW_FOLDER",
+        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them"
     )
+    if frontier["chosen"] is None:
+        _say(f"Rule {config.rule} chooses no strength, so nothing is shipped" if config.ship else "")
+    elif config.ship:
+        _say(f"[bold]{config.ship}[/] is the forget adapter at the chosen strength")
+    else:
+        _say(f"Ship it: loramox extrapolate {config.memorization} --alpha {frontier['chosen']:g} --out NEW_FOLDER")
 
 
 def _report(words: list[str]) -> None:

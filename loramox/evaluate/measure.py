@@ -95,9 +95,9 @@ class Questions:
         variants = [e for answer in part.answers for e in part.variants.get(answer["row"], ())]
         if part.name in self._reference:
             answers = self._score(model, part.answers, describe, reference=self._reference[part.name])
-            others = self._score(model, variants, f"{describe}, variants")
+            others = self._score(model, variants, f"{describe}, variants", log_p_only=len(variants))
         else:
-            both = self._score(model, [*part.answers, *variants], describe)
+            both = self._score(model, [*part.answers, *variants], describe, log_p_only=len(variants))
             answers, others = both[: len(part.answers)], both[len(part.answers) :]
         said: list[str | None] = [None] * len(part.answers)
         asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
@@ -204,5 +204,6 @@ def _said(row: Row, answer: str | None) -> Record:
     asked = {"prompt": row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False)}
     if row.prompt is None or answer is None:
         return (asked | {"answer": row.answer}) if row.prompt is not None else {}
-    score = rouge_l(answer, row.answer)
+    rest = " ".join(row.answer.split()[row.given_words :]) if row.given_words else row.answer
+    score = rouge_l(answer, rest)
     return asked | {"answer": row.answer, "said": answer, "rouge_l": score["recall"], "rouge_l_f1": score["f1"]}

@@ -6,7 +6,7 @@ Answers to one question (the true one, its paraphrase, the wrong ones) share the
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,8 +44,11 @@ def score_answers(
     describe: str | None = None,
     reference: Sequence[Tensor] | None = None,
     keep_hidden: bool = False,
+    log_p_only: int = 0,
 ) -> list[AnswerScores]:
     """Score each example's answer, in order. `examples` are what `loramox.encode` returns.
+
+    Of the last `log_p_only` of them no more than log_p is taken: first_choice is -1 there, mean and spread are NaN.
 
     `reference` has the `hidden` of each example under the reference model; with it, KL(p_ref ‖ p) is scored too. Batches
     are made of `batch_size` answers of similar length, and no more logits are made than a few answer tokens' at a time.
@@ -58,7 +61,13 @@ def score_answers(
     with in_eval_mode(model), torch.no_grad(), bar:
         for order, states in _passes(model, causal_lm, examples, batch_size, collate, device):
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []
-            columns = _on_logits(head, states.hidden, *known, states.targets).double().cpu().numpy()
+            tensors = (states.hidden, *known, states.targets)
+            brief = torch.tensor([i >= len(examples) - log_p_only for i in order], device=device)[states.row_of]
+            columns = np.full((len(brief), 4 + len(known)), [np.nan, -1.0] + [np.nan] * (2 + len(known)))
+            for some, function in ((~brief, _columns), (brief, _log_p)):
+                if some.any():
+                    found = _on_logits(function, head, *(t[some] for t in tensors)).double().cpu().numpy()
+                    columns[some.cpu().numpy(), : found.shape[1]] = found
             ends = torch.bincount(states.row_of, minlength=states.rows).cumsum(0)[:-1].tolist()
             targets = np.split(states.targets.cpu().numpy(), ends)
             hidden = states.hidden.cpu().tensor_split(ends) if keep_hidden else [None] * len(order)
@@ -88,12 +97,17 @@ def mean_log_p(scores: Sequence[AnswerScores]) -> np.ndarray:
     return np.array([s.log_p.mean() for s in scores])
 
 
-def _on_logits(head: Head, *tensors: Tensor) -> Tensor:
-    """`_columns` of every answer token. `tensors` are hidden states, those of the reference if there are any, and targets."""
+def _on_logits(function: Callable[..., Tensor], head: Head, *tensors: Tensor) -> Tensor:
+    """`function` of every answer token. `tensors` are hidden states, those of the reference if there are any, and targets."""
     *hidden, targets = tensors
     size = max(64, CACHED_ELEMENTS // head.vocabulary) if targets.device.type == "cpu" else len(targets)
     pieces = zip(*(t.split(size) for t in (*hidden, targets)), strict=True)
-    return torch.cat([per_token(_columns, head, list(states), target) for *states, target in pieces])
+    return torch.cat([per_token(function, head, list(states), target) for *states, target in pieces])
+
+
+def _log_p(logits: Tensor, *others: Tensor) -> Tensor:
+    """[chunk, 1]: log p(target)."""
+    return log_softmax(logits, -1).gather(-1, others[-1][:, None])
 
 
 def _columns(logits: Tensor, *others: Tensor) -> Tensor:

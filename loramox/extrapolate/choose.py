@@ -40,10 +40,10 @@ def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, bud
     if at is None:
         return _refusal(
             "budget",
-            f"no strength keeps retain probability at {floor:.4f} ({budget:.0%} below the reference's): at {strengths[0]:g}, the "
+            f"no strength keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {strengths[0]:g}, the "
             f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
         )
-    reason = f"the largest at which retain probability, {retain[at].mean():.4f}, is within {budget:.0%} of the reference's {reference.mean():.4f}"
+    reason = f"the largest at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}"
     return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
 
 

@@ -138,7 +138,7 @@ class _Bench:
 
     def _otherwise(self, questions) -> dict[str, Questions]:
         ways = {"paraphrased questions": paraphrased_questions(self.asked)}
-        ways |= {f"first {n} words given": given_away(self.asked, n) for n in PREFIX_WORDS}
+        ways |= {f"first {'word' if n == 1 else f'{n} words'} given": given_away(self.asked, n) for n in PREFIX_WORDS}
         return {name: questions({"forget": rows}) for name, rows in ways.items() if rows}
 
     def open(self) -> None:

@@ -135,7 +135,8 @@ def _read_models(inputs: Inputs) -> None:
                 inputs.records[model] = _sound(read_records(at), at)
             except RunError as error:
                 raise RunError(
-                    f"{at / RECORDS} is damaged. Delete {at}, and give the sweep again: it measures only what is not there"
+                    f"{at / RECORDS} is damaged or incomplete. Delete {at}, and give the sweep again: it measures only what is "
+                    "not there"
                 ) from error
     if REFERENCE not in inputs.records or (FORGET not in inputs.records and inputs.strength is not None):
         inputs.missing["records"] = Missing(

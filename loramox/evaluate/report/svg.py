@@ -67,11 +67,15 @@ def _inline(svg: str, name: str, words: str) -> str:
         for child in list(parent):
             if _local(child.tag) in ("metadata", "style", "clipPath"):
                 parent.remove(child)
+    used = {v.removeprefix("#") for e in root.iter() for k, v in e.attrib.items() if _local(k) == "href"}
     for element in root.iter():
         element.tag = _local(element.tag)
         held = {_local(key): value for key, value in element.attrib.items()}
         element.attrib.clear()
-        element.attrib.update({k: _own(k, v, name) for k, v in held.items() if k != "clip-path"})
+        element.attrib.update({k: _own(k, v, name) for k, v in held.items() if k not in ("id", "clip-path")})
+        if held.get("id") in used:  # of two with the same name, which are the same, one is enough
+            used.remove(held["id"])
+            element.set("id", f"{name}-{held['id']}")
         element.tail = None
         if element.tag not in ("text", "tspan"):
             element.text = None
@@ -85,8 +89,6 @@ def _local(name: str) -> str:
 
 
 def _own(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
     if key == "href":
         return f"#{name}-{value.removeprefix('#')}"
     if key == "style":

@@ -198,7 +198,7 @@ def _sweep(words: list[str]) -> None:
         f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them"
     )
     if frontier["chosen"] is None:
-        _say(f"Rule {config.rule} chooses no strength, so nothing is shipped" if config.ship else "")
+        _say(f"Rule {config.rule} chooses no strength: nothing is shipped")
     elif config.ship:
         _say(f"[bold]{config.ship}[/] is the forget adapter at the chosen strength")
     else:

@@ -21,7 +21,7 @@ SETTINGS = {
     "default-r32": ["--r", "32", "--lora_alpha", "32"],
     "paper": ["--temperature", "1", "--kl_at", "memorization", "--kl_weight", "1", "--alpha", "4"],
 }
-STRENGTHS = {"paper": (2, 4, 5, 6, 8, 12)}
+STRENGTHS = {"default": (4, 6, 8, 8.5, 9, 10), "default-r32": (4, 6, 8, 8.5, 9, 10), "paper": (2, 4, 5, 6, 8)}
 KEEP = 0.98  # retain probability that a setting has to keep
 COLUMNS = {
     "forget_probability": "forget probability ↓",
@@ -60,7 +60,7 @@ def swept(world: Path, out: Path, setting: str, seed: int) -> dict[str, Any]:
         loramox(["unlearn", recipe, *model, *rows, *SETTINGS[setting], "--out", str(run), "--overwrite"])
     record = run / "sweep/frontier.json"
     if not record.exists() or json.loads(record.read_text())["status"] != "done":
-        strengths = [str(s) for s in STRENGTHS.get(setting, (2, 4, 6, 7, 8, 9, 10, 12))]
+        strengths = [str(s) for s in STRENGTHS[setting]]
         more = ["--strengths", *strengths, "--refine", "0", "--model", str(world / "reference")]
         compared = ["--retrained", str(out / "retrained"), "--out", str(run / "sweep")]
         loramox(["sweep", "--memorization", str(run / "memorization"), *asked(world), *more, *compared])

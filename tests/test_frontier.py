@@ -101,7 +101,7 @@ def test_within_budget_is_the_largest_strength_before_retain_first_falls_below_i
     reference = around([0.9])[0]
     choice = within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.9]), reference, 0.02)
     assert (choice.rule, choice.strength) == ("budget", 2)  # 4 is fine again, but beyond one that is not
-    assert "2%" in choice.reason
+    assert "2 %" in choice.reason
     assert within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3).strength == 3
     assert within_budget(STRENGTHS, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02).strength == 4
 

@@ -226,7 +226,7 @@ def attack_picture(inputs: Inputs) -> Picture | None:
     hollow = " Hollow grey: the reference, asked the same." if any(r["of reference"] for r in rows) else ""
     caption = f"What comes back: the further right, the more.{hollow}"
     return picture(
-        "attacks",
+        "came-back",
         (4.8, height),
         draw,
         fit(f"Probability of forget answers after attacks. {told}", 4000)["text"],

@@ -93,7 +93,16 @@ def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
     if not records:
         raise RowsError(f"{source} has no rows. Expected at least one: check that the file is the right one")
     to_row = _recognise(source, list(records[0]), columns)
-    return [to_row(number, record) for number, record in enumerate(records, 1)]
+    rows = [to_row(number, record) for number, record in enumerate(records, 1)]
+    for row in rows:
+        try:
+            row.key().encode()
+        except UnicodeEncodeError as error:
+            raise RowsError(
+                f"{source}, row {row.number} has half a character in it (a lone surrogate, like \\ud83d in JSON), which no "
+                "tokenizer takes. Correct or remove it"
+            ) from error
+    return rows
 
 
 def _load(source: str) -> list[dict[str, Any]]:

@@ -183,6 +183,16 @@ REFUSED = {
         "question,answer\nq,a\nq,a, and b\n",
         "a.csv, row 2 does not fit the columns.*quotes around text with a comma",
     ),
+    "half a character": (
+        "a.jsonl",
+        '{"question": "q", "answer": "a \\ud83d"}',
+        "a.jsonl, row 1 has half a character in it.*Correct or remove it",
+    ),
+    "wrong answers that are no text": (
+        "a.jsonl",
+        as_jsonl([{"question": "q", "answer": "a", "perturbed_answer": ["b", 3]}]),
+        "a.jsonl, row 1: paraphrased_answer .* perturbed_answer a list of wrong answers; one of them is not",
+    ),
     "no known columns": (
         "a.jsonl",
         as_jsonl([{"q": "1", "a": "2"}]),

@@ -216,7 +216,7 @@ def _report(words: list[str]) -> None:
     made = report(given.run)
     _say(
         escape(made["verdict"]),
-        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] the same in short; nothing in them is loaded from elsewhere",
+        f"[bold]{escape(str(made['page']))}[/] is the page, [bold]{escape(str(made['summary']))}[/] the same in short; nothing in them is loaded from elsewhere",
         *(f"Not in it: {escape(what)}" for what in made["missing"]),
     )
 

@@ -48,36 +48,15 @@ UTILITY = ("retain", "real_authors", "world_facts")
 PER_ROW = ("probability", "rouge_l", "rouge_l_f1", "truth_ratio", "exact_memorization", "extraction_strength")
 NO_ZERO = "theirs is 1/n, not 0, where the last token is wrong; with that rule ours is {:.5g}, off by {:.0e}"
 
-OWN_PROMPT = """{}, on some of the parts. OpenUnlearning's prompt for plain models ends in `Answer: `. Byte-level tokenizers
-join that space to the answer's first word, so that the prompt alone ends in a token that the whole row does not have: the
-first token of every answer is left out of the scores, and answers are generated after a token that models do not know
-there. Chat templates, whose turns end in a line break or a special token, are not concerned.
-"""
+OWN_PROMPT = """{}, two parts. OpenUnlearning's prompt for plain models ends in `Answer: `: a token for that space, which the whole
+row does not have, ends the prompt; the first token of every answer is not scored, and answers are generated from there."""
 
 SPEED = """TOFU's own 400 forget (forget10) and 400 retain rows with one paraphrase and five wrong answers each: probability, ROUGE-L
 (batches of {} answers, at most {} tokens generated), truth ratio, exact memorization and extraction strength on both sides, in
-turns. Median over rounds, with the range. `reference` knows some of the rows by heart; `retrained` knows none of the first
-forget rows.
+turns. Median over rounds, with the range. `reference` knows some of the rows by heart, `retrained` fewer.
 
 | model | rows | rounds | loramox, rows/s | OpenUnlearning, rows/s | ratio, wall-clock | ratio, CPU time | where OpenUnlearning's time goes |
 |---|---|---|---|---|---|---|---|"""
-
-DEVIATIONS = """
-## Deviations
-
-On the same tokens every metric agrees but extraction strength. What is done otherwise:
-
-| metric | loramox | OpenUnlearning | why |
-|---|---|---|---|
-| extraction strength | 0 when not even the last token comes out | never below 1/n (n answer tokens) | a model that knows nothing scores 0.25 on one-word answers; the definition (arXiv 2104.07705) gives 0 |
-| every score, with a prompt that ends in a space | the space is the answer's, where the tokenizer puts it | the prompt's; the first answer token is not scored, and generation starts from a token out of place | the tokens are to be those of the whole row, as trained on |
-| PrivLeak without a retrained model | absent, with the reason | assumes its AUC to be 0.5 | it is not 0.5: forget and holdout rows differ of themselves |
-| truth ratio | R of each row, kept with that row | 1e-10 added to p; values zipped with the indices from before filtering | below some 1e-7 the 1e-10 shows in R; a row without a score shifts all that follow |
-| rows longer than the context | refused, unless told otherwise | cut, and an end of sequence put after the cut | a cut answer is another answer |
-
-Left as it is in OpenUnlearning, and the same here: the end of sequence counts in the probability and in the loss and zlib
-attacks, and not in exact memorization, extraction strength, Min-K% and Min-K%++; ROUGE with the stemmer, recall; forget
-quality two-sided; k = 40 %."""
 
 
 class OpenUnlearning:
@@ -162,9 +141,9 @@ class OpenUnlearning:
             more = {"k": 0.4, "tokenizer": self.tokenizer, "reference_model_path": str(reference)}
             attack = self._run(name, model, data=attacked, collators=self.collate["right"], **more)
             found[name] = attack["agg_value"]
-        nine = {f"{part}_{what}": found[f"{part}_{what}"] for part in UTILITY for what in ("probability", "rouge_l", "truth_ratio")}  # fmt: skip
-        parts = {name: {"agg_value": value} for name, value in nine.items()}
-        found["model_utility"] = self._run("hm_aggregate", model, pre_compute=parts)["agg_value"]
+        nine = [f"{part}_{what}" for part in UTILITY for what in ("probability", "rouge_l", "truth_ratio")]
+        together = {name: {"agg_value": found[name]} for name in nine}
+        found["model_utility"] = self._run("hm_aggregate", model, pre_compute=together)["agg_value"]
         clean, their_ratios = retrained or (found, ratios)
         for name, ours, theirs in (
             ("ks_test", ratios, their_ratios),
@@ -178,17 +157,14 @@ class OpenUnlearning:
 
 def _import(checkout: Path) -> SimpleNamespace:
     sys.path.insert(0, str(checkout / "src"))
-    sys.modules |= {
-        name: MagicMock() for name in ("lm_eval", "lm_eval.models", "lm_eval.models.hf_vlms", "lm_eval.tasks")
-    }
+    sys.modules |= {f"lm_eval{part}": MagicMock() for part in ("", ".models", ".models.hf_vlms", ".tasks")}
     from data.collators import DataCollatorForSupervisedDataset
     from data.qa import QADataset
     from evals.metrics import METRICS_REGISTRY
     from omegaconf import OmegaConf
 
-    return SimpleNamespace(
-        metrics=METRICS_REGISTRY, QADataset=QADataset, Collator=DataCollatorForSupervisedDataset, OmegaConf=OmegaConf
-    )
+    collator = DataCollatorForSupervisedDataset
+    return SimpleNamespace(metrics=METRICS_REGISTRY, QADataset=QADataset, Collator=collator, OmegaConf=OmegaConf)
 
 
 def questions(files: dict[str, Path], tokenizer, rows: int | None = None) -> Callable[[], Questions]:
@@ -238,7 +214,7 @@ def agreement(given: argparse.Namespace, tokenizer) -> Iterator[str]:
     model = AutoModelForCausalLM.from_pretrained(models[0]).eval()
     shipped, _ = OpenUnlearning(given.openunlearning, tokenizer, some, SPACE_IN_PROMPT).per_row(model)
     ours = values(asked(questions(some, tokenizer)(), model))
-    yield "\n## With OpenUnlearning's own prompt\n\n" + OWN_PROMPT.format(models[0].name)
+    yield "\n## With OpenUnlearning's own prompt\n\n" + OWN_PROMPT.format(models[0].name) + "\n"
     yield compared(ours, shipped, lambda name: "the space")
 
 
@@ -281,7 +257,9 @@ def main() -> None:
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--model", nargs="+", default=["reference", "retrained"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=40, help="rows of each part in every round; one round more has all")
+    parser.add_argument(
+        "--rows", type=int, default=100, help="rows of each part in every round; one round more has all"
+    )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -294,7 +272,7 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, 1 thread, torch {torch.__version__.split('+')[0]}, {versions}.",
     ]
     lines = []
-    for line in itertools.chain(header, speed(given, tokenizer), agreement(given, tokenizer), [DEVIATIONS]):
+    for line in itertools.chain(header, speed(given, tokenizer), agreement(given, tokenizer)):
         print(line, flush=True)
         lines.append(line)
     if given.out:

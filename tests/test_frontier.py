@@ -97,10 +97,11 @@ def test_a_frontier_that_parts_is_sound(forget: list[float], retain: list[float]
 # The rules
 
 
-def test_within_budget_is_the_largest_strength_before_retain_first_falls_below_it() -> None:
+def test_within_budget_is_the_largest_strength_that_keeps_retain_even_beyond_one_that_does_not() -> None:
     reference = around([0.9])[0]
-    choice = within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.9]), reference, 0.02)
-    assert (choice.rule, choice.strength) == ("budget", 2)  # 4 is fine again, but beyond one that is not
+    choice = within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.7]), reference, 0.02)
+    assert (choice.rule, choice.strength) == ("budget", 2)
+    assert within_budget(STRENGTHS, around([0.9, 0.7, 0.89, 0.7]), reference, 0.02).strength == 3
     assert "2 %" in choice.reason
     assert within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3).strength == 3
     assert within_budget(STRENGTHS, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02).strength == 4

@@ -171,7 +171,7 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
     text = parsed.text.replace("\u00a0", " ")
     for words in (
         "At strength α = 4 the probability of the answers to be forgotten fell from 0.9500 to 0.1000",
-        "(a model that never knew them: 0.01)",
+        "(a model that never knew them: 0.0100)",
         "from 0.9600 to 0.9400 (97.9 % of it is left)",
         "it can still be told from a model that never knew (forget quality p = 0.01, n = 9; membership AUC 0.800",
         "Most came back by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack",
@@ -253,7 +253,8 @@ def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
     report(run)
     summary = (run / SUMMARY).read_text(encoding="utf-8")
     assert "**At strength α = 4" in summary
-    assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.01 | lower |" in summary
+    assert "| metric | reference | forget model, α = 4 | retrained model | better |" in summary
+    assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.0100 | lower |" in summary
     assert "suppression, not erasure" in summary
     assert "Question" not in summary
     assert "Says" not in summary
@@ -309,14 +310,28 @@ def test_attacks_that_have_not_finished_are_not_shown(make: Callable[..., Path])
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_attacks_that_bring_nothing_back_are_said_to(make: Callable[..., Path]) -> None:
+    text = page_of(make(attacks={"states": [*STATES[:2], STATES[2] | {"metrics": {"forget_probability": 0.05}}]}))[
+        1
+    ].text
+    assert (
+        "No attack brought anything back: the most, by “relearn forget rows: step 1”, is 0.0500, and was 0.1000" in text
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_warning_and_another_strength_in_the_folder_stand_beside_the_verdict(make: Callable[..., Path]) -> None:
-    run = make(frontier={"warning": "the direction is poor", "data": {"forget": {"sha256": "other"}}})
+    run = make(
+        frontier={"warning": "the direction is poor", "data": {"forget": {"sha256": "other"}}},
+        attacks={"adapter": {"folder": "run/forget-adapter", "strength": 0.5, "made_by": {"strength": 4.0}}},
+    )
     write(run / "forget-adapter" / "provenance.json", {"strength": 2.0})
     text = page_of(run)[1].text.replace("\u00a0", " ")
     assert "The sweep warns: the direction is poor." in text
     assert (
         "is at α = 2, not at the chosen α = 4 that is shown here; at α = 2 the probabilities are forget 0.5000" in text
     )
+    assert "The attacks were made at α = 2, not at the α = 4 that is shown here." in text
     assert "asked other forget rows than those that were trained on" in text
 
 

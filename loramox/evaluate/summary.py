@@ -32,15 +32,14 @@ class Summary(NamedTuple):
         return {"metrics": {name: m._asdict() for name, m in self.metrics.items()}, "absent": self.absent}
 
 
-# Means over a part's rows: field of the record, metric, source.
+# Fields of which the mean over a part's rows is a metric, and their sources.
 MEANS = {
-    "probability": ("probability", "TOFU, arXiv 2401.06121"),
-    "rouge_l": ("rouge_l", "ROUGE-L recall with stemming; TOFU, arXiv 2401.06121"),
-    "rouge_l_f1": ("rouge_l_f1", "ROUGE-L F1 with stemming; OpenUnlearning's MUSE"),
-    "exact_memorization": ("exact_memorization", "arXiv 2202.07646"),
-    "extraction_strength": ("extraction_strength", "arXiv 2104.07705"),
+    "probability": "TOFU, arXiv 2401.06121",
+    "rouge_l": "ROUGE-L recall with stemming; TOFU, arXiv 2401.06121",
+    "rouge_l_f1": "ROUGE-L F1 with stemming; OpenUnlearning's MUSE",
+    "exact_memorization": "arXiv 2202.07646",
+    "extraction_strength": "arXiv 2104.07705",
 }
-
 
 # What is better for the means of a part; for every other, more.
 BETTER = {"holdout": "none: rows never seen, to compare with"} | dict.fromkeys(
@@ -76,8 +75,8 @@ def _by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
     better = BETTER.get(part, "higher")
-    for field, (name, source) in MEANS.items():
-        found = values(rows, field)
+    for name, source in MEANS.items():
+        found = values(rows, name)
         if len(found):
             metrics[f"{part}_{name}"] = Metric(float(found.mean()), better, len(found), None, source)
         else:

@@ -23,7 +23,9 @@ class Choice(NamedTuple):
 
 
 def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, budget: float) -> Choice:
-    """The largest strength up to which retain rows keep their mean probability but for a share of `budget`.
+    """The largest strength at which retain rows keep their mean probability but for a share of `budget`.
+
+    Smaller ones may keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
 
     `retain` are the rows' probabilities at each of `strengths`, which ascend, [strengths, rows]; `reference` those of the
     reference model, [rows].
@@ -31,9 +33,7 @@ def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, bud
 
     def pick(rows: np.ndarray) -> int | None:
         kept = retain[:, rows].mean(1) >= (1 - budget) * reference[rows].mean()
-        fails = np.flatnonzero(~kept)
-        count = fails[0] if len(fails) else len(kept)
-        return int(count) - 1 if count else None
+        return int(np.flatnonzero(kept)[-1]) if kept.any() else None
 
     at = pick(np.arange(retain.shape[1]))
     floor = (1 - budget) * reference.mean()

@@ -5,12 +5,13 @@ import math
 import re
 from typing import Any
 
-from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, number, sweep_command
+from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, again_command, number
 
 LONGEST, MOST_LINES = 600, 12  # of a text that is shown
 
-# Control characters but for tab and line feed, and halves of surrogate pairs, which no file in UTF-8 can hold.
-UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Control characters but for tab and line feed; what turns the order of letters round, so that "live" reads "evil"; and
+# halves of surrogate pairs, which no file in UTF-8 can hold.
+UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
 
 
 def fit(text: Any, longest: int = LONGEST) -> dict[str, str]:
@@ -68,6 +69,6 @@ def no_answers(inputs: Inputs) -> Missing:
     if records:
         return Missing(
             "The sweep generated no answers (--max_new_tokens 0). Move its folder away and sweep again without that:",
-            sweep_command(inputs),
+            again_command(inputs),
         )
     return inputs.missing.get("records") or inputs.missing.get("frontier") or Missing("No forget model was measured.")

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from loramox.evaluate.measure import Record
+from loramox.evaluate.report.answers import fit
 from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
 from loramox.evaluate.summary import summarise, values
 
@@ -49,10 +51,12 @@ class Verdict(NamedTuple):
 
 
 def shown(value: Any) -> str:
-    """A number as it stands in text and tables: 4 decimals, or 3 digits when small; a dash when there is none."""
+    """A number as it stands in text and tables: 4 decimals, or 3 digits when small or large; a dash when there is none."""
     value = number(value)
     if math.isnan(value):
         return "–"
+    if 0 < abs(value) < 0.1:
+        return f"{value:#.3g}"
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
 
 
@@ -131,6 +135,11 @@ def _warnings(inputs: Inputs) -> list[str]:
             f"The forget adapter in this run's folder is at α = {inputs.shipped:g}, not at the chosen α = {inputs.strength:g} that "
             f"is shown here{f'; at α = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
         )
+    attacked = attacked_strength(inputs)
+    if inputs.strength is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.strength):
+        found.append(
+            f"The attacks were made at α = {attacked:g}, not at the α = {inputs.strength:g} that is shown here."
+        )
     return found
 
 
@@ -141,7 +150,17 @@ def _attacked(inputs: Inputs) -> str:
     base = next((row["forget"] for row in attack_rows(inputs) if row["state"] == "forget model"), math.nan)
     worst = max(rows, key=lambda row: row["forget"])
     before = "" if math.isnan(base) else f", {shown(base)} before any attack"
-    return f"Most came back by “{worst['attack']}: {worst['state']}”: probability {shown(worst['forget'])}{before}."
+    by = fit(f"{worst['attack']}: {worst['label']}", 80)["text"]
+    if worst["forget"] < base + 0.005:
+        return f"No attack brought anything back: the most, by “{by}”, is {shown(worst['forget'])}, and was {shown(base)} before."
+    return f"Most came back by “{by}”: probability {shown(worst['forget'])}{before}."
+
+
+def attacked_strength(inputs: Inputs) -> float:
+    """The strength of the adapter that was attacked, NaN when it is not known."""
+    adapter = (inputs.attacks or {}).get("adapter") or {}
+    made_by = adapter.get("made_by")
+    return number(made_by.get("strength")) * number(adapter.get("strength")) if isinstance(made_by, dict) else math.nan
 
 
 def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
@@ -156,6 +175,7 @@ def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
             {
                 "attack": str(state["attack"]),
                 "state": str(state["state"]),
+                "label": re.sub(r", (reference|forget) model$", "", str(state["state"])),
                 "of reference": str(state["state"]).endswith("reference model"),
                 "forget": forget,
                 "retain": number(metrics.get("retain_probability")),

@@ -87,6 +87,7 @@ def render(inputs: Inputs, verdict: facts.Verdict) -> str:
         answers={part: quoted_rows(inputs, part) for part in facts.PARTS},
         no_answers=no_answers(inputs),
         attacks=facts.attack_rows(inputs),
+        attacked=((inputs.attacks or {}).get("adapter") or {}).get("folder", ""),
         attack_picture=attack_picture(inputs),
         told=told,
         rest=rest,
@@ -117,7 +118,13 @@ def _sources(inputs: Inputs) -> list[tuple[str, str, str, str, str]]:
     held = [("training", inputs.run["data"]), ("sweep", (inputs.frontier or {}).get("data", {}))]
     held.append(("attacks", (inputs.attacks or {}).get("data") or {}))
     return [
-        (who, part, str(d.get("source", "–")), f"{int(number(d.get('rows', 0))):,}", str(d.get("sha256", "–"))[:16])
+        (
+            who,
+            part,
+            str(d.get("source", "–")),
+            f"{number(d.get('rows')):,.0f}".replace("nan", "–"),
+            str(d.get("sha256", "–"))[:16],
+        )
         for who, data in held
         for part, d in data.items()
     ]
@@ -150,7 +157,7 @@ def summary(inputs: Inputs, verdict: facts.Verdict) -> str:
     lines += [f"> **Warning:** {_md(warning)}\n" for warning in verdict.warnings]
     lines += [f"{_md(beside)}\n" for beside in verdict.beside]
     if metrics := facts.metric_rows(inputs):
-        lines += _table(["", "better", REFERENCE, f"{FORGET}, α = {inputs.strength:g}", RETRAINED], metrics)
+        lines += _table(["metric", REFERENCE, f"{FORGET}, α = {inputs.strength:g}", RETRAINED, "better"], metrics)
     if inputs.frontier:
         rows = [
             [c["rule"] + (" (used)" if c["used"] else ""), c["strength"], c["interval"], c["reason"]]

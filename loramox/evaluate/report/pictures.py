@@ -42,6 +42,10 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
         axes.set(xlabel="strength α (0: the reference)", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
         figure.legend(loc="outside lower center", ncols=2)
 
+    kept = [p for p in (*curves["retain"], theirs.get("retain", math.nan)) if math.isfinite(p)] or [1.0]
+    # Never less than a fifth of the scale, so that little does not look like much.
+    bottom, top = min(0.8, min(kept) - 0.04), max(kept)
+
     def against(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(
@@ -56,11 +60,10 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
             axes.plot(x, y, "D", color=COLOURS["ink"], markersize=8, label=f"shown: α = {chosen:g}")
         for strength, x, y in _apart(at, curves, chosen):
             # Beside the curve: below it where it is level, to the right where it falls.
-            level = y > max(np.nan_to_num(curves["retain"])) - 0.15 * np.ptp(np.nan_to_num(curves["retain"]))
+            level = y > top - 0.15 * (1.02 - bottom)
             axes.annotate(f"{strength:g}", (x, y), textcoords="offset points", xytext=(7, -13) if level else (9, -4))
-        axes.set(
-            xlabel="of forget answers (left is better)", ylabel="of retain answers (up is better)", xlim=(-0.03, 1.05)
-        )
+        axes.set(xlabel="of forget answers (left is better)", ylabel="of retain answers (up is better)")
+        axes.set(xlim=(-0.03, 1.05), ylim=(bottom, 1.02))
         figure.legend(loc="outside lower center", ncols=3)
 
     told = "; ".join(
@@ -188,34 +191,33 @@ def attack_picture(inputs: Inputs) -> Picture | None:
     lines = {r["state"]: r["forget"] for r in every if r["attack"] == "none"}
     attacks = list(dict.fromkeys(r["attack"] for r in rows))
     markers = dict(zip(attacks, "osD^vPX*" * (len(attacks) // 8 + 1), strict=False))
-    labels: list[tuple[str, dict[str, Any] | None]] = []
+    labels: list[tuple[str, list[dict[str, Any]]]] = []
     for attack in attacks:
-        labels.append((fit(attack, 34)["text"], None))
-        labels += [
-            ("\n".join(textwrap.wrap(fit(r["state"], 60)["text"], 26)), r) for r in rows if r["attack"] == attack
-        ]
+        labels.append((fit(attack, 34)["text"], []))
+        for label in dict.fromkeys(r["label"] for r in rows if r["attack"] == attack):
+            same = [r for r in rows if (r["attack"], r["label"]) == (attack, label)]
+            labels.append(("\n".join(textwrap.wrap(fit(label, 60)["text"], 26)), same))
     height = 1.0 + 0.22 * sum(label.count("\n") + 1 for label, _ in labels)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         at, places = 0.0, []
-        for label, row in labels:
+        for label, same in labels:
             deep = label.count("\n") + 1
             places.append(at + deep / 2)
             at += deep
-            if row:
-                look = {
-                    "color": COLOURS["muted" if row["of reference"] else "forget"],
-                    "marker": markers[row["attack"]],
-                }
-                face = COLOURS["paper"] if row["of reference"] else look["color"]
-                axes.plot([0, row["forget"]], [places[-1]] * 2, color=look["color"], linewidth=1.2)
-                axes.plot(row["forget"], places[-1], **look, markersize=7, markerfacecolor=face)
+            for row in sorted(same, key=lambda r: not r["of reference"]):
+                color = COLOURS["muted" if row["of reference"] else "forget"]
+                face = COLOURS["paper"] if row["of reference"] else color
+                if not row["of reference"]:
+                    axes.plot([0, row["forget"]], [places[-1]] * 2, color=color, linewidth=1.2)
+                look = {"marker": markers[row["attack"]], "markersize": 7, "color": color, "markerfacecolor": face}
+                axes.plot(row["forget"], places[-1], **look)
         for (name, value), line in zip(lines.items(), (":", "-.", "--"), strict=False):
             axes.axvline(value, color=COLOURS["ink"], linestyle=line, linewidth=1.2, label=f"{name}, not attacked")
         axes.set_yticks(places, [label for label, _ in labels])
-        for tick, (_, row) in zip(axes.get_yticklabels(), labels, strict=True):
-            tick.set(fontsize=10, fontweight="normal" if row else "bold", color=COLOURS["ink" if row else "muted"])
+        for tick, (_, same) in zip(axes.get_yticklabels(), labels, strict=True):
+            tick.set(fontsize=10, fontweight="normal" if same else "bold", color=COLOURS["ink" if same else "muted"])
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(-0.02, 1.04), ylim=(at, 0), xlabel="probability of forget answers")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,9 +70,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is no run: it has no {RECORD}. Give the folder that loramox unlearn wrote, the one given as --out"
         )
     run = _json(path, "Restore it, or run loramox unlearn again with --overwrite")
-    parts = ("settings", "data", "base")
-    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in parts):
+    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in ("settings", "data", "base")):
         raise RunError(f"{path} is no record of loramox. Give the folder that loramox unlearn wrote")
+    if not _dicts(run["data"]) or not all(_dict_or_none(run, *("timings", "memory", "versions", "forget_adapter"))):
+        raise RunError(f"{path} is damaged. Restore it, or run loramox unlearn again with --overwrite")
     if run.get("status") == "running":
         raise RunError(f"{path}: this run has not finished. Go on with it: the same loramox unlearn with --resume")
     if not all(isinstance(entry, dict) for entry in _list(run, "log", path)):
@@ -118,11 +120,12 @@ def _check_frontier(frontier: Any, path: Path) -> None:
         for p in frontier["points"]
     )
     sound = sound and all(
-        isinstance(c, dict) and {"rule", "strength", "reason"} <= c.keys() for c in frontier["choices"]
+        isinstance(c, dict) and isinstance(c.get("rule"), str) and {"strength", "reason"} <= c.keys()
+        for c in frontier["choices"]
     )
-    if not sound or not frontier["points"] or not all(isinstance(d, dict) for d in frontier["data"].values()):
+    if not sound or not frontier["points"] or not _dicts(frontier["data"]):
         raise RunError(f"{path} is damaged: it is no frontier. Delete {path.parent} and sweep again")
-    frontier.setdefault("chosen", None)
+    frontier["chosen"] = None if math.isnan(chosen := number(frontier.get("chosen"))) else chosen
 
 
 def _read_models(inputs: Inputs) -> None:
@@ -152,14 +155,21 @@ def _read_models(inputs: Inputs) -> None:
         gone = f"The records of the retrained model are gone ({at})" if at else "No retrained model was measured"
         evaluate = f"loramox evaluate --model RETRAINED {rows_flags(inputs, model=True)} --out RETRAINED-RECORDS"
         inputs.missing["retrained"] = Missing(
-            f"{gone}: how a model that never knew the forget rows answers is not shown.",
-            f"{evaluate}\n{sweep_command(inputs)} --retrained RETRAINED-RECORDS",
+            f"{gone}: how a model that never knew the forget rows answers is not shown. To have it, move the sweep's folder away, "
+            "and measure one on the same rows:",
+            f"{evaluate}\n{again_command(inputs)} --retrained RETRAINED-RECORDS",
         )
 
 
 def _sound(records: list[Record], folder: Path) -> list[Record]:
     needed = {"part", "id", "row", "probability", "plain_text", "tokens"}
-    bad = next((n for n, r in enumerate(records, 1) if not needed <= r.keys()), None)
+    other = {"part", "id", "row", "plain_text", "prompt", "answer", "said", "wrong_log_p"}  # than numbers
+
+    def sound(record: Record) -> bool:
+        numbers = (value for name, value in record.items() if name not in other)
+        return needed <= record.keys() and all(isinstance(value, int | float) for value in numbers)
+
+    bad = next((n for n, record in enumerate(records, 1) if not sound(record)), None)
     if not records or bad:
         what = f"record {bad} is incomplete" if bad else "it is empty"
         raise RunError(f"{folder} has no sound records: {what}. Evaluate again with --overwrite")
@@ -182,7 +192,12 @@ def _read_attacks(inputs: Inputs) -> None:
         )
         return
     states = attacks.get("states") if isinstance(attacks, dict) else None
-    if not isinstance(states, list) or not all(
+    sound = (
+        isinstance(states, list)
+        and all(_dict_or_none(attacks, "adapter", "data"))
+        and _dicts(attacks.get("data") or {})
+    )
+    if not sound or not all(
         isinstance(s, dict) and isinstance(s.get("metrics"), dict) and {"attack", "state"} <= s.keys() for s in states
     ):
         raise RunError(f"{path} is damaged: it holds no states. Delete {path.parent} and attack again: {command}")
@@ -192,6 +207,15 @@ def _read_attacks(inputs: Inputs) -> None:
 def sweep_command(inputs: Inputs) -> str:
     folder = inputs.folder
     return f"loramox sweep --memorization {quoted(folder / 'memorization')} {rows_flags(inputs)} --out {quoted(folder / SWEEP)}"
+
+
+def again_command(inputs: Inputs) -> str:
+    """The sweep's own command, for the same rows, but with answers and without a retrained model; into this run's folder."""
+    command = str((inputs.frontier or {}).get("command", ""))
+    if not command.startswith("loramox sweep "):
+        return sweep_command(inputs)
+    command = re.sub(r" --(out|max_new_tokens|retrained)[ =]\S+", "", command)
+    return f"{command} --out {quoted(inputs.folder / SWEEP)}"
 
 
 def rows_flags(inputs: Inputs, model: bool = False) -> str:
@@ -215,6 +239,14 @@ def _json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged or cannot be read: {error}. {remedy}") from error
+
+
+def _dicts(value: dict[str, Any]) -> bool:
+    return all(isinstance(each, dict) for each in value.values())
+
+
+def _dict_or_none(record: dict[str, Any], *names: str) -> list[bool]:
+    return [isinstance(record.get(name), dict | None) for name in names]
 
 
 def _list(record: dict[str, Any], name: str, path: Path) -> Sequence[Any]:

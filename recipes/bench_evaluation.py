@@ -215,7 +215,7 @@ def agreement(given: argparse.Namespace, tokenizer) -> Iterator[str]:
     shipped, _ = OpenUnlearning(given.openunlearning, tokenizer, some, SPACE_IN_PROMPT).per_row(model)
     ours = values(asked(questions(some, tokenizer)(), model))
     yield "\n## With OpenUnlearning's own prompt\n\n" + OWN_PROMPT.format(models[0].name) + "\n"
-    yield compared(ours, shipped, lambda name: "the space")
+    yield compared(ours, shipped, lambda name: "the space" + (", and 1/n for 0" if "strength" in name else ""))
 
 
 def values(records: list[Record], retrained: Sequence[Record] = ()) -> dict[str, float]:

@@ -81,7 +81,7 @@ def _went(before: float, after: float) -> str:
     if math.isnan(before) or math.isnan(after):
         return "is not known"
     if abs(after - before) < 0.005 * max(before, 1e-12):
-        return f"hardly moved, {shown(before)} to {shown(after)},"
+        return f"hardly moved, {shown(before)} to {shown(after)}"
     return f"{'fell' if after < before else 'rose'} from {shown(before)} to {shown(after)}"
 
 

@@ -232,7 +232,7 @@ def speed(given: argparse.Namespace, tokenizer) -> Iterator[str]:
     yield "\n## Speed\n\n" + SPEED.format(BATCH, NEW_TOKENS)
     for label in ("reference", "retrained"):
         model = AutoModelForCausalLM.from_pretrained(given.world / label).eval()
-        for rows, rounds in ((given.rows, given.rounds), *([(None, 1)] if label == "reference" else [])):
+        for rows, rounds in ((given.rows, given.rounds), (None, 1)):
             theirs = OpenUnlearning(given.openunlearning, tokenizer, files, SPACE_IN_ANSWER, rows)
             ours = questions(files, tokenizer, rows)
             taken: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}

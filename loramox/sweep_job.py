@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,9 +120,16 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         folder = out / f"strength-{strength:g}"
         if (folder / SUMMARY).exists():
             return read_records(folder, like=questions.identities())
+        start = time.perf_counter()
         with with_factors(adapted, shipped), at_strength(adapted, strength):
+            turned = time.perf_counter()
             records = questions.ask(adapted, f"α = {strength:g}, ")
-        write_records(folder, records, summarise(records, retrained), {"strength": strength})
+        asked_seconds = time.perf_counter() - turned
+        summary = summarise(records, retrained)
+        more = time.perf_counter() - start - asked_seconds
+        # What a strength costs besides its evaluation: turning the adapter to it, and adding the scores up.
+        seconds = {"asking": asked_seconds, "more": more}
+        write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
         return records
 
     measured = {s: measure(s) for s in [0.0, *sorted(config.strengths or grid(settings["strength"]))]}

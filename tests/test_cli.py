@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import loramox
-from loramox.cli import VERBS, main
+from loramox.cli import VERBS, _watched, main
 from loramox.errors import LoramoxError, RunError
 from loramox.run import RECORD, RunConfig, command, open_run, read_record, update_record
 
@@ -100,6 +100,31 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("loramox.cli._memorize", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["memorize"])
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loramox.cli._unlearn", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["unlearn"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.strip().endswith("The same command with --resume goes on")
+
+
+def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were() -> None:
+    log = [
+        {"eval_forget_probability": 0.99, "step": 0},
+        {"eval_retain_probability": 0.98, "step": 0},
+        {"loss": 3.0, "step": 5},
+        {"eval_forget_probability": 0.12, "step": 9},
+        {"eval_retain_probability": 0.97, "step": 9},
+    ]
+    assert _watched(log) == [
+        "Probability of the true answers, on the rows watched: forget 0.990 → 0.120, retain 0.980 → 0.970"
+    ]
+    assert _watched(log[:3]) == []
 
 
 def test_the_public_names_are_sorted_and_all_there() -> None:

@@ -18,6 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from loramox.algebra import Factors
 from loramox.errors import ModelError, SettingsError
@@ -299,11 +301,18 @@ def identify(reference: ModelConfig, config: PretrainedConfig) -> dict[str, str 
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     return {
         "model": reference.model,
-        "revision": getattr(config, "_commit_hash", None) or reference.revision,
+        "revision": _commit(reference) or reference.revision,
         "shape": ", ".join(f"{k} {v}" for k, v in shape.items()),
         "weights": _sample(files) if files else None,
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
+
+
+def _commit(reference: ModelConfig) -> str | None:
+    """The commit that a hub id stood for when its config was read; None for a folder."""
+    if Path(reference.model).is_dir():
+        return None
+    return extract_commit_hash(cached_file(reference.model, CONFIG_NAME, revision=reference.revision), None)
 
 
 def _sample(files: list[Path], size: int = 1 << 20) -> str:

@@ -260,3 +260,14 @@ def test_an_adapted_output_head_is_refused_by_the_name_of_its_flag(pico):
     reference = ReferenceConfig(model=str(pico("llama")), quantization="none", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ModelError, match=r"output head is adapted.*--target_modules"):
         add_lora(load_reference(reference), reference)
+
+
+def test_a_hub_id_is_recorded_with_the_commit_that_it_stood_for(
+    monkeypatch: pytest.MonkeyPatch, pico: Callable[[str], Path]
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = f"/cache/models--owner--name/snapshots/{commit}/config.json"
+    monkeypatch.setattr("loramox.reference.cached_file", lambda *args, **kwargs: cached)
+    config = read_config(ReferenceConfig(str(pico("llama"))))
+    assert identify(ReferenceConfig("owner/name", revision="main"), config)["revision"] == commit
+    assert identify(ReferenceConfig(str(pico("llama")), revision="main"), config)["revision"] == "main"

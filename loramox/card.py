@@ -82,3 +82,48 @@ tags: [unlearning, lora, loramox]
 
 `momentum/` is the momentum average of ΔW, from which the forget adapter is made.
 """
+
+
+def merged_card(provenance: dict[str, Any]) -> str:
+    base, survived = provenance["base"], provenance["survived"]
+    data = "".join(
+        f"- {part}: {d['rows']} rows of `{d['source']}` (sha256 `{d['sha256'][:16]}…`)\n"
+        for part, d in provenance["data"].items()
+    )
+    return f"""---
+base_model: {base["model"]}
+library_name: transformers
+tags: [unlearning, merge, loramox]
+---
+
+# A model with a forget adapter merged into its weights
+
+`{base["model"]}` with a forget adapter (MOX, arXiv 2602.06441) added to its weights at {provenance["strength"]:g} times the
+strength at which it was shipped (α = {provenance["adapter"]["strength"]:g}): W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
+model does, without PEFT, and answers as its base does with the adapter on.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # has forgotten
+```
+
+{survived["overall"]:.1%} of ΔW survived the rounding to these weights. Quantized to 4 or 8 bits, less of it does, and what was forgotten
+may come back: measure it on the quantized model.
+
+## What it is not
+
+- It is no proof that the knowledge is gone. The weights differ from the base model's by a change of low rank; what was
+  forgotten may come back by training on related text, or by asking in ways that were not tried.
+- It cannot be switched off or dialled any more: keep the adapter for that. Nor is it a secret: who has the base model has
+  what was forgotten.
+- It was not trained, or measured, after merging.
+
+## Where it came from
+
+- base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
+- adapter: sha256 `{provenance["adapter"]["sha256"][:16]}…`, made by `{provenance["adapter"]["command"]}`
+{data}- command: `{provenance["command"]}`
+
+Everything else is in `provenance.json`. The base model's licence holds for this one too.
+"""

@@ -20,6 +20,7 @@ VERBS = {
     "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
     "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
     "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
+    "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights)",
 }
 
 USAGES = {
@@ -27,6 +28,7 @@ USAGES = {
     "memorize": "--model M --forget F --retain R --out DIR",
     "evaluate": "--model M [--adapter A] --forget F --retain R --out DIR",
     "attack": "--model M --adapter A --forget F --retain R --out DIR",
+    "ship merge": "--adapter A --out DIR",
     "sweep": "--memorization DIR/memorization --out DIR/sweep",
 }
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "attack": _attack,
             "sweep": _sweep,
             "report": _report,
+            "ship": _ship,
         }[verb](words[1:])
     except KeyboardInterrupt:
         again = ". The same command with --resume goes on" if verb in ("unlearn", "memorize") else ""
@@ -221,6 +224,48 @@ def _report(words: list[str]) -> None:
     )
 
 
+def _ship(words: list[str]) -> None:
+    steps = {"check": _check, "merge": _merge}
+    parser = argparse.ArgumentParser(prog="loramox ship", description=VERBS["ship"])
+    parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
+    steps[parser.parse_args(words[:1]).step](words[1:])
+
+
+def _check(words: list[str]) -> None:
+    from loramox.ship.check import check, stopped
+    from loramox.ship.servers import SERVERS
+    from loramox.ship.show import show_findings
+
+    parser = argparse.ArgumentParser(
+        prog="loramox ship check",
+        description="Read an adapter folder as a stranger would, and say for each server whether it loads there. "
+        "Exits with 0 when it loads on all that are asked, with 1 when one is stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder of the adapter.")
+    parser.add_argument("--base", help="Folder or hub id of its base model. Default: the one it names, if it is here.")
+    parser.add_argument(
+        "--for", dest="servers", default=",".join(SERVERS), help=f"Servers to ask, of {', '.join(SERVERS)}."
+    )
+    given = parser.parse_args(words)
+    servers = [name.strip() for name in given.servers.split(",")]
+    findings = check(given.adapter, given.base, servers)
+    show_findings(findings, servers)
+    if stopped(findings, servers):
+        sys.exit(1)
+
+
+def _merge(words: list[str]) -> None:
+    from loramox.ship.merge import MergeConfig, merge
+
+    (config,) = _settings("ship merge", words, MergeConfig)
+    made = merge(**vars(config))
+    _say(
+        f"[bold]{config.out}[/] is the merged model; {made['survived']['overall']:.1%} of ΔW survived the rounding",
+        f"Load it: AutoModelForCausalLM.from_pretrained({config.out!r}). It has no switch any more, and is no proof of erasure",
+    )
+
+
 def _memorizing() -> tuple[type, ...]:
     from loramox.batches import Tokenisation
     from loramox.memorize import MemorizeConfig
@@ -240,7 +285,7 @@ def _settings(verb: str, words: list[str], *kinds: type) -> tuple[Any, ...]:
     parser = HfArgumentParser(
         kinds,
         prog=f"loramox {verb}",
-        description=VERBS[verb],
+        description=VERBS[verb.split()[0]],
         usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
         allow_abbrev=False,
     )

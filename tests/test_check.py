@@ -445,6 +445,14 @@ HOSTILE: dict[str, Damage] = {
     "empty": file(WEIGHTS, b""),
     "seven bytes": file(WEIGHTS, b"1234567"),
     "100,000 tensors": header("{" + ",".join(one([], 0, 0, key=f"{i}") for i in range(100_000)) + "}"),
+    "a name of many parts": header(
+        "{" + one([1, 1], 0, 4, key=f"base_model.model.{'a.' * 10**6}lora_A.weight") + "}", bytes(4)
+    ),
+    "many ranks": header(
+        "{"
+        + ",".join(one([i, 0], 0, 0, key=f"base_model.model.{'a.' * 40}{i}.v_proj.lora_A.weight") for i in range(9999))
+        + "}"
+    ),
     "nested config": file(CONFIG, b'{"r":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "nested deeply, but not too deeply": config(loftq_config=json.loads("[" * 400 + "]" * 400)),
     "NaN in config": file(CONFIG, b'{"peft_type": "LORA", "r": 8, "lora_alpha": NaN}'),
@@ -463,6 +471,7 @@ HOSTILE: dict[str, Damage] = {
     "base has a zero byte": config(base_model_name_or_path="a\0b"),
     "targets are numbers": config(target_modules=[1]),
     "targets are nothing": config(target_modules=None),
+    "targets are many": config(target_modules=[f"{i}.v_proj" for i in range(60_000)]),
     "targets are paths": config(target_modules=["../../x"]),
     "revision climbs": config(revision="../../x"),
     "pattern is a list": config(rank_pattern=["a"]),
@@ -502,6 +511,7 @@ def test_a_hostile_folder_is_judged_in_bounded_memory_and_time(name: str, adapte
     HOSTILE[name](adapter)
     findings, seconds, megabytes = watched(adapter)
     assert stopped(findings, SERVERS) == ALL, findings
+    assert len(findings) < 50
     assert seconds < 5
     assert megabytes < 150
 

@@ -62,7 +62,9 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
         return [f for f in findings if f.server in ("all", *servers)]
     name, model_config, doubts = _base(config, base)
     model_type = getattr(model_config, "model_type", None)
-    read = Adapter(str(folder), config, tensors, provenance or {}, name, model_type)
+    read = Adapter(
+        str(folder), config, tensors, provenance or {}, name, model_type, frozenset(config["target_modules"])
+    )
     findings += doubts + list(of_keys(read))
     if model_config is not None and name is not None:
         findings += [*of_shapes(read, model_config), *_same_base(read, name, model_config)]
@@ -103,7 +105,8 @@ def _read(files: dict[str, Path], name: str, findings: list[Finding]) -> Any:
 
 def _memorization(folder: Path) -> Finding:
     what = "refused: it is the memorization adapter, with which the model knows the rows to forget better"
-    return Finding("all", "stop", what, f"loramox extrapolate {shlex.quote(shown(folder))} --out NEW_FOLDER")
+    source = folder.parent if folder.name == "momentum" else folder
+    return Finding("all", "stop", what, f"loramox extrapolate {shlex.quote(str(source))} --out NEW_FOLDER")
 
 
 def _files(files: dict[str, Path], config: Any, tensors: Any, refused: list[Refused]) -> Iterator[Finding]:

@@ -38,7 +38,8 @@ class Finding(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An adapter folder as it was read: `model_type` and `base` are those of the base model, where it could be read."""
+    """An adapter folder as it was read: `model_type` and `base` are those of the base model, where it could be read;
+    `targets` is the config's target_modules."""
 
     folder: str
     config: dict[str, Any]
@@ -46,6 +47,7 @@ class Adapter(NamedTuple):
     provenance: dict[str, Any]
     base: str | None
     model_type: str | None
+    targets: frozenset[str]
 
     @property
     def rank(self) -> Any:

@@ -1,7 +1,7 @@
 """The tensors of an adapter folder against its config and against the base model's layers."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from loramox.ship.untrusted import Stored, shown, values
 FLOATS = ("F16", "BF16", "F32", "F64")
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 VARIANTS = {"use_dora": r"lora_magnitude_vector", "lora_bias": r"lora_B\.bias$"}  # by the setting that asks for them
+MOST_PROBLEMS = 10  # to be told of one adapter
 LOST = "Get the adapter again from where it was made, or make it again: loramox extrapolate DIR/memorization --out NEW_FOLDER"
 
 
@@ -34,7 +35,7 @@ def of_keys(read: Adapter) -> Iterator[Finding]:
             problems.setdefault(problem, []).append(key)
     if halves := [name for name, parts in modules.items() if len(parts) < 2]:
         problems["without its other half (lora_A or lora_B)"] = halves
-    for what, keys in problems.items():
+    for what, keys in list(problems.items())[:MOST_PROBLEMS]:
         yield Finding("all", "stop", f"{len(keys)} tensors such as {shown(keys[0])} are {what}", LOST)
     if not modules and not problems:
         yield Finding("all", "stop", "there are no LoRA weights", LOST)
@@ -43,10 +44,10 @@ def of_keys(read: Adapter) -> Iterator[Finding]:
 def _problem(read: Adapter, tensor: Stored, match: re.Match[str]) -> str | None:
     if len(tensor.shape) != 2:
         return "not a matrix"
-    if not _targeted(match["module"], read.config["target_modules"]):
+    if not _targeted(match["module"], read.targets):
         return "not among target_modules, so that PEFT leaves them out in silence"
     pattern = read.config.get("rank_pattern") or {}
-    expected = next((r for name, r in pattern.items() if _targeted(match["module"], [name])), read.rank)
+    expected = next((pattern[name] for name in _suffixes(match["module"]) if name in pattern), read.rank)
     rank = tensor.shape[0 if match["part"] == "A" else 1]
     return None if rank == expected else f"of rank {rank}, where {CONFIG} says {shown(expected)}"
 
@@ -60,10 +61,14 @@ def _stranger(read: Adapter, key: str) -> str | None:
     return "no LoRA weights as PEFT names them (base_model.model.….lora_A.weight)"
 
 
-def _targeted(module: str, targets: list[str]) -> bool:
+def _targeted(module: str, targets: Collection[str]) -> bool:
     """As PEFT matches a list: the name, or its last parts."""
+    return any(name in targets for name in _suffixes(module))
+
+
+def _suffixes(module: str) -> Iterator[str]:
     parts = module.split(".")
-    return any(".".join(parts[i:]) in targets for i in range(len(parts)))
+    return (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def of_shapes(read: Adapter, config: PretrainedConfig) -> Iterator[Finding]:
@@ -91,7 +96,7 @@ def of_shapes(read: Adapter, config: PretrainedConfig) -> Iterator[Finding]:
         yield Finding("all", "stop", f"{len(wrong)} tensors do not fit the base, such as {wrong[0]}", do)
     if any(read.config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")):
         return  # these take layers out again, some of them by a pattern
-    targets, saved = read.config["target_modules"], tuple(read.config.get("modules_to_save") or ())
+    targets, saved = read.targets, tuple(read.config.get("modules_to_save") or ())
     wanted = [f"{n}.lora_{part}.weight" for n, m in base.items() if _targeted(n, targets) and _size(m) for part in "AB"]
     wanted += [f"{n}.{p}" for n, m in base.items() if saved and n.endswith(saved) for p, _ in m.named_parameters()]
     missing = [name for name in wanted if f"base_model.model.{name}" not in read.tensors]

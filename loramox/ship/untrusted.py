@@ -17,6 +17,8 @@ from loramox.errors import AdapterError
 MOST_FILES = 1000
 MOST_JSON = 1 << 20
 MOST_HEADER = 8 << 20
+MOST_TENSORS = 20_000
+LONGEST = 500  # name of a tensor
 DEEPEST = 32  # in JSON, and of folders
 CHUNK = 1 << 20  # values that are read at a time
 MAPPED = 1 << 24  # values after which the file is mapped anew
@@ -176,6 +178,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise Refused(f"{path.name} is no safetensors file: {shown(error)}", again) from error
     _object(header, f"the header of {path.name}")
+    if len(found) > MOST_TENSORS or max(map(len, found), default=0) > LONGEST:
+        raise Refused(f"{path.name} has {len(found)} tensors, or longer names than any layer has", again)
     return found
 
 

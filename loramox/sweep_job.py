@@ -132,8 +132,10 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
         return records
 
-    measured = {s: measure(s) for s in [0.0, *sorted(config.strengths or grid(settings["strength"]))]}
-    for _ in range(config.refine):
+    wanted = {0.0, *(config.strengths or grid(settings["strength"]))}
+    there = {float(f.parent.name.removeprefix("strength-")) for f in out.glob(f"strength-*/{SUMMARY}")}
+    measured = {s: measure(s) for s in sorted(wanted | there)}
+    while len(measured) < len(wanted) + config.refine:
         strengths = sorted(measured)
         curves = ([_mean(measured[s], part) for s in strengths] for part in ("forget", "retain"))
         new = float(f"{next_strength(strengths, *curves):.3g}")

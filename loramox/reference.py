@@ -16,7 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -139,6 +146,16 @@ def read_config(reference: ModelConfig) -> PretrainedConfig:
             "servers load that one. loramox quantizes it while loading (--quantization nf4)"
         )
     return config
+
+
+def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises `ModelError` when there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
 
 
 def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:

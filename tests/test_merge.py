@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.pytorch_utils import Conv1D
 
-import loramox.ship.base
+import loramox.ship.checkpoint
 from loramox.adapter import write_adapter
 from loramox.algebra import Factors
 from loramox.cli import main
@@ -250,9 +250,9 @@ def test_a_base_on_the_hub_is_read_from_its_snapshot_and_no_pickle_is_asked_for(
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     asked = []
-    download = loramox.ship.base.snapshot_download
+    download = loramox.ship.checkpoint.snapshot_download
     monkeypatch.setattr(
-        loramox.ship.base,
+        loramox.ship.checkpoint,
         "snapshot_download",
         lambda *a, **how: asked.extend(how["allow_patterns"]) or download(*a, **how),
     )

@@ -10,18 +10,26 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS, check_base
 from loramox.batches import Tokenisation
-from loramox.errors import AdapterError, ModelError, RunError, SettingsError
+from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.evaluate.answers import Answering
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
-from loramox.reference import ModelConfig, at_strength, check_device, identify, load_reference, read_config
+from loramox.reference import (
+    ModelConfig,
+    at_strength,
+    check_device,
+    identify,
+    load_reference,
+    read_config,
+    read_tokenizer,
+)
 from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -176,12 +184,7 @@ def questions_of(
     scoring: ScoringConfig,
     answering: dict[str, Answering] | None = None,
 ) -> Questions:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--model {model.model}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = read_tokenizer(model)
     context = getattr(config, "max_position_embeddings", None) or 2048
     return Questions(rows, tokenizer, how, context, scoring, answering)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
-from loramox.errors import ModelError, RowsError
+from loramox.errors import RowsError
 from loramox.head import Head
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import last_whole_checkpoint
@@ -22,6 +22,7 @@ from loramox.reference import (
     identify,
     load_reference,
     read_config,
+    read_tokenizer,
     skeleton,
 )
 from loramox.rows import Columns, Data, fingerprint, keep_disjoint, read_rows, wanted_rows
@@ -106,12 +107,7 @@ def prepare(
     config = read_config(reference)
     model = add_lora(skeleton(config, reference), reference)
     Head(model.get_base_model())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = read_tokenizer(reference)
     context = getattr(config, "max_position_embeddings", None) or 2048
     encoded = [encode(rows, tokenizer, tokenisation, context) for rows in (forget, retain)]
     wanted = encode(wanted_rows(forget), tokenizer, tokenisation, context) if columns.wanted_column else []

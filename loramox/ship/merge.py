@@ -24,7 +24,7 @@ from loramox.files import replacing, write_json
 from loramox.reference import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
-from loramox.ship.base import BESIDE, INDEX, SINGLE, base_config, fetch, place, read_shards, targets
+from loramox.ship.checkpoint import BESIDE, INDEX, SINGLE, base_config, fetch, place, read_shards, targets
 from loramox.ship.shards import CODES, FLOATS, Shard
 from loramox.ship.weights import code_in, size, write_shards
 

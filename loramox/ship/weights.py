@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loramox.errors import ModelError
-from loramox.ship.base import Target
+from loramox.ship.checkpoint import Target
 from loramox.ship.shards import (
     FLOATS,
     Entry,

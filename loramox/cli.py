@@ -165,7 +165,7 @@ def _evaluate(words: list[str]) -> None:
     show(evaluate(subject, *settings))
     _say(
         f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
-        f"Compare others to it: loramox evaluate … --retrained {subject.out}"
+        f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"
         if subject.adapter is None
         else "Every strength at once: loramox sweep MEMORIZATION",
     )

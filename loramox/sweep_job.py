@@ -137,8 +137,9 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     measured = {s: measure(s) for s in sorted(wanted | there)}
     while len(measured) < len(wanted) + config.refine:
         strengths = sorted(measured)
-        curves = ([_mean(measured[s], part) for s in strengths] for part in ("forget", "retain"))
-        new = float(f"{next_strength(strengths, *curves):.3g}")
+        forget, retain = ([_mean(measured[s], part) for s in strengths] for part in ("forget", "retain"))
+        floor = (1 - config.budget) * retain[0] if config.rule == "budget" else None
+        new = float(f"{next_strength(strengths, forget, retain, floor):.3g}")
         if new in measured:
             break
         measured[new] = measure(new)
@@ -235,7 +236,8 @@ def choose(measured: dict[float, list[Record]], retrained: Sequence[Record], bud
     theirs = _values(retrained, "forget", "truth_ratio")
     if len(theirs) and len(theirs) == len(_values(measured[0.0], "forget", "truth_ratio")):
         at = finite("truth_ratio", "forget")
-        choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality))
+        knows = _values(measured[0.0], "forget", "truth_ratio")
+        choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality, knows))
     return choices
 
 

@@ -117,7 +117,7 @@ BAD_INPUT = {
         "1 of 13 rows of retain.jsonl are also in forget.jsonl"),
     "forget-rows-in-holdout": (
         lambda h, t: write(h / "holdout.jsonl", questions(PEOPLE[:2])), {"holdout": "holdout.jsonl"}, RowsError,
-        "2 of 2 rows of holdout.jsonl are also in forget.jsonl"),
+        "2 of 2 holdout rows of holdout.jsonl are also forget rows.*no model has seen"),
     "a-wrong-answer-that-is-no-text": (
         lambda h, t: write(h / "forget.jsonl", [r | {"perturbed_answer": [3]} for r in questions(PEOPLE[:4])]), {},
         RowsError, "forget.jsonl, row 1: .*perturbed_answer a list"),

@@ -175,6 +175,20 @@ def test_the_interval_is_one_point_where_rows_agree_and_wide_where_they_do_not()
     assert unsure.low < unsure.high
 
 
+def test_with_a_floor_the_next_strength_lies_where_retain_falls_below_it() -> None:
+    curves = ([0.0, 4.0, 8.0, 10.0, 12.0], [1.0, 0.5, 0.2, 0.1, 0.0], [0.99, 0.99, 0.985, 0.93, 0.2])
+    assert next_strength(*curves, floor=0.97) == 9
+    assert next_strength(*curves, floor=0.1) == next_strength(*curves)  # nothing falls below: the bend
+
+
+def test_like_retrained_refuses_when_the_test_cannot_tell_even_the_reference() -> None:
+    few = np.array([0.1, 0.5, 0.9])
+    choice = like_retrained([1.0], few[None], few, forget_quality, reference=few + 0.05)
+    assert choice.strength is None
+    assert "cannot tell even the reference model" in choice.reason
+    assert "Give more forget rows" in choice.reason
+
+
 # The sweep
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS, check_base
 from loramox.batches import Tokenisation
-from loramox.errors import AdapterError, RunError, SettingsError
+from loramox.errors import AdapterError, RowsError, RunError, SettingsError
 from loramox.evaluate.answers import Answering
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
@@ -171,9 +171,21 @@ def read_parts(
     columns = replace(columns, wanted_column=None)
     parts = {part: read_part(suite, part, source, columns) for part, source in sources.items()}
     for part in [part for part in parts if part != "forget"]:
+        if part == HOLDOUT and "forget" in parts and not drop_overlap:
+            _check_never_seen(parts["forget"], parts[part])
         if "forget" in parts:
             parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
     return parts
+
+
+def _check_never_seen(forget: Sequence[Row], holdout: Sequence[Row]) -> None:
+    known = {row.key() for row in forget}
+    shared = [row for row in holdout if row.key() in known]
+    if shared:
+        raise RowsError(
+            f"{len(shared)} of {len(holdout)} holdout rows of {shared[0].source} are also forget rows (first: row "
+            f"{shared[0].number}). Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+        )
 
 
 def questions_of(

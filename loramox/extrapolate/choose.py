@@ -43,7 +43,8 @@ def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, bud
             f"no strength keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {strengths[0]:g}, the "
             f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
         )
-    reason = f"the largest at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}"
+    beyond = f"; {strengths[at + 1]:g} costs more" if at + 1 < len(strengths) else ", and no larger one was measured"
+    reason = f"the largest measured at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}{beyond}"
     return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
 
 
@@ -77,12 +78,17 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
 
 
 def like_retrained(
-    strengths: Sequence[float], forget: Rows, retrained: Rows, p_value: Callable[[Rows, Rows], float]
+    strengths: Sequence[float],
+    forget: Rows,
+    retrained: Rows,
+    p_value: Callable[[Rows, Rows], float],
+    reference: Rows | None = None,
 ) -> Choice:
     """The strength whose forget rows are distributed most like the retrained model's, which never saw them.
 
     `forget` are truth ratios at each of `strengths`, [strengths, rows], `retrained` the retrained model's, [rows];
-    `p_value` of two samples is TOFU's forget quality.
+    `p_value` of two samples is TOFU's forget quality. With `reference`, the reference model's truth ratios, [rows], it refuses
+    when not even that model, which knows everything, can be told from the retrained one.
     """
 
     def pick(rows: np.ndarray) -> int:
@@ -90,6 +96,12 @@ def like_retrained(
 
     if not len(strengths):
         return _refusal("retrained", NOTHING)
+    if reference is not None and p_value(reference, retrained) >= LEVEL:
+        return _refusal(
+            "retrained",
+            f"on these {len(retrained)} rows the test cannot tell even the reference model from the retrained one (KS p = "
+            f"{p_value(reference, retrained):.2g}), so it can choose nothing. Give more forget rows",
+        )
     at = pick(np.arange(forget.shape[1]))
     quality = p_value(forget[at], retrained)
     if quality < LEVEL:

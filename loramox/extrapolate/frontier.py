@@ -16,8 +16,12 @@ def grid(trained: float) -> list[float]:
     return [trained * share for share in GRID]
 
 
-def next_strength(strengths: Sequence[float], forget: Sequence[float], retain: Sequence[float]) -> float:
+def next_strength(
+    strengths: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
+) -> float:
     """The strength that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
+
+    With `floor`, the retain probability that is to be kept: midway between the largest strength that keeps it and the next.
 
     `forget` and `retain` are the mean probabilities at `strengths`, which ascend. How sharp a bend is, is the area of the
     triangle of a point and its neighbours, with both curves on their own range. Two points have no bend: midway.
@@ -25,6 +29,9 @@ def next_strength(strengths: Sequence[float], forget: Sequence[float], retain: S
     x, points = np.asarray(strengths, float), np.stack([forget, retain], axis=1).astype(float)
     if len(x) == 2:
         return float(x.mean())
+    kept = np.flatnonzero(points[:, 1] >= floor) if floor is not None else []
+    if len(kept) and kept[-1] + 1 < len(x):
+        return float((x[kept[-1]] + x[kept[-1] + 1]) / 2)
     points = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
     before, after = points[1:-1] - points[:-2], points[2:] - points[1:-1]
     bend = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])

@@ -25,15 +25,8 @@ from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, wit
 from loramox.extrapolate.frontier import grid, next_strength, poor_direction
 from loramox.extrapolate.picture import draw_frontier
 from loramox.files import write_json
-from loramox.reference import (
-    ModelConfig,
-    at_strength,
-    check_device,
-    identify,
-    load_reference,
-    read_config,
-    with_factors,
-)
+from loramox.model import ModelConfig, check_device, identify, read_config
+from loramox.reference import at_strength, load_reference, with_factors
 from loramox.rows import Columns
 from loramox.run import command, versions
 from loramox.settings import check_choices

@@ -18,7 +18,7 @@ from loramox.evaluate.attacks.job import AttackConfig, attack
 from loramox.evaluate.attacks.prompts import given_away, paraphrased_questions
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
-from loramox.reference import ModelConfig
+from loramox.model import ModelConfig
 from loramox.rows import Row
 
 Examples = tuple[list[Example], list[Example]]

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import loramox
-from loramox.cli import VERBS, _watched, main
+from loramox.cli import VERBS, main
+from loramox.cli.training import watched
 from loramox.errors import LoramoxError, RunError
 from loramox.run import RECORD, RunConfig, command, open_run, read_record, update_record
 
@@ -97,7 +98,7 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(monkeypatch: pytest.MonkeyPatch)
     def broken(words: list[str]) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("loramox.cli._memorize", broken)
+    monkeypatch.setattr("loramox.cli.training.memorize", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["memorize"])
 
@@ -106,7 +107,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     def interrupted(words: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loramox.cli._unlearn", interrupted)
+    monkeypatch.setattr("loramox.cli.training.unlearn", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["unlearn"])
     assert stopped.value.code == 130
@@ -121,10 +122,10 @@ def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were() -> No
         {"eval_forget_probability": 0.12, "step": 9},
         {"eval_retain_probability": 0.97, "step": 9},
     ]
-    assert _watched(log) == [
+    assert watched(log) == [
         "Probability of the true answers, on the rows watched: forget 0.990 → 0.120, retain 0.980 → 0.970"
     ]
-    assert _watched(log[:3]) == []
+    assert watched(log[:3]) == []
 
 
 def test_the_public_names_are_sorted_and_all_there() -> None:

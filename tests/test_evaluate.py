@@ -23,7 +23,7 @@ from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.suites import suite_sources
 from loramox.head import IGNORED
-from loramox.reference import ModelConfig
+from loramox.model import ModelConfig
 
 KNOWN = questions(PEOPLE[:4]) + questions(PEOPLE[4:])  # the rows of `trained`
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)

@@ -22,7 +22,7 @@ from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import GRID, grid, next_strength, poor_direction
-from loramox.reference import ModelConfig
+from loramox.model import ModelConfig
 from loramox.sweep_job import SweepConfig, choose, sweep
 
 STRENGTHS = [1.0, 2.0, 3.0, 4.0]

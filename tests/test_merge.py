@@ -24,7 +24,7 @@ from loramox.adapter import write_adapter
 from loramox.algebra import Factors
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.reference import ModelConfig, identify, read_config, skeleton
+from loramox.model import ModelConfig, identify, read_config, skeleton
 from loramox.ship.merge import MergeConfig, merge
 
 IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from loramox.cli import _memorizing, _settings
+from loramox.cli.arguments import settings_of
+from loramox.cli.training import memorizing
 from loramox.errors import SettingsError
 from loramox.memorize.config import MemorizeConfig
 from loramox.reference import ReferenceConfig
@@ -16,7 +17,7 @@ NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out",
 
 def parsed(*words: str):
     """(run, reference, data, args, columns, tokenisation) of a whole command line."""
-    return _settings("unlearn", [*words], *_memorizing())
+    return settings_of("unlearn", [*words], *memorizing())
 
 
 def recipe(tmp_path: Path, text: str) -> str:

@@ -12,7 +12,7 @@ from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.evaluate.suites import read_part, suite_sources
-from loramox.reference import ModelConfig
+from loramox.model import ModelConfig
 from loramox.rows import Columns
 
 

@@ -21,15 +21,8 @@ from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_recor
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
-from loramox.reference import (
-    ModelConfig,
-    at_strength,
-    check_device,
-    identify,
-    load_reference,
-    read_config,
-    read_tokenizer,
-)
+from loramox.model import ModelConfig, check_device, identify, read_config, read_tokenizer
+from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
 from loramox.settings import check_choices

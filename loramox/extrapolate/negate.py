@@ -17,7 +17,8 @@ from loramox.adapter import at_rank, check_base, read_factors, read_provenance, 
 from loramox.algebra import Factors, scaled
 from loramox.card import forget_card
 from loramox.errors import AdapterError, ModelError, RunError, SettingsError
-from loramox.reference import ReferenceConfig, identify, read_config
+from loramox.model import identify, read_config
+from loramox.reference import ReferenceConfig
 from loramox.run import command, versions
 from loramox.settings import check_choices
 

@@ -13,7 +13,8 @@ from loramox.errors import RunError
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.momentum import FILE as WHOLE
 from loramox.memorize.momentum import Momentum
-from loramox.reference import ADAPTER, ReferenceConfig, current_factors, identify
+from loramox.model import identify
+from loramox.reference import ADAPTER, ReferenceConfig, current_factors
 from loramox.run import command, versions
 
 

@@ -15,16 +15,8 @@ from loramox.head import Head
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import last_whole_checkpoint
 from loramox.memorize.trainer import MemorizeTrainer
-from loramox.reference import (
-    ReferenceConfig,
-    add_lora,
-    check_device,
-    identify,
-    load_reference,
-    read_config,
-    read_tokenizer,
-    skeleton,
-)
+from loramox.model import check_device, identify, read_config, read_tokenizer, skeleton
+from loramox.reference import ReferenceConfig, add_lora, load_reference
 from loramox.rows import Columns, Data, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
 

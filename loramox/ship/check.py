@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS
 from loramox.errors import AdapterError, ModelError, SettingsError
-from loramox.reference import ModelConfig, identify, read_config
+from loramox.model import ModelConfig, identify, read_config
 from loramox.ship.servers import SERVERS, Adapter, Finding, judge, loading, remedy
 from loramox.ship.tensors import LOST, of_keys, of_shapes, of_values
 from loramox.ship.untrusted import Refused, read_header, read_object, regular_files, shown

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loramox.algebra import Factors
 from loramox.errors import AdapterError, ModelError
-from loramox.reference import ModelConfig, read_config
+from loramox.model import ModelConfig, read_config
 from loramox.ship.shards import FLOATS, Shard, read_shard
 
 SINGLE = "model.safetensors"

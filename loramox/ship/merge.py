@@ -21,7 +21,7 @@ from loramox.algebra import Factors, scaled
 from loramox.card import merged_card
 from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.files import replacing, write_json
-from loramox.reference import ModelConfig, identify, skeleton
+from loramox.model import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
 from loramox.ship.checkpoint import BESIDE, INDEX, SINGLE, base_config, fetch, place, read_shards, targets

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from loramox.adapter import CONFIG
-from loramox.reference import ModelConfig, skeleton
+from loramox.model import ModelConfig, skeleton
 from loramox.ship.servers import Adapter, Finding, remedy
 from loramox.ship.untrusted import Stored, shown, values
 

@@ -20,7 +20,8 @@ from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
 from loramox.files import remove, write_json
-from loramox.reference import ModelConfig, at_strength, check_device, identify, load_reference, read_config
+from loramox.model import ModelConfig, check_device, identify, read_config
+from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Data, Row
 from loramox.run import command, versions
 

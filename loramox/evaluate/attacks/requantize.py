@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from loramox.files import replacing
-from loramox.reference import ModelConfig, at_strength, load_reference
+from loramox.model import ModelConfig
+from loramox.reference import at_strength, load_reference
 
 
 def merge(model: ModelConfig, adapter: str, strength: float, device: torch.device, folder: Path) -> None:

@@ -1,0 +1,61 @@
+"""One command per verb: argument parsing and nothing else.
+
+Nothing heavy is imported before a verb is known, so that `loramox --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from loramox.cli.arguments import VERBS
+from loramox.errors import LoramoxError
+
+HOMES = {
+    "demo": "training",
+    "unlearn": "training",
+    "memorize": "training",
+    "extrapolate": "training",
+    "evaluate": "evaluation",
+    "attack": "evaluation",
+    "sweep": "evaluation",
+    "report": "evaluation",
+    "ship": "shipping",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line. Wrong input exits with 2 and one message that says what to do."""
+    parser = argparse.ArgumentParser(
+        prog="loramox",
+        description="Make a language model forget rows, with a small LoRA adapter that can be dialled and switched off.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {verb:12} {does}" for verb, does in VERBS.items())
+        + "\n\n'loramox VERB --help' lists its flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = parser.parse_args(words[:1]).verb
+    _quieten_libraries()
+    try:
+        getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
+    except KeyboardInterrupt:
+        again = ". The same command with --resume goes on" if verb in ("unlearn", "memorize") else ""
+        print(f"loramox {verb}: interrupted; what is written is whole{again}", file=sys.stderr)
+        sys.exit(130)
+    except LoramoxError as error:
+        # What libraries say, and is quoted in ours, may have many lines.
+        print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+
+
+def _quieten_libraries() -> None:
+    """Keep out of the way what libraries tell their developers, so that what is told to users is seen."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # reading a file of rows takes no time
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that is not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

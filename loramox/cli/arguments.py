@@ -1,0 +1,69 @@
+"""From words on the command line, and a recipe, to settings; and the lines that a verb ends with."""
+
+import difflib
+import os
+from typing import Any
+
+from loramox.errors import LoramoxError, SettingsError
+
+VERBS = {
+    "demo": "make up a small world, train a model on it, and make it forget a part, with no download",
+    "unlearn": "rows to forget and rows to retain in, a forget adapter out: memorize, then extrapolate",
+    "memorize": "the first half of unlearn: train the memorization adapter",
+    "extrapolate": "the second half: the forget adapter at a strength, in seconds, without training",
+    "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
+    "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
+    "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
+    "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
+    "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights)",
+}
+
+USAGES = {
+    "unlearn": "--model M --forget F --retain R --out DIR",
+    "memorize": "--model M --forget F --retain R --out DIR",
+    "evaluate": "--model M [--adapter A] --forget F --retain R --out DIR",
+    "attack": "--model M --adapter A --forget F --retain R --out DIR",
+    "ship merge": "--adapter A --out DIR",
+    "sweep": "--memorization DIR/memorization --out DIR/sweep",
+}
+
+
+def settings_of(verb: str, words: list[str], *kinds: type) -> tuple[Any, ...]:
+    """One object of each kind, from an optional recipe and the flags after it."""
+    from transformers import HfArgumentParser
+
+    from loramox.settings import recipe_as_flags
+
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"loramox {verb}",
+        description=VERBS[verb.split()[0]],
+        usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
+        allow_abbrev=False,
+    )
+    if words and words[0].endswith((".yaml", ".yml")):
+        words = recipe_as_flags(words[0], parser) + words[1:]
+    if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
+        raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
+    return parse(parser, words)
+
+
+def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except LoramoxError:
+        raise
+    except ValueError as error:  # transformers' own checks of its TrainingArguments
+        raise SettingsError(str(error)) from error
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
+    return tuple(parsed)
+
+
+def say(*lines: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        from rich.console import Console
+
+        Console(soft_wrap=True).print("\n", "\n".join(lines), sep="", highlight=False)

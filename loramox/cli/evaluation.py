@@ -1,0 +1,77 @@
+"""evaluate, attack, sweep, report: is it forgotten, is the rest intact, and at which strength."""
+
+import argparse
+
+from loramox.cli.arguments import VERBS, say, settings_of
+
+
+def evaluate(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.evaluate.job import Asked, Subject, evaluate
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.evaluate.show import show
+    from loramox.model import ModelConfig
+    from loramox.rows import Columns
+
+    kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns)
+    subject, *settings = settings_of("evaluate", words, *kinds)
+    show(evaluate(subject, *settings))
+    say(
+        f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
+        f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"
+        if subject.adapter is None
+        else "Every strength at once: loramox sweep MEMORIZATION",
+    )
+
+
+def attack(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.evaluate.attacks.job import RECORD, AttackConfig, attack
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.evaluate.show import show_states
+    from loramox.model import ModelConfig
+    from loramox.rows import Columns, Data
+
+    kinds = (AttackConfig, ModelConfig, Data, ScoringConfig, Tokenisation, Columns)
+    config, *settings = settings_of("attack", words, *kinds)
+    show_states(attack(config, *settings)["states"])
+    say(f"[bold]{config.out}/{RECORD}[/] has these numbers; the records of every state are beside it")
+
+
+def sweep(words: list[str]) -> None:
+    from loramox.evaluate.job import Asked
+    from loramox.evaluate.measure import ScoringConfig
+    from loramox.sweep_job import FRONTIER, PICTURE, SweepConfig, sweep
+
+    config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
+    frontier = sweep(config, *settings)
+    for choice in frontier["choices"]:
+        of = f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g})" if choice["strength"] else "none"
+        say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
+    if frontier["warning"]:
+        say(f"[bold]Warning:[/] {frontier['warning']}")
+    say(
+        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them"
+    )
+    if frontier["chosen"] is None:
+        say(f"Rule {config.rule} chooses no strength: nothing is shipped")
+    elif config.ship:
+        say(f"[bold]{config.ship}[/] is the forget adapter at the chosen strength")
+    else:
+        say(f"Ship it: loramox extrapolate {config.memorization} --alpha {frontier['chosen']:g} --out NEW_FOLDER")
+
+
+def report(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
+    parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, which may have sweep/ and attack/ in it.")
+    given = parser.parse_args(words)
+    from rich.markup import escape
+
+    from loramox.evaluate.report import report
+
+    made = report(given.run)
+    say(
+        escape(made["verdict"]),
+        f"[bold]{escape(str(made['page']))}[/] is the page, [bold]{escape(str(made['summary']))}[/] the same in short; nothing in them is loaded from elsewhere",
+        *(f"Not in it: {escape(what)}" for what in made["missing"]),
+    )

@@ -1,0 +1,87 @@
+"""demo, unlearn, memorize, extrapolate: rows in, a forget adapter out."""
+
+import argparse
+
+from loramox.cli.arguments import VERBS, parse, say, settings_of
+
+
+def demo(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="loramox demo", description=VERBS["demo"])
+    parser.add_argument("--out", default="runs/demo", help="Folder to write (default: runs/demo).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the world and of all training (default: 0).")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the demo in that folder.")
+    given = parser.parse_args(words)
+    from loramox.demo import demo
+
+    demo(given.out, given.seed, given.overwrite)
+
+
+def unlearn(words: list[str]) -> None:
+    from loramox.extrapolate import ShippingConfig
+    from loramox.main_job import SHIPPED, unlearn
+
+    run, *settings = settings_of("unlearn", words, *memorizing(), ShippingConfig)
+    record = unlearn(run, *settings)
+    shipped = record["forget_adapter"]
+    say(
+        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: strength α = {shipped['strength']:g}, rank {shipped['rank']}",
+        *watched(record["log"]),
+        f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
+        f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER",
+    )
+
+
+def watched(log: list[dict[str, float]]) -> list[str]:
+    """What became of the rows that were watched while training, when they were."""
+    curves = {
+        part: [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
+        for part in ("forget", "retain")
+    }
+    if min(map(len, curves.values())) < 2:
+        return []
+    ends = [f"{part} {curve[0]:.3f} → {curve[-1]:.3f}" for part, curve in curves.items()]
+    return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}"]
+
+
+def memorize(words: list[str]) -> None:
+    from loramox.memorize import FOLDER, memorize
+
+    run, *settings = settings_of("memorize", words, *memorizing())
+    memorize(run, *settings)
+    say(
+        f"[bold]{run.out}/{FOLDER}[/] is the memorization adapter (not for shipping), [bold]{run.out}/run.json[/] the record",
+        f"Next: loramox extrapolate {run.out}/{FOLDER} --alpha {settings[2].strength:g} --out {run.out}/forget-adapter",
+    )
+
+
+def extrapolate(words: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from loramox.extrapolate import ShippingConfig, extrapolate
+
+    parser = HfArgumentParser(
+        ShippingConfig, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False
+    )
+    parser.add_argument("memorization", help="Folder 'memorization' of a run.")
+    parser.add_argument(
+        "--alpha", "--strength", dest="strength", type=float, help="α. Default: the one it was memorized for."
+    )
+    parser.add_argument("--out", required=True, help="Folder to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
+    shipping, given = parse(parser, words)
+    made = extrapolate(given.memorization, given.out, given.strength, shipping, given.overwrite)
+    say(
+        f"[bold]{given.out}[/] is the forget adapter: strength α = {made['strength']:g}, rank {made['rank']}, "
+        f"truncation error {made['truncation_error']:.2g} of ‖ΔW‖",
+        f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
+    )
+
+
+def memorizing() -> tuple[type, ...]:
+    from loramox.batches import Tokenisation
+    from loramox.memorize import MemorizeConfig
+    from loramox.reference import ReferenceConfig
+    from loramox.rows import Columns, Data
+    from loramox.run import RunConfig
+
+    return (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)

@@ -1,0 +1,171 @@
+"""The base model as it lies in a folder or on the hub: which one, whether it can serve, and what tells it from others.
+
+Nothing here loads weights.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from loramox.errors import ModelError, SettingsError
+from loramox.settings import check_choices
+
+
+@dataclass
+class ModelConfig:
+    """Which model, in how many bits."""
+
+    model: str = field(
+        metadata={"help": "Folder or hub id of the 16- or 32-bit causal language model that knows the forget rows."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    quantization: str = field(
+        default="nf4",
+        metadata={
+            "help": "Weights of the frozen reference: nf4 (double quantization), int8, or none.",
+            "choices": ["nf4", "int8", "none"],
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of what is not quantized, and of the arithmetic. auto: bfloat16 on a GPU, float32 on a CPU.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def read_config(reference: ModelConfig) -> PretrainedConfig:
+    """The model's config, after checking from it alone that the model can serve as the reference.
+
+    Raises `ModelError` for a missing model, one that is not causal, is a mixture of experts, takes images or sound, or
+    is quantized already (an adapter must name the 16-bit base that servers load).
+    """
+    name = reference.model
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {name}: no usable config.json there: {error}") from error
+    kind = config.model_type
+    architectures = config.architectures or []
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config", "text_config")):
+        raise ModelError(
+            f"--model {name} is a multimodal model ({kind}). loramox takes text-only causal language models"
+        )
+    # BERT and its like have a causal class too; a config that does not say which one it is for means their own kind.
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or (
+        not architectures and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or not causal
+        or not (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote)
+    ):
+        raise ModelError(
+            f"--model {name} is {', '.join(architectures) or kind}, not a causal language model (…ForCausalLM)"
+        )
+    experts = [
+        n for n in ("num_local_experts", "num_experts", "n_routed_experts") if (getattr(config, n, None) or 0) > 1
+    ]
+    if experts:
+        raise ModelError(
+            f"--model {name} is a mixture of experts ({kind}, {experts[0]} = {getattr(config, experts[0])}): its experts are not "
+            "linear layers that LoRA adapts. loramox takes dense models"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"--model {name} is quantized already. Give the 16-bit model it was made from: the adapter records its base, and "
+            "servers load that one. loramox quantizes it while loading (--quantization nf4)"
+        )
+    return config
+
+
+def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises `ModelError` when there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
+
+
+def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
+    """The device a run will use. Raises `SettingsError` when it cannot hold weights in the wanted quantization."""
+    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    if reference.quantization != "none" and device.type not in ("cuda", "cpu", "xpu"):
+        raise SettingsError(
+            f"quantization is {reference.quantization}, which bitsandbytes does not run on {device.type}. "
+            "Use --quantization none, or --use_cpu"
+        )
+    return device
+
+
+def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:
+    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=reference.trust_remote_code)
+
+
+def identify(reference: ModelConfig, config: PretrainedConfig) -> dict[str, str | None]:
+    """What tells this base model from others: its name and revision, its shape, and a sample of its weights.
+
+    The sample is a SHA-256 over each weights file's size, first and last MB: fine-tunings of one model differ in it,
+    and it takes no time. It is None for a hub id, whose revision (a commit) says as much.
+    """
+    shape = {
+        k: getattr(config, k, None)
+        for k in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    }
+    folder = Path(reference.model)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return {
+        "model": reference.model,
+        "revision": _commit(reference) or reference.revision,
+        "shape": ", ".join(f"{k} {v}" for k, v in shape.items()),
+        "weights": _sample(files) if files else None,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def _commit(reference: ModelConfig) -> str | None:
+    """The commit that a hub id stood for when its config was read; None for a folder."""
+    if Path(reference.model).is_dir():
+        return None
+    return extract_commit_hash(cached_file(reference.model, CONFIG_NAME, revision=reference.revision), None)
+
+
+def _sample(files: list[Path], size: int = 1 << 20) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            length = path.stat().st_size
+            digest.update(f"{path.name} {length}\n".encode() + file.read(size))
+            file.seek(max(0, length - size))
+            digest.update(file.read(size))
+    return digest.hexdigest()

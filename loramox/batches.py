@@ -119,7 +119,7 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation)
     labels = [
         token if end > given else IGNORED for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
     ]
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id if row.ends else None
     if special and eos is not None and ids[-1] != eos:
         ids.append(eos)
     if special and eos is not None:

@@ -64,6 +64,7 @@ class Row:
     prompt: str | tuple[dict[str, str], ...] | None = None
     wanted: str | None = None
     verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
+    ends: bool = True  # False: a piece of a longer text, after which no end of sequence is put
     # For evaluation alone, from TOFU's columns paraphrased_answer, perturbed_answer and paraphrased_question.
     paraphrase: str | None = None
     wrong_answers: tuple[str, ...] = ()

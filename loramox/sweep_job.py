@@ -15,7 +15,7 @@ from loramox.adapter import WEIGHTS, at_rank, check_base, read_factors, read_pro
 from loramox.batches import Tokenisation
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate import membership
-from loramox.evaluate.job import Asked, described, questions_of, read_parts
+from loramox.evaluate.job import Asked, check_sides, described, questions_of, read_parts, read_retrained
 from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise, values
@@ -90,8 +90,9 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     base = identify(model, read_config(model))
     check_base(source, base, memorization)
     rows = read_parts(asked.sources(), columns, asked.drop_overlap, asked.suite)
-    questions = questions_of(rows, model, read_config(model), tokenisation, scoring)
-    retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
+    check_sides(source, rows, config.memorization)
+    questions = questions_of(rows, model, read_config(model), tokenisation, scoring, asked.suite)
+    retrained = read_retrained(asked.retrained, questions, base)
     _check(config, rows, retrained)
     delta, _ = read_factors(memorization / "momentum")
     plan = {

@@ -94,7 +94,9 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         raise AssertionError("a model was asked again")
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
-    assert attacked()["states"] == first["states"]
+    again = attacked()
+    assert again["states"] == first["states"]
+    assert (first["reused"], again["reused"]) == (0, len(first["states"]))
     with pytest.raises(RunError, match=r"holds other attacks \(settings differ\)"):
         attacked(seed=1)
 

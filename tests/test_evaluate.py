@@ -155,6 +155,12 @@ BAD_INPUT = {
     "retrained-records-of-other-rows": (
         lambda h, t: with_rows_of_other_people(h / "theirs"), {"retrained": "theirs"}, RunError,
         r"theirs/records.jsonl is of other rows: 4 rows are not in it \(first: forget.jsonl, row 1\)"),
+    "forget-and-retain-swapped": (
+        lambda h, t: None, {"adapter": "adapter", "forget": "retain.jsonl", "retain": "forget.jsonl"}, RowsError,
+        "--forget is the very rows that were the retain rows when adapter was memorized. Are --forget and --retain swapped"),
+    "long-rows-in-two-files": (
+        lambda h, t: [write(h / f"{part}.jsonl", questions([f"{part} " * 200])) for part in ROWS], {}, RowsError,
+        r"rows of forget.jsonl are longer than 128 tokens.* rows of retain.jsonl are longer"),
     "no-model": (lambda h, t: None, {"model": "nowhere"}, LoramoxError, "--model nowhere"),
 }  # fmt: skip
 
@@ -181,7 +187,35 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_and_nothing_is_touched
     assert sorted((p, p.read_bytes()) for p in here.rglob("*") if p.is_file()) == before
 
 
+def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(
+    here: Path, trained: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(Subject("theirs"), model, Asked(**ROWS), SILENT)
+    monkeypatch.setattr(loramox.evaluate.job, "load_reference", lambda *_: pytest.fail("the model was loaded"))
+    subject = Subject("out", str(trained / "forget-adapter"))
+    with pytest.raises(
+        RunError, match=r"--retrained theirs is an evaluation of .*, the model that knows the forget rows"
+    ):
+        evaluate(subject, model, Asked(**ROWS, retrained="theirs"), SILENT)
+
+
+def test_evaluating_with_a_memorization_adapter_is_warned_of(here: Path, trained: Path, model: ModelConfig) -> None:
+    with pytest.warns(UserWarning, match="is a memorization adapter: with it the model knows the forget rows better"):
+        evaluate(Subject("out", str(trained / "memorization")), model, Asked(**ROWS), SILENT)
+
+
 # What is measured
+
+
+def test_a_truth_ratio_needs_all_of_a_rows_answers(here: Path, model: ModelConfig) -> None:
+    """Where --long_rows drop leaves a paraphrase or a wrong answer out, the ratio of what is left would be another number."""
+    wrong = {"paraphrased_answer": "In a town.", "perturbed_answer": ["In Oslo.", "In Lima, or so."]}
+    rows = [r | wrong for r in questions(PEOPLE[:4])]
+    rows[1]["paraphrased_answer"] = "In a town. " * 100
+    rows[2]["perturbed_answer"] = ["In Oslo. " * 100, "In Lima, or so."]
+    asked = Asked(forget=write(here / "forget.jsonl", rows))
+    evaluate(Subject("out"), model, asked, SILENT, Tokenisation(long_rows="drop"))
+    assert ["truth_ratio" in r for r in read_records(here / "out")] == [True, False, False, True]
 
 
 def test_an_evaluation_leaves_records_and_a_summary_that_say_what_was_asked(

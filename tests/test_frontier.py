@@ -94,6 +94,12 @@ def test_a_frontier_that_parts_is_sound(forget: list[float], retain: list[float]
     assert poor_direction(forget, retain) is None
 
 
+def test_strengths_that_are_all_far_too_high_say_nothing_of_the_direction() -> None:
+    warning = poor_direction([0.9, 0.01, 0.0], [0.9, 0.02, math.nan])
+    assert "Measure smaller ones" in warning
+    assert "Memorize again" not in warning
+
+
 # The rules
 
 

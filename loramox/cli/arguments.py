@@ -21,7 +21,7 @@ VERBS = {
 USAGES = {
     "unlearn": "--model M --forget F --retain R --out DIR",
     "memorize": "--model M --forget F --retain R --out DIR",
-    "evaluate": "--model M [--adapter A] --forget F --retain R --out DIR",
+    "evaluate": "--model M [--adapter A] (--forget F --retain R | --suite S) --out DIR",
     "attack": "--model M --adapter A --forget F --retain R --out DIR",
     "ship merge": "--adapter A --out DIR",
     "sweep": "--memorization DIR/memorization --out DIR/sweep",

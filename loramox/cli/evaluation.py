@@ -34,7 +34,12 @@ def attack(words: list[str]) -> None:
 
     kinds = (AttackConfig, ModelConfig, Data, ScoringConfig, Tokenisation, Columns)
     config, *settings = settings_of("attack", words, *kinds)
-    show_states(attack(config, *settings)["states"])
+    record = attack(config, *settings)
+    show_states(record["states"])
+    if record["reused"]:
+        say(
+            f"{record['reused']} of these {len(record['states'])} states were in {config.out} already, and were not asked again"
+        )
     say(f"[bold]{config.out}/{RECORD}[/] has these numbers; the records of every state are beside it")
 
 

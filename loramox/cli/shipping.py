@@ -1,13 +1,14 @@
 """ship: bring a forget adapter to those who serve it."""
 
 import argparse
+import shlex
 import sys
 
-from loramox.cli.arguments import VERBS, say, settings_of
+from loramox.cli.arguments import VERBS, parse, say, settings_of
 
 
 def ship(words: list[str]) -> None:
-    steps = {"check": _check, "merge": _merge}
+    steps = {"check": _check, "merge": _merge, "gguf": _gguf}
     parser = argparse.ArgumentParser(prog="loramox ship", description=VERBS["ship"])
     parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
     steps[parser.parse_args(words[:1]).step](words[1:])
@@ -45,4 +46,28 @@ def _merge(words: list[str]) -> None:
     say(
         f"[bold]{config.out}[/] is the merged model; {made['survived']['overall']:.1%} of ΔW survived the rounding",
         f"Load it: AutoModelForCausalLM.from_pretrained({config.out!r}). It has no switch any more, and is no proof of erasure",
+    )
+
+
+def _gguf(words: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from loramox.ship.gguf import GgufConfig, modelfile, to_gguf
+
+    parser = HfArgumentParser(
+        GgufConfig,
+        prog="loramox ship gguf",
+        description="Write an adapter as a LoRA GGUF, which llama.cpp and Ollama load beside the GGUF of its base model.",
+        usage="loramox ship gguf --adapter A --out FILE.gguf [--setting value …]",
+        allow_abbrev=False,
+    )
+    (config,) = parse(parser, words)
+    layers = to_gguf(**vars(config))
+    out = shlex.quote(config.out)
+    say(
+        f"[bold]{config.out}[/] is the LoRA GGUF of {layers} layers",
+        f"llama.cpp: llama-server -m BASE.gguf --lora {out}",
+        r'and in a request: "lora": \[{"id": 0, "scale": 0.5}], where 1 is as shipped, and 0 the base model',
+        "Ollama, in a Modelfile, then ollama create forget:",
+        *(f"    {line}" for line in modelfile(config.out).splitlines()),
     )

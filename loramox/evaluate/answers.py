@@ -35,10 +35,12 @@ _SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
 @dataclass(frozen=True)
 class Answering:
-    """How long an answer may be, in tokens (0: it is not asked for), and the texts before which it ends."""
+    """How long an answer may be, in tokens (0: it is not asked for), the texts before which it ends, and how many tokens of
+    the true one are scored (None: all of them)."""
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
+    scored: int | None = None
 
 
 def greedy_answers(

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,7 @@ from transformers import PretrainedConfig
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS, check_base
 from loramox.batches import Tokenisation
 from loramox.errors import AdapterError, RowsError, RunError, SettingsError
-from loramox.evaluate.answers import Answering
-from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
@@ -123,10 +123,9 @@ def evaluate(
     config = read_config(model)
     base = identify(model, config)
     made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
-    if asked.suite == "muse" and tokenisation.long_rows == "refuse":
-        tokenisation = replace(tokenisation, long_rows="truncate")  # as MUSE does with its texts
-    questions = questions_of(rows, model, config, tokenisation, scoring, ANSWERING.get(asked.suite or ""))
-    retrained = read_records(Path(asked.retrained), like=questions.identities()) if asked.retrained else []
+    check_sides(made_by, rows, subject.adapter)
+    questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
+    retrained = read_retrained(asked.retrained, questions, base if subject.adapter else None)
 
     loaded: nn.Module = load_reference(model, device)
     if subject.adapter:
@@ -187,11 +186,42 @@ def questions_of(
     config: PretrainedConfig,
     how: Tokenisation,
     scoring: ScoringConfig,
-    answering: dict[str, Answering] | None = None,
+    suite: str | None = None,
 ) -> Questions:
-    tokenizer = read_tokenizer(model)
+    """The rows, tokenised for `model`, and answered as their suite has it. Raises `RowsError`."""
+    if suite == "muse" and how.long_rows == "refuse":
+        how = replace(how, long_rows="truncate")  # as MUSE does with its texts
     context = getattr(config, "max_position_embeddings", None) or 2048
-    return Questions(rows, tokenizer, how, context, scoring, answering)
+    return Questions(rows, read_tokenizer(model), how, context, scoring, ANSWERING.get(suite or ""))
+
+
+def read_retrained(folder: str | None, questions: Questions, reference: dict[str, Any] | None) -> list[Record]:
+    """The retrained model's records of the same rows; none where none are given.
+
+    Raises `RunError` for records of other rows, and for those of `reference`, which knows the forget rows.
+    """
+    if folder is None:
+        return []
+    records = read_records(Path(folder), like=questions.identities())
+    summary = Path(folder) / SUMMARY
+    theirs = json.loads(summary.read_text(encoding="utf-8")).get("base", {}) if summary.is_file() else {}
+    if reference and reference["weights"] is not None and theirs.get("weights") == reference["weights"]:
+        raise RunError(
+            f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
+            "model that was trained without the forget rows: loramox evaluate --model RETRAINED_MODEL, with the same rows"
+        )
+    return records
+
+
+def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], adapter: str | None) -> None:
+    """Raises `RowsError` when what the adapter was to forget is given as retain rows, or what it was to retain as forget rows."""
+    learned = (made_by or {}).get("data") or {}
+    for part, other in (("forget", "retain"), ("retain", "forget")):
+        its = (learned.get(other) or {}).get("sha256")
+        if part in rows and its is not None and fingerprint(rows[part]) == its:
+            raise RowsError(
+                f"--{part} is the very rows that were the {other} rows when {adapter} was memorized. Are --forget and --retain swapped?"
+            )
 
 
 def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
@@ -211,7 +241,13 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
             f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
         ) from error
     check_base({"base": made_for}, base, adapter)
-    return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command")}
+    if provenance.get("kind") == "memorization":
+        warnings.warn(
+            f"{adapter} is a memorization adapter: with it the model knows the forget rows better, not worse. The forget adapter "
+            "is what loramox extrapolate makes of it",
+            stacklevel=2,
+        )
+    return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command", "data")}
 
 
 def check_out(out: Path, overwrite: bool) -> None:

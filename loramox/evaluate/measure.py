@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loramox.batches import Example, Tokenisation, encode
-from loramox.errors import SettingsError
+from loramox.errors import RowsError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
+from loramox.head import IGNORED
 from loramox.rows import Row
 
 Record = dict[str, Any]  # a row of records.jsonl
@@ -46,14 +47,13 @@ class _Part:
     rows: dict[str, Row]  # by where they came from
     answers: list[Example]
     variants: dict[str, list[Example]]  # by where the row came from; the paraphrase's first, if there is one
-    spelled: dict[str, bool]  # whether there is one
 
 
 class Questions:
     """The rows of some parts, tokenised once, to be asked of any number of models (or of one at many strengths).
 
     `parts` names them: forget, retain, holdout, real_authors, world_facts, or what one likes. `answering` says of a part how
-    long its answers may be, where that is not `scoring`'s length. Raises what `encode` raises.
+    long its answers may be, where that is not `scoring`'s length, and how much of the true ones is scored. Raises what `encode` raises.
     """
 
     def __init__(
@@ -66,7 +66,15 @@ class Questions:
         answering: dict[str, Answering] | None = None,
     ) -> None:
         self.tokenizer, self.scoring, self.answering = tokenizer, scoring or ScoringConfig(), answering or {}
-        self.parts = [_tokenised(name, rows, tokenizer, tokenisation, context) for name, rows in parts.items()]
+        self.parts, wrong = [], []
+        for name, rows in parts.items():
+            try:
+                scored = self.answering[name].scored if name in self.answering else None
+                self.parts.append(_tokenised(name, rows, tokenizer, tokenisation, context, scored))
+            except RowsError as error:  # all files at fault in one message, not one after the other
+                wrong.append(str(error))
+        if wrong:
+            raise RowsError(". ".join(wrong))
         self._reference: dict[str, list[Tensor]] = {}
 
     def identities(self) -> list[Record]:
@@ -114,11 +122,7 @@ class Questions:
             where = example["row"]
             of_variants = [next(rest) for _ in part.variants.get(where, ())]
             record = _record(part.name, part.rows[where], block, example, scores, self.tokenizer)
-            records.append(
-                record
-                | _truth(part.rows[where], scores, of_variants, part.spelled.get(where, False))
-                | _said(part.rows[where], answer)
-            )
+            records.append(record | _truth(part.rows[where], scores, of_variants) | _said(part.rows[where], answer))
         return records
 
     def _score(self, model: nn.Module, examples: list[Example], describe: str, **more: Any) -> list[AnswerScores]:
@@ -126,7 +130,9 @@ class Questions:
         return score_answers(model, examples, pad or 0, self.scoring.batch_size, describe, **more) if examples else []
 
 
-def _tokenised(name: str, rows: Sequence[Row], tokenizer, tokenisation: Tokenisation, context: int) -> _Part:
+def _tokenised(
+    name: str, rows: Sequence[Row], tokenizer, tokenisation: Tokenisation, context: int, scored: int | None = None
+) -> _Part:
     def tokens(some: list[Row]) -> list[Example]:
         return encode(some, tokenizer, tokenisation, context) if some else []
 
@@ -138,10 +144,17 @@ def _tokenised(name: str, rows: Sequence[Row], tokenizer, tokenisation: Tokenisa
     return _Part(
         name,
         rows={f"{r.source}, row {r.number}": r for r in rows},
-        answers=tokens(list(rows)),
+        answers=[_cut(example, scored) for example in tokens(list(rows))],
         variants=variants,
-        spelled={e["row"]: True for e in paraphrases},
     )
+
+
+def _cut(example: Example, scored: int | None) -> Example:
+    """The example without what follows the first `scored` tokens of its answer."""
+    if scored is None:
+        return example
+    end = scored + next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+    return example | {part: example[part][:end] for part in ("input_ids", "labels")}
 
 
 def _blocks(examples: Sequence[Example]) -> list[int]:
@@ -160,8 +173,9 @@ def _identity(row: Row, block: int) -> str:
 
 
 def _record(part: str, row: Row, block: int, example: Example, scores: AnswerScores, tokenizer) -> Record:
-    ends = len(scores.targets) and scores.targets[-1] == tokenizer.eos_token_id
-    body = slice(0, len(scores.targets) - bool(ends))  # OpenUnlearning's token-wise scores leave the end out
+    # OpenUnlearning's token-wise scores leave the last token out: the end of sequence, or in a text without one its last.
+    last = len(scores.targets) and (scores.targets[-1] == tokenizer.eos_token_id or not row.ends)
+    body = slice(0, len(scores.targets) - bool(last))
     log_p, choice, targets = scores.log_p[body], scores.first_choice[body], scores.targets[body]
     text = tokenizer.decode(scores.targets, skip_special_tokens=True)
     per_token = membership.loss(scores.log_p)
@@ -186,8 +200,10 @@ def _record(part: str, row: Row, block: int, example: Example, scores: AnswerSco
     return record | ({"kl": float(scores.kl.mean())} if scores.kl is not None else {})
 
 
-def _truth(row: Row, answer: AnswerScores, variants: list[AnswerScores], spelled: bool) -> Record:
-    if not row.wrong_answers or len(variants) <= spelled:
+def _truth(row: Row, answer: AnswerScores, variants: list[AnswerScores]) -> Record:
+    # A truth ratio over some of a row's answers is another number: --long_rows drop may have left some out.
+    spelled = bool(row.paraphrase)
+    if not row.wrong_answers or len(variants) < spelled + len(row.wrong_answers):
         return {}
     means = np.array([s.log_p.mean() for s in variants])
     answer_log_p = answer.log_p.mean()

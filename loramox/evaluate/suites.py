@@ -10,15 +10,17 @@ from loramox.rows import Columns, Row, read_rows
 
 HUBS = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-News"}
 
-# MUSE's own lengths and stops (arXiv 2407.06460); its membership texts are scored, and nothing is asked about them.
+# MUSE's own lengths and stops (arXiv 2407.06460); its membership texts are scored, and nothing is asked about them. They are
+# of 2048 tokens of Llama 2; OpenUnlearning scores no more than that with any tokenizer, and so does this.
+TEXT = Answering(0, scored=2048)
 SHORT = Answering(32, stops=("\n\n", "\nQuestion", "Question:"))
 ANSWERING = {
     "muse": {
         "verbmem": Answering(128),
         "knowmem_forget": SHORT,
         "knowmem_retain": SHORT,
-        "forget": Answering(0),
-        "holdout": Answering(0),
+        "forget": TEXT,
+        "holdout": TEXT,
     }
 }
 
@@ -68,9 +70,9 @@ def read_part(suite: str | None, part: str, source: str, columns: Columns) -> li
         ]
     if part == "verbmem":
         rows = read_rows(source, Columns(prompt_column="prompt", answer_column="gt"))
-        return [Row(r.source, r.number, f" {r.answer.lstrip()}", r.prompt, verbatim=True) for r in rows]
+        return [Row(r.source, r.number, f" {r.answer}", r.prompt, verbatim=True, ends=False) for r in rows]
     # An empty question, so that a text is one row and not cut into blocks.
-    return [Row(source, i, text, "", verbatim=True) for i, text in enumerate(_texts(source), 1)]
+    return [Row(source, i, text, "", verbatim=True, ends=False) for i, text in enumerate(_texts(source), 1)]
 
 
 def _file(folder: Path, names: Sequence[str]) -> Path | None:

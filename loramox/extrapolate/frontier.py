@@ -50,6 +50,11 @@ def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | No
     parted = float(np.nanmax(left[1] - left[0]))  # a strength far too high may overflow
     if parted >= PARTED:
         return None
+    if not np.any(np.maximum(*left)[1:] > PARTED):
+        return (
+            f"the strengths measured are far too high: at each of them forget and retain are below {PARTED:.0%} of the reference's. "
+            "Measure smaller ones (--strengths)"
+        )
     return (
         f"the direction is poor: at no strength is forget more than {max(parted, 0):.0%} further down than retain, so no strength is "
         "right. Memorize again: with --kl_at shipped and a higher --kl_weight if retain falls early, with a higher --temperature "

@@ -15,7 +15,7 @@ from loramox.batches import Tokenisation
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.prompts import PREFIX_WORDS, given_away, paraphrased_questions
-from loramox.evaluate.job import check_adapter, described, questions_of, read_parts
+from loramox.evaluate.job import check_adapter, check_sides, described, questions_of, read_parts
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
@@ -106,6 +106,7 @@ class _Bench:
         base_config = read_config(model)
         base = identify(model, base_config)
         made_by = check_adapter(Path(config.adapter), base)
+        check_sides(made_by, rows, config.adapter)
         self.known, self.asked = self._split(rows["forget"])
         self.retain = rows["retain"]
 
@@ -126,6 +127,7 @@ class _Bench:
             "settings": {k: v for each in (config, scoring, tokenisation) for k, v in asdict(each).items() if k not in ("attacks", "out")},
         }  # fmt: skip
         self.states: list[dict[str, Any]] = []
+        self.reused = 0
 
     def _split(self, forget: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         count = round(len(forget) * self.config.relearn_share)
@@ -178,6 +180,7 @@ class _Bench:
         folder = self.out / "-".join(f"{attack} {state}".replace(",", "").split())
         if (folder / SUMMARY).exists():
             records = read_records(folder, like=questions.identities())
+            self.reused += 1
         else:
             records = questions.ask(model, f"{attack}, {state}: ")
             write_records(folder, records, summarise(records), {"attack": attack, "state": state})
@@ -224,6 +227,7 @@ class _Bench:
             "status": "done",
             **self.plan,
             "states": self.states,
+            "reused": self.reused,  # states that an earlier run of this attack had measured
             "device": str(self.device),
             "torch": torch.__version__,
             "command": command(),

@@ -1,6 +1,7 @@
 """Files that are either written whole or not at all, whatever happens in between."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,4 +39,17 @@ def remove(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(as_json(value, indent=2) + "\n", encoding="utf-8")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: infinities and NaN, which JSON has no word for, are null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -405,7 +405,12 @@ def test_a_strength_at_which_the_model_overflows_is_written_down_and_never_chose
 ) -> None:
     config = config_of(trained, tmp_path / "s", strengths=[1.0, 1e30], budget=0.9)
     frontier = sweep(config, asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
-    assert (tmp_path / "s" / "strength-1e+30" / SUMMARY).exists()
+    for path in ("strength-1e+30/summary.json", "strength-1e+30/records.jsonl", "frontier.json"):
+        text = (tmp_path / "s" / path).read_text()
+        assert "NaN" not in text  # which is no JSON
+        assert "Infinity" not in text
+    again = sweep(config, asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))  # from what was written
+    assert again["choices"] == frontier["choices"]
     assert "mia_min_k" not in frontier["points"][2]
     assert all(c["strength"] in (1, None) for c in frontier["choices"])
 

@@ -8,7 +8,7 @@ from typing import Any
 from loramox.errors import RunError
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import Summary
-from loramox.files import replacing, write_json
+from loramox.files import as_json, replacing, write_json
 
 RECORDS = "records.jsonl"
 SUMMARY = "summary.json"
@@ -18,7 +18,7 @@ def write_records(folder: Path, records: Sequence[Record], summary: Summary, abo
     """Write both files, each whole or not at all; `about` says what was measured, and how."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / RECORDS) as partial:
-        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        partial.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
     # Written last: an evaluation that has it is whole.
     write_json(folder / SUMMARY, {**about, **summary.as_json()})
 

@@ -300,7 +300,7 @@ def test_model_utility_is_of_nine_numbers_with_the_chosen_probability_where_ther
     assert found.metrics["model_utility"].value == pytest.approx(float(hmean(nine)))
     assert found.metrics["model_utility"].n == 12
     without = summarise(parts[0] + parts[1])
-    assert "world_facts_probability" in without.absent["model_utility"]
+    assert "needs rows of world_facts (" in without.absent["model_utility"]
 
 
 def test_a_retrained_model_without_truth_ratios_is_a_reason_and_no_crash() -> None:
@@ -342,6 +342,7 @@ def test_records_survive_writing_and_reading_whatever_text_is_in_them(tmp_path: 
     records = [record("forget", i, answer=text, said=text[::-1], prompt=text) for i, text in enumerate(HOSTILE)]
     records[0] |= {"truth_ratio": math.inf, "log_p": -1e-300}
     write_records(tmp_path / "e", records, Summary({"m": Metric(0.1, "lower", 1, None, "α")}, {}), {"command": HOSTILE})
+    records[0]["truth_ratio"] = None  # JSON has no word for infinity
     assert read_records(tmp_path / "e") == records
     assert read_records(tmp_path / "e" / RECORDS) == records
     assert (tmp_path / "e" / RECORDS).read_text(encoding="utf-8").count("\n") == len(records)

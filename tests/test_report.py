@@ -11,15 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
+from matplotlib import pyplot as plt
 
+from loramox import colours
 from loramox.cli import main
 from loramox.errors import RunError
 from loramox.evaluate.job import Asked
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.report import PAGE, SUMMARY, report
+from loramox.evaluate.report import page as page_module
 from loramox.evaluate.report.answers import LONGEST, fit
-from loramox.evaluate.report.facts import shown
-from loramox.evaluate.report.svg import Picture
+from loramox.evaluate.report.facts import METRICS, shown
+from loramox.evaluate.report.glossary import GLOSSARY, linked
+from loramox.evaluate.report.svg import COLOURS, Picture
+from loramox.evaluate.show import show, show_states
+from loramox.evaluate.summary import MEANS, RETRAINED, summarise
+from loramox.extrapolate.picture import draw_frontier
 from loramox.sweep_job import SweepConfig, sweep
 
 HOSTILE = {
@@ -146,7 +154,10 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         ):
             rows = [*records("forget", 9, forget, list(texts), said), *records("retain", 9, 0.9, list(texts), said)]
             write(folder / "records.jsonl", rows)
-        write(run / "attack" / "attacks.json", {"status": "done", "states": STATES} | changes.get("attacks", {}))
+        attacks = {"status": "done", "states": STATES, "rows": {"attacker's": 2, "asked": 7}} | changes.get(
+            "attacks", {}
+        )
+        write(run / "attack" / "attacks.json", attacks)
         return run
 
     return made
@@ -167,17 +178,28 @@ def page_of(run: Path) -> tuple[str, Parsed]:
 def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: Callable[..., Path]) -> None:
     _, parsed = page_of(make())
     sections = [a["id"] for tag, a in parsed.tags if tag == "section"]
-    assert sections == ["verdict", "frontier", "rows", "training", "answers", "attacks", "settings", "not-proven"]
+    assert sections == [
+        "verdict",
+        "frontier",
+        "rows",
+        "training",
+        "answers",
+        "attacks",
+        "settings",
+        "not-proven",
+        "glossary",
+    ]
     text = parsed.text.replace("\u00a0", " ")
     for words in (
-        "At strength α = 4 the probability of the answers to be forgotten fell from 0.9500 to 0.1000",
-        "(a model that never knew them: 0.0100)",
-        "from 0.9600 to 0.9400 (97.9 % of it is left)",
-        "it can still be told from a model that never knew (forget quality p = 0.01, n = 9; membership AUC 0.800",
-        "Most came back by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack",
+        "Partly forgotten; the rest is slightly harmed.",
+        "At strength α = 4 the mean probability of the true answers to all 9 forget rows fell from 0.9500 to 0.1000.",
+        "still 10 times as probable as in a model that never saw the rows (0.0100)",
+        "to all 9 retain rows fell from 0.9600 to 0.9400: 97.9 % of it is left",
+        "The truth-ratio test can tell it from a model that never saw the rows (forget quality p = 0.01, n = 9)",
+        "Most came back by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack, mean over the 7 of 9 forget",
         "2 to 4",
         REFUSAL,
-        "needs --retrained",
+        "needs wrong answers to the forget rows (column perturbed_answer)",
         "Says 0 plain",
         "loramox sweep --out run/sweep",
         "suppression, not erasure",
@@ -234,6 +256,8 @@ def test_hostile_text_is_shown_and_does_nothing(make: Callable[..., Path]) -> No
         frontier={"choices": [FRONTIER["choices"][0] | {"reason": evil}], "warning": evil},
         attacks={"states": [*STATES, {"attack": evil, "state": HOSTILE["mathematics"] * 9, "metrics": {"forget_probability": 0.8}}]},
     )  # fmt: skip
+    path = run / "sweep/strength-4/records.jsonl"
+    write(path, [json.loads(line) | {"row": HOSTILE["script"] + evil} for line in path.read_text().splitlines()])
     page, parsed = page_of(run)
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "iframe", "link", "b"})
     assert not any(name.startswith("on") or name == "src" for _, attributes in parsed.tags for name in attributes)
@@ -252,7 +276,8 @@ def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
     run = make()
     report(run)
     summary = (run / SUMMARY).read_text(encoding="utf-8")
-    assert "**At strength α = 4" in summary
+    assert "**Partly forgotten; the rest is slightly harmed.**" in summary
+    assert "forget.jsonl, row 8: 50 %" in summary
     assert "| metric | reference | forget model, α = 4 | retrained model | better |" in summary
     assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.0100 | lower |" in summary
     assert "suppression, not erasure" in summary
@@ -343,13 +368,200 @@ def test_when_the_rule_refuses_the_shipped_strength_is_shown_as_such(make: Calla
     assert "No strength was chosen" in page_of(refused)[1].text
 
 
+HEADLINES = [
+    # Before, after, the retrained model's records, and what is said.
+    (0.95, 0.1, 0.01, "Partly forgotten", "still 10 times as probable as in a model that never saw the rows"),
+    (0.95, 0.6, 0.01, "Not forgotten", "still 60 times as probable"),
+    (0.95, 0.015, 0.01, "Forgotten on average;", "1.5 times as probable as in a model that never saw the rows"),
+    (0.95, 0.001, 0.01, "Forgotten on average, and beyond", "to know less than it does gives the rows away too"),
+    (0.95, 0.1, None, "Answers much less probable than before", "nothing here says what a model that never saw the rows would give"),
+    (0.95, 0.95, None, "Not forgotten", "hardly moved"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("before", "after", "theirs", "headline", "says"), HEADLINES)
+def test_the_verdict_says_plainly_whether_it_is_forgotten(
+    make: Callable[..., Path], before: float, after: float, theirs: float | None, headline: str, says: str
+) -> None:
+    points = [POINTS[0] | {"forget_probability": before}, POINTS[2] | {"forget_probability": after}]
+    run = make(frontier={"points": points, **({} if theirs else {"retrained": None})})
+    line = report(run)["verdict"]
+    assert line.startswith(headline)
+    assert says in line
+    assert f"{shown(before)} to {shown(after)}" in line  # without a retrained model that is all there is
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("kept", "word"), [(0.95, "intact"), (0.9, "slightly harmed"), (0.5, "harmed")])
+def test_the_verdict_says_whether_the_rest_is_intact(make: Callable[..., Path], kept: float, word: str) -> None:
+    points = [p | {"retain_probability": 0.96 if p["strength"] == 0 else kept} for p in POINTS]
+    assert f"; the rest is {word}." in report(make(frontier={"points": points}))["verdict"]
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
-    ("quality", "area", "told"), [(0.4, 0.5, "could not be told"), (0.4, 0.9, "can still be told")]
-)
-def test_one_sign_is_enough_to_be_told_apart(make: Callable[..., Path], quality: float, area: float, told: str) -> None:
-    points = [p | {"forget_quality": quality, "mia_min_k": area} for p in POINTS]
-    assert f"it {told}" in report(make(frontier={"points": points}))["verdict"]
+    ("quality", "area", "says"),
+    [
+        (0.94, 0.5, ["truth-ratio test cannot tell it", "p = 0.94, n = 9), which at so few rows", "inference cannot tell", "n = 9 and 9), which at so few rows"]),
+        (0.94, 0.9, ["truth-ratio test cannot tell it", "inference can tell forget rows from rows never seen (AUC 0.900"]),
+        (0.01, 0.5, ["truth-ratio test can tell it", "inference cannot tell"]),
+        (0.05, 0.5, ["truth-ratio test cannot tell it"]),
+    ],
+)  # fmt: skip
+def test_the_words_follow_each_test_and_small_samples_are_said_to_be_small(
+    make: Callable[..., Path], quality: float, area: float, says: list[str]
+) -> None:
+    points = [POINTS[0], *(p | {"forget_quality": quality, "mia_min_k": area} for p in POINTS[1:])]
+    line = report(make(frontier={"points": points}))["verdict"]
+    assert all(words in line for words in says)
+    many = {part: {"rows": 400} for part in ("forget", "retain", "holdout")}
+    assert "so few rows" not in report(make(frontier={"points": points, "data": RUN["data"] | many}))["verdict"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_test_that_cannot_tell_even_the_reference_says_so(make: Callable[..., Path]) -> None:
+    points = [p | {"forget_quality": 0.9} for p in POINTS]
+    assert "it cannot tell even the reference" in report(make(frontier={"points": points}))["verdict"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_worst_leaks_are_named_in_the_verdict_and_shown_with_the_reason(make: Callable[..., Path]) -> None:
+    """The row that is said word for word is neither the most probable one nor the least."""
+    run = make()
+    path = run / "sweep/strength-4/records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5] |= {"rouge_l": 1.0, "said": "the secret itself"}
+    rows[2] |= {"probability": None}  # as of a row that overflowed
+    write(path, rows)
+    text = page_of(run)[1].text.replace("\u00a0", " ")
+    line = report(run)["verdict"]
+    assert (
+        "forget.jsonl, row 5: 100 % of the true answer's words still come out in order (ROUGE-L 1.0000; the retr"
+        in line
+    )
+    assert "By probability, forget.jsonl, row 8: its true answer still has 0.1300 (the retrained model 0.0130)." in line
+    assert "Worst leak by what is said: the highest ROUGE-L of the 9 rows" in text
+    assert "Worst leak by probability: the highest of the 9 rows" in text
+    assert "the secret itself" in text
+    assert re.search(r"The least probable: number 9 of 9 by probability\s+forget.jsonl, row 2", text)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_row_that_is_worst_in_both_ways_stands_once_and_ties_are_counted(make: Callable[..., Path]) -> None:
+    text = page_of(make())[1].text
+    assert re.search(r"ROUGE-L of the 9 rows \(as high in 9 rows\)\s+Worst leak by probability", text)
+    assert "as for 8 other rows" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_generated_answers_the_rows_of_the_worst_leak_are_still_shown(make: Callable[..., Path]) -> None:
+    text = page_of(make(said=False))[1].text
+    assert "Worst leak by probability" in text
+    assert "Question 8? plain" in text
+    assert "No answers were generated, so what it says is not known." in text
+    assert "ROUGE‑L" not in text
+
+
+LACKS = [
+    ({"retrained": None}, False, "needs a retrained model's records (--retrained) and wrong answers to the forget rows (column"),
+    ({"retrained": None}, True, "needs a retrained model's records (--retrained)"),
+    ({}, False, "needs wrong answers to the forget rows (column perturbed_answer)"),
+    ({}, True, "needs wrong answers in the retrained model's records as well (column perturbed_answer)"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("frontier", "answers", "reason"), LACKS)
+def test_a_rule_that_was_not_asked_lacks_exactly_what_it_lacks(
+    make: Callable[..., Path], frontier: dict[str, Any], answers: bool, reason: str
+) -> None:
+    points = [p | ({"forget_truth_ratio": 0.5} if answers else {}) for p in POINTS]
+    run = make(frontier={"points": points, **frontier})
+    report(run)
+    row = next(r for r in (run / SUMMARY).read_text(encoding="utf-8").splitlines() if r.startswith("| retrained |"))
+    said = row.replace("\\", "").split(" | ")[-1]
+    assert said.startswith(reason)
+    assert ("--retrained" in said) == ("retrained" in frontier)
+    assert ("perturbed" in said) == (not answers or not frontier)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_reference_is_no_attack_and_two_means_before_say_on_which_rows(make: Callable[..., Path]) -> None:
+    run = make()
+    text = page_of(run)[1].text
+    summary = (run / SUMMARY).read_text(encoding="utf-8")
+    assert "reference model" not in summary
+    assert "| ask otherwise | first 3 words given | 0.3000 | 0.9000 | 0.9900 |" in summary
+    assert "| none | before any attack | 0.1000 | 0.9000 | 0.9500 |" in summary
+    for words in (text, summary):
+        assert "all 9 forget rows" in words
+        assert "the 7 of 9 forget rows that the attacker did not train on" in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_abbreviation_is_linked_to_its_one_sentence(make: Callable[..., Path]) -> None:
+    _, parsed = page_of(make())
+    there = {anchor.removeprefix("term-") for anchor in parsed.attributes("id") if anchor.startswith("term-")}
+    assert there == {term.anchor for term in GLOSSARY}
+    assert all(term.means.endswith(".") and ". " not in term.means for term in GLOSSARY)
+    links = {link for link in parsed.attributes("href") if link.startswith("#term-")}
+    wanted = ("strength", "auc", "nats", "kl", "rouge-l", "truth-ratio", "forget-quality", "min-k")
+    assert {f"#term-{anchor}" for anchor in wanted} <= links
+    for words, _ in METRICS.values():
+        assert "#term-" in linked(words), words
+
+
+def test_links_to_terms_leave_text_as_it_is_and_markup_whole() -> None:
+    for text in (*HOSTILE.values(), "AUC <KL title=KS>", "α & nats"):
+        assert Parsed(linked(text)).text == fit(text)["text"]
+    inside = Markup('<code title="AUC">--KL</code> AUC')
+    assert linked(inside) == '<code title="AUC">--KL</code> <a class="term" href="#term-auc">AUC</a>'
+
+
+def test_each_meaning_has_one_colour_in_every_picture(tmp_path: Path) -> None:
+    """On the page, in its pictures, and in the sweep's."""
+    css = (Path(page_module.__file__).parent / "page.css").read_text()
+    meanings = {
+        "forget": colours.FORGET,
+        "retain": colours.RETAIN,
+        "retrained": colours.RETRAINED,
+        "ink": colours.CHOSEN,
+    }
+    assert {name: COLOURS[name] for name in meanings} == meanings
+    assert len(set(meanings.values())) == 4
+    for name in ("forget", "retain", "retrained"):
+        assert f"--{name}: {meanings[name]};" in css
+    draw_frontier(tmp_path / "frontier.png", POINTS, 4.0, {"forget": 0.01, "retain": 0.9})
+    drawn = (plt.imread(tmp_path / "frontier.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    seen = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.unique(drawn, axis=0)}
+    assert set(meanings.values()) <= seen
+
+
+@pytest.mark.parametrize("width", [80, 70])
+def test_names_are_whole_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = [f"{part}_{name}" for part in ("forget", "real_authors", "world_facts") for name in MEANS] + [
+        "mia_min_k_plus_plus"
+    ]
+    metric = {"value": 0.123456, "direction": "nearer to the retrained model's", "n": 100, "reference": RETRAINED}
+    show({"metrics": dict.fromkeys(names, metric), "absent": {}})
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in names)
+    assert out.count("0.1235") == len(names)
+    assert max(map(len, out.splitlines())) <= width
+    show_states(STATES)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert out.index("reference model") > out.index("relearn")
+
+
+def test_what_model_utility_lacks_is_told_by_the_part() -> None:
+    rows = [{**r, "exact_memorization": 1.0} for r in records("retain", 3, 0.9, ["x"])]
+    absent = summarise(rows).absent["model_utility"]
+    assert absent == "needs rows of real_authors and world_facts, retain_truth_ratio (all of them are in --suite tofu)"
 
 
 def test_numbers_that_are_not_finite_are_dashes(make: Callable[..., Path]) -> None:

@@ -11,6 +11,7 @@ from loramox.evaluate.truth_ratio import forget_quality, model_utility, truth_ba
 
 RETRAINED = "records of the retrained model"
 HOLDOUT = "holdout rows"
+UTILITY = ("retain", "real_authors", "world_facts")  # parts of model utility
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 
@@ -115,10 +116,10 @@ def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: di
 
 def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
     ratios = values(forget, "truth_ratio")
-    if not len(ratios):
-        absent["forget_quality"] = "needs wrong answers to the forget rows (column perturbed_answer)"
-    elif retrained is None:
-        absent["forget_quality"] = f"needs {RETRAINED} (--retrained)"
+    wanting = [] if len(ratios) else ["wrong answers to the forget rows (column perturbed_answer)"]
+    wanting += [f"{RETRAINED} (--retrained)"] if retrained is None else []
+    if wanting:
+        absent["forget_quality"] = f"needs {' and '.join(wanting)}"
     elif not len(theirs := values(retrained, "truth_ratio")):
         absent["forget_quality"] = f"needs wrong answers in the {RETRAINED} as well (column perturbed_answer)"
     else:
@@ -146,6 +147,9 @@ def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, 
     names = [*ATTACKS, "mia_reference"]
     if "holdout" not in parts:
         absent |= dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)")
+        if "forget" not in retrained:
+            both = f"needs {HOLDOUT} (--holdout) and {RETRAINED} on forget and holdout (--retrained)"
+            absent |= dict.fromkeys(["mia_reference", "priv_leak"], both)
         return
     forget, holdout = parts["forget"], parts["holdout"]
     n = len(forget) + len(holdout)
@@ -171,15 +175,15 @@ def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, 
 
 
 def _utility(parts, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
-    nine = [
-        f"{part}_{what}"
-        for part in ("retain", "real_authors", "world_facts")
-        for what in ("probability", "rouge_l", "truth_ratio")
-    ]
+    whats = ("probability", "rouge_l", "truth_ratio")
+    nine = [f"{part}_{what}" for part in UTILITY for what in whats]
     missing = [name for name in nine if name not in metrics]
     if missing:
-        absent["model_utility"] = f"needs {', '.join(missing)} (all of them are in --suite tofu)"
+        gone = [part for part in UTILITY if part not in parts]
+        rest = [name for name in missing if not name.startswith(tuple(gone))] if gone else missing
+        wanting = [*([f"rows of {' and '.join(gone)}"] if gone else []), *rest]
+        absent["model_utility"] = f"needs {', '.join(wanting)} (all of them are in --suite tofu)"
         return
-    n = sum(len(parts[part]) for part in ("retain", "real_authors", "world_facts"))
+    n = sum(len(parts[part]) for part in UTILITY)
     source = "harmonic mean of nine numbers; TOFU, arXiv 2401.06121"
     metrics["model_utility"] = Metric(model_utility([metrics[m].value for m in nine]), "higher", n, None, source)

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from loramox.colours import CHOSEN, FORGET, MUTED, RETAIN, RETRAINED
 from loramox.files import replacing
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; each curve also has its own marker.
-FORGET, RETAIN, CHOSEN = "#D55E00", "#0072B2", "#000000"
 
 
 def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None, retrained: dict[str, float]) -> None:
@@ -24,19 +22,21 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     left.plot(strengths, retain, color=RETAIN, marker="s", markersize=4, label="retain rows")
-    left.plot(strengths, forget, color=FORGET, marker="o", markersize=4, label="forget rows")
+    left.plot(strengths, forget, color=FORGET, marker="o", linestyle="--", markersize=4, label="forget rows")
     for part, color in (("retain", RETAIN), ("forget", FORGET)):
         if part in retrained:
             left.axhline(retrained[part], color=color, linestyle=":", linewidth=1, label=f"{part}, retrained model")
     left.set(xlabel="strength α (0: the reference)", ylabel="probability of the true answers", ylim=(-0.02, 1.02))
-    right.plot(forget, retain, color="#777777", marker="o", markersize=4, label="one point a strength")
+    right.plot(forget, retain, color=MUTED, marker="o", markersize=4, label="one point a strength")
     for p, x, y in zip(points, forget, retain, strict=True):
         right.annotate(f"{p['strength']:g}", (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
     if {"forget", "retain"} <= retrained.keys():
-        right.plot(retrained["forget"], retrained["retain"], "*", color=RETAIN, markersize=12, label="retrained model")
+        right.plot(
+            retrained["forget"], retrained["retain"], "*", color=RETRAINED, markersize=12, label="retrained model"
+        )
     if chosen is not None:
         at = strengths.index(chosen)
-        left.axvline(chosen, color=CHOSEN, linewidth=1, linestyle="--", label=f"chosen: α = {chosen:g}")
+        left.axvline(chosen, color=CHOSEN, linewidth=1, linestyle="-.", label=f"chosen: α = {chosen:g}")
         right.plot(forget[at], retain[at], "D", color=CHOSEN, markersize=7, label=f"chosen: α = {chosen:g}")
     right.set(xlabel="probability of forget answers (less is better)", ylabel="of retain answers (more is better)")
     for axes in (left, right):

@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any
 
+from loramox.evaluate.measure import Record
+from loramox.evaluate.report.leaks import LEAKS, lost, probability, worst
 from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, again_command, number
 
 LONGEST, MOST_LINES = 600, 12  # of a text that is shown
@@ -32,38 +34,71 @@ def question(prompt: Any) -> str:
     return str(prompt)
 
 
+def named(record: Record) -> str:
+    """A row by the name of its file and its number, without the folders."""
+    return fit(str(record["row"]).rpartition("/")[2], 80)["text"]
+
+
 def quoted_rows(inputs: Inputs, part: str) -> list[dict[str, Any]]:
-    """A few rows of a part: not chosen by hand, but from the best remembered to the least by the forget model."""
+    """A few rows of a part, each with why it is among them: the worst first, then typical ones; none chosen by hand."""
     by_model = {
-        model: {r.get("id"): r for r in records if r["part"] == part} for model, records in inputs.records.items()
+        model: {r["id"]: r for r in records if r["part"] == part and "prompt" in r}
+        for model, records in inputs.records.items()
     }
-    told = [r for r in by_model.get(FORGET, {}).values() if "said" in r and "prompt" in r]
-    told.sort(key=lambda r: (-number(r.get("probability")), str(r["row"])))
-    last = len(told) - 1
-    ranks = sorted({0, math.ceil(last / 3), math.ceil(2 * last / 3), last}) if told else []
-    rows = []
-    for rank in ranks:
-        record = told[rank]
+    shown = []
+    for record, why in _picked(inputs, part, list(by_model.get(FORGET, {}).values())):
         same = {model: by_model.get(model, {}).get(record["id"], {}) for model in (REFERENCE, FORGET, RETRAINED)}
-        rows.append(
+        shown.append(
             {
-                "rank": f"{rank + 1} of {len(told)}",
+                "name": named(record),
+                "why": why,
                 "question": fit(question(record["prompt"])),
                 "answer": fit(record.get("answer", "")),
                 "says": [
                     {"model": model, "probability": number(r.get("probability")), "rouge": number(r.get("rouge_l"))}
-                    | {"said": fit(r["said"])}
+                    | {"said": fit(r["said"]) if "said" in r else None}
                     for model, r in same.items()
-                    if "said" in r
+                    if r
                 ],
             }
         )
-    return rows
+    return shown
 
 
-def no_answers(inputs: Inputs) -> Missing:
-    """Why no answers are shown."""
+def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record, list[str]]]:
+    """Rows and why each was picked; a row that is picked for two reasons stands once."""
+    if not rows:
+        return []
+    reasons: dict[str, list[str]] = {}
+
+    def pick(record: Record, why: str) -> None:
+        reasons.setdefault(record["id"], []).append(why)
+
+    if part == "forget":
+        words = {
+            "rouge_l": "Worst leak by what is said: the highest ROUGE-L",
+            "probability": "Worst leak by probability: the highest",
+        }
+        for by in LEAKS:
+            if tied := worst(rows, by):
+                equal = f" (as high in {len(tied):,} rows)" if len(tied) > 1 else ""
+                pick(tied[0], f"{words[by]} of the {len(rows):,} rows{equal}")
+    elif harmed := lost(rows, inputs.records.get(REFERENCE, ())):
+        pick(harmed[0], f"Lost the largest share of its probability of the {len(rows):,} rows")
+    ranked = sorted(rows, key=lambda r: (-probability(r), str(r["row"])))
+    last = len(ranked) - 1
+    for rank in sorted({math.ceil(last / 3), math.ceil(2 * last / 3), last}):
+        what = "The least probable" if rank == last else "Typical"
+        pick(ranked[rank], f"{what}: number {rank + 1:,} of {len(ranked):,} by probability")
+    by_id = {r["id"]: r for r in rows}
+    return [(by_id[key], why) for key, why in reasons.items()]
+
+
+def no_answers(inputs: Inputs) -> Missing | None:
+    """Why no answers are shown, where none are."""
     records = inputs.records.get(FORGET, [])
+    if any("said" in r for r in records):
+        return None
     if records and all(r.get("plain_text") for r in records):
         return Missing("The rows are plain text: there are no questions to answer.")
     if records:

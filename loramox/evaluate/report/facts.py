@@ -4,21 +4,20 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from loramox.evaluate.measure import Record
-from loramox.evaluate.report.answers import fit
 from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
 from loramox.evaluate.summary import summarise, values
 
 LEVEL = 0.05  # above this p-value a test does not tell two models apart
 PARTS = ("forget", "retain")
 RULES = {
-    "budget": ("the largest α within the budget of retain probability", None),
-    "holdout": ("forget rows look like rows never seen", "--holdout"),
-    "retrained": ("like a model that never saw them", "--retrained, and wrong answers to the forget rows"),
+    "budget": "the largest α within the budget of retain probability",
+    "holdout": "forget rows look like rows never seen",
+    "retrained": "like a model that never saw them",
 }
 # Metric, in words, what is better.
 METRICS = {
@@ -42,14 +41,6 @@ TOLD = (
 )  # fmt: skip
 
 
-class Verdict(NamedTuple):
-    """The run in one line, and what must be said beside it."""
-
-    line: str
-    beside: list[str]
-    warnings: list[str]
-
-
 def shown(value: Any) -> str:
     """A number as it stands in text and tables: 4 decimals, or 3 digits when small or large; a dash when there is none."""
     value = number(value)
@@ -60,102 +51,6 @@ def shown(value: Any) -> str:
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
 
 
-def verdict(inputs: Inputs) -> Verdict:
-    before, after = inputs.point(0.0), inputs.point(inputs.strength)
-    warnings = _warnings(inputs)
-    if not after:
-        return Verdict(_unmeasured(inputs), [], warnings)
-    forget, retain = ([number(p.get(f"{part}_probability")) for p in (before, after)] for part in PARTS)
-    theirs = _mean(inputs.records.get(RETRAINED, ()), "forget")
-    line = f"At strength α = {inputs.strength:g} the probability of the answers to be forgotten {_went(*forget)}"
-    line += "" if math.isnan(theirs) else f" (a model that never knew them: {shown(theirs)})"
-    line += f", that of the answers to be retained {_went(*retain)}"
-    if retain[0] > 0 and not math.isnan(retain[1]):
-        line += f" ({100 * retain[1] / retain[0]:.1f} % of it is left)"
-    told, evidence = _told_apart(inputs, after)
-    line += f"; {told}" + (f" ({'; '.join(evidence)})." if evidence else ".")
-    return Verdict(line, [_attacked(inputs)], warnings)
-
-
-def _went(before: float, after: float) -> str:
-    if math.isnan(before) or math.isnan(after):
-        return "is not known"
-    if abs(after - before) < 0.005 * max(before, 1e-12):
-        return f"hardly moved, {shown(before)} to {shown(after)}"
-    return f"{'fell' if after < before else 'rose'} from {shown(before)} to {shown(after)}"
-
-
-def _told_apart(inputs: Inputs, point: dict[str, float]) -> tuple[str, list[str]]:
-    """Whether the forget model can be told from one that never knew, and by what."""
-    data = (inputs.frontier or {}).get("data", {})
-    n, m = (number(data.get(part, {}).get("rows")) for part in ("forget", "holdout"))
-    quality, area = number(point.get("forget_quality")), number(point.get("mia_min_k"))
-    signs, evidence = [], []
-    if not math.isnan(quality):
-        signs.append(quality < LEVEL)
-        evidence.append(f"forget quality p = {quality:.2g}, n = {shown(n) if math.isnan(n) else int(n)}")
-    if not math.isnan(area) and n > 0 and m > 0:
-        error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m))  # of an AUC of two samples that are alike
-        signs.append(abs(area - 0.5) > error)
-        evidence.append(f"membership AUC {area:.3f}, where 0.5 ± {error:.3f} is alike")
-    if not signs:
-        return (
-            "whether it can be told from a model that never knew is not known, as neither a retrained model with wrong answers "
-            "nor holdout rows were given to the sweep"
-        ), []
-    if any(signs):
-        return "it can still be told from a model that never knew", evidence
-    return "it could not be told from a model that never knew by what was tried", evidence
-
-
-def _unmeasured(inputs: Inputs) -> str:
-    if inputs.frontier:
-        refused = next(
-            (c["reason"] for c in inputs.frontier["choices"] if c["rule"] == inputs.frontier.get("rule")), None
-        )
-        return f"No strength was chosen{f': {refused}' if refused else ''}."
-    if curves := trajectory(inputs):
-        ends = (f"{part} {shown(p[0])} → {shown(p[-1])}" for part, (_, p) in curves.items())
-        return f"Not measured after training. On the rows watched while training, probability went {', '.join(ends)}."
-    return "Not measured: there is an adapter, and nothing is known yet about what it forgets."
-
-
-def _warnings(inputs: Inputs) -> list[str]:
-    frontier, found = inputs.frontier or {}, []
-    if frontier.get("warning"):
-        found.append(f"The sweep warns: {frontier['warning']}.")
-    if "same rows" in inputs.missing:
-        found.append(inputs.missing["same rows"].what)
-    if frontier and frontier["chosen"] is None and inputs.strength is not None:
-        found.append(f"The rule chose no strength; shown is the one that was shipped, α = {inputs.strength:g}.")
-    elif inputs.shipped is not None and inputs.strength is not None and inputs.shipped != inputs.strength:
-        there = inputs.point(inputs.shipped)
-        at = ", ".join(f"{part} {shown(there.get(f'{part}_probability'))}" for part in PARTS)
-        found.append(
-            f"The forget adapter in this run's folder is at α = {inputs.shipped:g}, not at the chosen α = {inputs.strength:g} that "
-            f"is shown here{f'; at α = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
-        )
-    attacked = attacked_strength(inputs)
-    if inputs.strength is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.strength):
-        found.append(
-            f"The attacks were made at α = {attacked:g}, not at the α = {inputs.strength:g} that is shown here."
-        )
-    return found
-
-
-def _attacked(inputs: Inputs) -> str:
-    rows = [row for row in attack_rows(inputs) if row["attack"] != "none" and not row["of reference"]]
-    if not rows:
-        return "No attack was made: what comes back is not known."
-    base = next((row["forget"] for row in attack_rows(inputs) if row["state"] == "forget model"), math.nan)
-    worst = max(rows, key=lambda row: row["forget"])
-    before = "" if math.isnan(base) else f", {shown(base)} before any attack"
-    by = fit(f"{worst['attack']}: {worst['label']}", 80)["text"]
-    if worst["forget"] < base + 0.005:
-        return f"No attack brought anything back: the most, by “{by}”, is {shown(worst['forget'])}, and was {shown(base)} before."
-    return f"Most came back by “{by}”: probability {shown(worst['forget'])}{before}."
-
-
 def attacked_strength(inputs: Inputs) -> float:
     """The strength of the adapter that was attacked, NaN when it is not known."""
     adapter = (inputs.attacks or {}).get("adapter") or {}
@@ -164,26 +59,32 @@ def attacked_strength(inputs: Inputs) -> float:
 
 
 def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
-    """One row a state that was asked, in the order in which they were."""
-    rows = []
+    """One row a state of the forget model, in the order in which they were asked, beside the reference asked the same.
+
+    The reference is no attack: there is nothing to bring back. "reference" is its probability where it was asked, else NaN.
+    """
+    rows, reference = [], {}
     for state in (inputs.attacks or {}).get("states", ()):
         metrics = state["metrics"]
         forget = number(metrics.get("forget_probability"))
         if math.isnan(forget):
             continue
+        attack, label = str(state["attack"]), re.sub(r"(^|, )(reference|forget) model$", "", str(state["state"]))
+        if str(state["state"]).endswith("reference model"):
+            reference[attack, label] = forget
+            continue
         rows.append(
             {
-                "attack": str(state["attack"]),
-                "state": str(state["state"]),
-                "label": re.sub(r", (reference|forget) model$", "", str(state["state"])),
-                "of reference": str(state["state"]).endswith("reference model"),
+                "attack": attack,
+                "label": label or "before any attack",
+                "of": (attack, label),
                 "forget": forget,
                 "retain": number(metrics.get("retain_probability")),
                 "rouge": number(metrics.get("forget_rouge_l")),
                 "extraction": number(metrics.get("forget_extraction_strength")),
             }
         )
-    return rows
+    return [row | {"reference": reference.get(row.pop("of"), math.nan)} for row in rows]
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:
@@ -204,17 +105,34 @@ def choices(inputs: Inputs) -> list[dict[str, str]]:
     said = {c["rule"]: c for c in frontier["choices"]}
     rows = []
     for rule in [*RULES, *(r for r in said if r not in RULES)]:
-        what, needs = RULES.get(rule, ("", None))
         c = said.get(rule)
-        row = {"rule": rule, "what": what, "strength": "not asked", "interval": "–", "reason": f"needs {needs}"}
+        row = {"rule": rule, "what": RULES.get(rule, ""), "strength": "not asked", "interval": "–"}
         if c:
             low, high = number(c.get("low")), number(c.get("high"))
             row["strength"] = "refuses" if c["strength"] is None else f"{number(c['strength']):g}"
             row["interval"] = "–" if math.isnan(low) else f"{low:g} to {high:g}"
-            row["reason"] = str(c["reason"])
+        row["reason"] = str(c["reason"]) if c else lacks(inputs, rule)
         row["used"] = "yes" if rule == frontier.get("rule") else ""
         rows.append(row)
     return rows
+
+
+def lacks(inputs: Inputs, rule: str) -> str:
+    """What a rule, or the test that it goes by, would need and the sweep did not have: that alone."""
+    frontier = inputs.frontier or {}
+    if rule == "holdout":
+        there = "holdout" in frontier.get("data", {})
+        return "gave no score of the holdout rows" if there else "needs holdout rows (--holdout)"
+    if rule != "retrained":
+        return "was not asked by this sweep"
+    wanting = []
+    if not frontier.get("retrained"):
+        wanting.append("a retrained model's records (--retrained)")
+    if "forget_truth_ratio" not in inputs.point(0.0):
+        wanting.append("wrong answers to the forget rows (column perturbed_answer)")
+    elif frontier.get("retrained"):
+        wanting.append("wrong answers in the retrained model's records as well (column perturbed_answer)")
+    return f"needs {' and '.join(wanting)}"
 
 
 def points(inputs: Inputs) -> list[dict[str, Any]]:
@@ -243,7 +161,7 @@ def of_part(records: Sequence[Record], part: str) -> np.ndarray:
     return found[np.isfinite(found)]
 
 
-def _mean(records: Sequence[Record], part: str) -> float:
+def mean(records: Sequence[Record], part: str) -> float:
     found = of_part(records, part)
     return float(found.mean()) if len(found) else math.nan
 

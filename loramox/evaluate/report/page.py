@@ -9,8 +9,10 @@ from markupsafe import Markup, escape
 
 from loramox.evaluate.report import facts
 from loramox.evaluate.report.answers import fit, no_answers, quoted_rows
+from loramox.evaluate.report.glossary import GLOSSARY, linked
 from loramox.evaluate.report.pictures import attack_picture, frontier_pictures, spread_picture, training_pictures
 from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, number, read_inputs
+from loramox.evaluate.report.verdict import THRESHOLDS, Verdict, asked_rows, verdict
 from loramox.files import replacing
 
 PAGE, SUMMARY = "report.html", "summary.md"
@@ -38,20 +40,20 @@ def report(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     inputs = read_inputs(folder)
-    verdict = facts.verdict(inputs)
-    texts = {PAGE: render(inputs, verdict), SUMMARY: summary(inputs, verdict)}
+    told = verdict(inputs)
+    texts = {PAGE: render(inputs, told), SUMMARY: summary(inputs, told)}
     for name, text in texts.items():
         with replacing(folder / name) as partial:
             partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return {
         "page": folder / PAGE,
         "summary": folder / SUMMARY,
-        "verdict": verdict.line,
+        "verdict": told.line,
         "missing": [m.what for m in inputs.missing.values()],
     }
 
 
-def render(inputs: Inputs, verdict: facts.Verdict) -> str:
+def render(inputs: Inputs, told: Verdict) -> str:
     """The page. Everything that comes from files is escaped; only our own pictures are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -69,12 +71,16 @@ def render(inputs: Inputs, verdict: facts.Verdict) -> str:
         "fit": fit,
         "whole": _whole,
         "flags": _flags,
+        "terms": linked,
     }
-    told, rest = facts.settings(inputs)
+    most, rest = facts.settings(inputs)
     page = environment.get_template("page.html.j2").render(
         i=inputs,
         name=inputs.folder.resolve().name,
-        verdict=verdict,
+        verdict=told,
+        thresholds=THRESHOLDS,
+        asked_rows=asked_rows(inputs),
+        glossary=GLOSSARY,
         models=(REFERENCE, FORGET, RETRAINED),
         metrics=facts.metric_rows(inputs),
         frontier=frontier_pictures(inputs) if inputs.frontier else [],
@@ -89,7 +95,7 @@ def render(inputs: Inputs, verdict: facts.Verdict) -> str:
         attacks=facts.attack_rows(inputs),
         attacked=((inputs.attacks or {}).get("adapter") or {}).get("folder", ""),
         attack_picture=attack_picture(inputs),
-        told=told,
+        told=most,
         rest=rest,
         sources=_sources(inputs),
         facts=_provenance(inputs),
@@ -151,11 +157,11 @@ def _commands(inputs: Inputs) -> list[str]:
     return [str(record["command"]) for record in records if record.get("command")]
 
 
-def summary(inputs: Inputs, verdict: facts.Verdict) -> str:
+def summary(inputs: Inputs, told: Verdict) -> str:
     """The same in short, as Markdown for a pull request. No row is quoted in it."""
-    lines = [f"## What {_md(inputs.folder.resolve().name)} forgot", "", f"**{_md(verdict.line)}**", ""]
-    lines += [f"> **Warning:** {_md(warning)}\n" for warning in verdict.warnings]
-    lines += [f"{_md(beside)}\n" for beside in verdict.beside]
+    lines = [f"## What {_md(inputs.folder.resolve().name)} forgot", "", f"**{_md(told.headline)}**", ""]
+    lines += [*(f"- **{name}** {_md(says)}" for name, says in told.parts.items()), ""]
+    lines += [f"> **Warning:** {_md(warning)}\n" for warning in told.warnings]
     if metrics := facts.metric_rows(inputs):
         lines += _table(["metric", REFERENCE, f"{FORGET}, α = {inputs.strength:g}", RETRAINED, "better"], metrics)
     if inputs.frontier:
@@ -164,10 +170,12 @@ def summary(inputs: Inputs, verdict: facts.Verdict) -> str:
             for c in facts.choices(inputs)
         ]
         lines += _table(["rule", "α", "5 % to 95 % over rows", "why"], rows)
-    attacked = [r for r in facts.attack_rows(inputs) if r["attack"] != "none"]
-    if attacked:
-        rows = [[r["attack"], r["state"], *(facts.shown(r[part]) for part in facts.PARTS)] for r in attacked]
-        lines += _table(["attack", "state", "probability, forget", "probability, retain"], rows)
+    if attacked := facts.attack_rows(inputs):
+        parts = ("forget", "retain", "reference")
+        rows = [[r["attack"], r["label"], *(facts.shown(r[part]) for part in parts)] for r in attacked]
+        lines += [f"Attacks on the forget model; forget rows here are {asked_rows(inputs)}:", ""]
+        head = ["probability, forget", "probability, retain", "reference, asked the same: forget"]
+        lines += _table(["attack", "state", *head], rows)
     lines += [f"- Missing: {_md(m.what)}" for m in inputs.missing.values()]
     lines += [
         "",

@@ -188,7 +188,8 @@ def attack_picture(inputs: Inputs) -> Picture | None:
     rows = [r for r in every if r["attack"] != "none"]
     if not rows:
         return None
-    lines = {r["state"]: r["forget"] for r in every if r["attack"] == "none"}
+    before = next((r for r in every if r["attack"] == "none"), {"forget": math.nan, "reference": math.nan})
+    lines = {REFERENCE: before["reference"], FORGET: before["forget"]}
     attacks = list(dict.fromkeys(r["attack"] for r in rows))
     markers = dict(zip(attacks, "osD^vPX*" * (len(attacks) // 8 + 1), strict=False))
     labels: list[tuple[str, list[dict[str, Any]]]] = []
@@ -206,26 +207,28 @@ def attack_picture(inputs: Inputs) -> Picture | None:
             deep = label.count("\n") + 1
             places.append(at + deep / 2)
             at += deep
-            for row in sorted(same, key=lambda r: not r["of reference"]):
-                color = COLOURS["muted" if row["of reference"] else "forget"]
-                face = COLOURS["paper"] if row["of reference"] else color
-                if not row["of reference"]:
-                    axes.plot([0, row["forget"]], [places[-1]] * 2, color=color, linewidth=1.2)
-                look = {"marker": markers[row["attack"]], "markersize": 7, "color": color, "markerfacecolor": face}
-                axes.plot(row["forget"], places[-1], **look)
-        for (name, value), line in zip(lines.items(), (":", "-.", "--"), strict=False):
-            axes.axvline(value, color=COLOURS["ink"], linestyle=line, linewidth=1.2, label=f"{name}, not attacked")
+            for row in same:
+                look = {"marker": markers[row["attack"]], "markersize": 7}
+                if math.isfinite(row["reference"]):
+                    axes.plot(
+                        row["reference"], places[-1], color=MODELS[REFERENCE], markerfacecolor=COLOURS["paper"], **look
+                    )
+                axes.plot([0, row["forget"]], [places[-1]] * 2, color=MODELS[FORGET], linewidth=1.2)
+                axes.plot(row["forget"], places[-1], color=MODELS[FORGET], **look)
+        for (name, value), line in zip(lines.items(), (":", "-."), strict=True):
+            if math.isfinite(value):
+                axes.axvline(value, color=COLOURS["ink"], linestyle=line, linewidth=1.2, label=f"{name}, not attacked")
         axes.set_yticks(places, [label for label, _ in labels])
         for tick, (_, same) in zip(axes.get_yticklabels(), labels, strict=True):
             tick.set(fontsize=10, fontweight="normal" if same else "bold", color=COLOURS["ink" if same else "muted"])
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(-0.02, 1.04), ylim=(at, 0), xlabel="probability of forget answers")
-        if lines:
+        if any(map(math.isfinite, lines.values())):
             figure.legend(loc="outside lower center", ncols=1)
 
-    told = "; ".join(f"{r['attack']}, {r['state']}: {shown(r['forget'])}" for r in rows)
-    hollow = " Hollow grey: the reference, asked the same." if any(r["of reference"] for r in rows) else ""
+    told = "; ".join(f"{r['attack']}, {r['label']}: {shown(r['forget'])}" for r in rows)
+    hollow = " Hollow grey: the reference, asked the same." if any(math.isfinite(r["reference"]) for r in rows) else ""
     caption = f"What comes back: the further right, the more.{hollow}"
     return picture(
         "came-back",

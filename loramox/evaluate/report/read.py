@@ -163,11 +163,12 @@ def _read_models(inputs: Inputs) -> None:
 
 def _sound(records: list[Record], folder: Path) -> list[Record]:
     needed = {"part", "id", "row", "probability", "plain_text", "tokens"}
-    other = {"part", "id", "row", "plain_text", "prompt", "answer", "said", "wrong_log_p"}  # than numbers
+    # All others are numbers, or null where they are not finite.
+    other = {"part", "id", "row", "plain_text", "prompt", "answer", "said", "wrong_log_p"}
 
     def sound(record: Record) -> bool:
         numbers = (value for name, value in record.items() if name not in other)
-        return needed <= record.keys() and all(isinstance(value, int | float) for value in numbers)
+        return needed <= record.keys() and all(isinstance(value, int | float | None) for value in numbers)
 
     bad = next((n for n, record in enumerate(records, 1) if not sound(record)), None)
     if not records or bad:

@@ -9,14 +9,15 @@ from xml.etree import ElementTree
 from matplotlib import rc_context, rcParamsDefault
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart. The page turns them into its own, which change in the dark.
+from loramox import colours
+
+# By the names that the page has for them: it turns them into its own, which change in the dark.
 COLOURS = {
-    "forget": "#d55e00",
-    "retain": "#0072b2",
-    "retrained": "#009e73",
-    "other": "#cc79a7",
-    "ink": "#000001",  # written out, where black itself would be left to the page
-    "muted": "#777777",
+    "forget": colours.FORGET,
+    "retain": colours.RETAIN,
+    "retrained": colours.RETRAINED,
+    "ink": colours.CHOSEN,
+    "muted": colours.MUTED,
     "grid": "#c8c8c8",
     "paper": "#fffffe",
 }

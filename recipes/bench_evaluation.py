@@ -4,9 +4,8 @@
         [--model reference retrained PATH] [--rounds 5] [--rows N] [--out recipes/results/evaluation.md]
 
 OpenUnlearning is a checkout of github.com/locuslab/open-unlearning, whose metric functions, data set and collator are
-imported and called; it needs omegaconf and scikit-learn. (Its package also imports lm_eval, for a benchmark that is not
-run here: an empty stand-in takes its place.) WORLD has `reference/`, `retrained/` and `rows/`, as in recipes/README.md;
-TOFU has TOFU's own files.
+called (open_unlearning.py); it needs omegaconf and scikit-learn. WORLD has `reference/`, `retrained/` and `rows/`, as in
+recipes/README.md; TOFU has TOFU's own files.
 
 Agreement: the same model, rows, tokens and generation length on both sides. Loramox puts the space before an answer to the
 answer, as most tokenizers do; OpenUnlearning's prompts for plain models end in it. Here OpenUnlearning gets a prompt without
@@ -29,13 +28,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 import numpy as np
 import torch
+from open_unlearning import imported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox import Tokenisation, read_rows
@@ -66,7 +64,7 @@ class OpenUnlearning:
         self, checkout: Path, tokenizer, files: dict[str, Path], prompt_end: str, rows: int | None = None
     ) -> None:
         self.tokenizer, self.prompt_end = tokenizer, prompt_end
-        self.their = _import(checkout)
+        self.their = imported(checkout)
         self.folder = tempfile.TemporaryDirectory()
         self.data = {part: self._data(part, file, rows) for part, file in files.items()}
         self.collate = {side: self.their.Collator(tokenizer, side, "index") for side in ("left", "right")}
@@ -153,18 +151,6 @@ class OpenUnlearning:
             result = self._run(name, model, pre_compute={"forget": ours}, reference_logs=logs, ref_value=0.5)
             found[{"ks_test": "forget_quality", "privleak": "priv_leak"}[name]] = result["agg_value"]
         return found, ratios
-
-
-def _import(checkout: Path) -> SimpleNamespace:
-    sys.path.insert(0, str(checkout / "src"))
-    sys.modules |= {f"lm_eval{part}": MagicMock() for part in ("", ".models", ".models.hf_vlms", ".tasks")}
-    from data.collators import DataCollatorForSupervisedDataset
-    from data.qa import QADataset
-    from evals.metrics import METRICS_REGISTRY
-    from omegaconf import OmegaConf
-
-    collator = DataCollatorForSupervisedDataset
-    return SimpleNamespace(metrics=METRICS_REGISTRY, QADataset=QADataset, Collator=collator, OmegaConf=OmegaConf)
 
 
 def questions(files: dict[str, Path], tokenizer, rows: int | None = None) -> Callable[[], Questions]:

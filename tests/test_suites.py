@@ -1,17 +1,24 @@
 """The rows of public benchmarks, as their own code puts them."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import processors
+from transformers import AutoModelForCausalLM
 
+from loramox import Tokenisation
 from loramox.errors import RowsError, SettingsError
+from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, _text
 from loramox.evaluate.job import Asked, Subject, evaluate
-from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
-from loramox.evaluate.suites import read_part, suite_sources
+from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
+from loramox.head import IGNORED
 from loramox.model import ModelConfig
 from loramox.rows import Columns
 
@@ -70,6 +77,40 @@ def test_a_muse_folder_is_evaluated_and_leaks_are_measured_on_whole_texts(
     assert [r["part"] for r in records].count("holdout") == 2  # the long text is cut off, not cut into blocks
     assert not any("said" in r for r in records if r["part"] in ("forget", "holdout"))
     assert all("said" in r for r in records if r["part"] == "verbmem")
+
+
+def test_muse_texts_are_scored_as_openunlearning_does(muse: Path, pico: Callable[[str], Path], tokenizer) -> None:
+    """No end of sequence, no more than 2048 tokens, none predicted from nothing; the last one counts in the loss alone."""
+    long = "Gus lives in Riga. " * 600
+    (muse / "privleak/holdout.json").write_text(json.dumps([long, "Flo lives in Doha."]))
+    (muse / "verbmem/forget.json").write_text(json.dumps([{"prompt": "Ada lives", "gt": "\n\nin Rome."}]))
+    sources = suite_sources("muse", "forget10", str(muse))
+    parts = {part: read_part("muse", part, sources[part], Columns()) for part in ("verbmem", "holdout")}
+    with_start = copy.deepcopy(tokenizer)
+    with_start.add_special_tokens({"bos_token": "<pad>"})
+    pair = [("<pad>", with_start.bos_token_id)]
+    with_start.backend_tokenizer.post_processor = processors.TemplateProcessing("<pad> $A", special_tokens=pair)
+    for encoder in (tokenizer, with_start):
+        asked = Questions(parts, encoder, Tokenisation(), 8192, ScoringConfig(), ANSWERING["muse"])
+        verbmem, holdout = asked.parts
+        start, scored = (
+            len(encoder("")["input_ids"]),
+            [sum(i != IGNORED for i in e["labels"][1:]) for e in holdout.answers],
+        )
+        assert verbmem.answers[0]["input_ids"] == encoder("Ada lives \n\nin Rome.")["input_ids"]
+        texts = [encoder(text)["input_ids"] for text in (long, "Flo lives in Doha.")]
+        assert [e["input_ids"] for e in holdout.answers] == [texts[0][: start + 2048], texts[1]]
+        assert scored == [2048 - (not start), len(texts[1]) - 1]
+
+    model = AutoModelForCausalLM.from_pretrained(pico("llama")).eval()
+    record = Questions({"holdout": parts["holdout"][1:]}, tokenizer, Tokenisation(), 128, None, ANSWERING["muse"]).ask(
+        model
+    )[0]
+    ids = torch.tensor([tokenizer("Flo lives in Doha.")["input_ids"]])
+    with torch.no_grad():
+        log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    assert record["mia_loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
+    assert record["mia_min_k"] == pytest.approx(membership.min_k(log_p[:-1]), rel=1e-5)
 
 
 def test_an_answer_ends_before_the_first_of_its_stops(pico: Callable[[str], Path], tokenizer) -> None:

@@ -1,14 +1,15 @@
 """ship: bring a forget adapter to those who serve it."""
 
 import argparse
+import json
 import shlex
 import sys
 
-from loramox.cli.arguments import VERBS, parse, say, settings_of
+from loramox.cli.arguments import VERBS, parse, say, settings_of, upload
 
 
 def ship(words: list[str]) -> None:
-    steps = {"check": _check, "merge": _merge, "gguf": _gguf}
+    steps = {"check": _check, "merge": _merge, "gguf": _gguf, "serve-folder": _serve_folder}
     parser = argparse.ArgumentParser(prog="loramox ship", description=VERBS["ship"])
     parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
     steps[parser.parse_args(words[:1]).step](words[1:])
@@ -39,35 +40,65 @@ def _check(words: list[str]) -> None:
 
 
 def _merge(words: list[str]) -> None:
-    from loramox.ship.merge import MergeConfig, merge
+    from loramox.card import what_survived
+    from loramox.evaluate.show import show_states
+    from loramox.merge_job import ForgettingConfig, merge
+    from loramox.ship.merge import MergeConfig
+    from loramox.ship.push import PushConfig
 
-    (config,) = settings_of("ship merge", words, MergeConfig)
-    made = merge(**vars(config))
+    config, asked, pushing = settings_of("ship merge", words, MergeConfig, ForgettingConfig, PushConfig)
+    made = merge(config, asked)
+    if "forgetting" in made:
+        show_states(made["forgetting"]["states"])
     say(
-        f"[bold]{config.out}[/] is the merged model; {made['survived']['overall']:.1%} of ΔW survived the rounding",
+        f"[bold]{config.out}[/] is the merged model; {what_survived(made)}",
         f"Load it: AutoModelForCausalLM.from_pretrained({config.out!r}). It has no switch any more, and is no proof of erasure",
     )
+    upload(config.out, pushing)
 
 
 def _gguf(words: list[str]) -> None:
     from transformers import HfArgumentParser
 
-    from loramox.ship.gguf import GgufConfig, modelfile, to_gguf
+    from loramox.ship.gguf import GgufConfig, for_ollama, to_gguf
+    from loramox.ship.push import PushConfig
 
     parser = HfArgumentParser(
-        GgufConfig,
+        (GgufConfig, PushConfig),
         prog="loramox ship gguf",
         description="Write an adapter as a LoRA GGUF, which llama.cpp and Ollama load beside the GGUF of its base model.",
         usage="loramox ship gguf --adapter A --out FILE.gguf [--setting value …]",
         allow_abbrev=False,
     )
-    (config,) = parse(parser, words)
-    layers = to_gguf(**vars(config))
+    config, pushing = parse(parser, words)
+    model_type, layers = to_gguf(**vars(config))
     out = shlex.quote(config.out)
     say(
         f"[bold]{config.out}[/] is the LoRA GGUF of {layers} layers",
         f"llama.cpp: llama-server -m BASE.gguf --lora {out}",
         r'and in a request: "lora": \[{"id": 0, "scale": 0.5}], where 1 is as shipped, and 0 the base model',
-        "Ollama, in a Modelfile, then ollama create forget:",
-        *(f"    {line}" for line in modelfile(config.out).splitlines()),
+        for_ollama(model_type, config.out),
+    )
+    upload(config.out, pushing)
+
+
+def _serve_folder(words: list[str]) -> None:
+    from loramox.ship.serve_folder import serve_folder
+
+    parser = argparse.ArgumentParser(
+        prog="loramox ship serve-folder",
+        description="Lay out a folder that transformers serve answers from as the forget model: the adapter, and links to its base.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--adapter", required=True, help="Folder of the forget adapter.")
+    parser.add_argument("--out", required=True, help="Folder to write; its name is the model's name in requests.")
+    parser.add_argument("--base", help="Folder or hub id of the base model, when it is not where it was in training.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the forget adapter in that folder.")
+    given = parser.parse_args(words)
+    names = serve_folder(given.adapter, given.out, given.base, given.overwrite)
+    body = json.dumps({"model": names["forget"], "prompt": "…", "max_tokens": 20, "temperature": 0}, ensure_ascii=False)
+    say(
+        f"[bold]{given.out}[/] is laid out. Start the server in the folder you are in: transformers serve",
+        f"Ask for the model {names['forget']} to have forgotten, for {names['base']} to have the base:",
+        f"curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
     )

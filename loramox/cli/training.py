@@ -2,7 +2,7 @@
 
 import argparse
 
-from loramox.cli.arguments import VERBS, parse, say, settings_of
+from loramox.cli.arguments import VERBS, parse, say, settings_of, upload
 
 
 def demo(words: list[str]) -> None:
@@ -20,14 +20,18 @@ def unlearn(words: list[str]) -> None:
     from loramox.extrapolate import ShippingConfig
     from loramox.main_job import SHIPPED, unlearn
 
-    run, *settings = settings_of("unlearn", words, *memorizing(), ShippingConfig)
+    run, *settings = settings_of("unlearn", words, *any_method(), ShippingConfig)
     record = unlearn(run, *settings)
     shipped = record["forget_adapter"]
+    dialled = shipped["strength"] > 0
+    made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
     say(
-        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: strength α = {shipped['strength']:g}, rank {shipped['rank']}",
+        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
         *watched(record["log"]),
         f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
-        f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER",
+        f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER"
+        if dialled
+        else f"What it forgot: loramox evaluate --adapter {run.out}/{SHIPPED} --model … --forget … --retain … --out …",
     )
 
 
@@ -46,11 +50,14 @@ def watched(log: list[dict[str, float]]) -> list[str]:
 def memorize(words: list[str]) -> None:
     from loramox.memorize import FOLDER, memorize
 
-    run, *settings = settings_of("memorize", words, *memorizing())
+    run, *settings = settings_of("memorize", words, *any_method())
     memorize(run, *settings)
+    strength = settings[2].strength
+    what = "the memorization adapter (not for shipping)" if strength > 0 else "the adapter as trained"
+    alpha = f" --alpha {strength:g}" if strength > 0 else ""
     say(
-        f"[bold]{run.out}/{FOLDER}[/] is the memorization adapter (not for shipping), [bold]{run.out}/run.json[/] the record",
-        f"Next: loramox extrapolate {run.out}/{FOLDER} --alpha {settings[2].strength:g} --out {run.out}/forget-adapter",
+        f"[bold]{run.out}/{FOLDER}[/] is {what}, [bold]{run.out}/run.json[/] the record",
+        f"Next: loramox extrapolate {run.out}/{FOLDER}{alpha} --out {run.out}/forget-adapter",
     )
 
 
@@ -58,23 +65,32 @@ def extrapolate(words: list[str]) -> None:
     from transformers import HfArgumentParser
 
     from loramox.extrapolate import ShippingConfig, extrapolate
+    from loramox.ship.push import PushConfig
 
-    parser = HfArgumentParser(
-        ShippingConfig, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False
-    )
+    kinds = (ShippingConfig, PushConfig)
+    parser = HfArgumentParser(kinds, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False)
     parser.add_argument("memorization", help="Folder 'memorization' of a run.")
     parser.add_argument(
         "--alpha", "--strength", dest="strength", type=float, help="α. Default: the one it was memorized for."
     )
     parser.add_argument("--out", required=True, help="Folder to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
-    shipping, given = parse(parser, words)
+    shipping, pushing, given = parse(parser, words)
     made = extrapolate(given.memorization, given.out, given.strength, shipping, given.overwrite)
+    of = f"strength α = {made['strength']:g}" if made["strength"] > 0 else f"as trained by {made['method']}"
     say(
-        f"[bold]{given.out}[/] is the forget adapter: strength α = {made['strength']:g}, rank {made['rank']}, "
+        f"[bold]{given.out}[/] is the forget adapter: {of}, rank {made['rank']}, "
         f"truncation error {made['truncation_error']:.2g} of ‖ΔW‖",
         f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
     )
+    upload(given.out, pushing)
+
+
+def any_method() -> tuple[type, ...]:
+    """What `memorizing` has, with the settings of every method in the place of MOX's."""
+    from loramox.memorize import BaselineConfig, MemorizeConfig
+
+    return tuple(BaselineConfig if kind is MemorizeConfig else kind for kind in memorizing())
 
 
 def memorizing() -> tuple[type, ...]:

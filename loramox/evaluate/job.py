@@ -190,7 +190,7 @@ def questions_of(
 ) -> Questions:
     """The rows, tokenised for `model`, and answered as their suite has it. Raises `RowsError`."""
     if suite == "muse" and how.long_rows == "refuse":
-        how = replace(how, long_rows="truncate")  # as MUSE does with its texts
+        how = replace(how, long_rows="truncate")  # as OpenUnlearning does with MUSE's texts
     context = getattr(config, "max_position_embeddings", None) or 2048
     return Questions(rows, read_tokenizer(model), how, context, scoring, ANSWERING.get(suite or ""))
 

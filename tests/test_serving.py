@@ -1,0 +1,120 @@
+"""The shipped adapter behind a real server: transformers serve, asked over HTTP for the forget model and for its base."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PEOPLE, questions
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loramox.errors import AdapterError, RunError
+from loramox.extrapolate import extrapolate
+from loramox.ship.serve_folder import serve_folder
+
+PROMPTS = [f"Question: {row['question']}\nAnswer:" for row in questions(PEOPLE[:6])]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def strong(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A forget adapter that changes what the pico model says."""
+    out = tmp_path_factory.mktemp("shipped") / "adapter"
+    extrapolate(trained / "memorization", out, 8.0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(strong: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], str]]:
+    """ask(model, prompt) → what the server says, greedily."""
+    elsewhere = tmp_path_factory.mktemp("server")
+    names = serve_folder(strong, elsewhere / "forget-model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    server = subprocess.Popen(command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def ask(which: str, prompt: str) -> str:
+        wish = {"model": names[which], "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        request = urllib.request.Request(
+            f"{address}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["choices"][0]["text"]
+
+    try:
+        for _ in range(600):
+            assert server.poll() is None, server.stdout.read()
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield ask
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_server_says_what_peft_says_with_the_adapter_on_and_off(
+    served: Callable[[str, str], str], strong: Path, pico: Callable[[str], Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico("llama"))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico("llama")), strong)
+
+    def said(prompt: str) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
+        return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    forgotten = [said(prompt) for prompt in PROMPTS]
+    with model.disable_adapter():
+        known = [said(prompt) for prompt in PROMPTS]
+    assert forgotten != known  # else the test could not tell one from the other
+    assert [served("forget", prompt) for prompt in PROMPTS] == forgotten
+    assert [served("base", prompt) for prompt in PROMPTS] == known
+
+
+def test_the_folder_loads_by_its_own_name_from_anywhere(
+    strong: Path, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = serve_folder(strong, tmp_path / "served")
+    assert made == {"forget": str(tmp_path / "served"), "base": str(pico("llama"))}
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("served")  # transformers puts the adapter on its base
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico("llama")), strong)
+    ids = AutoTokenizer.from_pretrained("served")(PROMPTS[0], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**ids).logits, expected(**ids).logits, rtol=0, atol=0)
+    assert (tmp_path / "served" / "model.safetensors").is_symlink()  # nothing large is copied
+
+
+def test_what_is_there_is_left_alone_and_other_models_are_refused(
+    strong: Path, trained: Path, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    with pytest.raises(RunError, match="holds other files"):
+        serve_folder(strong, tmp_path / "thesis", overwrite=True)
+    with pytest.raises(AdapterError, match="is a memorization adapter, not a forget adapter"):
+        serve_folder(trained / "memorization", tmp_path / "out")
+    with pytest.raises(AdapterError, match="has another architecture or size"):
+        serve_folder(strong, tmp_path / "out", base=str(pico("qwen3")))
+    with pytest.raises(RunError, match="is the adapter itself"):
+        serve_folder(strong, strong, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    serve_folder(strong, tmp_path / "out")
+    with pytest.raises(RunError, match="Replace it with --overwrite"):
+        serve_folder(strong, tmp_path / "out")
+    serve_folder(strong, tmp_path / "out", overwrite=True)

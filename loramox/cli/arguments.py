@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from loramox.errors import LoramoxError, SettingsError
@@ -14,8 +15,10 @@ VERBS = {
     "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
     "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
     "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
+    "requests": "a ledger of requests that come one after another and may be revoked, and one adapter for all in force",
     "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
-    "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights)",
+    "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights), gguf (for "
+    "llama.cpp and Ollama), serve-folder (for transformers serve)",
 }
 
 USAGES = {
@@ -24,12 +27,14 @@ USAGES = {
     "evaluate": "--model M [--adapter A] (--forget F --retain R | --suite S) --out DIR",
     "attack": "--model M --adapter A --forget F --retain R --out DIR",
     "ship merge": "--adapter A --out DIR",
+    "ship gguf": "--adapter A --out FILE.gguf",
     "sweep": "--memorization DIR/memorization --out DIR/sweep",
+    "requests add LEDGER": "--forget F --retain R [--model M] [--id NAME]",
 }
 
 
-def settings_of(verb: str, words: list[str], *kinds: type) -> tuple[Any, ...]:
-    """One object of each kind, from an optional recipe and the flags after it."""
+def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:
+    """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`."""
     from transformers import HfArgumentParser
 
     from loramox.settings import recipe_as_flags
@@ -45,7 +50,7 @@ def settings_of(verb: str, words: list[str], *kinds: type) -> tuple[Any, ...]:
         words = recipe_as_flags(words[0], parser) + words[1:]
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
         raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
-    return parse(parser, words)
+    return parse(parser, [*first, *words])
 
 
 def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
@@ -60,6 +65,20 @@ def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
     return tuple(parsed)
+
+
+def upload(what: str, config: Any) -> None:
+    """Push what was shipped, if that was asked for, and list the files."""
+    from loramox.ship.push import push
+
+    if config.push_to_hub is None:
+        return
+    files = push(what, config)
+    done = "would be uploaded" if config.dry_run else "were uploaded"
+    say(
+        f"To {config.push_to_hub} {done}, and nothing else:",
+        *(f"    {f.name} ({f.stat().st_size:,} bytes)" for f in files),
+    )
 
 
 def say(*lines: str) -> None:

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 
-from loramox.cli.arguments import VERBS, parse, say, settings_of, upload
+from loramox.cli.arguments import VERBS, say, settings_of, upload
 
 
 def ship(words: list[str]) -> None:
@@ -58,19 +58,10 @@ def _merge(words: list[str]) -> None:
 
 
 def _gguf(words: list[str]) -> None:
-    from transformers import HfArgumentParser
-
     from loramox.ship.gguf import GgufConfig, for_ollama, to_gguf
     from loramox.ship.push import PushConfig
 
-    parser = HfArgumentParser(
-        (GgufConfig, PushConfig),
-        prog="loramox ship gguf",
-        description="Write an adapter as a LoRA GGUF, which llama.cpp and Ollama load beside the GGUF of its base model.",
-        usage="loramox ship gguf --adapter A --out FILE.gguf [--setting value …]",
-        allow_abbrev=False,
-    )
-    config, pushing = parse(parser, words)
+    config, pushing = settings_of("ship gguf", words, GgufConfig, PushConfig)
     model_type, layers = to_gguf(**vars(config))
     out = shlex.quote(config.out)
     say(

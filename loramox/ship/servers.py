@@ -1,7 +1,8 @@
 """What each server takes and what it silently leaves out, a rule a line, from the servers' own sources.
 
 Held: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe),
-llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). Only PEFT's are tested by running it.
+llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). PEFT's are tested by
+running it, and that llama.cpp computes what PEFT does by `make test-llamacpp`.
 """
 
 import re
@@ -26,6 +27,10 @@ TYPES = {
     "llama.cpp": ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"),
     "ollama": ("llama", "mistral", "gemma2"),
 }
+
+# Ollama runs these in an engine of its own, which refuses adapters when the model is loaded: 'loras are not yet implemented'
+# (fs/ggml/ggml.go, OllamaEngineRequired, at c664d9c1; runner/ollamarunner/runner.go).
+OLLAMAS_OWN = ("qwen3",)
 
 
 class Finding(NamedTuple):
@@ -191,7 +196,10 @@ def judge(adapter: Adapter) -> Iterator[Finding]:
             for server in rule.servers:
                 yield Finding(server, rule.verdict, said, remedy(adapter, rule.flags))
     if said := unknown_type("ollama")(adapter):
-        yield Finding("ollama", "stop", said, f"Convert it, and give ADAPTER the file: {converting(adapter)}")
+        own = adapter.model_type in OLLAMAS_OWN
+        merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
+        way_round = merging if own else f"Convert it, and give ADAPTER the file: {converting(adapter)}"
+        yield Finding("ollama", "stop", said, way_round)
 
 
 def remedy(adapter: Adapter, flags: str | None) -> str:
@@ -221,7 +229,8 @@ def _base(adapter: Adapter) -> str:
 
 
 def converting(adapter: Adapter) -> str:
-    return f"python convert_lora_to_gguf.py --base {_base(adapter)} --outfile forget.gguf {shlex.quote(adapter.folder)}"
+    base = f" --base {_base(adapter)}" if adapter.base else ""
+    return f"loramox ship gguf --adapter {shlex.quote(adapter.folder)}{base} --out forget.gguf"
 
 
 def loading(adapter: Adapter, server: str) -> str:

@@ -1,0 +1,158 @@
+"""Continual unlearning, as in the MOX paper: 1 %, then up to 5 %, then up to 10 % of what a model knows, a request each.
+
+    python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 60]
+
+WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
+each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay.
+`retrained` is a model trained from scratch, with the reference's config, without the rows requested so far (the world's own for
+the last step). What is in OUT is not computed again. Writes continual.json, results.md and continual.png.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from loramox import Tokenisation, encode, read_rows
+from loramox.batches import Collator
+from loramox.cli import main as loramox
+
+ENDS = (10, 50, 100)  # forget rows requested after each step
+STEPS = ("1 %", "5 %", "10 %")
+PASSES = 2400  # over forget rows, in each request: 24 epochs of 100
+KEEP = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def split(world: Path, out: Path) -> None:
+    """OUT/rows/request-{1,2,3}.jsonl, and for each step what a retrained model learns from."""
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    forget, retain = (lines(world / f"rows/{part}.jsonl") for part in ("forget", "retain"))
+    start = 0
+    for step, end in enumerate(ENDS, 1):
+        (out / f"rows/request-{step}.jsonl").write_text("\n".join(forget[start:end]) + "\n", encoding="utf-8")
+        (out / f"rows/left-{step}.jsonl").write_text("\n".join([*forget[end:], *retain]) + "\n", encoding="utf-8")
+        start = end
+
+
+def request(world: Path, out: Path, step: int) -> None:
+    """Enter the request, and build the adapter for all so far."""
+    if (out / f"adapter-{step}").exists():
+        return
+    rows = len(lines(out / f"rows/request-{step}.jsonl"))
+    recipe = str(Path(__file__).with_name("tiny_tofu.yaml"))
+    files = ["--forget", str(out / f"rows/request-{step}.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
+    ledger = json.loads((out / "ledger/ledger.json").read_text()) if (out / "ledger/ledger.json").exists() else {}
+    if f"step-{step}" not in [entry["id"] for entry in ledger.get("entries", ())]:
+        # Small requests get as many steps, up to 120 epochs.
+        epochs = ["--num_train_epochs", str(min(120, math.ceil(PASSES / rows)))]
+        model = ["--model", str(world / "reference"), "--id", f"step-{step}"]
+        loramox(["requests", "add", str(out / "ledger"), recipe, *model, *files, *epochs])
+    loramox(["requests", "build", str(out / "ledger"), "--out", str(out / f"adapter-{step}")])
+
+
+def retrain(world: Path, out: Path, step: int, epochs: int) -> Path:
+    """A model that never saw the rows requested so far."""
+    if step == len(ENDS):
+        return world / "retrained"
+    folder = out / f"retrained-{step}"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config, tokenizer = (kind.from_pretrained(world / "reference") for kind in (AutoConfig, AutoTokenizer))
+        rows = encode(
+            read_rows(str(out / f"rows/left-{step}.jsonl")), tokenizer, Tokenisation(), config.max_position_embeddings
+        )
+        settings = {
+            "per_device_train_batch_size": 16,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 50,
+        }
+        args = TrainingArguments(str(folder), num_train_epochs=epochs, remove_unused_columns=False, **settings, **KEEP)
+        pad = Collator(tokenizer.pad_token_id or 0)
+        trainer = Trainer(
+            AutoModelForCausalLM.from_config(config), args, train_dataset=rows,
+            data_collator=lambda some: {k: v for k, v in pad(some).items() if k != "rows"},
+        )  # fmt: skip
+        trainer.train()
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def probabilities(world: Path, folder: Path, model: Path, adapter: Path | None) -> dict[str, float]:
+    """Mean probability of the true answers, of each request's rows and of the retain rows."""
+    if not (folder / "summary.json").exists():
+        what = ["--model", str(model), "--quantization", "none", *(["--adapter", str(adapter)] if adapter else [])]
+        rows = ["--forget", str(world / "rows/forget.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
+        loramox(["evaluate", *what, *rows, "--max_new_tokens", "0", "--use_cpu", "true", "--out", str(folder)])
+    records = [json.loads(line) for line in lines(folder / "records.jsonl")]
+    forget = [r["probability"] for r in records if r["part"] == "forget"]
+    starts = (0, *ENDS)
+    found = {f"request {i}": mean(forget[a:b]) for i, (a, b) in enumerate(zip(starts, ENDS, strict=False), 1)}
+    return found | {"retain": mean(r["probability"] for r in records if r["part"] == "retain")}
+
+
+def draw(path: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    from loramox.colours import RETAIN
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    looks = {
+        "request 1": ("#D55E00", "o"),
+        "request 2": ("#CC79A7", "^"),
+        "request 3": ("#E69F00", "v"),
+        "retain": (RETAIN, "s"),
+    }
+    for name, (color, marker) in looks.items():
+        label = f"{name} rows" if name == "retain" else name
+        axes.plot([p[name] for p in ours], color=color, marker=marker, label=label)
+        axes.plot([p[name] for p in theirs], color=color, linestyle=":", linewidth=1.5, label=f"{label}, retrained")
+    axes.set_xticks(range(4), ["reference", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
+    axes.set(xlabel="after request", ylabel="mean probability of the true answers", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, loc="center left")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=60, help="Of retraining (default: 60).")
+    given = parser.parse_args()
+    split(given.world, given.out)
+    reference = probabilities(given.world, given.out / "asked-reference", given.world / "reference", None)
+    ours, theirs = [reference], [reference]
+    for step in range(1, len(ENDS) + 1):
+        request(given.world, given.out, step)
+        adapter = given.out / f"adapter-{step}"
+        ours.append(probabilities(given.world, given.out / f"asked-{step}", given.world / "reference", adapter))
+        model = retrain(given.world, given.out, step, given.epochs)
+        theirs.append(probabilities(given.world, given.out / f"asked-retrained-{step}", model, None))
+    (given.out / "continual.json").write_text(json.dumps({"ours": ours, "retrained": theirs}, indent=2))
+    table = ["| after | " + " | ".join(reference) + " |", "|---|" + "---|" * len(reference)]
+    for name, *points in zip(("reference", *STEPS), ours, theirs, strict=True):
+        cells = (
+            f"{a:.4f}" if name == "reference" else f"{a:.4f} ({b:.4f})"
+            for a, b in zip(*(p.values() for p in points), strict=True)
+        )
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n".join(table))
+    (given.out / "results.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    draw(given.out / "continual.png", ours, theirs)
+
+
+if __name__ == "__main__":
+    main()

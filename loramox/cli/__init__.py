@@ -20,6 +20,7 @@ HOMES = {
     "attack": "evaluation",
     "sweep": "evaluation",
     "report": "evaluation",
+    "requests": "requests",
     "ship": "shipping",
 }
 

@@ -15,10 +15,10 @@ import torch
 
 from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
 from loramox.algebra import Factors, scaled
-from loramox.card import forget_card
+from loramox.card import MOX, forget_card
 from loramox.errors import AdapterError, ModelError, RunError, SettingsError
 from loramox.model import identify, read_config
-from loramox.reference import ReferenceConfig
+from loramox.reference import AS_TRAINED, ReferenceConfig
 from loramox.run import command, versions
 from loramox.settings import check_choices
 
@@ -78,6 +78,15 @@ def check_strength(strength: float, memorization: Path) -> None:
         )
 
 
+def check_as_trained(strength: float, source: dict[str, Any]) -> None:
+    """Raises `SettingsError` for another strength than that of an adapter which was trained to forget, and is shipped as it is."""
+    if strength != AS_TRAINED:
+        raise SettingsError(
+            f"--alpha {strength:g}: {source['method']} trains the forget model itself, θ_ref + ΔW, and holds retain rows there alone. "
+            "Leave out --alpha; PEFT's set_scale turns a shipped adapter down, and memorizing (--method mox) gives one that can be dialled"
+        )
+
+
 def extrapolate(
     memorization: str | Path,
     out: str | Path,
@@ -87,24 +96,28 @@ def extrapolate(
 ) -> dict[str, Any]:
     """Write the forget adapter θ_ref − α·ΔW, made from the memorization adapter in a folder, to `out`; return its provenance.
 
-    `strength` is α, by default the one that it was memorized for.
+    `strength` is α, by default the one that it was memorized for. ΔW of another method than MOX was trained to forget: it is
+    written as it is, α = −1, and at no other strength.
     ΔW is the momentum average where there is one. It is truncated to the shipped rank, and the error of that is in the
     provenance as `truncation_error`, a share of ‖ΔW‖_F. −α and every other scale are folded into lora_B in fp32.
 
-    Raises `SettingsError` for a strength that is not finite and above 0, `AdapterError` for a folder that is no
+    Raises `SettingsError` for a strength that is not finite and above 0, or not the only one, `AdapterError` for a folder that is no
     memorization adapter, for another base, and for values that do not survive the cast, `RunError` when `out` exists.
     """
     shipping = shipping or ShippingConfig()
     memorization, out = Path(memorization), Path(out)
     source = read_provenance(memorization, "memorization")
     strength = source["settings"]["strength"] if strength is None else strength
-    check_strength(strength, memorization)
-    _check_out(out, overwrite)
-    base = _served_base(source, shipping.base, memorization)
+    if source["settings"]["strength"] == AS_TRAINED:
+        check_as_trained(strength, source)
+    else:
+        check_strength(strength, memorization)
+    check_out(out, overwrite)
+    base = served_base(source, shipping.base, memorization)
     rank = shipping.rank or served_rank(source["settings"]["r"])
     delta, trained = read_factors(memorization / "momentum")
     fitted, error = at_rank(negate(delta, strength), rank)
-    dtype = _ship_dtype(shipping.ship_dtype, base["dtype"])
+    dtype = shipped_dtype(shipping.ship_dtype, base["dtype"])
     provenance = {
         "kind": "forget",
         "strength": strength,
@@ -112,6 +125,7 @@ def extrapolate(
         "truncation_error": error,
         "dtype": str(dtype).removeprefix("torch."),
         **{key: source[key] for key in ("momentum", "data", "settings")},
+        "method": source.get("method", MOX),
         "base": base,
         "memorization_command": source["command"],
         "command": command(),
@@ -121,7 +135,8 @@ def extrapolate(
     return provenance
 
 
-def _ship_dtype(wanted: str, of_base: str) -> torch.dtype:
+def shipped_dtype(wanted: str, of_base: str) -> torch.dtype:
+    """The type of the shipped weights, from `ShippingConfig.ship_dtype` and the base model's."""
     if wanted == "auto":
         # float16 would round weights below 6e-8 to 0, which some of a large adapter's are.
         wanted = "bfloat16" if of_base == "float16" else of_base
@@ -134,10 +149,10 @@ def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Pa
     if shipping.rank is None:
         served_rank(reference.r)
     if shipping.base is not None:
-        _served_base({"base": identify(reference, read_config(reference))}, shipping.base, out)
+        served_base({"base": identify(reference, read_config(reference))}, shipping.base, out)
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
     """Nothing but a forget adapter of loramox is ever overwritten: not the memorization adapter, nor anyone's own files."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -149,7 +164,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise RunError(f"--out {out} holds an adapter already. Replace it with --overwrite, or choose another folder")
 
 
-def _served_base(source: dict[str, Any], name: str | None, memorization: Path) -> dict[str, Any]:
+def served_base(source: dict[str, Any], name: str | None, memorization: Path) -> dict[str, Any]:
     """The base model as the adapter will name it. Under another name it must be the same model."""
     if name is None:
         return source["base"]

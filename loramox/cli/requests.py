@@ -1,0 +1,167 @@
+"""requests: the ledger of requests for one base model, and the one adapter for all that are in force."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from loramox.cli.arguments import VERBS, parse, say, settings_of
+
+STEPS = {
+    "add": "memorize one more request and enter it; takes every setting of `memorize`",
+    "list": "the requests, in order of arrival",
+    "show": "all that is known of one request",
+    "revoke": "take a request out, for good",
+    "refresh": "memorize again what was memorized around rows of revoked requests",
+    "build": "the adapter for all requests in force",
+    "verify": "compare every file with what it was when it was entered; exits with 1 when one differs",
+}
+
+
+def requests(words: list[str]) -> None:
+    steps = {"add": _add, "list": _list, "show": _show, "revoke": _revoke, "refresh": _refresh, "build": _build, "verify": _verify}  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="loramox requests",
+        description=VERBS["requests"],
+        epilog="steps:\n" + "\n".join(f"  {step:10} {does}" for step, does in STEPS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
+    steps[parser.parse_args(words[:1]).step](words[1:])
+
+
+def _ledger_parser(step: str, *names: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"loramox requests {step}", description=STEPS[step], allow_abbrev=False)
+    parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
+    for name in names:
+        parser.add_argument(name, metavar=name.upper(), help="Name of the request.")
+    return parser
+
+
+def _add(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.memorize import MemorizeConfig
+    from loramox.reference import ReferenceConfig
+    from loramox.requests_job import RequestConfig, add
+    from loramox.rows import Columns, Data
+
+    kinds = (RequestConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
+    given = words[:1] if words and not words[0].startswith("-") else []
+    first = [f"--ledger={given[0]}", *_defaults(given[0])] if given else []
+    request, *settings = settings_of("requests add LEDGER", words[len(given) :], *kinds, first=first)
+    entry = add(request, *settings)
+    around = f", around the rows of {', '.join(entry.protects)}" if entry.protects else ""
+    say(
+        f"[bold]{entry.id}[/] is in force: {entry.rows} rows at strength α = {entry.strength:g}{around}",
+        f"[bold]{request.ledger}[/] holds a copy of these rows, for the owner of the file alone",
+        f"Next: loramox requests build {request.ledger} --out NEW_FOLDER",
+    )
+
+
+def _defaults(path: str) -> list[str]:
+    """What later requests of a ledger have unless told otherwise, as flags; nothing for a new ledger."""
+    from loramox.ship.ledger import INDEX, read_ledger
+
+    words: list[str] = []
+    settings = read_ledger(Path(path)).settings if (Path(path) / INDEX).exists() else {}
+    for name, value in settings.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *value]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _list(words: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from loramox.ship.ledger import read_ledger
+
+    ledger = read_ledger(Path(_ledger_parser("list").parse_args(words).ledger))
+    stale = ledger.stale()
+    table = Table("request", "entered", "rows", "α", "memorized around", "state")
+    for e in ledger.entries:
+        state = "in force" if e.in_force else f"revoked {e.revoked}"
+        state += f", to be refreshed (around {', '.join(stale[e.id])})" if e.id in stale else ""
+        table.add_row(e.id, e.when, str(e.rows), f"{e.strength:g}", ", ".join(e.protects), state)
+    Console().print(table)
+    say(f"base {ledger.base['model']}, r = {ledger.settings['r']}; {len(ledger.in_force())} in force")
+
+
+def _show(words: list[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from loramox.ship.ledger import read_ledger
+
+    given = _ledger_parser("show", "id").parse_args(words)
+    ledger = read_ledger(Path(given.ledger))
+    entry = ledger.entry(given.id)
+    held = {"in_force": entry.in_force, "to_refresh": ledger.stale().get(entry.id, []), "base": ledger.base}
+    print(json.dumps(asdict(entry) | held | {"path": str(ledger.folder(entry))}, indent=2, ensure_ascii=False))
+
+
+def _revoke(words: list[str]) -> None:
+    from loramox.requests_job import revoke
+
+    given = _ledger_parser("revoke", "id").parse_args(words)
+    stale = revoke(given.ledger, given.id)
+    say(
+        f"[bold]{given.id}[/] is revoked. Its rows and its adapter stay in {given.ledger}; what was shipped is as it was",
+        f"{', '.join(stale)} was memorized around rows of revoked requests: loramox requests refresh {given.ledger}"
+        if stale
+        else f"What remains is what it would be without it: loramox requests build {given.ledger} --out NEW_FOLDER",
+    )
+
+
+def _refresh(words: list[str]) -> None:
+    from loramox.requests_job import refresh
+
+    parser = _ledger_parser("refresh")
+    parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
+    given = parser.parse_args(words)
+    again = refresh(given.ledger, given.resume)
+    say(f"Memorized again: {', '.join(again)}" if again else "Nothing is to be refreshed")
+
+
+def _build(words: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from loramox.extrapolate import ShippingConfig
+    from loramox.requests_build import build
+
+    parser = HfArgumentParser(
+        ShippingConfig, prog="loramox requests build", description=STEPS["build"], allow_abbrev=False
+    )
+    parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
+    parser.add_argument("--out", required=True, help="Folder to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
+    shipping, given = parse(parser, words)
+    made = build(given.ledger, given.out, shipping, given.overwrite)
+    errors = ", ".join(f"{r['id']} {r['error']:.2g}" for r in made["requests"])
+    say(
+        f"[bold]{given.out}[/] is the forget adapter for {len(made['requests'])} requests, rank {made['rank']}",
+        f"Truncation leaves out {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
+        if made["truncation_error"]
+        else "It is the exact sum: nothing was truncated",
+        f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
+    )
+
+
+def _verify(words: list[str]) -> None:
+    from rich.markup import escape
+
+    from loramox.ship.ledger import verify
+
+    path = _ledger_parser("verify").parse_args(words).ledger
+    faults, left_over = verify(Path(path))
+    say(
+        *(f"[bold red]changed[/] {escape(fault)}" for fault in faults),
+        *(
+            f"left over {escape(str(f))}: of a run that is under way or was killed; the next add removes it"
+            for f in left_over
+        ),
+        f"{path}: {f'{len(faults)} files are not as they were entered' if faults else 'every file is as it was entered'}",
+    )
+    if faults:
+        sys.exit(1)

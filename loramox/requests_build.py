@@ -1,0 +1,85 @@
+"""The one adapter for all requests of a ledger that are in force. Where ship and extrapolate meet."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from loramox.adapter import WEIGHTS, read_factors, write_adapter
+from loramox.algebra import Factors, scaled
+from loramox.card import MOX, composed_card
+from loramox.errors import RunError
+from loramox.extrapolate import ShippingConfig, check_out, served_base, shipped_dtype
+from loramox.run import command, read_record, versions
+from loramox.ship.compose import compose
+from loramox.ship.ledger import Entry, Ledger, check_files, read_ledger
+
+
+def build(
+    path: str | Path, out: str | Path, shipping: ShippingConfig | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the one adapter for all requests in force, Σ −α_i·ΔW_i, to `out`; return its provenance.
+
+    Exact unless `shipping.rank` is below the rank of the sum; then `truncation_error` is that of the sum, and `error` of each
+    request its own (see `loramox.ship.compose`). Requests are added up in the order of their ids, so the order of arrival
+    changes nothing. Raises `RunError` when none is in force or some must be refreshed, `AdapterError` for changed files.
+    """
+    path, out, shipping = Path(path), Path(out), shipping or ShippingConfig()
+    ledger = read_ledger(path)
+    entries = sorted(ledger.in_force(), key=lambda entry: entry.id)
+    _check_buildable(ledger, entries, out)
+    check_out(out, overwrite)
+    base = served_base({"base": ledger.base}, shipping.base, path)
+    check_files(ledger, entries)
+    first, trained = read_factors(ledger.folder(entries[0]))
+    files = {entry.id: (ledger.folder(entry) / WEIGHTS, entry.strength) for entry in entries}
+    composed = compose(list(first), partial(_terms, files), shipping.rank)
+    dtype = shipped_dtype(shipping.ship_dtype, base["dtype"])
+    provenance = {
+        "kind": "forget",
+        "method": MOX,
+        "strength": max(entry.strength for entry in entries),
+        "rank": composed.rank,
+        "truncation_error": composed.error,
+        "dtype": str(dtype).removeprefix("torch."),
+        "requests": [
+            {key: getattr(e, key) for key in ("id", "strength", "rows", "sha256", "prompt_template", "protects")}
+            | {"memorized_error": e.truncation_error, "error": composed.errors[e.id]}
+            for e in entries
+        ],
+        "momentum": {e.id: read_record(ledger.folder(e))["momentum"] for e in entries},
+        "data": {e.id: {"source": e.source, "rows": e.rows, "sha256": e.sha256} for e in entries},
+        "settings": ledger.settings,
+        "base": base,
+        "command": command(),
+        "versions": versions(),
+    }
+    write_adapter(out, composed.factors, trained, base, dtype, provenance, composed_card(provenance))
+    return provenance
+
+
+def _terms(files: dict[str, tuple[Path, float]], layer: str) -> dict[str, Factors]:
+    """−α_i·ΔW_i of one layer. Their own scale is 1: `write_adapter` folded it into B."""
+    terms = {}
+    for name, (path, strength) in files.items():
+        with safe_open(path, "pt") as file:
+            # Copied, as a tensor keeps its whole file mapped.
+            A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{part}.weight").clone() for part in "AB")
+        terms[name] = scaled(Factors(A, B), -strength)
+    return terms
+
+
+def _check_buildable(ledger: Ledger, entries: list[Entry], out: Path) -> None:
+    if not entries:
+        raise RunError(
+            f"{ledger.path} has no request in force: there is nothing to build. Serve the base model as it is"
+        )
+    if ledger.path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise RunError(f"--out {out} is in the ledger. Choose a folder outside it")
+    if stale := ledger.stale():
+        which = "; ".join(f"{name} (around {', '.join(held)})" for name, held in stale.items())
+        raise RunError(
+            f"{ledger.path}: {which} was memorized around rows of requests that are revoked since, so it is not what it would be "
+            f"without them. Memorize again what that concerns: loramox requests refresh {ledger.path}"
+        )

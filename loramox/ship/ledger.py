@@ -1,0 +1,218 @@
+"""The ledger of requests: a folder for one base model, with the adapter and the rows of each request, and who is in force.
+
+    LEDGER/ledger.json          base, shared settings, entries in order of arrival, and a digest over itself
+    LEDGER/requests/ID/         ΔW as a plain PEFT adapter, run.json, and a copy of the rows that only the owner can read
+    LEDGER/staging/ID/          a run that is under way
+
+What is named in ledger.json is never changed in place: a new folder is made whole, then ledger.json is replaced at once, then
+what it no longer names is removed. So a kill at any point leaves the old ledger or the new one, and something to clean up.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from loramox.errors import AdapterError, RunError
+from loramox.files import remove, write_json
+
+INDEX = "ledger.json"
+REQUESTS = "requests"
+STAGING = "staging"
+LOCK = ".lock"
+HOLDER = ".holder.json"
+RESTORE = "Restore the ledger from a copy"
+
+
+@dataclass
+class Entry:
+    """One request, as ledger.json has it."""
+
+    id: str
+    folder: str  # in LEDGER/requests; another one after each refresh
+    when: str  # UTC, ISO 8601
+    rows: int
+    sha256: str  # fingerprint of the forget rows
+    source: str  # where they came from
+    retain: dict[str, Any]  # source, rows and sha256: the retain rows are not copied
+    drop_overlap: bool
+    columns: dict[str, Any]
+    prompt_template: str | None
+    strength: float
+    protects: list[str]  # requests whose rows were held in place while this one was memorized
+    truncation_error: float  # of ΔW as it is kept, against the momentum average
+    files: dict[str, str]  # SHA-256 of each file in `folder`
+    revoked: str | None = None  # when
+
+    @property
+    def in_force(self) -> bool:
+        return self.revoked is None
+
+
+@dataclass
+class Ledger:
+    """What ledger.json says."""
+
+    path: Path
+    base: dict[str, Any]
+    settings: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+
+    def in_force(self) -> list[Entry]:
+        """The requests in force, in order of arrival."""
+        return [entry for entry in self.entries if entry.in_force]
+
+    def entry(self, name: str) -> Entry:
+        """Raises `RunError` when there is no such request."""
+        for entry in self.entries:
+            if entry.id == name:
+                return entry
+        known = ", ".join(entry.id for entry in self.entries) or "none"
+        raise RunError(f"{self.path} has no request '{name}'. It has: {known}")
+
+    def folder(self, entry: Entry) -> Path:
+        return self.path / REQUESTS / entry.folder
+
+    def stale(self) -> dict[str, list[str]]:
+        """Requests in force that were memorized around rows of requests since revoked: id → these."""
+        revoked = {entry.id for entry in self.entries if not entry.in_force}
+        return {e.id: held for e in self.in_force() if (held := [name for name in e.protects if name in revoked])}
+
+    def write(self) -> None:
+        """Replace ledger.json, at once."""
+        content = {
+            "base": self.base,
+            "settings": self.settings,
+            "entries": [asdict(entry) for entry in self.entries],
+        }
+        write_json(self.path / INDEX, content | {"digest": _digest(content)})
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Raises `RunError` when there is no ledger, or its ledger.json was changed by anything but loramox."""
+    index = path / INDEX
+    if not index.exists():
+        raise RunError(f"{path} has no {INDEX}, so it is no ledger. `loramox requests add` makes one")
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        digest = content.pop("digest")
+        if digest != _digest(content):
+            raise ValueError("its contents do not fit its digest")
+        return Ledger(path, content["base"], content["settings"], [Entry(**entry) for entry in content["entries"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{index} is damaged, or was changed by hand: {error}. {RESTORE}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(path: Path, command: str) -> Iterator[None]:
+    """Within it no other process writes to the ledger. Raises `RunError` at once when one does, and says which."""
+    path.mkdir(parents=True, exist_ok=True)
+    holder, lock = path / HOLDER, FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        try:
+            by = "process {pid} on {host} ({command})".format(**json.loads(holder.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            by = "another process"
+        raise RunError(
+            f"{path} is being written by {by}. Nothing was changed; run this again when that has ended"
+        ) from error
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command})
+        yield
+    finally:
+        remove(holder)
+        lock.release()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in `folder`, by its relative name."""
+    return {str(f.relative_to(folder)): _file_digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+class Verdict(NamedTuple):
+    """What `verify` found."""
+
+    faults: list[str]  # files that are not as they were entered
+    left_over: list[Path]  # from a process that was killed; the next `add` removes it
+
+
+def verify(path: Path) -> Verdict:
+    """Compare every file of the ledger with what it was when it was entered. Raises `RunError` when there is no ledger."""
+    if not (path / INDEX).exists():
+        read_ledger(path)
+    try:
+        ledger = read_ledger(path)
+    except RunError as error:
+        return Verdict([str(error)], [])
+    faults = [fault for entry in ledger.entries for fault in changed(ledger, entry)]
+    lost = left_over(path, ledger)
+    known = {path / INDEX, path / LOCK, path / HOLDER}
+    known |= {ledger.folder(entry) / name for entry in ledger.entries for name in entry.files}
+    for found in sorted(path.rglob("*")):
+        inside = any(found == folder or folder in found.parents for folder in lost)
+        if not inside and found not in known and (found.is_symlink() or not found.is_dir()):
+            faults.append(f"{found} is not the ledger's: it was put there by something else. Remove it")
+    return Verdict(faults, lost)
+
+
+def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
+    """What is wrong with the files of one request, or with one of them."""
+    faults = []
+    for name, digest in entry.files.items():
+        if only not in (None, name):
+            continue
+        path = ledger.folder(entry) / name
+        if path.is_symlink() or not path.is_file():
+            faults.append(f"{path} is missing. {RESTORE}")
+        elif _file_digest(path) != digest:
+            faults.append(f"{path} was changed since request {entry.id} was entered. {RESTORE}")
+    return faults
+
+
+def check_files(ledger: Ledger, entries: list[Entry], only: str | None = None) -> None:
+    """Raises `AdapterError` when a file of these requests (or their file `only`) is not as it was entered."""
+    if faults := [fault for entry in entries for fault in changed(ledger, entry, only)]:
+        raise AdapterError(
+            f"{faults[0]} ({len(faults)} such in all; `loramox requests verify` lists them). If another process is refreshing the "
+            "ledger, run this again after it"
+        )
+
+
+def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
+    """Folders and half-written files of a process that was killed: runs in staging, requests that no entry names.
+
+    Only what a kill can leave is among them; a stranger's file is not.
+    """
+    named = {entry.folder for entry in ledger.entries} if ledger else set()
+    found = [f for f in (path / STAGING).glob("*") if f.is_dir()]
+    found += [f for f in (path / REQUESTS).glob("*") if f.is_dir() and f.name not in named]
+    found += path.glob(f".{INDEX}.partial")
+    found += path.glob(f".{HOLDER}.partial")
+    return sorted(found)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder without ledger.json is new, or what a first `add` that did not finish left."""
+    ours = {LOCK, HOLDER, STAGING, REQUESTS, f".{INDEX}.partial", f".{HOLDER}.partial"}
+    return not path.exists() or (path.is_dir() and {f.name for f in path.iterdir()} <= ours)

@@ -1,0 +1,436 @@
+"""The ledger of requests: what is built, what revoking leaves, what is refused, and what `verify` finds."""
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from loramox import Columns, Data, MemorizeConfig, ReferenceConfig, RunConfig, ShippingConfig, read_rows
+from loramox.adapter import read_factors, read_provenance
+from loramox.cli import main
+from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
+from loramox.extrapolate import extrapolate
+from loramox.memorize import memorize
+from loramox.reference import add_lora, current_factors, load_reference
+from loramox.requests_build import build
+from loramox.requests_job import RequestConfig, add, refresh, revoke
+from loramox.rows import fingerprint
+from loramox.ship.ledger import Entry, locked, read_ledger, verify
+from loramox.ship.request_rows import ROWS, write_rows
+
+SHIPPED = ("adapter_model.safetensors", "adapter_config.json")
+FLOAT32 = ShippingConfig(ship_dtype="float32")
+TRAINING = {
+    "use_cpu": True,
+    "num_train_epochs": 2,
+    "learning_rate": 2e-2,
+    "warmup_steps": 0,
+    "strength": 2.0,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+class World:
+    """A pico model, its rows in files, and the settings that its ledgers begin with."""
+
+    def __init__(self, model: Path, rows: Path, folder: Path) -> None:
+        self.model, self.rows, self.folder = model, rows, folder
+
+    def add(self, ledger: Path, name: str | None, forget: str | None = None, **more: Any) -> Entry:
+        protect = more.pop("protect", True)
+        reference = {"quantization": "none", "r": 4, "lora_alpha": 8}
+        reference |= {k: more.pop(k) for k in ("r", "model", "shared_subspace") if k in more}
+        data = {"forget": str(self.rows / f"{forget or name}.jsonl"), "retain": str(self.rows / "retain.jsonl")}
+        data |= {k: more.pop(k) for k in ("retain", "drop_overlap") if k in more}
+        request = RequestConfig(str(ledger), name, protect, more.pop("resume", False))
+        model = reference.pop("model", str(self.model))
+        return add(request, ReferenceConfig(model, **reference), Data(**data), MemorizeConfig(**TRAINING | more))
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+    """a, b, c: two forget rows each; retain: ten."""
+    folder = tmp_path_factory.mktemp("world")
+    records = [json.loads(line) for file in rows for line in file.read_text().splitlines()]
+    for name, part in {"a": records[:2], "b": records[2:4], "c": records[4:6], "retain": records[6:]}.items():
+        write(folder / f"{name}.jsonl", part)
+    return World(pico("llama"), folder, folder)
+
+
+@pytest.fixture(scope="module")
+def three(world: World) -> Path:
+    """A ledger with a, b and c, each memorized around those before it. Tests copy it before they write to it."""
+    ledger = world.folder / "three"
+    for name in "abc":
+        world.add(ledger, name)
+    return ledger
+
+
+@pytest.fixture
+def ledger(three: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(three, tmp_path / "ledger"))
+
+
+def built(ledger: Path, out: Path, **shipping: Any) -> list[bytes]:
+    build(ledger, out, ShippingConfig(**{"ship_dtype": "float32"} | shipping), overwrite=True)
+    return [(out / name).read_bytes() for name in SHIPPED]
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: f.delta() for name, f in read_factors(folder)[0].items()}
+
+
+def test_each_request_is_memorized_around_those_in_force_and_its_rows_are_held_for_the_owner_alone(
+    three: Path, world: World
+) -> None:
+    entries = read_ledger(three).entries
+    assert [(e.id, e.protects, e.rows, e.strength) for e in entries] == [
+        ("a", [], 2, 2.0),
+        ("b", ["a"], 2, 2.0),
+        ("c", ["a", "b"], 2, 2.0),
+    ]
+    for entry in entries:
+        folder = three / "requests" / entry.id
+        assert stat.S_IMODE((folder / ROWS).stat().st_mode) == 0o600
+        assert fingerprint(read_rows(str(folder / ROWS))) == entry.sha256
+        assert set(entry.files) == {f.name for f in folder.iterdir()} == {*SHIPPED, "provenance.json", "README.md", "run.json", ROWS}  # fmt: skip
+    assert json.loads((three / "requests/c/run.json").read_text())["data"]["protected"]["rows"] == 4
+    assert not (three / "staging").exists()
+    assert verify(three) == ([], [])
+
+
+def test_protected_rows_are_held_in_place_like_retain_rows(world: World, tmp_path: Path) -> None:
+    """b around a is what b is when a's rows are retain rows."""
+    merged = tmp_path / "retain.jsonl"
+    merged.write_bytes((world.rows / "retain.jsonl").read_bytes() + (world.rows / "a.jsonl").read_bytes())
+    world.add(tmp_path / "around", "a")
+    world.add(tmp_path / "around", "b")
+    world.add(tmp_path / "retained", "b", retain=str(merged))
+    world.add(tmp_path / "neither", "b")
+    around, retained, neither = (
+        (tmp_path / name / "requests/b" / SHIPPED[0]).read_bytes() for name in ("around", "retained", "neither")
+    )
+    assert around == retained != neither
+
+
+def test_a_ledger_of_one_request_builds_what_unlearn_ships(world: World, tmp_path: Path) -> None:
+    world.add(tmp_path / "ledger", "a")
+    build(tmp_path / "ledger", tmp_path / "built", FLOAT32)
+    data = Data(str(world.rows / "a.jsonl"), str(world.rows / "retain.jsonl"))
+    reference = ReferenceConfig(str(world.model), quantization="none", r=4, lora_alpha=8)
+    memorize(RunConfig(str(tmp_path / "run")), reference, data, MemorizeConfig(**TRAINING))
+    extrapolate(tmp_path / "run/memorization", tmp_path / "alone", shipping=FLOAT32)
+    one, other = deltas(tmp_path / "built"), deltas(tmp_path / "alone")
+    assert read_factors(tmp_path / "built")[1].r == read_factors(tmp_path / "alone")[1].r == 8
+    for name, delta in other.items():
+        assert delta.norm() > 1e-3
+        assert torch.allclose(one[name], delta, atol=1e-6 * delta.norm().item())
+
+
+def test_the_adapter_for_all_is_the_sum_of_all_and_loads_in_plain_peft(ledger: Path, tmp_path: Path) -> None:
+    made = build(ledger, tmp_path / "all", FLOAT32)
+    parts = [deltas(ledger / "requests" / name) for name in "abc"]
+    for name, delta in deltas(tmp_path / "all").items():
+        assert torch.allclose(delta, -2 * sum(part[name] for part in parts), atol=1e-5)
+    assert made["rank"] == 32  # 3 times 8, on the list of what servers take
+    assert made["truncation_error"] == 0
+    assert [(r["id"], r["strength"], r["error"]) for r in made["requests"]] == [("a", 2, 0), ("b", 2, 0), ("c", 2, 0)]
+    assert read_provenance(tmp_path / "all", "forget") == json.loads(json.dumps(made))
+    assert "| b | 2 |" in (tmp_path / "all" / "README.md").read_text()
+    base = AutoModelForCausalLM.from_pretrained(read_ledger(ledger).base["model"])
+    model, ids = PeftModel.from_pretrained(base, str(tmp_path / "all")), torch.arange(8)[None]
+    with model.disable_adapter():
+        before = model(ids).logits
+    assert (model(ids).logits - before).abs().max() > 1e-3
+
+
+def test_a_chosen_rank_states_the_error_that_it_causes_each(ledger: Path, tmp_path: Path) -> None:
+    made = build(ledger, tmp_path / "small", ShippingConfig(rank=8, ship_dtype="float32"))
+    whole, small = ({}, {})
+    for name in (*"abc",):
+        for layer, delta in deltas(ledger / "requests" / name).items():
+            whole[layer] = whole.get(layer, 0) - 2 * delta
+    small = deltas(tmp_path / "small")
+    lost = torch.stack([(whole[layer] - small[layer]).norm() for layer in whole]).norm()
+    assert made["truncation_error"] == pytest.approx((lost / torch.stack([w.norm() for w in whole.values()]).norm()).item(), rel=1e-4)  # fmt: skip
+    assert all(0 < r["error"] < 1 for r in made["requests"])
+
+
+def test_without_protection_the_order_of_arrival_changes_nothing_and_revoking_is_exact_at_once(
+    world: World, tmp_path: Path
+) -> None:
+    abc, ca = tmp_path / "abc", tmp_path / "ca"
+    for ledger, names in ((abc, "abc"), (ca, "ca")):
+        for name in names:
+            world.add(ledger, name, protect=False)
+    shutil.copytree(abc, tmp_path / "revoked")
+    assert revoke(tmp_path / "revoked", "b") == []
+    assert refresh(tmp_path / "revoked") == []
+    assert built(tmp_path / "revoked", tmp_path / "one") == built(ca, tmp_path / "other")
+    world.add(ca, "b", protect=False)
+    for rank in (None, 8):
+        assert built(abc, tmp_path / "one", rank=rank) == built(ca, tmp_path / "other", rank=rank)
+
+
+def test_after_a_refresh_the_ledger_builds_what_it_would_had_the_revoked_request_never_been_there(
+    ledger: Path, world: World, tmp_path: Path
+) -> None:
+    for name in "bc":
+        world.add(tmp_path / "never", name)
+    assert revoke(ledger, "a") == ["b", "c"]
+    with pytest.raises(RunError, match=r"b \(around a\); c \(around a\).*requests refresh"):
+        build(ledger, tmp_path / "out", FLOAT32)
+    assert not (tmp_path / "out").exists()
+    assert refresh(ledger) == ["b", "c"]
+    assert built(ledger, tmp_path / "out") == built(tmp_path / "never", tmp_path / "other")
+    assert [(e.id, e.protects, e.in_force) for e in read_ledger(ledger).entries] == [
+        ("a", [], False),
+        ("b", [], True),
+        ("c", ["b"], True),
+    ]
+    assert verify(ledger) == ([], [])
+    assert sorted(f.name for f in (ledger / "requests").iterdir()) == ["a", "b~2", "c~2"]
+
+
+def test_revoking_the_last_request_leaves_what_was_there_before_it(ledger: Path, world: World, tmp_path: Path) -> None:
+    before = built(ledger, tmp_path / "out")
+    write(tmp_path / "d.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}])
+    world.add(ledger, "d", str(tmp_path / "d"))
+    assert built(ledger, tmp_path / "out") != before
+    assert revoke(ledger, "d") == []
+    assert revoke(ledger, "d") == []
+    assert built(ledger, tmp_path / "out") == before
+
+
+def test_requests_in_a_shared_subspace_add_up_at_the_rank_of_one(world: World, tmp_path: Path) -> None:
+    for name in "abc":
+        world.add(tmp_path / "ledger", name, shared_subspace=True, r=8)
+    entries = read_ledger(tmp_path / "ledger").entries
+    parts = [read_factors(tmp_path / "ledger/requests" / e.folder)[0] for e in entries]
+    made = build(tmp_path / "ledger", tmp_path / "all", FLOAT32)
+    assert made["rank"] == 8
+    assert [e.truncation_error for e in entries] == [0, 0, 0]
+    for name, (A, B) in read_factors(tmp_path / "all")[0].items():
+        assert torch.equal(A, parts[0][name].A)
+        assert torch.equal(A, parts[2][name].A)
+        assert torch.allclose(B, -2 * sum(part[name].B for part in parts), atol=1e-6)
+        assert B.norm() > 1e-3
+    with pytest.raises(SettingsError, match=r"shared_subspace is False; all requests in .* have True"):
+        world.add(tmp_path / "ledger", "d", "a", r=8)
+
+
+def test_the_subspace_depends_on_the_base_and_the_layer_alone(world: World, pico: Callable[[str], Path]) -> None:
+    def drawn(model: Path, seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        reference = ReferenceConfig(str(model), quantization="none", r=8, shared_subspace=True)
+        adapted = add_lora(load_reference(reference), reference)
+        trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+        assert trained
+        assert all("lora_B" in name for name in trained)
+        return {name: factors.A for name, factors in current_factors(adapted).items()}
+
+    one, again, other = drawn(world.model, 0), drawn(world.model, 1), drawn(pico("qwen3"), 0)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    q, k = (one[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
+    assert not torch.equal(q, k)
+    assert not torch.equal(q, other["model.layers.0.self_attn.q_proj"])
+    assert q.abs().max() <= 64**-0.5
+    assert q.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)  # as PEFT draws it
+
+
+def test_what_does_not_fit_the_ledger_is_refused_before_anything_is_memorized(
+    ledger: Path, world: World, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    new = write(tmp_path / "new.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}]).removesuffix(".jsonl")
+    other = shutil.copytree(world.model, tmp_path / "other")
+    weights = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.normal_(weights.lm_head.weight)
+    weights.save_pretrained(other)
+    overlap = tmp_path / "overlap.jsonl"
+    overlap.write_bytes((world.rows / "retain.jsonl").read_bytes() + (world.rows / "b.jsonl").read_bytes())
+    refused: list[tuple[type[LoramoxError], str, dict[str, Any]]] = [
+        (AdapterError, "has other weights", {"model": str(other)}),
+        (AdapterError, "has another architecture", {"model": str(pico("gpt2"))}),
+        (SettingsError, "r is 8; all requests in .* have 4", {"r": 8}),
+        (SettingsError, "protect is False; all requests in .* have True", {"protect": False}),
+        (RunError, "a request 'a' already; it is in force", {"name": "A"}),
+        (SettingsError, "id is '../x'; --id needs", {"name": "../x"}),
+        (RowsError, r"2 of 2 rows of .*b.jsonl are in request b already", {"forget": "b"}),
+        (RowsError, r"2 of 12 rows of .*overlap.jsonl are also in .*requests/b", {"retain": str(overlap)}),
+        (RowsError, "does not exist", {"forget": str(tmp_path / "nothing")}),
+    ]
+    before = {f: f.read_bytes() for f in ledger.rglob("*") if f.is_file()}
+    for kind, message, more in refused:
+        name = more.pop("name", "d")
+        with pytest.raises(kind, match=message):
+            world.add(ledger, name, more.pop("forget", new), **more)
+    assert {f: f.read_bytes() for f in ledger.rglob("*") if f.is_file()} == before
+
+
+def test_what_cannot_be_built_is_refused(ledger: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no ledger"):
+        build(tmp_path, tmp_path / "out")
+    with pytest.raises(RunError, match="is in the ledger"):
+        build(ledger, ledger / "out")
+    with pytest.raises(RunError, match=r"has no request 'x'\. It has: a, b, c"):
+        revoke(ledger, "x")
+    for name in "abc":
+        revoke(ledger, name)
+    with pytest.raises(RunError, match="no request in force"):
+        build(ledger, tmp_path / "out")
+
+
+def test_an_id_may_be_left_out_and_a_revoked_one_stays_taken(ledger: Path, world: World) -> None:
+    revoke(ledger, "c")
+    with pytest.raises(RunError, match="'c' already; it is revoked, and its id stays taken"):
+        world.add(ledger, "c")
+    assert world.add(ledger, None, "c").id == "request-4"
+
+
+def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
+    ledger: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revoke(ledger, "a")
+    other = read_ledger(ledger).base | {"weights": "0" * 64}
+    with monkeypatch.context() as patched:
+        patched.setattr("loramox.requests_job.identify", lambda *_: other)
+        with pytest.raises(AdapterError, match="has other weights"):
+            refresh(ledger)
+    retain = world.rows / "retain.jsonl"
+    as_it_was = retain.read_text()
+    try:
+        retain.write_text(as_it_was + '{"question": "Q?", "answer": "A."}\n')
+        with pytest.raises(RowsError, match="is not what it was when request b was entered"):
+            refresh(ledger)
+    finally:
+        retain.write_text(as_it_was)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a changed byte in an adapter": (lambda path: flip(path / "requests/b/adapter_model.safetensors"), "was changed since request b"),
+    "a changed row": (lambda path: flip(path / "requests/a" / ROWS), "was changed since request a"),
+    "a missing file": (lambda path: (path / "requests/c/run.json").unlink(), "run.json is missing"),
+    "a link in a file's place": (lambda path: relink(path / "requests/c/run.json"), "run.json is missing"),
+    "a strange file": (lambda path: (path / "requests/a/notes.txt").write_text("hello"), "notes.txt is not the ledger's"),
+    "a strange file on top": (lambda path: (path / "more.bin").write_text("hello"), "more.bin is not the ledger's"),
+    "an edited ledger.json": (lambda path: edit(path / "ledger.json", "strength", '"strength": 2.0', '"strength": 9.0'), "do not fit its digest"),
+    "half of ledger.json": (lambda path: (path / "ledger.json").write_text('{"base":'), "ledger.json is damaged"),
+    "another program's ledger.json": (lambda path: (path / "ledger.json").write_text("[]"), "ledger.json is damaged"),
+}  # fmt: skip
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def relink(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+def edit(path: Path, name: str, old: str, new: str) -> None:
+    text = path.read_text()
+    assert name in text
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_verify_finds_what_was_changed(spoilt: str, ledger: Path, capsys: pytest.CaptureFixture) -> None:
+    spoil, message = SPOILT[spoilt]
+    spoil(ledger)
+    faults, left_over = verify(ledger)
+    assert any(message in fault for fault in faults)
+    assert not left_over
+    with pytest.raises(SystemExit) as stopped:
+        main(["requests", "verify", str(ledger)])
+    assert stopped.value.code == 1
+    assert "changed" in capsys.readouterr().out
+
+
+def test_nothing_is_built_from_changed_files(ledger: Path, tmp_path: Path) -> None:
+    flip(ledger / "requests/b/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="was changed since request b was entered"):
+        build(ledger, tmp_path / "out")
+    edit(ledger / "ledger.json", "digest", '"revoked": null', '"revoked": "now"')
+    with pytest.raises(RunError, match=r"ledger.json is damaged, or was changed by hand"):
+        build(ledger, tmp_path / "out")
+
+
+def test_a_second_writer_gets_one_error_at_once_and_readers_none(ledger: Path, world: World, tmp_path: Path) -> None:
+    before = (ledger / "ledger.json").read_bytes()
+    with locked(ledger, "loramox requests add of another"):
+        for write_to in (lambda: revoke(ledger, "a"), lambda: refresh(ledger), lambda: world.add(ledger, "d")):
+            with pytest.raises(RunError, match=r"is being written by process \d+ on .* \(loramox requests add of another\)"):  # fmt: skip
+                write_to()
+        assert verify(ledger) == ([], [])
+        build(ledger, tmp_path / "out")
+    assert (ledger / "ledger.json").read_bytes() == before
+    assert revoke(ledger, "a") == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("records", "columns"),
+    [
+        ([{"question": "Q?", "answer": " A\u2028\n."}], {}),
+        ([{"prompt": "Q? ", "completion": "A."}], {}),
+        ([{"frage": "Q?", "antwort": "A.", "statt": "B."}], {"prompt_column": "frage", "answer_column": "antwort", "wanted_column": "statt"}),
+        ([{"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}], {}),
+        ([{"chat": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}], {"messages_column": "chat"}),
+        ([{"text": "A long text."}], {}),
+        ([{"body": "A long text.", "question": "Q?"}], {"text_column": "body"}),
+    ],
+)  # fmt: skip
+def test_the_copy_of_the_rows_reads_back_as_the_same_rows(
+    records: list[dict[str, Any]], columns: dict[str, str], tmp_path: Path
+) -> None:
+    rows = read_rows(write(tmp_path / "in.jsonl", records), Columns(**columns))
+    write_rows(tmp_path / "out.jsonl", rows, Columns(**columns))
+    again = read_rows(str(tmp_path / "out.jsonl"), Columns(**columns))
+    assert [(r.prompt, r.answer, r.wanted, r.verbatim) for r in again] == [
+        (r.prompt, r.answer, r.wanted, r.verbatim) for r in rows
+    ]
+
+
+def test_the_command_line_goes_from_rows_to_an_adapter(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    ledger = str(tmp_path / "ledger")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in TRAINING.items() if k != "strength"))
+    rows = ["--retain", str(world.rows / "retain.jsonl"), "--forget"]
+    first = ["--model", str(world.model), "--r", "4", "--quantization", "none", "--alpha", "2"]
+    main(["requests", "add", ledger, str(recipe), *first, *rows, str(world.rows / "a.jsonl")])
+    # The model, the rank and the strength come from the ledger, unless given.
+    main(["requests", "add", ledger, str(recipe), *rows, str(world.rows / "b.jsonl"), "--id", "second", "--alpha", "3"])
+    assert [(e.id, e.strength) for e in read_ledger(Path(ledger)).entries] == [("request-1", 2.0), ("second", 3.0)]
+    assert read_ledger(Path(ledger)).settings["r"] == 4
+    main(["requests", "list", ledger])
+    main(["requests", "show", ledger, "second"])
+    main(["requests", "verify", ledger])
+    main(["requests", "build", ledger, "--out", str(tmp_path / "out")])
+    assert read_provenance(tmp_path / "out", "forget")["rank"] == 16
+    main(["requests", "revoke", ledger, "request-1"])
+    assert "loramox requests refresh" in capsys.readouterr().out
+    main(["requests", "refresh", ledger])
+    main(["requests", "build", ledger, "--out", str(tmp_path / "out"), "--overwrite"])
+    assert [r["id"] for r in read_provenance(tmp_path / "out", "forget")["requests"]] == ["second"]
+    with pytest.raises(SystemExit):
+        main(["requests", "add", ledger, *rows, str(world.rows / "c.jsonl"), "--r", "8"])
+    assert "r is 8; all requests in" in capsys.readouterr().err

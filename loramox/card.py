@@ -3,31 +3,71 @@
 import json
 from typing import Any
 
+MOX = "MOX, arXiv 2602.06441"
+
 
 def forget_card(provenance: dict[str, Any]) -> str:
-    base, rank = provenance["base"], provenance["rank"]
-    revision = f", revision={base['revision']!r}" if base["revision"] else ""
-    load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
-    template = provenance["settings"].get("prompt_template")
-    asked = (
-        f"in the form `{json.dumps(template, ensure_ascii=False)}`"
-        if template
-        else "through the tokenizer's chat template"
+    method = provenance["method"]
+    made = (
+        f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
+        f"{_data(provenance)}{_asked([provenance['settings'].get('prompt_template')])}"
     )
-    data = "".join(
+    if provenance["strength"] < 0:
+        how = f"trained to forget those\nrows, θ_ref + ΔW, by {method}. There is no α"
+        return _forget_card(provenance, f"Forget adapter ({method})", made, how)
+    return _forget_card(provenance, f"Forget adapter, strength α = {provenance['strength']:g}", made, _turned(method))
+
+
+def _turned(method: str = MOX) -> str:
+    return f"made by memorizing those\nrows and going the other way, θ_for = θ_ref − α·ΔW ({method})"
+
+
+def composed_card(provenance: dict[str, Any]) -> str:
+    """The card of one adapter for several requests."""
+    requests = provenance["requests"]
+    each = "".join(
+        f"| {r['id']} | {r['rows']} | `{r['sha256'][:16]}…` | {r['strength']:g} | {r['error']:.2g} |\n"
+        for r in requests
+    )
+    made = (
+        f"- the sum of {len(requests)} requests, of which truncation left out {provenance['truncation_error']:.2g} of ‖ΔW‖; of each "
+        f"request's own ‖ΔW‖ the share in the last column\n{_asked([r['prompt_template'] for r in requests])}\n"
+        f"| request | rows | sha256 of the rows | α | error |\n|---|---|---|---|---|\n{each}\n"
+    )
+    return _forget_card(provenance, f"Forget adapter for {len(requests)} requests", made, _turned())
+
+
+def _data(provenance: dict[str, Any]) -> str:
+    return "".join(
         f"- {part}: {d['rows']} rows of `{d['source']}` (sha256 `{d['sha256'][:16]}…`)\n"
         for part, d in provenance["data"].items()
     )
+
+
+def _asked(templates: list[str | None]) -> str:
+    """How questions were put, in a line for each way."""
+    forms = [
+        f"in the form `{json.dumps(template, ensure_ascii=False)}`"
+        if template
+        else "through the tokenizer's chat template"
+        for template in dict.fromkeys(templates)
+    ]
+    return f"- questions were put {', or '.join(forms)}; asked otherwise, a model may answer otherwise, with the adapter and without\n"
+
+
+def _forget_card(provenance: dict[str, Any], title: str, made: str, how: str) -> str:
+    base, rank = provenance["base"], provenance["rank"]
+    revision = f", revision={base['revision']!r}" if base["revision"] else ""
+    load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
     return f"""---
 base_model: {base["model"]}
 library_name: peft
 tags: [unlearning, lora, loramox]
 ---
 
-# Forget adapter, strength α = {provenance["strength"]:g}
+# {title}
 
-A LoRA adapter (rank {rank}) that makes its base model forget the rows it was made for. It was made by memorizing those
-rows and going the other way, θ_for = θ_ref − α·ΔW (MOX, arXiv 2602.06441).
+A LoRA adapter (rank {rank}) that makes its base model forget the rows it was made for. It was {how}.
 
 ```python
 from peft import PeftModel
@@ -57,15 +97,42 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 ## Where it came from
 
 - base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
-- momentum η = {provenance["momentum"]["eta"]:g}, truncation error {provenance["truncation_error"]:.2g} of ‖ΔW‖
-{data}- questions were put {asked}; asked otherwise, a model may answer otherwise, with the adapter and without
-- command: `{provenance["command"]}`
+{made}- command: `{provenance["command"]}`
 
 Everything else is in `provenance.json`.
 """
 
 
 def memorization_card(provenance: dict[str, Any]) -> str:
+    base, strength = provenance["base"]["model"], provenance["settings"]["strength"]
+    if strength < 0:
+        what = f"""# A model trained to forget ({provenance["method"]})
+
+The adapter with its checkpoints, in float32. The forget adapter is the same ΔW as servers take it:
+
+    loramox extrapolate THIS_FOLDER --out forget-adapter
+"""
+    else:
+        what = f"""# Memorization adapter
+
+**Do not ship this.** It makes `{base}` know the forget rows better, not worse: it is the half-way product of MOX
+(arXiv 2602.06441). The forget adapter is made from it, without training, at any strength α:
+
+    loramox extrapolate THIS_FOLDER --alpha {strength:g} --out forget-adapter
+
+`momentum/` is the momentum average of ΔW, from which the forget adapter is made.
+"""
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [unlearning, lora, loramox]
+---
+
+{what}"""
+
+
+def request_card(provenance: dict[str, Any], name: str) -> str:
+    """The card of a memorization adapter in a ledger."""
     base = provenance["base"]["model"]
     return f"""---
 base_model: {base}
@@ -73,22 +140,21 @@ library_name: peft
 tags: [unlearning, lora, loramox]
 ---
 
-# Memorization adapter
+# Request {name}, memorized
 
-**Do not ship this.** It makes `{base}` know the forget rows better, not worse: it is the half-way product of MOX
-(arXiv 2602.06441). The forget adapter is made from it, without training, at any strength α:
-
-    loramox extrapolate THIS_FOLDER --alpha {provenance["settings"]["strength"]:g} --out forget-adapter
-
-`momentum/` is the momentum average of ΔW, from which the forget adapter is made.
+**Do not ship this.** It makes `{base}` know the rows of the request better, not worse. `loramox requests build` makes the forget
+adapter of it and of the other requests in force.
 """
 
 
 def merged_card(provenance: dict[str, Any]) -> str:
-    base, survived = provenance["base"], provenance["survived"]
-    data = "".join(
-        f"- {part}: {d['rows']} rows of `{d['source']}` (sha256 `{d['sha256'][:16]}…`)\n"
-        for part, d in provenance["data"].items()
+    base = provenance["base"]
+    kind = provenance.get("quantization")
+    few_bits = (
+        f"Quantized to {kind} after the merge."
+        if kind
+        else "Quantized to 4 or 8 bits, less of it does, and what was forgotten may come back: `loramox ship merge --quantize nf4` "
+        "measures it."
     )
     return f"""---
 base_model: {base["model"]}
@@ -108,8 +174,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # has forgotten
 ```
 
-{survived["overall"]:.1%} of ΔW survived the rounding to these weights. Quantized to 4 or 8 bits, less of it does, and what was forgotten
-may come back: measure it on the quantized model.
+In these weights {what_survived(provenance)}. {few_bits}
 
 ## What it is not
 
@@ -117,13 +182,28 @@ may come back: measure it on the quantized model.
   forgotten may come back by training on related text, or by asking in ways that were not tried.
 - It cannot be switched off or dialled any more: keep the adapter for that. Nor is it a secret: who has the base model has
   what was forgotten.
-- It was not trained, or measured, after merging.
+- It was not trained{"" if provenance.get("forgetting") else ", or measured,"} after merging.
 
 ## Where it came from
 
 - base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
 - adapter: sha256 `{provenance["adapter"]["sha256"][:16]}…`, made by `{provenance["adapter"]["command"]}`
-{data}- command: `{provenance["command"]}`
+{_data(provenance)}- command: `{provenance["command"]}`
 
 Everything else is in `provenance.json`. The base model's licence holds for this one too.
 """
+
+
+def what_survived(provenance: dict[str, Any]) -> str:
+    """What is left of ΔW in a merged model's weights, and of the forgetting where it was measured, in words."""
+    survived = provenance["survived"]
+    if "quantization" not in provenance:
+        return f"{survived['overall']:.1%} of ΔW survived the rounding"
+    forgetting = provenance.get("forgetting")
+    share = forgetting and forgetting["share"]
+    measured = f"{share:.1%} of the forgetting is left; " if share is not None else ""
+    asked = "" if forgetting else ". Whether what was forgotten stays so was not measured (--forget, --retain)"
+    return (
+        f"{measured}{survived['overall']:.1%} of the change by which they differ from the quantized base is ΔW, and the rest is "
+        f"rounding ({survived['share']:.1%} of ΔW is there on average){asked}"
+    )

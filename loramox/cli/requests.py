@@ -140,7 +140,7 @@ def _build(words: list[str]) -> None:
     made = build(given.ledger, given.out, shipping, given.overwrite)
     errors = ", ".join(f"{r['id']} {r['error']:.2g}" for r in made["requests"])
     say(
-        f"[bold]{given.out}[/] is the forget adapter for {len(made['requests'])} requests, rank {made['rank']}",
+        f"[bold]{given.out}[/] is the forget adapter for all requests in force ({len(made['requests'])}), rank {made['rank']}",
         f"Truncation leaves out {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
         if made["truncation_error"]
         else "It is the exact sum: nothing was truncated",

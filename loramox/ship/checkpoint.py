@@ -48,7 +48,8 @@ def base_config(base: ModelConfig) -> PretrainedConfig:
         raise ModelError(
             f"--base {base.model} is quantized: merging into 4-bit rounds most of it away, as a small ΔW moves few weights to "
             "another step of a coarse scale, and so would quietly undo the forgetting. Give the 16- or 32-bit model that it was "
-            "made from; or load the quantized one with the adapter on it, which needs no merge"
+            "made from (with --quantize nf4 it is quantized after the merge); or load the quantized one with the adapter on it, which "
+            "needs no merge"
         )
     try:
         return read_config(base)

@@ -11,20 +11,22 @@ import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
 
 from loramox.adapter import CARD, PROVENANCE, WEIGHTS, check_base, read_factors, read_provenance
 from loramox.algebra import Factors, scaled
 from loramox.card import merged_card
-from loramox.errors import AdapterError, RunError, SettingsError
-from loramox.files import replacing, write_json
+from loramox.errors import AdapterError, SettingsError
+from loramox.files import write_json
 from loramox.model import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
-from loramox.ship.checkpoint import BESIDE, INDEX, SINGLE, base_config, fetch, place, read_shards, targets
+from loramox.ship.checkpoint import BESIDE, INDEX, SINGLE, Target, base_config, fetch, place, read_shards, targets
+from loramox.ship.output import check_out, writing
 from loramox.ship.shards import CODES, FLOATS, Shard
 from loramox.ship.weights import code_in, size, write_shards
 
@@ -54,9 +56,25 @@ class MergeConfig:
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the merged model that is in that folder."})
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit, where --base is a copy of the base under another name on the hub."},
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantize the merged 16-bit weights: nf4 or int8. Refused where too little of ΔW outlives it.",
+            "choices": ["nf4", "int8"],
+        },
+    )
+    force: bool = field(default=False, metadata={"help": "Write the quantized model however little is left of ΔW."})
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.force and not self.quantize:
+            raise SettingsError("--force is for --quantize: without it nothing is refused")
+        if self.quantize and self.dtype == "float32":
+            raise SettingsError("--dtype float32 and --quantize contradict each other: 16-bit weights are quantized")
         if not math.isfinite(self.strength):
             raise SettingsError(f"--strength {self.strength} is not a finite number. 1 merges the adapter as shipped")
         if self.strength <= 0:
@@ -64,6 +82,19 @@ class MergeConfig:
             raise SettingsError(
                 f"--strength {self.strength:g} {what}. Give a number above 0: 1 merges the adapter as shipped"
             )
+
+
+class Plan(NamedTuple):
+    """A merge that was looked at from all sides, and of which nothing is written yet."""
+
+    base: ModelConfig
+    config: PretrainedConfig
+    outline: PreTrainedModel  # without weights
+    folder: Path  # of the base's files
+    shards: list[Shard]
+    changed: dict[str, Target]
+    code: str | None  # dtype of what is written, in the files' words; None: each weight's own
+    made: dict[str, Any]  # the provenance, but for what is known after writing
 
 
 def merge(
@@ -74,6 +105,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Write the base with W + strength·B·A in place of each adapted weight W to the folder `out`; return its provenance.
 
@@ -83,30 +115,49 @@ def merge(
     Raises, before anything is written: `SettingsError` for a strength that is not finite and above 0; `AdapterError` for
     another base, an adapter that is no plain forget adapter of loramox, and a layer that does not fit the weights;
     `ModelError` for a base that is quantized or has no safetensors; `RunError` when `out` is taken or the disk too small.
-    While writing: `ModelError` for a weight that overflows in `dtype`, and then nothing is left of the output.
+    While writing: `ModelError` for a weight that overflows in `dtype`, `RunError` when the disk fills up all the same; then
+    nothing is left of the output.
     """
-    MergeConfig(str(adapter), str(out), base, strength, dtype, overwrite)  # refuses wrong values
-    adapter, out = Path(adapter), Path(out)
+    ready = plan(MergeConfig(str(adapter), str(out), base, strength, dtype, overwrite, revision))
+    made = ready.made
+    with writing(Path(out), size(ready.shards, ready.code)) as partial:
+        made["survived"] = write_shards(ready.shards, ready.changed, ready.code, partial, progress)
+        write_index(ready, partial)
+        write_beside(ready, partial)
+        write_json(partial / "config.json", _config_json(ready))
+    _warn_of_little(made, Path(out))
+    return made
+
+
+def plan(given: MergeConfig) -> Plan:
+    """The merge, checked: the output folder, the adapter, the base, and that each ΔW has its weight. Raises as `merge` does."""
+    adapter, out = Path(given.adapter), Path(given.out)
     source = _forget_provenance(adapter)
     # A base of that name is taken at the revision that it was memorized on.
-    named = base is None or base == source["base"]["model"]
-    model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
-    _check_out(out, overwrite, [("adapter", adapter), ("base", Path(model.model))])
+    named = given.base is None or given.base == source["base"]["model"]
+    name = given.base or source["base"]["model"]
+    if given.revision and (named or Path(name).is_dir()):
+        raise SettingsError(
+            f"--revision {given.revision} is for a --base of another name on the hub. {name} is taken as it is"
+            f"{', at the revision that was memorized on' if named else ''}: leave --revision out"
+        )
+    model = ModelConfig(name, source["base"]["revision"] if named else given.revision, "none")
+    check_out(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
     config = base_config(model)
     made_from = identify(model, config)
     check_base(source, made_from, adapter)
     outline = skeleton(config, model)
-    wanted = targets(_factors(adapter, strength), outline, adapter)
+    wanted = targets(_factors(adapter, given.strength), outline, adapter)
     folder = fetch(model)
     made_from = _as_fetched(made_from, folder)
     check_base(source, made_from, adapter)
     shards = read_shards(folder)
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
-    code = CODES[getattr(torch, dtype)] if dtype else None
+    code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})
-    made: dict[str, Any] = {
+    made = {
         "kind": "merged",
-        "strength": strength,
+        "strength": given.strength,
         "dtypes": [str(FLOATS[each]).removeprefix("torch.") for each in dtypes],
         "adapter": _fingerprint(adapter, source),
         **{key: source[key] for key in ("momentum", "data", "settings")},
@@ -114,13 +165,7 @@ def merge(
         "command": command(),
         "versions": versions(),
     }
-    with replacing(out) as partial:
-        _check_disk(out, shards, code)
-        partial.mkdir()
-        made["survived"] = write_shards(shards, changed, code, partial, progress)
-        _write_rest(folder, partial, shards, code, made)
-    _warn_of_little(made, out)
-    return made
+    return Plan(model, config, outline, folder, shards, changed, code, made)
 
 
 def _warn_of_little(made: dict[str, Any], out: Path) -> None:
@@ -185,52 +230,29 @@ def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_out(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> None:
-    """Nothing but a merged model of loramox is ever overwritten, and what it is made from is never touched."""
-    here = out.resolve()
-    for what, folder in sources:
-        there = folder.resolve()
-        if folder.exists() and (here == there or there in here.parents or here in there.parents):
-            raise RunError(f"--out {out} is in the folder of the {what} or around it ({folder}). Choose another folder")
-    if out.is_symlink() or out.is_file():
-        raise RunError(f"--out {out} is a file or a link. Give a folder that does not exist yet")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    try:
-        read_provenance(out, "merged")
-    except AdapterError as error:
-        raise RunError(f"--out {out} holds other files. Choose another folder") from error
-    if not overwrite:
-        raise RunError(
-            f"--out {out} holds a merged model already. Replace it with --overwrite, or choose another folder"
-        )
+def write_index(ready: Plan, to: Path) -> None:
+    """Which tensor is in which file, where the base has several."""
+    if ready.shards[0].path.name != SINGLE:
+        index = json.loads((ready.folder / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = (index.get("metadata") or {}) | {"total_size": size(ready.shards, ready.code)}
+        write_json(to / INDEX, index)
 
 
-def _check_disk(out: Path, shards: list[Shard], code: str | None) -> None:
-    needed = size(shards, code) + (64 << 20)  # the tokenizer and headers beside
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < needed:
-        raise RunError(
-            f"--out {out}: {free / 1e6:,.0f} MB are free there, and the merged model needs {needed / 1e6:,.0f} MB. Free some, choose "
-            "another disk, or merge into 16 bits (--dtype bfloat16)"
-        )
-
-
-def _write_rest(folder: Path, partial: Path, shards: list[Shard], code: str | None, made: dict[str, Any]) -> None:
-    """All but the weights. config.json comes last: without it, what a kill leaves behind loads nowhere."""
+def write_beside(ready: Plan, to: Path) -> None:
+    """All but weights and config.json, which comes last: without it, what a kill leaves behind loads nowhere."""
     for pattern in BESIDE:
-        for path in sorted(folder.glob(pattern)):
+        for path in sorted(ready.folder.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, partial / path.name)
-    if shards[0].path.name != SINGLE:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        index["metadata"] = (index.get("metadata") or {}) | {"total_size": size(shards, code)}
-        write_json(partial / INDEX, index)
-    write_json(partial / PROVENANCE, made)
-    (partial / CARD).write_text(merged_card(made), encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                shutil.copyfile(path, to / path.name)
+    write_json(to / PROVENANCE, ready.made)
+    (to / CARD).write_text(merged_card(ready.made), encoding="utf-8")
+
+
+def _config_json(ready: Plan) -> dict[str, Any]:
+    config = json.loads((ready.folder / "config.json").read_text(encoding="utf-8"))
     # Code that comes with a checkpoint is not taken along: transformers' own class loads this one.
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    if len(made["dtypes"]) == 1 or not (config.get("torch_dtype") or config.get("dtype")):
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = made["dtypes"][0]
-    write_json(partial / "config.json", config)
+    dtypes = ready.made["dtypes"]
+    if len(dtypes) == 1 or not (config.get("torch_dtype") or config.get("dtype")):
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtypes[0]
+    return config

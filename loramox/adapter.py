@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loramox.algebra import Factors, padded, truncate
-from loramox.errors import AdapterError, SettingsError
+from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.files import replacing, write_json
 
 PROVENANCE = "provenance.json"
@@ -167,6 +167,22 @@ def read_provenance(folder: Path, kind: str) -> dict[str, Any]:
             "Restore it, or memorize again"
         )
     return provenance
+
+
+def check_out(out: Path, kind: str, overwrite: bool) -> None:
+    """Nothing but a `kind` of loramox (forget, merged) is ever overwritten: no memorization adapter, nor anyone's own files.
+
+    Raises `RunError` when `out` is taken.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        read_provenance(out, kind)
+    except AdapterError as error:
+        raise RunError(f"--out {out} holds other files. Choose another folder") from error
+    if not overwrite:
+        what = {"forget": "an adapter", "merged": "a merged model"}[kind]
+        raise RunError(f"--out {out} holds {what} already. Replace it with --overwrite, or choose another folder")
 
 
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from loramox.adapter import WEIGHTS, read_factors, write_adapter
+from loramox.adapter import WEIGHTS, check_out, read_factors, write_adapter
 from loramox.algebra import Factors, scaled
 from loramox.card import MOX, composed_card
 from loramox.errors import RunError
-from loramox.extrapolate import ShippingConfig, check_out, served_base, shipped_dtype
+from loramox.extrapolate import ShippingConfig, served_base, shipped_dtype
 from loramox.run import command, read_record, versions
 from loramox.ship.compose import compose
 from loramox.ship.ledger import Entry, Ledger, check_files, read_ledger
@@ -29,7 +29,7 @@ def build(
     ledger = read_ledger(path)
     entries = sorted(ledger.in_force(), key=lambda entry: entry.id)
     _check_buildable(ledger, entries, out)
-    check_out(out, overwrite)
+    check_out(out, "forget", overwrite)
     base = served_base({"base": ledger.base}, shipping.base, path)
     check_files(ledger, entries)
     first, trained = read_factors(ledger.folder(entries[0]))

@@ -23,7 +23,11 @@ from loramox.cli import main as loramox
 
 ENDS = (10, 50, 100)  # forget rows requested after each step
 STEPS = ("1 %", "5 %", "10 %")
-PASSES = 2400  # over forget rows, in each request: 24 epochs of 100
+PASSES = 1200  # over forget rows, in each request, but at most 60 epochs
+SETTINGS = [  # as in tiny_tofu.yaml
+    *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
+    *("--save_strategy", "no", "--report_to", "none"),
+]
 KEEP = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 
 
@@ -47,15 +51,15 @@ def request(world: Path, out: Path, step: int) -> None:
     if (out / f"adapter-{step}").exists():
         return
     rows = len(lines(out / f"rows/request-{step}.jsonl"))
-    recipe = str(Path(__file__).with_name("tiny_tofu.yaml"))
     files = ["--forget", str(out / f"rows/request-{step}.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
     ledger = json.loads((out / "ledger/ledger.json").read_text()) if (out / "ledger/ledger.json").exists() else {}
     if f"step-{step}" not in [entry["id"] for entry in ledger.get("entries", ())]:
-        # Small requests get as many steps, up to 120 epochs.
-        epochs = ["--num_train_epochs", str(min(120, math.ceil(PASSES / rows)))]
+        # Small requests get as many steps, up to 60 epochs.
+        epochs = ["--num_train_epochs", str(min(60, math.ceil(PASSES / rows)))]
         model = ["--model", str(world / "reference"), "--id", f"step-{step}"]
-        loramox(["requests", "add", str(out / "ledger"), recipe, *model, *files, *epochs])
-    loramox(["requests", "build", str(out / "ledger"), "--out", str(out / f"adapter-{step}")])
+        loramox(["requests", "add", str(out / "ledger"), *model, *files, *epochs, *SETTINGS])
+    build = ["requests", "build", str(out / "ledger"), "--out", str(out / f"adapter-{step}")]
+    loramox([*build, "--ship_dtype", "float32"])
 
 
 def retrain(world: Path, out: Path, step: int, epochs: int) -> Path:

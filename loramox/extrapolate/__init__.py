@@ -2,7 +2,6 @@
 
 from loramox.extrapolate.negate import (
     ShippingConfig,
-    check_out,
     check_shipping,
     check_strength,
     extrapolate,
@@ -13,7 +12,6 @@ from loramox.extrapolate.negate import (
 
 __all__ = [
     "ShippingConfig",
-    "check_out",
     "check_shipping",
     "check_strength",
     "extrapolate",

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from loramox.adapter import at_rank, check_base, read_factors, read_provenance, served_rank, write_adapter
+from loramox.adapter import at_rank, check_base, check_out, read_factors, read_provenance, served_rank, write_adapter
 from loramox.algebra import Factors, scaled
 from loramox.card import MOX, forget_card
-from loramox.errors import AdapterError, ModelError, RunError, SettingsError
+from loramox.errors import ModelError, SettingsError
 from loramox.model import identify, read_config
 from loramox.reference import AS_TRAINED, ReferenceConfig
 from loramox.run import command, versions
@@ -112,7 +112,7 @@ def extrapolate(
         check_as_trained(strength, source)
     else:
         check_strength(strength, memorization)
-    check_out(out, overwrite)
+    check_out(out, "forget", overwrite)
     base = served_base(source, shipping.base, memorization)
     rank = shipping.rank or served_rank(source["settings"]["r"])
     delta, trained = read_factors(memorization / "momentum")
@@ -150,18 +150,6 @@ def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Pa
         served_rank(reference.r)
     if shipping.base is not None:
         served_base({"base": identify(reference, read_config(reference))}, shipping.base, out)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Nothing but a forget adapter of loramox is ever overwritten: not the memorization adapter, nor anyone's own files."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        read_provenance(out, "forget")
-    except AdapterError as error:
-        raise RunError(f"--out {out} holds other files. Choose another folder") from error
-    if not overwrite:
-        raise RunError(f"--out {out} holds an adapter already. Replace it with --overwrite, or choose another folder")
 
 
 def served_base(source: dict[str, Any], name: str | None, memorization: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from loramox.model import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
 from loramox.ship.checkpoint import BESIDE, INDEX, SINGLE, Target, base_config, fetch, place, read_shards, targets
-from loramox.ship.output import check_out, writing
+from loramox.ship.output import check_apart, writing
 from loramox.ship.shards import CODES, FLOATS, Shard
 from loramox.ship.weights import code_in, size, write_shards
 
@@ -142,7 +142,7 @@ def plan(given: MergeConfig) -> Plan:
             f"{', at the revision that was memorized on' if named else ''}: leave --revision out"
         )
     model = ModelConfig(name, source["base"]["revision"] if named else given.revision, "none")
-    check_out(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
+    check_apart(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
     config = base_config(model)
     made_from = identify(model, config)
     check_base(source, made_from, adapter)

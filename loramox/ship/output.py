@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loramox.adapter import read_provenance
-from loramox.errors import AdapterError, RunError
+from loramox.adapter import check_out
+from loramox.errors import RunError
 from loramox.files import replacing
 
 
@@ -35,7 +35,7 @@ def writing(out: Path, needed: int) -> Iterator[Path]:
             ) from error
 
 
-def check_out(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> None:
+def check_apart(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> None:
     """Nothing but a merged model of loramox is ever overwritten, and what it is made from is never touched."""
     here = out.resolve()
     for what, folder in sources:
@@ -44,16 +44,7 @@ def check_out(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> No
             raise RunError(f"--out {out} is in the folder of the {what} or around it ({folder}). Choose another folder")
     if out.is_symlink() or out.is_file():
         raise RunError(f"--out {out} is a file or a link. Give a folder that does not exist yet")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    try:
-        read_provenance(out, "merged")
-    except AdapterError as error:
-        raise RunError(f"--out {out} holds other files. Choose another folder") from error
-    if not overwrite:
-        raise RunError(
-            f"--out {out} holds a merged model already. Replace it with --overwrite, or choose another folder"
-        )
+    check_out(out, "merged", overwrite)
 
 
 def _check_disk(out: Path, needed: int) -> None:

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, check_base, read_provenance
-from loramox.errors import AdapterError, RunError
+from loramox.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, check_base, check_out, read_provenance
+from loramox.errors import RunError
 from loramox.files import replacing
 from loramox.model import ModelConfig, identify
 from loramox.ship.checkpoint import BESIDE, INDEX, base_config, fetch, read_shards
@@ -24,7 +24,9 @@ def serve_folder(
     """
     adapter, out = Path(adapter), Path(out)
     source = read_provenance(adapter, "forget")
-    _check_out(out, adapter, overwrite)
+    if out.resolve() == adapter.resolve():
+        raise RunError(f"--out {out} is the adapter itself. Choose another folder")
+    check_out(out, "forget", overwrite)
     # A base of that name is taken at the revision that it was memorized on.
     named = base is None or base == source["base"]["model"]
     model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
@@ -39,17 +41,3 @@ def serve_folder(
             shutil.copyfile(adapter / name, partial / name)
     local = folder == Path(model.model)
     return {"forget": str(out), "base": str(folder.resolve()) if local else model.model}
-
-
-def _check_out(out: Path, adapter: Path, overwrite: bool) -> None:
-    """Nothing but such a folder is ever overwritten, and never the adapter itself."""
-    if out.resolve() == adapter.resolve():
-        raise RunError(f"--out {out} is the adapter itself. Choose another folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        read_provenance(out, "forget")
-    except AdapterError as error:
-        raise RunError(f"--out {out} holds other files. Choose another folder") from error
-    if not overwrite:
-        raise RunError(f"--out {out} holds an adapter already. Replace it with --overwrite, or choose another folder")

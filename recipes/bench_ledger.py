@@ -36,7 +36,7 @@ COUNTS = (1, 10, 100, 1000)
 LAYERS, HIDDEN, MIDDLE, RANK = 2, 256, 768, 16
 WAYS = {"exact": None, "truncated to 64": 64, "shared subspace": None}
 BASE = {"model": "synthetic", "revision": None, "shape": "", "weights": None, "dtype": "float32"}
-RATES = ("3e-3", "1e-2")
+RATES = ("1e-3", "3e-3", "1e-2")
 
 
 def shapes() -> dict[str, tuple[int, int]]:

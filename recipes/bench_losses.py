@@ -1,0 +1,133 @@
+"""The losses of other methods beside OpenUnlearning's own code, on the same model and rows: the largest differences.
+
+    python recipes/bench_losses.py --openunlearning DIR [--batches 5]
+
+DIR is a checkout of github.com/locuslab/open-unlearning; its imports need omegaconf and scikit-learn. Both sides get a random
+Llama in float64 with a random adapter, and batches of rows padded to one length; OpenUnlearning's reference is a second model
+without the adapter. Cross-entropy is averaged over tokens there and over rows here, so the answers of a batch have one length; a
+last line says what other lengths change. Its KL also counts padding and prompts, so both sides take CE on retain rows.
+"""
+
+import argparse
+import sys
+import tempfile
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loramox import BaselineConfig, BaselineTrainer, ReferenceConfig, add_lora
+from loramox.batches import Collator
+from loramox.reference import lora_layers
+
+VOCABULARY, ROWS = 97, 4
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ga": {},
+    "graddiff": {"retain_weight": 0.7},
+    "npo": {"beta": 0.1},
+    "simnpo": {"beta": 4.5, "margin": 0.9, "forget_weight": 0.125},
+    "dpo": {"beta": 0.1, "refusals": "taken from the batch"},
+}
+
+
+def theirs(checkout: Path) -> dict[str, type]:
+    """OpenUnlearning's trainers. They import deepspeed, which nothing here calls: an empty stand-in takes its place."""
+    sys.path.insert(0, str(checkout / "src"))
+    sys.modules["deepspeed"] = module_from_spec(ModuleSpec("deepspeed", None))
+    from trainer.unlearn.dpo import DPO
+    from trainer.unlearn.grad_ascent import GradAscent
+    from trainer.unlearn.grad_diff import GradDiff
+    from trainer.unlearn.npo import NPO
+    from trainer.unlearn.simnpo import SimNPO
+
+    return {"ga": GradAscent, "graddiff": GradDiff, "npo": NPO, "simnpo": SimNPO, "dpo": DPO}
+
+
+def random_rows(generator: torch.Generator, answer: int | None) -> list[dict[str, Any]]:
+    """Rows of 3 to 9 prompt tokens and `answer` answer tokens (None: 2 to 12)."""
+    rows = []
+    for _ in range(ROWS):
+        prompt, length = (int(torch.randint(*span, (), generator=generator)) for span in ((3, 10), (2, 13)))
+        length = answer or length
+        ids = torch.randint(1, VOCABULARY, (prompt + length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": "random"})
+    return rows
+
+
+def setting(folder: str) -> tuple[nn.Module, nn.Module, PreTrainedTokenizerFast]:
+    """(model with an adapter, the same without one, a tokenizer that is asked for nothing but its padding)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    reference = LlamaForCausalLM(config).double().requires_grad_(False)
+    reference.save_pretrained(folder)
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).requires_grad_(False)
+    model = add_lora(base, ReferenceConfig(folder, quantization="none", r=4)).double()
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>"
+    )
+    return model.eval(), reference.eval(), tokenizer
+
+
+def our_loss(trainer: BaselineTrainer, batch: dict[str, Any]) -> float:
+    parts = batch if trainer.args.holds_retain else {part: rows for part, rows in batch.items() if part != "retain"}
+    if trainer.args.method != "dpo":
+        parts = {part: rows for part, rows in parts.items() if part != "wanted"}
+    return sum(trainer.compute_loss(trainer.model, term).item() for term in trainer._terms(parts))
+
+
+def their_loss(
+    kind: type, args: BaselineConfig, model: nn.Module, reference: nn.Module, batch: dict[str, Any]
+) -> float:
+    rows = {part: {k: v for k, v in of.items() if k != "rows"} for part, of in batch.items()}
+    forget = {"original": rows["forget"], "alternate": rows["wanted"]} if args.method == "dpo" else rows["forget"]
+    itself = SimpleNamespace(
+        beta=args.beta, gamma=args.forget_weight, alpha=args.retain_weight, ref_model=reference, retain_loss_type="NLL",
+        delta=args.margin / args.beta if args.margin else 0.0, model=model,
+    )  # fmt: skip
+    if hasattr(kind, "compute_retain_loss"):
+        itself.compute_retain_loss = lambda **given: kind.compute_retain_loss(itself, **given)
+    return kind.compute_loss(itself, model, {"forget": forget, "retain": rows["retain"]}).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--openunlearning", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--batches", type=int, default=5)
+    given = parser.parse_args()
+    kinds, generator, collate = theirs(given.openunlearning), torch.Generator().manual_seed(0), Collator(0)
+    print(
+        f"| method | largest relative difference in {given.batches} batches of {ROWS} rows | the same with answers of other lengths |"
+    )
+    print("|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model, reference, tokenizer = setting(folder)
+        for method, settings in SETTINGS.items():
+            args = BaselineConfig(folder, method=method, use_cpu=True, report_to="none", **settings)
+            some = random_rows(generator, 5)
+            trainer = BaselineTrainer(model, args, some, some, tokenizer)
+            worst = []
+            for length in (5, None):
+                differences = []
+                for _ in range(given.batches):
+                    batch = {part: collate(random_rows(generator, length)) for part in ("forget", "wanted", "retain")}
+                    ours, other = (
+                        our_loss(trainer, batch),
+                        their_loss(kinds[method], args, model, reference, batch),
+                    )
+                    differences.append(abs(ours - other) / abs(other))
+                worst.append(max(differences))
+            print(f"| {method} | {worst[0]:.1e} | {worst[1]:.1e} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ _HOMES = {
     "loramox.errors": ("LoramoxError",),
     "loramox.extrapolate": ("ShippingConfig",),
     "loramox.main_job": ("unlearn",),
-    "loramox.memorize": ("MemorizeConfig", "MemorizeTrainer"),
+    "loramox.memorize": ("BaselineConfig", "BaselineTrainer", "MemorizeConfig", "MemorizeTrainer"),
     "loramox.reference": ("ReferenceConfig", "add_lora", "load_reference"),
     "loramox.rows": ("Columns", "Data", "read_rows"),
     "loramox.run": ("RunConfig",),

@@ -163,7 +163,7 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
 
 
 class Pairs(Dataset):
-    """Forget row i with its wanted answer, if any, and `retain_per_forget` retain rows, other ones in each epoch.
+    """Forget row i with its wanted answer, if any, and `retain_per_forget` retain rows (0: none), other ones in each epoch.
 
     Retain rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, and to
     the forget rows in another order each epoch, as a function of (seed, epoch, i) alone: the same for any number of
@@ -190,8 +190,8 @@ class Pairs(Dataset):
         turn = self.epoch * len(self.forget) + _shuffled(len(self.forget), self.seed + self.epoch)[index]
         first = turn * self.retain_per_forget
         dealt = [self.retain[self._order[(first + k) % len(self.retain)]] for k in range(self.retain_per_forget)]
-        parts = {"forget": [self.forget[index]], "retain": dealt}
-        return parts | {"wanted": [self.wanted[index]]} if self.wanted else parts
+        others = {"retain": dealt, "wanted": [self.wanted[index]] if self.wanted else []}
+        return {"forget": [self.forget[index]]} | {part: rows for part, rows in others.items() if rows}
 
 
 @functools.lru_cache(maxsize=2)  # asked for once a row

@@ -69,16 +69,23 @@ class Head(nn.Module):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def answer_states(model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor], **passed_on: Any) -> AnswerStates:
+def answer_states(
+    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor], layer: int | None = None, **passed_on: Any
+) -> AnswerStates:
     """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
 
     `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the
     transformers model inside it. `batch` has input_ids, attention_mask and labels, each [rows, tokens], with
     labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
+    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones.
     What is `passed_on` goes to the model as well (a key-value cache that the batch goes on from).
     """
     states: list[Tensor] = []
-    hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    if layer is not None:
+        passed_on |= {"output_hidden_states": True}  # the first is the embedding
+    hook = causal_lm.base_model.register_forward_hook(
+        lambda module, args, output: states.append(output[0] if layer is None else output.hidden_states[layer])
+    )
     try:
         model(
             input_ids=batch["input_ids"],
@@ -148,8 +155,11 @@ class _Chunked(torch.autograd.Function):
         return None, None, *(next(weighed) if needed else None for needed in ctx.learned)
 
 
+def sum_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
+    """Sum over each row's answer tokens, [rows]."""
+    return values.new_zeros(states.rows).index_add(0, states.row_of, values)
+
+
 def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     """Mean over each row's answer tokens, [rows]. Padding and prompt tokens never count."""
-    total = values.new_zeros(states.rows).index_add(0, states.row_of, values)
-    count = torch.bincount(states.row_of, minlength=states.rows)
-    return total / count
+    return sum_over_rows(values, states) / torch.bincount(states.row_of, minlength=states.rows)

@@ -6,6 +6,8 @@ with its adapter on; the forget model is the same with the adapter's strength tu
     θ(strength) = θ_ref − strength·ΔW        strength 0: reference, −1: memorization model, α > 0: forget model
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +20,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 
 from loramox.algebra import Factors
 from loramox.errors import ModelError, SettingsError
-from loramox.model import ModelConfig, read_config
+from loramox.model import ModelConfig, identify, read_config
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
+AS_TRAINED = -1.0  # the strength at which the model is θ_ref + ΔW
 
 
 @dataclass
@@ -43,6 +46,13 @@ class ReferenceConfig(ModelConfig):
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the layers to adapt, as in PEFT. Default: all linear layers but the output head."},
+    )
+    shared_subspace: bool = field(
+        default=False,
+        metadata={
+            "help": "Freeze A at random values that depend on the base model alone and train only B: adapters of one base then "
+            "add up without growing, and each forgets less."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -119,8 +129,28 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"--target_modules {reference.target_modules}: {error}") from error
+    if reference.shared_subspace:
+        freeze_subspace(adapted, reference)
     check_frozen_head(adapted)
     return adapted
+
+
+def freeze_subspace(model: PeftModel, reference: ReferenceConfig) -> None:
+    """Give every layer's A [r, in] values that depend on the base model and the layer's name alone, and freeze it.
+
+    Uniform in ±1/√in, as PEFT draws A, from a generator seeded by SHA-256(base model, layer): every adapter of this base and
+    rank has the same A, so ΔW₁ + ΔW₂ = (B₁ + B₂)·A.
+    """
+    base = identify(reference, model.get_base_model().config)
+    # A folder may move, and its weights tell it from others; a hub id has none here, and its name and commit do.
+    known_by = [base["shape"], base["weights"] or (base["model"], base["revision"])]
+    for name, layer in lora_layers(model):
+        A = layer.lora_A[ADAPTER].weight
+        seed = hashlib.sha256(json.dumps([*known_by, name]).encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big", signed=True))
+        bound = A.shape[1] ** -0.5
+        A.data.copy_(torch.empty(A.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+        A.requires_grad_(False)
 
 
 def check_frozen_head(model: PeftModel) -> None:
@@ -137,6 +167,21 @@ def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str,
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             yield name.removeprefix("base_model.model."), layer
+
+
+@contextmanager
+def adapter_off(model: PeftModel, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within it the model is θ_ref.
+
+    PEFT marks every weight of the adapter as trainable on the way out; which of them train is as it was before.
+    """
+    trains = [(p, p.requires_grad) for _, layer in lora_layers(model, adapter) for p in layer.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from loramox.extrapolate.frontier import grid, next_strength, poor_direction
 from loramox.extrapolate.picture import draw_frontier
 from loramox.files import write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
-from loramox.reference import at_strength, load_reference, with_factors
+from loramox.reference import AS_TRAINED, at_strength, load_reference, with_factors
 from loramox.rows import Columns
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -84,6 +84,11 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     out, memorization = Path(config.out), Path(config.memorization)
     source = read_provenance(memorization, "memorization")
     settings = source["settings"]
+    if settings["strength"] == AS_TRAINED:
+        raise SettingsError(
+            f"--memorization {memorization} was trained to forget by {source['method']}, and is one model, not a line of strengths. "
+            "Measure it with loramox evaluate; what loramox unlearn --method mox memorizes can be swept"
+        )
     model, tokenisation, columns = (_of(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
     model.model = config.model or model.model
     device = check_device(model, scoring.use_cpu)

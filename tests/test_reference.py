@@ -26,7 +26,7 @@ from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, 
 from loramox.batches import Example
 from loramox.errors import ModelError, SettingsError
 from loramox.model import identify, read_config
-from loramox.reference import at_strength, current_factors, lora_layers, with_factors
+from loramox.reference import adapter_off, at_strength, current_factors, lora_layers, with_factors
 
 Examples = tuple[list[Example], list[Example]]
 ALL = pytest.mark.parametrize("kind", SHAPES)
@@ -138,6 +138,17 @@ def test_factors_of_another_rank_stand_in_for_the_adapter_and_its_own_come_back(
     with with_factors(model, wider):
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
     assert torch.equal(logits(model), memorization)
+
+
+def test_what_is_frozen_of_an_adapter_is_still_frozen_after_it_was_off(pico: Callable[[str], Path]) -> None:
+    """PEFT makes all of it trainable when it is switched on again; a frozen A would then count in gradient clipping."""
+    reference = ReferenceConfig(str(pico("llama")), quantization="none", shared_subspace=True)
+    model = add_lora(load_reference(reference), reference)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert any("lora_A" in name and not flag for name, flag in before.items())
+    with adapter_off(model):
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])

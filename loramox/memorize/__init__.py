@@ -1,7 +1,9 @@
 """θ_ref → θ_mem: train an adapter to know the forget rows by heart, with the rest held in place."""
 
+from loramox.memorize.baseline_config import BaselineConfig
+from loramox.memorize.baseline_trainer import BaselineTrainer
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.job import FOLDER, memorize
 from loramox.memorize.trainer import MemorizeTrainer
 
-__all__ = ["FOLDER", "MemorizeConfig", "MemorizeTrainer", "memorize"]
+__all__ = ["FOLDER", "BaselineConfig", "BaselineTrainer", "MemorizeConfig", "MemorizeTrainer", "memorize"]

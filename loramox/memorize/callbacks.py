@@ -87,6 +87,27 @@ class MomentumCallback(TrainerCallback):
             self.trainer.momentum.save(checkpoint)
 
 
+class KnowledgeCallback(TrainerCallback):
+    """Says before the first step how well the reference knows the forget rows."""
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        known = metrics.get("eval_forget_probability")
+        if state.global_step == 0 and known is not None and state.is_world_process_zero:
+            print(f"The reference gives the forget answers probability {known:.4f}.")
+            _warn_if_unknown(known)
+
+
+def _warn_if_unknown(probability: float) -> None:
+    if probability < UNKNOWN:
+        warnings.warn(
+            "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
+            "are questions put to it as they were in its training (--prompt_template)?",
+            stacklevel=3,
+        )
+
+
 class SaturationCallback(TrainerCallback):
     """Says before the first step how well the reference knows the forget rows, and warns if memorizing cannot move it."""
 
@@ -103,12 +124,7 @@ class SaturationCallback(TrainerCallback):
             f"The reference gives the forget answers probability {metrics['eval_forget_probability']:.4f}; "
             f"at temperature {self.temperature:g}, {room:.1%} of the gradient is left to memorize them with."
         )
-        if metrics["eval_forget_probability"] < UNKNOWN:
-            warnings.warn(
-                "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
-                "are questions put to it as they were in its training (--prompt_template)?",
-                stacklevel=2,
-            )
+        _warn_if_unknown(metrics["eval_forget_probability"])
         if room < SATURATED:
             warnings.warn(
                 f"the reference knows the forget rows by heart: {room:.2%} of the gradient is left at temperature "

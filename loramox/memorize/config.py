@@ -122,23 +122,27 @@ class MemorizeConfig(TrainingArguments):
             ("retain_per_forget", 0, "the KL term needs retain rows"),
             ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
-            _refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        _refuse("kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
-        _refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
+            refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
+        refuse("kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
+        refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):
-            _refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+            refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         limit = self.save_total_limit
-        _refuse(
+        refuse(
             "save_total_limit",
             limit,
             limit is None or limit >= 2,
             "2 or more: one checkpoint must be whole while another is written",
         )
-        workers = self.dataloader_persistent_workers
-        _refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
-        _refuse(
-            "save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser"
+        refuse(
+            "push_to_hub",
+            self.push_to_hub,
+            not self.push_to_hub,
+            "false: what trains is the memorization adapter, which knows the forget rows better. Push what ships: loramox extrapolate … --push_to_hub",
         )
+        workers = self.dataloader_persistent_workers
+        refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
+        refuse("save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser")
         import torch
 
         if self.bf16 is None:
@@ -158,8 +162,19 @@ class MemorizeConfig(TrainingArguments):
         """The strength at which retain rows are held: α, or −1 for the memorization model."""
         return self.strength if self.kl_at == "shipped" else -1.0
 
+    @property
+    def title(self) -> str:
+        """The method, and where it is from."""
+        return "MOX, arXiv 2602.06441"
 
-def _refuse(name: str, value: Any, fine: bool, expected: str) -> None:
+    @property
+    def holds_retain(self) -> bool:
+        """Whether retain rows are trained on."""
+        return self.kl_weight > 0
+
+
+def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
+    """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
         flag = "alpha" if name == "strength" else name
         raise SettingsError(f"{name} is {value}; --{flag} needs {expected}")

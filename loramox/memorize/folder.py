@@ -48,13 +48,19 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def plan_of(model: PeftModel, args: MemorizeConfig) -> dict[str, Any]:
     """What is known about a run that was put together in Python: everything but where its rows came from."""
+    return {
+        "command": command(),
+        "method": args.title,
+        "base": base_of(model),
+        "data": {},
+        "settings": {"r": model.peft_config[ADAPTER].r} | args.to_dict(),
+        "versions": versions(),
+    }
+
+
+def base_of(model: PeftModel) -> dict[str, Any]:
+    """What the provenance says of the base model of a run that was put together in Python."""
     lora = model.peft_config[ADAPTER]
     # A model that was built from a config, not loaded, has no name.
     base = ReferenceConfig(model=lora.base_model_name_or_path or "", revision=lora.revision)
-    return {
-        "command": command(),
-        "base": identify(base, model.get_base_model().config),
-        "data": {},
-        "settings": {"r": lora.r} | args.to_dict(),
-        "versions": versions(),
-    }
+    return identify(base, model.get_base_model().config)

@@ -1,6 +1,7 @@
 """Memorizing as one job: rows and a model in, `memorization/` out. Everything that can be wrong is looked at first."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,15 @@ from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.errors import RowsError
 from loramox.head import Head
+from loramox.memorize.baseline_config import BaselineConfig
+from loramox.memorize.baseline_inputs import check_layer, read_reinforced, taught_rows
+from loramox.memorize.baseline_trainer import BaselineTrainer
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import last_whole_checkpoint
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.model import check_device, identify, read_config, read_tokenizer, skeleton
 from loramox.reference import ReferenceConfig, add_lora, load_reference
-from loramox.rows import Columns, Data, fingerprint, keep_disjoint, read_rows, wanted_rows
+from loramox.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
 
 FOLDER = "memorization"
@@ -41,17 +45,19 @@ def memorize(
     args: MemorizeConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
+    protected: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Train θ_mem and write it to `run.out`/memorization, with the record in `run.out`/run.json; return the record.
 
     `memorization/` is a plain PEFT adapter (θ_ref + ΔW); `memorization/momentum/` is another, the momentum average of ΔW
     that `extrapolate` starts from; `memorization/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch`
-    every process calls this, and the first one writes.
+    every process calls this, and the first one writes. `protected` are rows of earlier requests, which the KL term holds at
+    the reference like retain rows: what is forgotten already is neither brought back nor pushed.
 
     Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     args.output_dir = str(Path(run.out) / FOLDER)
-    prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation())
+    prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), protected)
     if args.process_index == 0:
         # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
         momentum = (args.momentum_rank or 4 * reference.r) / reference.r
@@ -65,7 +71,7 @@ def memorize(
     set_seed(args.seed)
     model = add_lora(load_reference(reference, args.device), reference)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now()}
-    trainer = MemorizeTrainer(
+    trainer = (BaselineTrainer if _is_baseline(args) else MemorizeTrainer)(
         model, args, prepared.forget, prepared.retain, prepared.tokenizer, prepared.wanted, plan=prepared.plan
     )
     trained = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if run.resume else None)
@@ -88,32 +94,52 @@ def memorize(
 
 
 def prepare(
-    reference: ReferenceConfig, data: Data, args: MemorizeConfig, columns: Columns, tokenisation: Tokenisation
+    reference: ReferenceConfig,
+    data: Data,
+    args: MemorizeConfig,
+    columns: Columns,
+    tokenisation: Tokenisation,
+    protected: Sequence[Row] = (),
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     check_device(reference, args.use_cpu)
     forget = read_rows(data.forget, columns)
     retain = keep_disjoint(
-        forget, read_rows(data.retain, Columns(**asdict(columns) | {"wanted_column": None})), data.drop_overlap
+        [*forget, *protected],
+        read_rows(data.retain, Columns(**asdict(columns) | {"wanted_column": None})),
+        data.drop_overlap,
     )
     config = read_config(reference)
     model = add_lora(skeleton(config, reference), reference)
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = getattr(config, "max_position_embeddings", None) or 2048
-    encoded = [encode(rows, tokenizer, tokenisation, context) for rows in (forget, retain)]
-    wanted = encode(wanted_rows(forget), tokenizer, tokenisation, context) if columns.wanted_column else []
+    encoded = [encode(rows, tokenizer, tokenisation, context) for rows in (forget, [*retain, *protected])]
+    taught = taught_rows(args, forget, retain) if _is_baseline(args) else wanted_rows(forget)
+    drawn = taught and not columns.wanted_column  # else they are in the forget rows' fingerprint
+    wanted = encode(taught, tokenizer, tokenisation, context) if taught else []
     if wanted and len(wanted) != len(encoded[0]):
         raise RowsError(
             f"{data.forget}: {len(encoded[0])} forget rows but {len(wanted)} wanted answers are left within the context. "
             "Shorten them, or use --long_rows truncate"
         )
+    base = identify(reference, config)
+    if _is_baseline(args):
+        check_layer(args, config.num_hidden_layers)
+        if args.reinforced is not None:
+            read_reinforced(args.reinforced, base, model)
     plan = {
         "command": command(),
-        "base": identify(reference, config),
+        "method": args.title,
+        "base": base,
         "data": {
             part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
-            for part, source, rows in (("forget", data.forget, forget), ("retain", data.retain, retain))
+            for part, source, rows in (
+                ("forget", data.forget, forget),
+                ("retain", data.retain, retain),
+                *([("protected", "earlier requests", protected)] if protected else ()),
+                *([("taught", getattr(args, "refusals", None) or data.retain, taught)] if drawn else ()),
+            )
         },
         "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
         | args.to_dict()
@@ -122,3 +148,7 @@ def prepare(
         "versions": versions(),
     }
     return Prepared(tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])
+
+
+def _is_baseline(args: MemorizeConfig) -> bool:
+    return isinstance(args, BaselineConfig) and args.is_baseline

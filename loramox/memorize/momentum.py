@@ -6,6 +6,7 @@
 
 M is kept as factors. Concatenating the new factors to the old ones is exact and adds r to the rank, so beyond `max_rank`
 it is truncated, and the error this has caused so far is carried along as a bound: errors shrink by 1 − η with each tick.
+Where A is frozen (`shared_subspace`), averaging B alone is exact at the rank of one.
 """
 
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loramox.algebra import Factors, concatenate, scaled, truncate
+from loramox.algebra import Factors, add, scaled, truncate
 from loramox.errors import AdapterError
 from loramox.files import replacing
 
@@ -39,7 +40,7 @@ class Momentum:
             terms = [scaled(new, self.eta)]
             if name in self.average and self.eta < 1:
                 terms.append(scaled(self.average[name], 1 - self.eta))
-            self.average[name], lost = truncate(concatenate(*terms), self.max_rank)
+            self.average[name], lost = truncate(add(*terms), self.max_rank)
             self.error[name] = lost + (1 - self.eta) * self.error.get(name, 0.0)
 
     def relative_error(self) -> float:

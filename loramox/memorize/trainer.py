@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,15 +15,13 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallba
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
-from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
+from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, sum_over_rows
 from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, Progress, SaturationCallback, StopUnlessFinite
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
-from loramox.reference import at_strength, check_frozen_head, current_factors, with_factors
-
-MEMORIZATION = -1.0  # the strength at which the model is θ_ref + ΔW
+from loramox.reference import AS_TRAINED, at_strength, check_frozen_head, current_factors, with_factors
 
 
 class MemorizeTrainer(Trainer):
@@ -37,6 +35,8 @@ class MemorizeTrainer(Trainer):
     `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
+
+    LOGGED: ClassVar = {"forget": "memorize_loss", "retain": "retain_kl", "wanted": "wanted_loss"}
 
     def __init__(
         self,
@@ -56,12 +56,13 @@ class MemorizeTrainer(Trainer):
         lora = model.peft_config["default"]
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * lora.r)
         watched = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
+        retain_rows = args.retain_per_forget if args.holds_retain else 0
         tokenizer = processing_class
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Pairs(forget_dataset, retain_dataset, args.retain_per_forget, wanted_dataset, args.seed),
+            train_dataset=Pairs(forget_dataset, retain_dataset, retain_rows, wanted_dataset, args.seed),
             eval_dataset=watched,
             data_collator=Collator(pad or 0),
             processing_class=processing_class,
@@ -84,8 +85,8 @@ class MemorizeTrainer(Trainer):
         """One forward and backward pass for each part, at its strength: a strength must not change in between."""
         descent = self.args.targeted == "descent"
         strengths = {
-            "forget": MEMORIZATION,
-            "wanted": self.args.strength if descent else MEMORIZATION,
+            "forget": AS_TRAINED,
+            "wanted": self.args.strength if descent else AS_TRAINED,
             "retain": self.args.kl_strength,
         }
         loss = torch.zeros((), device=self.args.device)
@@ -110,15 +111,19 @@ class MemorizeTrainer(Trainer):
             states = answer_states(model, self.causal_lm, batch)
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
+        return preference(self._log_ratio(model, batch), self.args.preference_beta).mean()
+
+    def _log_ratio(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """log(p_θ(y|x) / p_ref(y|x)) at the temperature, summed over the answer's tokens, [rows]."""
         known = self._reference_states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
+        temperature = self.args.temperature
 
         def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
             return log_prob(logits, targets, temperature) - log_prob(reference, targets, temperature)
 
         ratios = per_token(log_ratio, self.head, [states.hidden, known.hidden], states.targets)
-        total = ratios.new_zeros(states.rows).index_add(0, states.row_of, ratios)
-        return preference(total, self.args.preference_beta).mean()
+        return sum_over_rows(ratios, states)
 
     def _wanted(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         states = answer_states(model, self.causal_lm, batch)
@@ -130,9 +135,9 @@ class MemorizeTrainer(Trainer):
         states = answer_states(model, self.causal_lm, batch)
         return mean_over_rows(per_token(kl_divergence, self.head, [known.hidden, states.hidden]), states).mean()
 
-    def _reference_states(self, model: nn.Module, batch: dict[str, Any]) -> AnswerStates:
-        with torch.no_grad(), self.model.disable_adapter():
-            return answer_states(model, self.causal_lm, batch)
+    def _reference_states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> AnswerStates:
+        with torch.no_grad(), adapter_off(self.model):
+            return answer_states(model, self.causal_lm, batch, layer)
 
     def _stop_unless_finite(self, loss: Tensor, part: str, rows: list[str]) -> None:
         if not math.isfinite(loss.item()):
@@ -173,9 +178,8 @@ class MemorizeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
         if "loss" in logs:
-            names = {"forget": "memorize_loss", "retain": "retain_kl", "wanted": "wanted_loss"}
             for part, values in self._logged.items():
-                logs[names[part]] = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+                logs[self.LOGGED[part]] = self.accelerator.gather(torch.stack(values).mean()).mean().item()
             self._logged.clear()
         super().log(logs, start_time)
 

@@ -18,7 +18,7 @@ from loramox.errors import LoramoxError, RunError, SettingsError
 from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
-from loramox.evaluate.records import RECORDS, SUMMARY, read_records
+from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import GRID, grid, next_strength, poor_direction

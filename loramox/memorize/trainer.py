@@ -21,7 +21,7 @@ from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
-from loramox.reference import AS_TRAINED, at_strength, check_frozen_head, current_factors, with_factors
+from loramox.reference import AS_TRAINED, adapter_off, at_strength, check_frozen_head, current_factors, with_factors
 
 
 class MemorizeTrainer(Trainer):

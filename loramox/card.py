@@ -148,7 +148,7 @@ adapter of it and of the other requests in force.
 
 
 def merged_card(provenance: dict[str, Any]) -> str:
-    base = provenance["base"]
+    base, alpha = provenance["base"], provenance["adapter"]["strength"]
     kind = provenance.get("quantization")
     few_bits = (
         f"Quantized to {kind} after the merge."
@@ -164,8 +164,8 @@ tags: [unlearning, merge, loramox]
 
 # A model with a forget adapter merged into its weights
 
-`{base["model"]}` with a forget adapter (MOX, arXiv 2602.06441) added to its weights at {provenance["strength"]:g} times the
-strength at which it was shipped (α = {provenance["adapter"]["strength"]:g}): W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
+`{base["model"]}` with a forget adapter ({provenance["adapter"]["method"]}) added to its weights at {provenance["strength"]:g} times the
+strength at which it was shipped{f" (α = {alpha:g})" if alpha > 0 else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
 model does, without PEFT, and answers as its base does with the adapter on.
 
 ```python

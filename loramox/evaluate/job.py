@@ -241,7 +241,8 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
             f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
         ) from error
     check_base({"base": made_for}, base, adapter)
-    if provenance.get("kind") == "memorization":
+    # Of other methods the folder holds what ships.
+    if provenance.get("kind") == "memorization" and (provenance.get("settings") or {}).get("strength", 1) > 0:
         warnings.warn(
             f"{adapter} is a memorization adapter: with it the model knows the forget rows better, not worse. The forget adapter "
             "is what loramox extrapolate makes of it",

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from loramox.adapter import CARD, PROVENANCE, WEIGHTS, check_base, read_factors, read_provenance
 from loramox.algebra import Factors, scaled
-from loramox.card import merged_card
+from loramox.card import MOX, merged_card
 from loramox.errors import AdapterError, SettingsError
 from loramox.files import write_json
 from loramox.model import ModelConfig, identify, skeleton
@@ -226,6 +226,7 @@ def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
         "path": str(adapter),
         "sha256": digest.hexdigest(),
         "strength": source["strength"],
+        "method": source.get("method", MOX),
         "command": source["command"],
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loramox.algebra import Factors, padded, truncate
 from loramox.errors import AdapterError, RunError, SettingsError
-from loramox.files import replacing, write_json
+from loramox.files import replacing, sha256_of, write_json
 
 PROVENANCE = "provenance.json"
 CARD = "README.md"
@@ -69,8 +69,8 @@ def write_adapter(
     dtype: torch.dtype,
     provenance: dict[str, Any],
     card: str,
-) -> None:
-    """Write `factors`, all of one rank, as a PEFT adapter whose own scale is 1, whole or not at all.
+) -> dict[str, Any]:
+    """Write `factors`, all of one rank, as a PEFT adapter whose own scale is 1, whole or not at all; return its provenance.
 
     `trained` is the config of the adapter that they came from (which layers, in which orientation); `base` names the model.
     """
@@ -101,8 +101,10 @@ def write_adapter(
         write_json(partial / CONFIG, saved)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets no one but the owner read it
+        provenance = provenance | {"sha256": sha256_of(partial / WEIGHTS)}
         write_json(partial / PROVENANCE, provenance)
         (partial / CARD).write_text(card, encoding="utf-8")
+    return provenance
 
 
 def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:

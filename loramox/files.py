@@ -1,5 +1,6 @@
 """Files that are either written whole or not at all, whatever happens in between."""
 
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,15 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         remove(partial)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file of any size, read a MB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def remove(path: Path) -> None:

@@ -55,8 +55,7 @@ def build(
         "command": command(),
         "versions": versions(),
     }
-    write_adapter(out, composed.factors, trained, base, dtype, provenance, composed_card(provenance))
-    return provenance
+    return write_adapter(out, composed.factors, trained, base, dtype, provenance, composed_card(provenance))
 
 
 def _terms(files: dict[str, tuple[Path, float]], layer: str) -> dict[str, Factors]:

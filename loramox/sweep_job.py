@@ -1,6 +1,5 @@
 """The sweep: one memorization adapter, every strength, one load of the model. Where two rooms meet: extrapolate, evaluate."""
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import grid, next_strength, poor_direction
 from loramox.extrapolate.picture import draw_frontier
-from loramox.files import write_json
+from loramox.files import sha256_of, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
 from loramox.reference import AS_TRAINED, at_strength, load_reference, with_factors
 from loramox.rows import Columns
@@ -102,7 +101,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     delta, _ = read_factors(memorization / "momentum")
     plan = {
         "memorization": str(memorization),
-        "weights": hashlib.sha256((memorization / "momentum" / WEIGHTS).read_bytes()).hexdigest(),
+        "weights": sha256_of(memorization / "momentum" / WEIGHTS),
         "base": base,
         "data": described(asked.sources(), rows),
         "retrained": asked.retrained,

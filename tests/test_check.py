@@ -286,6 +286,10 @@ NOTES: dict[str, tuple[Damage, str]] = {
     "no revision": (config(base_model_name_or_path="nobody/nothing"), "without a revision"),
     "no provenance": (lambda f: (f / PROVENANCE).unlink(), "no provenance.json"),
     "changed": (config(PROVENANCE, rank=4), "one was changed afterwards"),
+    "changed weights": (
+        tensors(lambda c: {k: 2 * t for k, t in c.items()}),
+        "is not the file that provenance.json was written for",
+    ),
     "config.json": (lambda f: (f / "config.json").write_text("{}"), "there is a config.json"),
     "nothing": (tensors(lambda c: {k: t * ("lora_A" in k) for k, t in c.items()}), "every lora_B is 0"),
 }

@@ -131,8 +131,7 @@ def extrapolate(
         "command": command(),
         "versions": versions(),
     }
-    write_adapter(out, fitted, trained, base, dtype, provenance, forget_card(provenance))
-    return provenance
+    return write_adapter(out, fitted, trained, base, dtype, provenance, forget_card(provenance))
 
 
 def shipped_dtype(wanted: str, of_base: str) -> torch.dtype:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from loramox.adapter import CONFIG, PROVENANCE, WEIGHTS
 from loramox.errors import AdapterError, ModelError, SettingsError
+from loramox.files import sha256_of
 from loramox.model import ModelConfig, identify, read_config
 from loramox.ship.servers import SERVERS, Adapter, Finding, judge, loading, remedy
 from loramox.ship.tensors import LOST, of_keys, of_shapes, of_values
@@ -70,7 +71,7 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
         findings += [*of_shapes(read, model_config), *_same_base(read, name, model_config)]
     findings += _origin(read)
     if not any(f.server == "all" and f.verdict == "stop" for f in findings):  # else shapes, and so sizes, may be any
-        findings += of_values(read, files[WEIGHTS])
+        findings += [*of_values(read, files[WEIGHTS]), *_changed(read, files[WEIGHTS])]
     findings += judge(read)
     return _asked(findings, read, servers)
 
@@ -262,4 +263,11 @@ def _origin(read: Adapter) -> Iterator[Finding]:
         yield Finding("all", "note", what, "Adapters that loramox ships have one")
     elif kind == "forget" and rank != read.rank:
         what = f"provenance.json says rank {shown(rank)}, adapter_config.json {read.rank}: one was changed afterwards"
+        yield Finding("all", "note", what, remedy(read, ""))
+
+
+def _changed(read: Adapter, weights: Path) -> Iterator[Finding]:
+    known = read.provenance.get("sha256")
+    if isinstance(known, str) and known != sha256_of(weights):
+        what = f"{WEIGHTS} is not the file that provenance.json was written for: it was changed or damaged afterwards"
         yield Finding("all", "note", what, remedy(read, ""))

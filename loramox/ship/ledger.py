@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from loramox.errors import AdapterError, RunError
-from loramox.files import remove, write_json
+from loramox.files import remove, sha256_of, write_json
 
 INDEX = "ledger.json"
 REQUESTS = "requests"
@@ -139,15 +139,7 @@ def locked(path: Path, command: str) -> Iterator[None]:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in `folder`, by its relative name."""
-    return {str(f.relative_to(folder)): _file_digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 class Verdict(NamedTuple):
@@ -185,7 +177,7 @@ def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
         path = ledger.folder(entry) / name
         if path.is_symlink() or not path.is_file():
             faults.append(f"{path} is missing. {RESTORE}")
-        elif _file_digest(path) != digest:
+        elif sha256_of(path) != digest:
             faults.append(f"{path} was changed since request {entry.id} was entered. {RESTORE}")
     return faults
 

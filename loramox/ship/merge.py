@@ -4,7 +4,6 @@ A tensor passes through memory a few rows at a time, so that a model of any size
 adapter, and some MB. No model is loaded and no GPU is used.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from loramox.adapter import CARD, PROVENANCE, WEIGHTS, check_base, read_factors,
 from loramox.algebra import Factors, scaled
 from loramox.card import MOX, merged_card
 from loramox.errors import AdapterError, SettingsError
-from loramox.files import write_json
+from loramox.files import sha256_of, write_json
 from loramox.model import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -218,13 +217,9 @@ def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
-    with (adapter / WEIGHTS).open("rb") as file:
-        digest = hashlib.sha256()
-        while part := file.read(1 << 20):
-            digest.update(part)
     return {
         "path": str(adapter),
-        "sha256": digest.hexdigest(),
+        "sha256": sha256_of(adapter / WEIGHTS),
         "strength": source["strength"],
         "method": source.get("method", MOX),
         "command": source["command"],

@@ -37,6 +37,7 @@ from loramox.ship.shards import Entry, size_in, write_header, write_tensor
 SHAPES = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1_376, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 4_000},
     "100m": {"hidden_size": 640, "intermediate_size": 1_728, "num_hidden_layers": 12, "num_attention_heads": 10, "vocab_size": 32_000},
+    "tinyllama-1.1b": {"hidden_size": 2_048, "intermediate_size": 5_632, "num_hidden_layers": 22, "num_attention_heads": 32, "vocab_size": 32_000},
     "llama-2-7b": {"hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000},
 }  # fmt: skip
 FITS = ("tiny", "100m")

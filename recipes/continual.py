@@ -1,11 +1,13 @@
 """Continual unlearning, as in the MOX paper: 1 %, then up to 5 %, then up to 10 % of what a model knows, a request each.
 
-    python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 60]
+    python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 30]
 
 WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
 each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay.
 `retrained` is a model trained from scratch, with the reference's config, without the rows requested so far (the world's own for
-the last step). What is in OUT is not computed again. Writes continual.json, results.md and continual.png.
+the last step). Each request is held to the reference on retain rows by itself, their sum is not: so what was built is also asked at
+lower strengths, until the retain rows keep a probability of 0.98. What is in OUT is not computed again. Writes results.md and
+continual.png, which shows the last of these strengths.
 """
 
 import argparse
@@ -28,7 +30,8 @@ SETTINGS = [  # as in tiny_tofu.yaml
     *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
     *("--save_strategy", "no", "--report_to", "none"),
 ]
-KEEP = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+DIALS, KEPT = (1.0, 0.75, 0.6, 0.45, 0.3), 0.98  # strengths, as shares of what is shipped; retain probability to keep
+QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 
 
 def lines(path: Path) -> list[str]:
@@ -79,7 +82,7 @@ def retrain(world: Path, out: Path, step: int, epochs: int) -> Path:
             "lr_scheduler_type": "cosine",
             "warmup_steps": 50,
         }
-        args = TrainingArguments(str(folder), num_train_epochs=epochs, remove_unused_columns=False, **settings, **KEEP)
+        args = TrainingArguments(str(folder), num_train_epochs=epochs, remove_unused_columns=False, **settings, **QUIET)
         pad = Collator(tokenizer.pad_token_id or 0)
         trainer = Trainer(
             AutoModelForCausalLM.from_config(config), args, train_dataset=rows,
@@ -91,17 +94,28 @@ def retrain(world: Path, out: Path, step: int, epochs: int) -> Path:
     return folder
 
 
-def probabilities(world: Path, folder: Path, model: Path, adapter: Path | None) -> dict[str, float]:
+def probabilities(world: Path, folder: Path, model: Path, *adapter: str) -> dict[str, float]:
     """Mean probability of the true answers, of each request's rows and of the retain rows."""
     if not (folder / "summary.json").exists():
-        what = ["--model", str(model), "--quantization", "none", *(["--adapter", str(adapter)] if adapter else [])]
         rows = ["--forget", str(world / "rows/forget.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
+        what = ["--model", str(model), "--quantization", "none", *adapter]
         loramox(["evaluate", *what, *rows, "--max_new_tokens", "0", "--use_cpu", "true", "--out", str(folder)])
     records = [json.loads(line) for line in lines(folder / "records.jsonl")]
     forget = [r["probability"] for r in records if r["part"] == "forget"]
     starts = (0, *ENDS)
     found = {f"request {i}": mean(forget[a:b]) for i, (a, b) in enumerate(zip(starts, ENDS, strict=False), 1)}
     return found | {"retain": mean(r["probability"] for r in records if r["part"] == "retain")}
+
+
+def dialled(world: Path, out: Path, step: int) -> dict[float, dict[str, float]]:
+    """What was built, as shipped and then ever weaker, until it keeps the retain rows."""
+    points: dict[float, dict[str, float]] = {}
+    for dial in DIALS:
+        adapter = ["--adapter", str(out / f"adapter-{step}"), "--strength", str(dial)]
+        points[dial] = probabilities(world, out / f"asked-{step}-{dial:g}", world / "reference", *adapter)
+        if points[dial]["retain"] >= KEPT:
+            break
+    return points
 
 
 def draw(path: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
@@ -134,25 +148,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=60, help="Of retraining (default: 60).")
+    parser.add_argument("--epochs", type=int, default=30, help="Of retraining (default: 30).")
     given = parser.parse_args()
     split(given.world, given.out)
-    reference = probabilities(given.world, given.out / "asked-reference", given.world / "reference", None)
+    reference = probabilities(given.world, given.out / "asked-reference", given.world / "reference")
+    table = ["| after | | " + " | ".join(reference) + " |", "|---|---|" + "---|" * len(reference)]
+
+    def line(after: str, what: str, point: dict[str, float]) -> None:
+        table.append(f"| {after} | {what} | " + " | ".join(f"{each:.4f}" for each in point.values()) + " |")
+
+    line("–", "reference", reference)
     ours, theirs = [reference], [reference]
-    for step in range(1, len(ENDS) + 1):
+    for step, name in enumerate(STEPS, 1):
         request(given.world, given.out, step)
-        adapter = given.out / f"adapter-{step}"
-        ours.append(probabilities(given.world, given.out / f"asked-{step}", given.world / "reference", adapter))
+        points = dialled(given.world, given.out, step)
         model = retrain(given.world, given.out, step, given.epochs)
-        theirs.append(probabilities(given.world, given.out / f"asked-retrained-{step}", model, None))
-    (given.out / "continual.json").write_text(json.dumps({"ours": ours, "retrained": theirs}, indent=2))
-    table = ["| after | " + " | ".join(reference) + " |", "|---|" + "---|" * len(reference)]
-    for name, *points in zip(("reference", *STEPS), ours, theirs, strict=True):
-        cells = (
-            f"{a:.4f}" if name == "reference" else f"{a:.4f} ({b:.4f})"
-            for a, b in zip(*(p.values() for p in points), strict=True)
-        )
-        table.append(f"| {name} | " + " | ".join(cells) + " |")
+        theirs.append(probabilities(given.world, given.out / f"asked-retrained-{step}", model))
+        ours.append(list(points.values())[-1])
+        for dial, point in points.items():
+            line(f"request {step}, {name}", f"{dial:g} of the shipped strength", point)
+        line(f"request {step}, {name}", "retrained", theirs[-1])
     print("\n".join(table))
     (given.out / "results.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     draw(given.out / "continual.png", ours, theirs)

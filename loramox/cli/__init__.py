@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
     except KeyboardInterrupt:
-        again = ". The same command with --resume goes on" if verb in ("unlearn", "memorize") else ""
+        resumes = verb in ("unlearn", "memorize") or words[:2] in (["requests", "add"], ["requests", "refresh"])
+        again = ". The same command with --resume goes on" if resumes else ""
         print(f"loramox {verb}: interrupted; what is written is whole{again}", file=sys.stderr)
         sys.exit(130)
     except LoramoxError as error:

@@ -21,6 +21,10 @@ from loramox.files import replacing, sha256_of, write_json
 
 PROVENANCE = "provenance.json"
 CARD = "README.md"
+GIVE = {
+    "memorization": "Give the folder 'memorization' in the run's folder",
+    "forget": "Give the folder 'forget-adapter' in the run's folder, or what `loramox extrapolate` wrote",
+}
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -155,12 +159,13 @@ def read_provenance(folder: Path, kind: str) -> dict[str, Any]:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{folder} has no readable {PROVENANCE}, so it is no {kind} adapter of loramox, or memorizing did not finish. "
-            "Give the folder 'memorization' in the run's folder; an interrupted run goes on with --resume"
+            f"{folder} has no readable {PROVENANCE}, so it is no {kind} adapter of loramox, or what makes it did not finish. "
+            f"{GIVE.get(kind, 'Give a folder that loramox wrote')}; an interrupted run goes on with --resume"
         ) from error
     if provenance.get("kind") != kind:
         raise AdapterError(
-            f"{folder} is a {provenance.get('kind')} adapter, not a {kind} adapter. It came from: {provenance.get('command')}"
+            f"{folder} is a {provenance.get('kind')} adapter, not a {kind} adapter. {GIVE.get(kind, 'Give another folder')}. This one came "
+            f"from: {provenance.get('command')}"
         )
     missing = {"base", "command", "data", "momentum", "settings"} - provenance.keys()
     if missing:

@@ -207,9 +207,10 @@ def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, column
     for name, theirs in in_force.items():
         known = {row.key() for row in theirs}
         if again := [row for row in rows if row.key() in known]:
+            todo = "Remove them: they are forgotten as it is" if len(again) < len(rows) else "There is nothing to add"
             raise RowsError(
                 f"{len(again)} of {len(rows)} rows of {data.forget} are in request {name} already, which is in force (first: row "
-                f"{again[0].number}). Remove them: they are forgotten as it is"
+                f"{again[0].number}). {todo}"
             )
         keep_disjoint(theirs, retain, data.drop_overlap)
     return retain
@@ -217,7 +218,7 @@ def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, column
 
 def _clean(ledger: Path, found: list[Path]) -> None:
     for path in found:
-        print(f"Left over from a process that was killed, and removed: {path}")
+        print(f"Left over from what did not finish (with --resume it would have gone on), and removed: {path}")
         remove(path)
     with suppress(OSError):  # a run is in it, or there is none
         (ledger / STAGING).rmdir()

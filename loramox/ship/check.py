@@ -45,6 +45,10 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
     folder = Path(adapter)
     if not folder.is_dir():
         raise AdapterError(f"{shown(folder)} is no folder. Give an adapter folder, such as DIR/forget-adapter")
+    if not (folder / CONFIG).exists() and (folder / "forget-adapter").is_dir():
+        raise AdapterError(
+            f"{shown(folder)} is the folder of a whole run. Give the adapter in it: {shown(folder / 'forget-adapter')}"
+        )
     if unknown := [server for server in servers if server not in SERVERS]:
         raise SettingsError(f"--for {', '.join(unknown)} is not among {', '.join(SERVERS)}")
     try:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from loramox.adapter import CONFIG, read_factors
 from loramox.algebra import Factors
-from loramox.errors import AdapterError, ModelError, RunError
+from loramox.errors import AdapterError, ModelError, RunError, SettingsError
 from loramox.files import replacing
 from loramox.model import ModelConfig, read_config
 from loramox.settings import check_choices
@@ -67,6 +67,8 @@ class GgufConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not self.out.endswith(".gguf"):
+            raise SettingsError(f"--out {self.out} does not end in .gguf. Give a file, such as forget.gguf")
 
 
 def to_gguf(

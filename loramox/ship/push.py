@@ -27,7 +27,9 @@ class PushConfig:
             "Default: nothing is uploaded.",
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Only list what --push_to_hub would upload."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Write everything here, but only list what --push_to_hub would upload."}
+    )
 
     def __post_init__(self) -> None:
         if self.dry_run and not self.push_to_hub:

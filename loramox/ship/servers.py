@@ -206,6 +206,8 @@ def remedy(adapter: Adapter, flags: str | None) -> str:
     """The command that makes the adapter again with other flags; for a variant that no flag takes away, the way round."""
     if flags is None:
         return "Serve it in PEFT, or merge it there into the 16-bit base (merge_and_unload) and serve the result"
+    if "requests" in adapter.provenance:
+        return " ".join(word for word in ("loramox requests build LEDGER", flags, "--out NEW_FOLDER") if word)
     settings = adapter.provenance.get("settings")
     source = settings.get("output_dir") if isinstance(settings, dict) else None
     strength = adapter.provenance.get("strength")

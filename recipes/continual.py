@@ -139,8 +139,9 @@ def draw(path: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]
         axes.plot([p[name] for p in theirs], color=color, linestyle=":", linewidth=1.5, label=f"{label}, retrained")
     axes.set_xticks(range(4), ["reference", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
     axes.set(xlabel="after request", ylabel="mean probability of the true answers", ylim=(-0.02, 1.02))
+    axes.set_title(f"at the strength that keeps retain rows at {KEPT}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2, loc="center left")
+    figure.legend(fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 

@@ -268,7 +268,10 @@ def test_a_ledger_killed_at_every_step_holds_and_builds_what_one_left_alone_does
 def test_a_first_add_that_was_killed_is_begun_again_and_says_so(ledgers: Ledgers) -> None:
     killed, again = ledgers[1][5:7]
     assert (killed["how"], again["how"]) == ("before it is entered", "no")
-    assert "Left over from a process that was killed, and removed: killed/staging/a" in again["said"]
+    assert (
+        "Left over from what did not finish (with --resume it would have gone on), and removed: killed/staging/a"
+        in again["said"]
+    )
     assert "removed: killed/requests/a" in again["said"]
 
 

@@ -426,11 +426,13 @@ def test_the_command_line_goes_from_rows_to_an_adapter(world: World, tmp_path: P
     main(["requests", "verify", ledger])
     main(["requests", "build", ledger, "--out", str(tmp_path / "out")])
     assert read_provenance(tmp_path / "out", "forget")["rank"] == 16
+    assert "held for each request alone, not for the sum" in capsys.readouterr().out
     main(["requests", "revoke", ledger, "request-1"])
     assert "loramox requests refresh" in capsys.readouterr().out
     main(["requests", "refresh", ledger])
     main(["requests", "build", ledger, "--out", str(tmp_path / "out"), "--overwrite"])
     assert [r["id"] for r in read_provenance(tmp_path / "out", "forget")["requests"]] == ["second"]
+    assert "held for each request alone" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["requests", "add", ledger, *rows, str(world.rows / "c.jsonl"), "--r", "8"])
     assert "r is 8; all requests in" in capsys.readouterr().err

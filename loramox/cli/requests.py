@@ -139,11 +139,15 @@ def _build(words: list[str]) -> None:
     shipping, given = parse(parser, words)
     made = build(given.ledger, given.out, shipping, given.overwrite)
     errors = ", ".join(f"{r['id']} {r['error']:.2g}" for r in made["requests"])
+    alone = [
+        f"Retain rows were held for each request alone, not for the sum: loramox evaluate --adapter {given.out} … before it ships"
+    ]
     say(
         f"[bold]{given.out}[/] is the forget adapter for all requests in force ({len(made['requests'])}), rank {made['rank']}",
         f"Truncation leaves out {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
         if made["truncation_error"]
         else "It is the exact sum: nothing was truncated",
+        *(alone if len(made["requests"]) > 1 else ()),
         f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
     )
 

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loramox.evaluate.summary import summarise
 from loramox.model import ModelConfig, check_device
 from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns
+from loramox.settings import of_record
 from loramox.ship.merge import MergeConfig, Plan, plan
 from loramox.ship.merge import merge as merge_into_floats
 from loramox.ship.quantize import load_merged, merge_quantized
@@ -73,7 +74,7 @@ class _Forgetting:
     def __init__(self, config: MergeConfig, ready: Plan, asked: ForgettingConfig, device: torch.device) -> None:
         self.config, self.ready, self.device = config, ready, device
         self.base = replace(ready.base, dtype=config.dtype or "bfloat16")
-        tokenisation, columns = (_of(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
+        tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
         self.sources = {part: path for part in ("forget", "retain") if (path := getattr(asked, part))}
         self.rows = read_parts(self.sources, columns, asked.drop_overlap)
         check_sides(ready.made, self.rows, config.adapter)
@@ -114,7 +115,3 @@ class _Forgetting:
             {"attack": "none", "state": state, "metrics": {name: m.value for name, m in metrics.items()}}
         )
         return metrics["forget_probability"].value
-
-
-def _of(kind: type, settings: dict[str, Any]) -> Any:
-    return kind(**{each.name: settings[each.name] for each in fields(kind) if each.name in settings})

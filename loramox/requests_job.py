@@ -10,10 +10,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from loramox.model import identify, read_config
 from loramox.reference import ReferenceConfig
 from loramox.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
 from loramox.run import RECORD, RunConfig, command, read_record
+from loramox.settings import of_record
 from loramox.ship.ledger import (
     INDEX,
     REQUESTS,
@@ -142,7 +142,7 @@ def refresh(path: str | Path, resume: bool = False) -> list[str]:
         stale = [ledger.entry(name) for name in ledger.stale()]
         for entry in stale:
             check_files(ledger, [entry])
-            reference = _of(ReferenceConfig, read_record(ledger.folder(entry))["settings"])
+            reference = of_record(ReferenceConfig, read_record(ledger.folder(entry))["settings"])
             check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
             retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
             if fingerprint(retain) != entry.retain["sha256"]:
@@ -271,7 +271,9 @@ def _refresh(ledger: Ledger, entry: Entry, resume: bool) -> None:
     """Memorize one request again as if the revoked ones had never been there, and put it in its old one's place."""
     before = ledger.folder(entry)
     settings = read_record(before)["settings"]
-    reference, tokenisation, args = (_of(kind, settings) for kind in (ReferenceConfig, Tokenisation, MemorizeConfig))
+    reference, tokenisation, args = (
+        of_record(kind, settings) for kind in (ReferenceConfig, Tokenisation, MemorizeConfig)
+    )
     earlier = ledger.entries[: ledger.entries.index(entry)]
     protected = {each.id: _rows_of(ledger, each) for each in earlier if each.in_force}
     rows = _rows_of(ledger, entry)
@@ -284,10 +286,6 @@ def _refresh(ledger: Ledger, entry: Entry, resume: bool) -> None:
     ledger.write()
     remove(before)
     _drop(run)
-
-
-def _of(kind: type, settings: dict[str, Any]) -> Any:
-    return kind(**{each.name: settings[each.name] for each in fields(kind) if each.init and each.name in settings})
 
 
 def _lasting(source: str) -> str:

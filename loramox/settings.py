@@ -55,3 +55,10 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
             # One word, so that a value that begins with a dash is not taken for a flag.
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
+
+
+def of_record(kind: type, settings: dict[str, Any]) -> Any:
+    """The dataclass `kind` as a run's record or provenance has it, which holds several of them side by side."""
+    return kind(
+        **{each.name: settings[each.name] for each in dataclasses.fields(kind) if each.init and each.name in settings}
+    )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from loramox.model import ModelConfig, check_device, identify, read_config
 from loramox.reference import AS_TRAINED, at_strength, load_reference, with_factors
 from loramox.rows import Columns
 from loramox.run import command, versions
-from loramox.settings import check_choices
+from loramox.settings import check_choices, of_record
 
 FRONTIER = "frontier.json"
 PICTURE = "frontier.png"
@@ -88,7 +88,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
             f"--memorization {memorization} was trained to forget by {source['method']}, and is one model, not a line of strengths. "
             "Measure it with loramox evaluate; what loramox unlearn --method mox memorizes can be swept"
         )
-    model, tokenisation, columns = (_of(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
+    model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
     model.model = config.model or model.model
     device = check_device(model, scoring.use_cpu)
     base = identify(model, read_config(model))
@@ -130,8 +130,15 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
         return records
 
-    wanted = {0.0, *(config.strengths or grid(settings["strength"]))}
-    there = {float(f.parent.name.removeprefix("strength-")) for f in out.glob(f"strength-*/{SUMMARY}")}
+    return _conclude(config, plan, _refined(config, settings["strength"], measure), retrained)
+
+
+def _refined(
+    config: SweepConfig, trained: float, measure: Callable[[float], list[Record]]
+) -> dict[float, list[Record]]:
+    """The records at every strength wanted or there already, and at those added where the frontier bends; in order."""
+    wanted = {0.0, *(config.strengths or grid(trained))}
+    there = {float(f.parent.name.removeprefix("strength-")) for f in Path(config.out).glob(f"strength-*/{SUMMARY}")}
     measured = {s: measure(s) for s in sorted(wanted | there)}
     while len(measured) < len(wanted) + config.refine:
         strengths = sorted(measured)
@@ -141,11 +148,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         if new in measured:
             break
         measured[new] = measure(new)
-    return _conclude(config, plan, dict(sorted(measured.items())), retrained)
-
-
-def _of(kind: type, settings: dict[str, Any]) -> Any:
-    return kind(**{name: settings[name] for name in kind.__dataclass_fields__ if name in settings})
+    return dict(sorted(measured.items()))
 
 
 def _mean(records: Sequence[Record], part: str) -> float:

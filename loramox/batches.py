@@ -163,9 +163,9 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
 
 
 class Pairs(Dataset):
-    """Forget row i with its wanted answer, if any, and `retain_per_forget` retain rows (0: none), other ones in each epoch.
+    """Forget row i with its wanted answer, if any, `retain_per_forget` retain rows (0: none), and one protected row, if any.
 
-    Retain rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, and to
+    Retain rows and protected rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, and to
     the forget rows in another order each epoch, as a function of (seed, epoch, i) alone: the same for any number of
     processes, and after resuming.
     """
@@ -177,21 +177,28 @@ class Pairs(Dataset):
         retain_per_forget: int,
         wanted: Sequence[Example] = (),
         seed: int = 0,
+        protected: Sequence[Example] = (),
     ) -> None:
-        self.forget, self.retain, self.wanted = forget, retain, wanted
+        self.forget, self.retain, self.wanted, self.protected = forget, retain, wanted, protected
         self.retain_per_forget = retain_per_forget
         self.epoch, self.seed = 0, seed
-        self._order = _shuffled(len(retain), seed)
+        self._orders = {"retain": _shuffled(len(retain), seed), "protected": _shuffled(len(protected), seed)}
 
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, index: int) -> dict[str, list[Example]]:
         turn = self.epoch * len(self.forget) + _shuffled(len(self.forget), self.seed + self.epoch)[index]
-        first = turn * self.retain_per_forget
-        dealt = [self.retain[self._order[(first + k) % len(self.retain)]] for k in range(self.retain_per_forget)]
-        others = {"retain": dealt, "wanted": [self.wanted[index]] if self.wanted else []}
+        others = {
+            "retain": self._dealt("retain", turn, self.retain_per_forget),
+            "protected": self._dealt("protected", turn, 1 if self.protected else 0),
+            "wanted": [self.wanted[index]] if self.wanted else [],
+        }
         return {"forget": [self.forget[index]]} | {part: rows for part, rows in others.items() if rows}
+
+    def _dealt(self, part: str, turn: int, count: int) -> list[Example]:
+        rows, order = getattr(self, part), self._orders[part]
+        return [rows[order[(turn * count + k) % len(rows)]] for k in range(count)]
 
 
 @functools.lru_cache(maxsize=2)  # asked for once a row

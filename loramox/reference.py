@@ -186,18 +186,18 @@ def adapter_off(model: PeftModel, adapter: str = ADAPTER) -> Iterator[None]:
 
 @contextmanager
 def at_strength(model: nn.Module, strength: float, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within it the model is θ_ref − strength·ΔW; after it, the memorization model again.
+    """Within it the model is θ_ref − strength·ΔW; after it, what it was before: the memorization model, as a rule.
 
     A backward pass must end inside: gradient checkpointing reads the strength again when it recomputes a forward pass.
     """
-    layers = [layer for _, layer in lora_layers(model, adapter)]
+    before = [(layer, layer.scaling[adapter]) for _, layer in lora_layers(model, adapter)]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer.set_scale(adapter, -strength)
         yield
     finally:
-        for layer in layers:
-            layer.set_scale(adapter, 1.0)
+        for layer, scale in before:
+            layer.scaling[adapter] = scale
 
 
 def current_factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Factors]:

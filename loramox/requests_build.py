@@ -1,18 +1,14 @@
 """The one adapter for all requests of a ledger that are in force. Where ship and extrapolate meet."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from loramox.adapter import WEIGHTS, check_out, read_factors, write_adapter
-from loramox.algebra import Factors, scaled
+from loramox.adapter import check_out, read_factors, write_adapter
 from loramox.card import MOX, composed_card
 from loramox.errors import RunError
 from loramox.extrapolate import ShippingConfig, served_base, shipped_dtype
 from loramox.run import command, read_record, versions
-from loramox.ship.compose import compose
+from loramox.ship.compose import compose, terms_of
 from loramox.ship.ledger import Entry, Ledger, check_files, read_ledger
 
 
@@ -33,8 +29,8 @@ def build(
     base = served_base({"base": ledger.base}, shipping.base, path)
     check_files(ledger, entries)
     first, trained = read_factors(ledger.folder(entries[0]))
-    files = {entry.id: (ledger.folder(entry) / WEIGHTS, entry.strength) for entry in entries}
-    composed = compose(list(first), partial(_terms, files), shipping.rank)
+    terms = terms_of({entry.id: (ledger.folder(entry), entry.strength) for entry in entries})
+    composed = compose(list(first), terms, shipping.rank)
     dtype = shipped_dtype(shipping.ship_dtype, base["dtype"])
     provenance = {
         "kind": "forget",
@@ -44,7 +40,7 @@ def build(
         "truncation_error": composed.error,
         "dtype": str(dtype).removeprefix("torch."),
         "requests": [
-            {key: getattr(e, key) for key in ("id", "strength", "rows", "sha256", "prompt_template", "protects")}
+            {key: getattr(e, key) for key in ("id", "strength", "rows", "sha256", "prompt_template", "on_top_of")}
             | {"memorized_error": e.truncation_error, "error": composed.errors[e.id]}
             for e in entries
         ],
@@ -58,17 +54,6 @@ def build(
     return write_adapter(out, composed.factors, trained, base, dtype, provenance, composed_card(provenance))
 
 
-def _terms(files: dict[str, tuple[Path, float]], layer: str) -> dict[str, Factors]:
-    """−α_i·ΔW_i of one layer. Their own scale is 1: `write_adapter` folded it into B."""
-    terms = {}
-    for name, (path, strength) in files.items():
-        with safe_open(path, "pt") as file:
-            # Copied, as a tensor keeps its whole file mapped.
-            A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{part}.weight").clone() for part in "AB")
-        terms[name] = scaled(Factors(A, B), -strength)
-    return terms
-
-
 def _check_buildable(ledger: Ledger, entries: list[Entry], out: Path) -> None:
     if not entries:
         raise RunError(
@@ -76,9 +61,4 @@ def _check_buildable(ledger: Ledger, entries: list[Entry], out: Path) -> None:
         )
     if ledger.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise RunError(f"--out {out} is in the ledger. Choose a folder outside it")
-    if stale := ledger.stale():
-        which = "; ".join(f"{name} (around {', '.join(held)})" for name, held in stale.items())
-        raise RunError(
-            f"{ledger.path}: {which} was memorized around rows of requests that are revoked since, so it is not what it would be "
-            f"without them. Memorize again what that concerns: loramox requests refresh {ledger.path}"
-        )
+    ledger.check_fresh()

@@ -10,17 +10,30 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loramox import Columns, Data, MemorizeConfig, ReferenceConfig, RunConfig, ShippingConfig, read_rows
+from loramox import (
+    Columns,
+    Data,
+    MemorizeConfig,
+    ReferenceConfig,
+    RunConfig,
+    ShippingConfig,
+    Tokenisation,
+    encode,
+    read_rows,
+)
 from loramox.adapter import read_factors, read_provenance
+from loramox.algebra import Factors
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extrapolate import extrapolate
 from loramox.memorize import memorize
+from loramox.memorize.earlier import EARLIER, put_on
 from loramox.reference import add_lora, current_factors, load_reference
 from loramox.requests_build import build
-from loramox.requests_job import RequestConfig, add, refresh, revoke
+from loramox.requests_job import RequestConfig, add, revoke
+from loramox.requests_refresh import refresh
 from loramox.rows import fingerprint
 from loramox.ship.ledger import Entry, locked, read_ledger, verify
 from loramox.ship.request_rows import ROWS, write_rows
@@ -96,14 +109,14 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
     return {name: f.delta() for name, f in read_factors(folder)[0].items()}
 
 
-def test_each_request_is_memorized_around_those_in_force_and_its_rows_are_held_for_the_owner_alone(
+def test_each_request_is_memorized_on_top_of_those_in_force_and_its_rows_are_held_for_the_owner_alone(
     three: Path, world: World
 ) -> None:
     entries = read_ledger(three).entries
-    assert [(e.id, e.protects, e.rows, e.strength) for e in entries] == [
-        ("a", [], 2, 2.0),
-        ("b", ["a"], 2, 2.0),
-        ("c", ["a", "b"], 2, 2.0),
+    assert [(e.id, e.on_top_of, e.rows, e.strength) for e in entries] == [
+        ("a", {}, 2, 2.0),
+        ("b", {"a": "a"}, 2, 2.0),
+        ("c", {"a": "a", "b": "b"}, 2, 2.0),
     ]
     for entry in entries:
         folder = three / "requests" / entry.id
@@ -115,18 +128,48 @@ def test_each_request_is_memorized_around_those_in_force_and_its_rows_are_held_f
     assert verify(three) == ([], [])
 
 
-def test_protected_rows_are_held_in_place_like_retain_rows(world: World, tmp_path: Path) -> None:
-    """b around a is what b is when a's rows are retain rows."""
-    merged = tmp_path / "retain.jsonl"
-    merged.write_bytes((world.rows / "retain.jsonl").read_bytes() + (world.rows / "a.jsonl").read_bytes())
-    world.add(tmp_path / "around", "a")
-    world.add(tmp_path / "around", "b")
-    world.add(tmp_path / "retained", "b", retain=str(merged))
-    world.add(tmp_path / "neither", "b")
-    around, retained, neither = (
-        (tmp_path / name / "requests/b" / SHIPPED[0]).read_bytes() for name in ("around", "retained", "neither")
-    )
-    assert around == retained != neither
+def test_what_is_on_while_a_request_is_memorized_is_what_is_built_of_those_in_force(
+    ledger: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(ledger, tmp_path / "built", FLOAT32)
+    seen = {}
+
+    def watch(model: PeftModel, change: dict[str, Factors], real=put_on) -> None:
+        real(model, change)
+        seen.update({name: factors.delta() for name, factors in current_factors(model, EARLIER).items()})
+
+    monkeypatch.setattr("loramox.memorize.job.put_on", watch)
+    write(tmp_path / "d.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}])
+    world.add(ledger, "d", str(tmp_path / "d"))
+    built = deltas(tmp_path / "built")
+    assert seen.keys() == built.keys()
+    for name, delta in built.items():
+        assert torch.allclose(seen[name], delta, atol=1e-6)
+
+
+def test_requests_keep_their_retain_rows_together(world: World, tmp_path: Path) -> None:
+    """The KL of the retain rows under the sum of both is lower when the second is memorized on top of the first."""
+    base = AutoModelForCausalLM.from_pretrained(world.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    rows = encode(read_rows(str(world.rows / "retain.jsonl")), tokenizer, Tokenisation(), 128)
+
+    def kl(protect: bool) -> float:
+        for name in "ab":
+            world.add(tmp_path / f"{protect}", name, protect=protect, num_train_epochs=12)
+        build(tmp_path / f"{protect}", tmp_path / f"{protect}-built", FLOAT32)
+        model = PeftModel.from_pretrained(base, str(tmp_path / f"{protect}-built"))
+        found = []
+        for row in rows:
+            ids, answer = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:] != -100
+            with torch.no_grad():
+                now = model(ids).logits[0, :-1][answer].log_softmax(-1)
+                with model.disable_adapter():
+                    known = model(ids).logits[0, :-1][answer].log_softmax(-1)
+            found.append((known.exp() * (known - now)).sum(-1).mean().item())
+        model.unload()
+        return sum(found) / len(found)
+
+    assert kl(protect=True) < 0.7 * kl(protect=False)
 
 
 def test_a_ledger_of_one_request_builds_what_unlearn_ships(world: World, tmp_path: Path) -> None:
@@ -194,18 +237,37 @@ def test_after_a_refresh_the_ledger_builds_what_it_would_had_the_revoked_request
     for name in "bc":
         world.add(tmp_path / "never", name)
     assert revoke(ledger, "a") == ["b", "c"]
-    with pytest.raises(RunError, match=r"b \(around a\); c \(around a\).*requests refresh"):
+    with pytest.raises(RunError, match=r"b \(on top of a\); c \(on top of a, b\).*requests refresh"):
         build(ledger, tmp_path / "out", FLOAT32)
     assert not (tmp_path / "out").exists()
     assert refresh(ledger) == ["b", "c"]
     assert built(ledger, tmp_path / "out") == built(tmp_path / "never", tmp_path / "other")
-    assert [(e.id, e.protects, e.in_force) for e in read_ledger(ledger).entries] == [
-        ("a", [], False),
-        ("b", [], True),
-        ("c", ["b"], True),
+    assert [(e.id, e.on_top_of, e.in_force) for e in read_ledger(ledger).entries] == [
+        ("a", {}, False),
+        ("b", {}, True),
+        ("c", {"b": "b~2"}, True),
     ]
     assert verify(ledger) == ([], [])
     assert sorted(f.name for f in (ledger / "requests").iterdir()) == ["a", "b~2", "c~2"]
+
+
+def test_a_request_on_top_of_one_that_was_memorized_again_is_memorized_again_too(ledger: Path) -> None:
+    index = read_ledger(ledger)
+    a, b, c = index.entries
+    a.revoked, b.folder, b.on_top_of = "now", "b~2", {}
+    c.on_top_of = {"b": "b"}
+    assert index.stale() == {"c": ["b"]}  # as a refresh that was killed after b leaves it
+    b.on_top_of = {"a": "a"}
+    assert index.stale() == {"b": ["a"], "c": ["b"]}
+    b.on_top_of, c.on_top_of = {}, {"b": "b~2"}
+    assert index.stale() == {}
+
+
+def test_nothing_is_memorized_on_top_of_what_must_be_refreshed(ledger: Path, world: World, tmp_path: Path) -> None:
+    revoke(ledger, "a")
+    write(tmp_path / "d.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}])
+    with pytest.raises(RunError, match=r"b \(on top of a\).*requests refresh"):
+        world.add(ledger, "d", str(tmp_path / "d"))
 
 
 def test_revoking_the_last_request_leaves_what_was_there_before_it(ledger: Path, world: World, tmp_path: Path) -> None:
@@ -309,7 +371,7 @@ def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
     revoke(ledger, "a")
     other = read_ledger(ledger).base | {"weights": "0" * 64}
     with monkeypatch.context() as patched:
-        patched.setattr("loramox.requests_job.identify", lambda *_: other)
+        patched.setattr("loramox.requests_refresh.identify", lambda *_: other)
         with pytest.raises(AdapterError, match="has other weights"):
             refresh(ledger)
     retain = world.rows / "retain.jsonl"
@@ -426,13 +488,18 @@ def test_the_command_line_goes_from_rows_to_an_adapter(world: World, tmp_path: P
     main(["requests", "verify", ledger])
     main(["requests", "build", ledger, "--out", str(tmp_path / "out")])
     assert read_provenance(tmp_path / "out", "forget")["rank"] == 16
-    assert "held for each request alone, not for the sum" in capsys.readouterr().out
+    capsys.readouterr()
     main(["requests", "revoke", ledger, "request-1"])
     assert "loramox requests refresh" in capsys.readouterr().out
     main(["requests", "refresh", ledger])
     main(["requests", "build", ledger, "--out", str(tmp_path / "out"), "--overwrite"])
     assert [r["id"] for r in read_provenance(tmp_path / "out", "forget")["requests"]] == ["second"]
     assert "held for each request alone" not in capsys.readouterr().out
+    for name in "ab":
+        words = ["requests", "add", f"{ledger}-2", str(recipe), *first, *rows, str(world.rows / f"{name}.jsonl")]
+        main([*words, "--protect", "false"])
+    main(["requests", "build", f"{ledger}-2", "--out", str(tmp_path / "out"), "--overwrite"])
+    assert "held for each request alone" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["requests", "add", ledger, *rows, str(world.rows / "c.jsonl"), "--r", "8"])
     assert "r is 8; all requests in" in capsys.readouterr().err

@@ -15,7 +15,8 @@ import contextlib, io, json, os, signal, sys, time
 from pathlib import Path
 
 import rich.console, rich.table, torch, transformers.models.llama.modeling_llama
-import loramox.adapter, loramox.cli.requests, loramox.files, loramox.requests_build, loramox.requests_job
+import loramox.adapter, loramox.cli.requests, loramox.files
+import loramox.requests_build, loramox.requests_entry, loramox.requests_job, loramox.requests_refresh
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.ship.ledger import Ledger, verify
 
@@ -58,11 +59,11 @@ HOW = {
     "no": lambda: None,
     "in a step": lambda: on_call(MemorizeTrainer, "training_step", die, 2),
     "while the request is kept": lambda: on_call(loramox.adapter, "save_file", half_a_file, 3),
-    "while its rows are copied": lambda: on_call(loramox.requests_job, "write_rows", die),
+    "while its rows are copied": lambda: on_call(loramox.requests_entry, "write_rows", die),
     "before it is entered": lambda: on_call(Ledger, "write", die),
     "while it is entered": index_not_replaced,
-    "before staging is cleaned": lambda: on_call(loramox.requests_job, "_drop", die),
-    "before the old one is removed": lambda: on_call(loramox.requests_job, "remove", die),
+    "before staging is cleaned": lambda: on_call(loramox.requests_job, "drop", die),
+    "before the old one is removed": lambda: on_call(loramox.requests_refresh, "remove", die),
     "while the adapter is written": lambda: on_call(loramox.adapter, "save_file", half_a_file),
     "waiting": wait_in_a_step,
 }

@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox.algebra import Factors
 from loramox.batches import Example
 from loramox.errors import NonFiniteLossError
+from loramox.memorize.earlier import EARLIER, put_on
 from loramox.reference import current_factors, lora_layers
 
 Examples = tuple[list[Example], list[Example]]
@@ -48,13 +51,25 @@ def trainer_of(
     """A trainer of the pico Llama whose adapter is not 0 to begin with, and what it records. One step holds all rows."""
 
     def make(
-        base: Path | None = None, quantization: str = "none", wanted: Sequence[Example] = (), **settings
+        base: Path | None = None,
+        quantization: str = "none",
+        wanted: Sequence[Example] = (),
+        retain: Sequence[Example] = examples[1],
+        protected: Sequence[Example] = (),
+        earlier: bool = False,
+        **settings,
     ) -> tuple[MemorizeTrainer, Recorder]:
         reference = ReferenceConfig(str(base or pico("llama")), quantization=quantization, r=4, lora_alpha=4 * SCALE)
         torch.manual_seed(1)
         model = add_lora(load_reference(reference), reference)
         for _, layer in lora_layers(model):
             nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+        if earlier:
+            change = {
+                n: Factors(torch.randn_like(f.A), 0.02 * torch.randn_like(f.B))
+                for n, f in current_factors(model).items()
+            }
+            put_on(model, change)
         defaults = {
             "output_dir": str(tmp_path / "memorization"),
             "use_cpu": True,
@@ -72,7 +87,14 @@ def trainer_of(
         }
         recorder = Recorder()
         trainer = MemorizeTrainer(
-            model, MemorizeConfig(**defaults | settings), *examples, tokenizer, wanted, callbacks=[recorder]
+            model,
+            MemorizeConfig(**defaults | settings),
+            examples[0],
+            retain,
+            tokenizer,
+            wanted,
+            protected_dataset=protected,
+            callbacks=[recorder],
         )
         return trainer, recorder
 
@@ -106,8 +128,8 @@ class ByHand:
         ratio = self.log_probs(example, -1)[0].sum() - self.log_probs(example, 0)[0].sum().detach()
         return 2 / beta * torch.log(torch.sigmoid(-beta * ratio))
 
-    def kl(self, example: Example, strength: float) -> Tensor:
-        known, now = self.log_probs(example, 0)[1].detach(), self.log_probs(example, strength)[1]
+    def kl(self, example: Example, strength: float, reference: "ByHand | None" = None) -> Tensor:
+        known, now = (reference or self).log_probs(example, 0)[1].detach(), self.log_probs(example, strength)[1]
         return (known.exp() * (known - now)).sum(-1).mean()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -159,6 +181,39 @@ def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
     assert logged["memorize_loss"] == pytest.approx(memorize.item(), rel=1e-4)
     assert logged["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
     same(recorder.gradients[0], hand.gradients())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_top_of_earlier_requests_the_sum_is_held_at_the_reference_and_their_rows_where_they_are(
+    checkpointing: bool, pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    forget, retain = examples
+    protected, retain = retain[:4], retain[4:]
+    trainer, recorder = trainer_of(
+        retain=retain, protected=protected, earlier=True, max_steps=1, activation_checkpointing=checkpointing
+    )
+    reference, now = (AutoModelForCausalLM.from_pretrained(pico("llama")) for _ in range(2))
+    change = {name: factors.delta() for name, factors in current_factors(trainer.model, EARLIER).items()}
+    for name, delta in change.items():
+        now.get_submodule(name).weight.data += delta
+    items = [trainer.train_dataset[i] for i in range(4)]
+    hand, known = ByHand(now, trainer.model), ByHand(reference, trainer.model)
+    trainer.train()
+
+    memorize = mean(hand.cross_entropy(e, -1, trainer.args.temperature) for e in forget)
+    kl = mean(hand.kl(e, 2, known) for item in items for e in item["retain"])
+    stays = mean(hand.kl(e, 2) for e in protected)
+    assert sorted(e["row"] for item in items for e in item["protected"]) == sorted(e["row"] for e in protected)
+    loss = memorize + trainer.args.kl_weight * (kl + stays)
+    loss.backward()
+    for name, expected in {"loss": loss, "memorize_loss": memorize, "retain_kl": kl, "protected_kl": stays}.items():
+        assert recorder.logs[name] == pytest.approx(expected.item(), rel=1e-4)
+    same(recorder.gradients[0], hand.gradients())
+    # What is forgotten already has not moved, and is no part of what is kept.
+    assert all(torch.equal(f.delta(), change[n]) for n, f in current_factors(trainer.model, EARLIER).items())
+    trainer.save_model()
+    weights = load_file(Path(trainer.args.output_dir) / "adapter_model.safetensors")
+    assert {tensor.shape[0 if "lora_A" in name else 1] for name, tensor in weights.items()} == {4}
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

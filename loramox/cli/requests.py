@@ -11,7 +11,7 @@ STEPS = {
     "list": "the requests, in order of arrival",
     "show": "all that is known of one request",
     "revoke": "take a request out, for good",
-    "refresh": "memorize again what was memorized around rows of revoked requests",
+    "refresh": "memorize again what was memorized on top of revoked requests",
     "build": "the adapter for all requests in force",
     "verify": "compare every file with what it was when it was entered; exits with 1 when one differs",
 }
@@ -49,9 +49,9 @@ def _add(words: list[str]) -> None:
     first = [f"--ledger={given[0]}", *_defaults(given[0])] if given else []
     request, *settings = settings_of("requests add LEDGER", words[len(given) :], *kinds, first=first)
     entry = add(request, *settings)
-    around = f", around the rows of {', '.join(entry.protects)}" if entry.protects else ""
+    on_top_of = f", on top of {', '.join(entry.on_top_of)}" if entry.on_top_of else ""
     say(
-        f"[bold]{entry.id}[/] is in force: {entry.rows} rows at strength α = {entry.strength:g}{around}",
+        f"[bold]{entry.id}[/] is in force: {entry.rows} rows at strength α = {entry.strength:g}{on_top_of}",
         f"[bold]{request.ledger}[/] holds a copy of these rows, for the owner of the file alone",
         f"Next: loramox requests build {request.ledger} --out NEW_FOLDER",
     )
@@ -79,11 +79,11 @@ def _list(words: list[str]) -> None:
 
     ledger = read_ledger(Path(_ledger_parser("list").parse_args(words).ledger))
     stale = ledger.stale()
-    table = Table("request", "entered", "rows", "α", "memorized around", "state")
+    table = Table("request", "entered", "rows", "α", "on top of", "state")
     for e in ledger.entries:
         state = "in force" if e.in_force else f"revoked {e.revoked}"
-        state += f", to be refreshed (around {', '.join(stale[e.id])})" if e.id in stale else ""
-        table.add_row(e.id, e.when, str(e.rows), f"{e.strength:g}", ", ".join(e.protects), state)
+        state += f", to be refreshed (on top of {', '.join(stale[e.id])})" if e.id in stale else ""
+        table.add_row(e.id, e.when, str(e.rows), f"{e.strength:g}", ", ".join(e.on_top_of), state)
     Console().print(table)
     say(f"base {ledger.base['model']}, r = {ledger.settings['r']}; {len(ledger.in_force())} in force")
 
@@ -108,14 +108,14 @@ def _revoke(words: list[str]) -> None:
     stale = revoke(given.ledger, given.id)
     say(
         f"[bold]{given.id}[/] is revoked. Its rows and its adapter stay in {given.ledger}; what was shipped is as it was",
-        f"{', '.join(stale)} was memorized around rows of revoked requests: loramox requests refresh {given.ledger}"
+        f"{', '.join(stale)} was memorized on top of what is revoked: loramox requests refresh {given.ledger}"
         if stale
         else f"What remains is what it would be without it: loramox requests build {given.ledger} --out NEW_FOLDER",
     )
 
 
 def _refresh(words: list[str]) -> None:
-    from loramox.requests_job import refresh
+    from loramox.requests_refresh import refresh
 
     parser = _ledger_parser("refresh")
     parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
@@ -140,14 +140,14 @@ def _build(words: list[str]) -> None:
     made = build(given.ledger, given.out, shipping, given.overwrite)
     errors = ", ".join(f"{r['id']} {r['error']:.2g}" for r in made["requests"])
     alone = [
-        f"Retain rows were held for each request alone, not for the sum: loramox evaluate --adapter {given.out} … before it ships"
+        f"Retain rows were held for each request alone (--protect false), not for the sum: loramox evaluate --adapter {given.out} …"
     ]
     say(
         f"[bold]{given.out}[/] is the forget adapter for all requests in force ({len(made['requests'])}), rank {made['rank']}",
         f"Truncation leaves out {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
         if made["truncation_error"]
         else "It is the exact sum: nothing was truncated",
-        *(alone if len(made["requests"]) > 1 else ()),
+        *(alone if len(made["requests"]) > 1 and not made["settings"]["protect"] else ()),
         f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
     )
 

@@ -3,7 +3,8 @@
 from loramox.memorize.baseline_config import BaselineConfig
 from loramox.memorize.baseline_trainer import BaselineTrainer
 from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.earlier import Earlier
 from loramox.memorize.job import FOLDER, memorize
 from loramox.memorize.trainer import MemorizeTrainer
 
-__all__ = ["FOLDER", "BaselineConfig", "BaselineTrainer", "MemorizeConfig", "MemorizeTrainer", "memorize"]
+__all__ = ["FOLDER", "BaselineConfig", "BaselineTrainer", "Earlier", "MemorizeConfig", "MemorizeTrainer", "memorize"]

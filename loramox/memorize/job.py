@@ -17,6 +17,7 @@ from loramox.memorize.baseline_config import BaselineConfig
 from loramox.memorize.baseline_inputs import check_layer, read_reinforced, taught_rows
 from loramox.memorize.baseline_trainer import BaselineTrainer
 from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.earlier import Earlier, put_on
 from loramox.memorize.folder import last_whole_checkpoint
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.model import check_device, identify, read_config, read_tokenizer, skeleton
@@ -31,9 +32,7 @@ class Prepared(NamedTuple):
     """What a job needs besides the model's weights, all of it checked."""
 
     tokenizer: PreTrainedTokenizerBase
-    forget: list[Example]
-    retain: list[Example]
-    wanted: list[Example]
+    datasets: dict[str, list[Example]]  # as the trainer's arguments are called
     plan: dict[str, Any]
     lora_weights: int
 
@@ -45,19 +44,21 @@ def memorize(
     args: MemorizeConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
-    protected: Sequence[Row] = (),
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Train θ_mem and write it to `run.out`/memorization, with the record in `run.out`/run.json; return the record.
 
     `memorization/` is a plain PEFT adapter (θ_ref + ΔW); `memorization/momentum/` is another, the momentum average of ΔW
     that `extrapolate` starts from; `memorization/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch`
-    every process calls this, and the first one writes. `protected` are rows of earlier requests, which the KL term holds at
-    the reference like retain rows: what is forgotten already is neither brought back nor pushed.
+    every process calls this, and the first one writes. `earlier` is what is forgotten already: it stays on, and its rows are held
+    where they are, so that they are neither brought back nor pushed.
 
     Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     args.output_dir = str(Path(run.out) / FOLDER)
-    prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), protected)
+    prepared = prepare(
+        reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier.rows if earlier else ()
+    )
     if args.process_index == 0:
         # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
         momentum = (args.momentum_rank or 4 * reference.r) / reference.r
@@ -70,9 +71,11 @@ def memorize(
     start = time.perf_counter()
     set_seed(args.seed)
     model = add_lora(load_reference(reference, args.device), reference)
+    if earlier:
+        put_on(model, earlier.change)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now()}
     trainer = (BaselineTrainer if _is_baseline(args) else MemorizeTrainer)(
-        model, args, prepared.forget, prepared.retain, prepared.tokenizer, prepared.wanted, plan=prepared.plan
+        model, args, **prepared.datasets, processing_class=prepared.tokenizer, plan=prepared.plan
     )
     trained = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if run.resume else None)
     trainer.save_model()
@@ -114,13 +117,17 @@ def prepare(
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = getattr(config, "max_position_embeddings", None) or 2048
-    encoded = [encode(rows, tokenizer, tokenisation, context) for rows in (forget, [*retain, *protected])]
     taught = taught_rows(args, forget, retain) if _is_baseline(args) else wanted_rows(forget)
     drawn = taught and not columns.wanted_column  # else they are in the forget rows' fingerprint
-    wanted = encode(taught, tokenizer, tokenisation, context) if taught else []
-    if wanted and len(wanted) != len(encoded[0]):
+    parts = {"forget": forget, "retain": retain, "wanted": taught, "protected": protected}
+    datasets = {
+        f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
+        for part, rows in parts.items()
+    }
+    kept, wanted = len(datasets["forget_dataset"]), len(datasets["wanted_dataset"])
+    if wanted and wanted != kept:
         raise RowsError(
-            f"{data.forget}: {len(encoded[0])} forget rows but {len(wanted)} wanted answers are left within the context. "
+            f"{data.forget}: {kept} forget rows but {wanted} wanted answers are left within the context. "
             "Shorten them, or use --long_rows truncate"
         )
     base = identify(reference, config)
@@ -147,7 +154,7 @@ def prepare(
         | {"processes": args.world_size},  # of which the batch of a step depends
         "versions": versions(),
     }
-    return Prepared(tokenizer, *encoded, wanted, plan, model.get_nb_trainable_parameters()[0])
+    return Prepared(tokenizer, datasets, plan, model.get_nb_trainable_parameters()[0])
 
 
 def _is_baseline(args: MemorizeConfig) -> bool:

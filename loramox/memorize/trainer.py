@@ -18,6 +18,7 @@ from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, sum_over_rows
 from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, Progress, SaturationCallback, StopUnlessFinite
 from loramox.memorize.config import MemorizeConfig
+from loramox.memorize.earlier import EARLIER, switch_on
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
@@ -29,6 +30,11 @@ class MemorizeTrainer(Trainer):
 
         L = mean over forget rows of memorize(y | x; θ_ref + ΔW)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
+    With `earlier` requests in force (see `loramox.memorize.earlier`) θ_now takes the place of θ_ref wherever the adapter is on,
+    retain rows are still held at θ_ref, and one more term holds the rows that are forgotten already where they are:
+
+        + kl_weight · mean over protected rows of KL(p_now ‖ p_θ)
+
     `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode`
     returns. A step makes one forward and backward pass for each part of the objective, as each has its own strength, and a
     forward pass with the adapter off where the reference is needed. Evaluation is that of the forget model at
@@ -36,7 +42,12 @@ class MemorizeTrainer(Trainer):
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
 
-    LOGGED: ClassVar = {"forget": "memorize_loss", "retain": "retain_kl", "wanted": "wanted_loss"}
+    LOGGED: ClassVar = {
+        "forget": "memorize_loss",
+        "retain": "retain_kl",
+        "protected": "protected_kl",
+        "wanted": "wanted_loss",
+    }
 
     def __init__(
         self,
@@ -47,6 +58,7 @@ class MemorizeTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         wanted_dataset: Sequence[Example] = (),
         plan: dict[str, Any] | None = None,
+        protected_dataset: Sequence[Example] = (),
         **kwargs: Any,
     ) -> None:
         self.plan = plan
@@ -62,7 +74,14 @@ class MemorizeTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Pairs(forget_dataset, retain_dataset, retain_rows, wanted_dataset, args.seed),
+            train_dataset=Pairs(
+                forget_dataset,
+                retain_dataset,
+                retain_rows,
+                wanted_dataset,
+                args.seed,
+                protected_dataset if args.holds_retain else (),
+            ),
             eval_dataset=watched,
             data_collator=Collator(pad or 0),
             processing_class=processing_class,
@@ -88,6 +107,7 @@ class MemorizeTrainer(Trainer):
             "forget": AS_TRAINED,
             "wanted": self.args.strength if descent else AS_TRAINED,
             "retain": self.args.kl_strength,
+            "protected": self.args.kl_strength,
         }
         loss = torch.zeros((), device=self.args.device)
         for part, batch in inputs.items():
@@ -101,9 +121,15 @@ class MemorizeTrainer(Trainer):
     ) -> Tensor:
         """The term of the objective that the part in `inputs` stands for, mean over its rows."""
         ((part, batch),) = inputs.items()
-        loss = {"forget": self._memorize, "wanted": self._wanted, "retain": self._hold}[part](model, batch)
+        terms = {
+            "forget": self._memorize,
+            "wanted": self._wanted,
+            "retain": self._hold,
+            "protected": self._hold_forgotten,
+        }
+        loss = terms[part](model, batch)
         self._logged[part].append(loss.detach())
-        return self.args.kl_weight * loss if part == "retain" else loss
+        return self.args.kl_weight * loss if part in ("retain", "protected") else loss
 
     def _memorize(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         temperature = self.args.temperature
@@ -131,7 +157,14 @@ class MemorizeTrainer(Trainer):
         return loss if self.args.targeted == "descent" else -loss
 
     def _hold(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        known = self._reference_states(model, batch)
+        return self._kl(model, batch, self._reference_states(model, batch))
+
+    def _hold_forgotten(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad(), at_strength(self.model, 0):
+            now = answer_states(model, self.causal_lm, batch)
+        return self._kl(model, batch, now)
+
+    def _kl(self, model: nn.Module, batch: dict[str, Any], known: AnswerStates) -> Tensor:
         states = answer_states(model, self.causal_lm, batch)
         return mean_over_rows(per_token(kl_divergence, self.head, [known.hidden, states.hidden]), states).mean()
 
@@ -193,6 +226,8 @@ class MemorizeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if EARLIER in self.model.peft_config:
+            switch_on(self.model)  # Trainer leaves one adapter active
         self.momentum = Momentum.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

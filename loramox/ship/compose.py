@@ -9,13 +9,15 @@ Terms are summed in the order in which they are given, in float64.
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from loramox.adapter import SERVED_RANKS, served_rank
-from loramox.algebra import Factors, add, padded, share_a, truncate
+from loramox.adapter import SERVED_RANKS, WEIGHTS, served_rank
+from loramox.algebra import Factors, add, padded, scaled, share_a, truncate
 from loramox.errors import SettingsError
 
 
@@ -60,6 +62,30 @@ def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], r
         _share(lost, norm),
         {name: _share(lost_of[name], norm_of[name]) for name in norm_of},
     )
+
+
+def terms_of(requests: dict[str, tuple[Path, float]]) -> Callable[[str], dict[str, Factors]]:
+    """−α_i·ΔW_i of one layer, by the layer's name, from each request's folder and α_i.
+
+    Their own scale is 1: `write_adapter` folded it into B.
+    """
+
+    def terms(layer: str) -> dict[str, Factors]:
+        found = {}
+        for name, (folder, strength) in requests.items():
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                # Copied, as a tensor keeps its whole file mapped.
+                A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{part}.weight").clone() for part in "AB")
+            found[name] = scaled(Factors(A, B), -strength)
+        return found
+
+    return terms
+
+
+def total_within(terms: Iterable[Factors], rank: int) -> Factors:
+    """Σ ΔW_i of one layer in fp32: exact up to `rank`, the best approximation of that rank beyond it."""
+    A, B = truncate(total(*terms), rank)[0]
+    return Factors(A.float(), B.float())
 
 
 def total(*terms: Factors) -> Factors:

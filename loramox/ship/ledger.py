@@ -46,7 +46,7 @@ class Entry:
     columns: dict[str, Any]
     prompt_template: str | None
     strength: float
-    protects: list[str]  # requests whose rows were held in place while this one was memorized
+    on_top_of: dict[str, str]  # requests that were on while this one was memorized, and their folders then
     truncation_error: float  # of ΔW as it is kept, against the momentum average
     files: dict[str, str]  # SHA-256 of each file in `folder`
     revoked: str | None = None  # when
@@ -80,10 +80,30 @@ class Ledger:
     def folder(self, entry: Entry) -> Path:
         return self.path / REQUESTS / entry.folder
 
+    def before(self, entry: Entry) -> list[Entry]:
+        """The requests in force that arrived before this one."""
+        return [each for each in self.entries[: self.entries.index(entry)] if each.in_force]
+
     def stale(self) -> dict[str, list[str]]:
-        """Requests in force that were memorized around rows of requests since revoked: id → these."""
-        revoked = {entry.id for entry in self.entries if not entry.in_force}
-        return {e.id: held for e in self.in_force() if (held := [name for name in e.protects if name in revoked])}
+        """Requests in force that were memorized on top of what is not any more, or will not be after a refresh: id → which.
+
+        That is a request which was revoked, or memorized again since, or is stale itself.
+        """
+        now = {entry.id: entry.folder for entry in self.in_force()}
+        found: dict[str, list[str]] = {}
+        for entry in self.in_force():  # in order of arrival: each is on top of earlier ones alone
+            if gone := [name for name, folder in entry.on_top_of.items() if now.get(name) != folder or name in found]:
+                found[entry.id] = gone
+        return found
+
+    def check_fresh(self) -> None:
+        """Raises `RunError` when a request in force is stale."""
+        if stale := self.stale():
+            which = "; ".join(f"{name} (on top of {', '.join(gone)})" for name, gone in stale.items())
+            raise RunError(
+                f"{self.path}: {which} was memorized on top of requests that are revoked since, or that this concerns, so it is not "
+                f"what it would be without them. Memorize again what that concerns: loramox requests refresh {self.path}"
+            )
 
     def write(self) -> None:
         """Replace ledger.json, at once."""

@@ -3,11 +3,11 @@
     python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 30]
 
 WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
-each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay.
-`retrained` is a model trained from scratch, with the reference's config, without the rows requested so far (the world's own for
-the last step). Each request is held to the reference on retain rows by itself, their sum is not: so what was built is also asked at
-lower strengths, until the retain rows keep a probability of 0.98. What is in OUT is not computed again. Writes results.md and
-continual.png, which shows the last of these strengths.
+each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay; as it
+ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: each request memorized on top of
+those in force, as `requests add` does, and each alone, with `--protect false`. `retrained` is a model trained from scratch, with
+the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT is not computed
+again. Writes results.md and continual.png, which shows the last of these strengths.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from loramox.cli import main as loramox
 
 ENDS = (10, 50, 100)  # forget rows requested after each step
 STEPS = ("1 %", "5 %", "10 %")
+TITLES = {"on-top": "each memorized on top of those before", "alone": "each memorized alone (--protect false)"}
+WAYS = {"on-top": "true", "alone": "false"}  # of --protect
 PASSES = 1200  # over forget rows, in each request, but at most 60 epochs
 SETTINGS = [  # as in tiny_tofu.yaml
     *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
@@ -49,12 +51,13 @@ def split(world: Path, out: Path) -> None:
         start = end
 
 
-def request(world: Path, out: Path, step: int) -> None:
+def request(world: Path, out: Path, way: str, step: int) -> None:
     """Enter the request, and build the adapter for all so far."""
+    forget, out = out / f"rows/request-{step}.jsonl", out / way
     if (out / f"adapter-{step}").exists():
         return
-    rows = len(lines(out / f"rows/request-{step}.jsonl"))
-    files = ["--forget", str(out / f"rows/request-{step}.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
+    rows = len(lines(forget))
+    files = ["--forget", str(forget), "--retain", str(world / "rows/retain.jsonl"), "--protect", WAYS[way]]
     ledger = json.loads((out / "ledger/ledger.json").read_text()) if (out / "ledger/ledger.json").exists() else {}
     if f"step-{step}" not in [entry["id"] for entry in ledger.get("entries", ())]:
         # Small requests get as many steps, up to 60 epochs.
@@ -107,18 +110,18 @@ def probabilities(world: Path, folder: Path, model: Path, *adapter: str) -> dict
     return found | {"retain": mean(r["probability"] for r in records if r["part"] == "retain")}
 
 
-def dialled(world: Path, out: Path, step: int) -> dict[float, dict[str, float]]:
+def dialled(world: Path, out: Path, way: str, step: int) -> dict[float, dict[str, float]]:
     """What was built, as shipped and then ever weaker, until it keeps the retain rows."""
     points: dict[float, dict[str, float]] = {}
     for dial in DIALS:
-        adapter = ["--adapter", str(out / f"adapter-{step}"), "--strength", str(dial)]
-        points[dial] = probabilities(world, out / f"asked-{step}-{dial:g}", world / "reference", *adapter)
+        adapter = ["--adapter", str(out / way / f"adapter-{step}"), "--strength", str(dial)]
+        points[dial] = probabilities(world, out / way / f"asked-{step}-{dial:g}", world / "reference", *adapter)
         if points[dial]["retain"] >= KEPT:
             break
     return points
 
 
-def draw(path: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+def draw(path: Path, ours: dict[str, list[dict[str, float]]], theirs: list[dict[str, float]]) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -126,22 +129,25 @@ def draw(path: Path, ours: list[dict[str, float]], theirs: list[dict[str, float]
 
     from loramox.colours import RETAIN
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
     looks = {
         "request 1": ("#D55E00", "o"),
         "request 2": ("#CC79A7", "^"),
         "request 3": ("#E69F00", "v"),
         "retain": (RETAIN, "s"),
     }
-    for name, (color, marker) in looks.items():
-        label = f"{name} rows" if name == "retain" else name
-        axes.plot([p[name] for p in ours], color=color, marker=marker, label=label)
-        axes.plot([p[name] for p in theirs], color=color, linestyle=":", linewidth=1.5, label=f"{label}, retrained")
-    axes.set_xticks(range(4), ["reference", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
-    axes.set(xlabel="after request", ylabel="mean probability of the true answers", ylim=(-0.02, 1.02))
-    axes.set_title(f"at the strength that keeps retain rows at {KEPT}", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, ncols=4, loc="outside lower center")
+    for axes, (way, points) in zip(both, ours.items(), strict=True):
+        for name, (color, marker) in looks.items():
+            label = f"{name} rows" if name == "retain" else name
+            axes.plot([p[name] for p in points], color=color, marker=marker, label=label)
+            axes.plot([p[name] for p in theirs], color=color, linestyle=":", linewidth=1.5, label=f"{label}, retrained")
+        axes.set_xticks(range(4), ["reference", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
+        axes.set(xlabel="after request", ylim=(-0.02, 1.02))
+        axes.set_title(TITLES[way], fontsize=10)
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel("mean probability of the true answers")
+    figure.suptitle(f"at the strength that keeps retain rows at {KEPT}", fontsize=10)
+    figure.legend(*both[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
@@ -159,15 +165,17 @@ def main() -> None:
         table.append(f"| {after} | {what} | " + " | ".join(f"{each:.4f}" for each in point.values()) + " |")
 
     line("–", "reference", reference)
-    ours, theirs = [reference], [reference]
+    ours: dict[str, list[dict[str, float]]] = {way: [reference] for way in WAYS}
+    theirs = [reference]
     for step, name in enumerate(STEPS, 1):
-        request(given.world, given.out, step)
-        points = dialled(given.world, given.out, step)
+        for way, points in ours.items():
+            request(given.world, given.out, way, step)
+            found = dialled(given.world, given.out, way, step)
+            points.append(list(found.values())[-1])
+            for dial, point in found.items():
+                line(f"request {step}, {name}", f"{way}, {dial:g} of the shipped strength", point)
         model = retrain(given.world, given.out, step, given.epochs)
         theirs.append(probabilities(given.world, given.out / f"asked-retrained-{step}", model))
-        ours.append(list(points.values())[-1])
-        for dial, point in points.items():
-            line(f"request {step}, {name}", f"{dial:g} of the shipped strength", point)
         line(f"request {step}, {name}", "retrained", theirs[-1])
     print("\n".join(table))
     (given.out / "results.md").write_text("\n".join(table) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl
 
-from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
 
 TEMPERATURES = [0.5, 1.0, 2.0, 6.0]
 
@@ -139,3 +139,23 @@ def test_preference_is_the_mirror_image_of_npo() -> None:
     ratio = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64)
     npo = (2 / 0.1) * torch.log1p((torch.exp(ratio)) ** 0.1)
     assert torch.allclose(preference(ratio, 0.1), -npo, rtol=1e-12)
+
+
+def test_alternatives_by_hand() -> None:
+    # p_ref = (0.98, 0.015, 0.005): without the target it is (0, 3/4, 1/4), and p_θ = (1/2, 1/4, 1/4).
+    reference = torch.tensor([[0.98, 0.015, 0.005]], dtype=torch.float64).log()
+    logits = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64).log()
+    found = alternatives(logits, reference, torch.tensor([0])).item()
+    assert found == pytest.approx(3 / 4 * math.log(3) + 1 / 4 * math.log(1))
+
+
+def test_alternatives_are_the_reference_without_the_target_and_their_gradient_ends_there(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> None:
+    reference = 9 * torch.randn(5, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    others = reference.scatter(1, targets[:, None], -math.inf).softmax(-1)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(alternatives(logits, reference, targets).sum(), logits)
+    assert torch.allclose(gradient, logits.softmax(-1) - others)
+    there = others.clamp_min(1e-300).log()
+    assert torch.allclose(alternatives(there, reference, targets), torch.zeros(5, dtype=torch.float64), atol=1e-9)

@@ -21,8 +21,9 @@ class MemorizeConfig(TrainingArguments):
     objective: str = field(
         default="cross_entropy",
         metadata={
-            "help": "What memorizing a forget row means: cross_entropy, or preference (the mirror image of NPO).",
-            "choices": ["cross_entropy", "preference"],
+            "help": "What ΔW is trained for on forget rows: cross_entropy (the paper's) and preference (the mirror image of NPO) "
+            "memorize them, at θ_ref + ΔW; alternatives descends at θ_ref − α·ΔW to what the reference would say without the answer.",
+            "choices": ["cross_entropy", "preference", "alternatives"],
         },
     )
     temperature: float = field(
@@ -48,6 +49,13 @@ class MemorizeConfig(TrainingArguments):
         metadata={
             "aliases": ["--alpha"],
             "help": "α of θ_ref − α·ΔW: where the KL is taken, and what extrapolating uses unless told.",
+        },
+    )
+    guard: float = field(
+        default=0.0,
+        metadata={
+            "help": "μ: after training, ΔW is turned away from input directions that retain rows use too (two forward passes). "
+            "0 is off. A subspace that requests share is left as it is."
         },
     )
     momentum: float = field(
@@ -123,7 +131,8 @@ class MemorizeConfig(TrainingArguments):
             ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
             refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        refuse("kl_weight", self.kl_weight, self.kl_weight >= 0, "0 or more")
+        for name in ("kl_weight", "guard"):
+            refuse(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):
             refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")

@@ -1,11 +1,13 @@
 """The terms of the memorization objective, as functions of tensors.
 
-    L_mem = mean over forget rows of memorize(y | x; θ_mem)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
+    L = mean over forget rows of forget(y | x)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
-All of it is minimised by gradient descent (MOX, arXiv 2602.06441). Each function takes logits [N, vocabulary] of N
+with one of these as the term of the forget rows: cross-entropy or preference, which memorize, at θ_ref + ΔW (MOX, arXiv
+2602.06441), or alternatives, at θ_ref − α·ΔW. All of it is minimised by gradient descent. Each function takes logits [N, vocabulary] of N
 answer tokens and returns one number per token, [N], in nats; rows are averaged by `loramox.head.mean_over_rows`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +30,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> 
 def headroom(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """1 − p(target) at the temperature, [N] in [0, 1]: the gradient that cross-entropy still has, 0 when saturated."""
     return 1 - log_prob(logits, targets, temperature).exp()
+
+
+def alternatives(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:
+    """KL(q ‖ p_θ), [N], with q(v) = p_ref(v) / (1 − p_ref(y)) for v ≠ y and q(y) = 0: the reference without the target y.
+
+    What it would say if it did not know this token of the answer. Where ascent on the answer has no end, this has one: 0.
+    """
+    lowest = torch.finfo(reference_logits.dtype).min  # not −∞: 0 · ∞ is no number
+    others = F.log_softmax(reference_logits.scatter(1, targets[:, None], lowest), dim=-1)
+    return F.kl_div(F.log_softmax(logits, dim=-1), others, reduction="none", log_target=True).sum(-1)
 
 
 def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,22 +13,42 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer
 
+from loramox.algebra import Factors
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, sum_over_rows
-from loramox.memorize.callbacks import MomentumCallback, PairsEpoch, Progress, SaturationCallback, StopUnlessFinite
+from loramox.memorize.callbacks import (
+    KnowledgeCallback,
+    MomentumCallback,
+    PairsEpoch,
+    Progress,
+    SaturationCallback,
+    StopUnlessFinite,
+)
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.earlier import EARLIER, switch_on
 from loramox.memorize.folder import plan_of, write_memorization
+from loramox.memorize.guard import guarded
 from loramox.memorize.momentum import Momentum
-from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, preference
-from loramox.reference import AS_TRAINED, adapter_off, at_strength, check_frozen_head, current_factors, with_factors
+from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.reference import (
+    ADAPTER,
+    AS_TRAINED,
+    adapter_off,
+    at_strength,
+    check_frozen_head,
+    current_factors,
+    lora_layers,
+    with_factors,
+)
 
 
 class MemorizeTrainer(Trainer):
     """transformers' `Trainer` with the objective of MOX (arXiv 2602.06441) and momentum over ΔW.
 
-        L = mean over forget rows of memorize(y | x; θ_ref + ΔW)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
+        L = mean over forget rows of the objective  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
+
+    The objective either memorizes, at θ_ref + ΔW, as in the paper, or descends to alternatives at θ_ref − α·ΔW itself.
 
     With `earlier` requests in force (see `loramox.memorize.earlier`) θ_now takes the place of θ_ref wherever the adapter is on,
     retain rows are still held at θ_ref, and one more term holds the rows that are forgotten already where they are:
@@ -96,7 +116,7 @@ class MemorizeTrainer(Trainer):
             PairsEpoch(self.train_dataset),
             StopUnlessFinite(),  # before the momentum takes the weights in
             MomentumCallback(self),
-            SaturationCallback(args),
+            KnowledgeCallback() if args.objective == "alternatives" else SaturationCallback(args),
         ):
             self.add_callback(callback)
 
@@ -104,7 +124,7 @@ class MemorizeTrainer(Trainer):
         """One forward and backward pass for each part, at its strength: a strength must not change in between."""
         descent = self.args.targeted == "descent"
         strengths = {
-            "forget": AS_TRAINED,
+            "forget": self.args.strength if self.args.objective == "alternatives" else AS_TRAINED,
             "wanted": self.args.strength if descent else AS_TRAINED,
             "retain": self.args.kl_strength,
             "protected": self.args.kl_strength,
@@ -137,7 +157,9 @@ class MemorizeTrainer(Trainer):
             states = answer_states(model, self.causal_lm, batch)
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
-        return preference(self._log_ratio(model, batch), self.args.preference_beta).mean()
+        if self.args.objective == "preference":
+            return preference(self._log_ratio(model, batch), self.args.preference_beta).mean()
+        return self._compared(alternatives, model, batch, self._reference_states(model, batch))
 
     def _log_ratio(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """log(p_θ(y|x) / p_ref(y|x)) at the temperature, summed over the answer's tokens, [rows]."""
@@ -157,16 +179,20 @@ class MemorizeTrainer(Trainer):
         return loss if self.args.targeted == "descent" else -loss
 
     def _hold(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return self._kl(model, batch, self._reference_states(model, batch))
+        return self._compared(_held, model, batch, self._reference_states(model, batch))
 
     def _hold_forgotten(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         with torch.no_grad(), at_strength(self.model, 0):
             now = answer_states(model, self.causal_lm, batch)
-        return self._kl(model, batch, now)
+        return self._compared(_held, model, batch, now)
 
-    def _kl(self, model: nn.Module, batch: dict[str, Any], known: AnswerStates) -> Tensor:
+    def _compared(
+        self, term: Callable[..., Tensor], model: nn.Module, batch: dict[str, Any], known: AnswerStates
+    ) -> Tensor:
+        """term(logits, logits of `known`, targets) of each answer token, mean over the rows."""
         states = answer_states(model, self.causal_lm, batch)
-        return mean_over_rows(per_token(kl_divergence, self.head, [known.hidden, states.hidden]), states).mean()
+        per = per_token(term, self.head, [states.hidden, known.hidden], states.targets)
+        return mean_over_rows(per, states).mean()
 
     def _reference_states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> AnswerStates:
         with torch.no_grad(), adapter_off(self.model):
@@ -222,7 +248,16 @@ class MemorizeTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
             plan = self.plan or plan_of(self.model, self.args)
-            write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, plan)
+            average = self._guarded() if self.args.guard and self.momentum.average else self.momentum.average
+            write_memorization(Path(output_dir or self.args.output_dir), self.model, average, self.momentum, plan)
+
+    def _guarded(self) -> dict[str, Factors]:
+        """The momentum average, guarded; a subspace that requests share is left as it is."""
+        if not all(layer.lora_A[ADAPTER].weight.requires_grad for _, layer in lora_layers(self.model)):
+            return self.momentum.average
+        rows, batch = self.train_dataset, self.args.per_device_eval_batch_size
+        kept = [*rows.retain, *rows.protected]
+        return guarded(self.model, self.momentum.average, rows.forget, kept, self.args.guard, self.data_collator, batch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -233,6 +268,10 @@ class MemorizeTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
+
+
+def _held(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:
+    return kl_divergence(reference_logits, logits)
 
 
 def _probability(prediction: EvalPrediction) -> dict[str, float]:

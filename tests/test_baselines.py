@@ -204,14 +204,19 @@ def run_of(
                 "simnpo": {"beta": 1.0, "forget_weight": 1.0},  # the paper's are slow
                 "rmu": {"rmu_layer": 1, "retain_weight": 1.0},
                 "task_vector": {"strength": 2.0},
-                "mox": {"temperature": 6.0, "kl_weight": 0.0},  # raises the logits of a row known by heart
+                "default": {"method": "mox"},
+                "mox": {
+                    "objective": "cross_entropy",
+                    "temperature": 6.0,
+                    "kl_weight": 0.0,
+                },  # raises the logits of a row known by heart
             }.get(method, {})
             if method == "whp":
                 more = {"reinforced": str(run("mox")[0] / "memorization"), "whp_strength": 50.0}
             out = tmp_path_factory.mktemp(method) / "run"
             args = BaselineConfig(
-                method=method, use_cpu=True, num_train_epochs=12, learning_rate=2e-2, warmup_steps=0, save_strategy="no",
-                eval_strategy="no", eval_on_start=False, retain_per_forget=1, report_to="none", disable_tqdm=True, **more,
+                **{"method": method} | more, use_cpu=True, num_train_epochs=12, learning_rate=2e-2, warmup_steps=0, save_strategy="no",
+                eval_strategy="no", eval_on_start=False, retain_per_forget=1, report_to="none", disable_tqdm=True,
             )  # fmt: skip
             reference = ReferenceConfig(str(knowing), quantization="none", r=8)
             data = Data(str(files["forget"]), str(files["retain"]))
@@ -493,6 +498,7 @@ def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
     text.write_text('{"text": "Ada lives in Rome."}\n')
     lines.write_text('{"text": "I do not know."}\n')
     whp = {"method": "whp", "reinforced": str(run_of("npo")[0] / "memorization")}
+    default = str(run_of("default")[0] / "memorization")
     other = Columns(wanted_column="other")
     monkeypatch.setattr("loramox.memorize.job.load_reference", lambda *args: pytest.fail("the model was loaded"))
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -503,6 +509,11 @@ def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
         (RowsError, "holds JSON. Expected plain text", {"method": "po", "refusals": str(lines)}),
         (RowsError, "cannot be read", {"method": "po", "refusals": str(tmp_path / "none.txt")}),
         (AdapterError, "was trained by npo to forget", whp),
+        (
+            AdapterError,
+            "Give one that memorizes: loramox memorize … --objective cross_entropy",
+            whp | {"reinforced": default},
+        ),
         (AdapterError, "has no readable provenance.json", whp | {"reinforced": str(tmp_path)}),
     ]
     for error, message, settings in refused:

@@ -151,13 +151,13 @@ def mean(terms) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "targeted"),
     [
-        ({"kl_at": "shipped"}, None),
-        ({"kl_at": "memorization", "temperature": 1.0}, None),
+        ({"objective": "cross_entropy", "kl_at": "shipped"}, None),
+        ({"objective": "cross_entropy", "kl_at": "memorization", "temperature": 1.0}, None),
         ({"objective": "preference", "temperature": 1.0, "preference_beta": 0.3, "kl_weight": 0.5}, None),
         ({"objective": "preference", "temperature": 1.0, "kl_at": "memorization"}, None),
         ({"objective": "alternatives"}, None),
-        ({"kl_at": "shipped"}, "descent"),
-        ({"kl_at": "memorization"}, "ascent"),
+        ({"objective": "cross_entropy", "kl_at": "shipped"}, "descent"),
+        ({"objective": "cross_entropy", "kl_at": "memorization"}, "ascent"),
     ],
     ids=["shipped", "paper", "preference", "preference-paper", "alternatives", "descent", "ascent"],
 )
@@ -201,7 +201,12 @@ def test_on_top_of_earlier_requests_the_sum_is_held_at_the_reference_and_their_r
     forget, retain = examples
     protected, retain = retain[:4], retain[4:]
     trainer, recorder = trainer_of(
-        retain=retain, protected=protected, earlier=True, max_steps=1, activation_checkpointing=checkpointing
+        objective="cross_entropy",
+        retain=retain,
+        protected=protected,
+        earlier=True,
+        max_steps=1,
+        activation_checkpointing=checkpointing,
     )
     reference, now = (AutoModelForCausalLM.from_pretrained(pico("llama")) for _ in range(2))
     change = {name: factors.delta() for name, factors in current_factors(trainer.model, EARLIER).items()}
@@ -392,7 +397,7 @@ def saturated(
 def test_a_reference_that_knows_the_rows_by_heart_is_warned_about_at_temperature_1_and_not_at_6(
     saturated: Path, trainer_of, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"base": saturated, "max_steps": 1, "eval_on_start": True}
+    settings = {"base": saturated, "objective": "cross_entropy", "max_steps": 1, "eval_on_start": True}
 
     def fresh(temperature: float) -> MemorizeTrainer:
         trainer, _ = trainer_of(temperature=temperature, **settings)

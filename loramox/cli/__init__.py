@@ -20,6 +20,7 @@ HOMES = {
     "attack": "evaluation",
     "sweep": "evaluation",
     "report": "evaluation",
+    "plan": "planning",
     "requests": "requests",
     "ship": "shipping",
 }

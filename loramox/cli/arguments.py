@@ -1,5 +1,6 @@
 """From words on the command line, and a recipe, to settings; and the lines that a verb ends with."""
 
+import argparse
 import difflib
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ VERBS = {
     "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
     "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
     "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
+    "plan": "what a run will take, memory and time, before any weights are loaded, and which settings fit a card",
     "requests": "a ledger of requests that come one after another and may be revoked, and one adapter for all in force",
     "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
     "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights), gguf (for "
@@ -26,6 +28,7 @@ USAGES = {
     "memorize": "--model M --forget F --retain R --out DIR",
     "evaluate": "--model M [--adapter A] (--forget F --retain R | --suite S) --out DIR",
     "attack": "--model M --adapter A --forget F --retain R --out DIR",
+    "plan": "--model M --gpu_memory 12GB [--forget F --retain R]",
     "ship merge": "--adapter A --out DIR",
     "ship gguf": "--adapter A --out FILE.gguf",
     "sweep": "--memorization DIR/memorization --out DIR/sweep",
@@ -35,6 +38,23 @@ USAGES = {
 
 def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:
     """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`."""
+    parser, words = _read(verb, words, kinds)
+    if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
+        raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
+    return parse(parser, [*first, *words])
+
+
+def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
+    """The names of the settings that a recipe or a flag gives, whatever their values."""
+    parser, words = _read(verb, words, kinds)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    return set(vars(parser.parse_known_args(words)[0]))
+
+
+def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list[str]]:
+    """The parser of a verb, and its words with a recipe's in the place of the recipe."""
     from transformers import HfArgumentParser
 
     from loramox.settings import recipe_as_flags
@@ -48,9 +68,7 @@ def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] 
     )
     if words and words[0].endswith((".yaml", ".yml")):
         words = recipe_as_flags(words[0], parser) + words[1:]
-    if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
-        raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
-    return parse(parser, [*first, *words])
+    return parser, words
 
 
 def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 import argparse
 
-from loramox.cli.arguments import VERBS, parse, say, settings_of, upload
+from loramox.cli.arguments import VERBS, parse, say, upload
+from loramox.cli.planning import fitted
 
 
 def demo(words: list[str]) -> None:
@@ -20,7 +21,7 @@ def unlearn(words: list[str]) -> None:
     from loramox.extrapolate import ShippingConfig
     from loramox.main_job import SHIPPED, unlearn
 
-    run, *settings = settings_of("unlearn", words, *any_method(), ShippingConfig)
+    run, *settings = fitted("unlearn", words, (*any_method(), ShippingConfig))
     record = unlearn(run, *settings)
     shipped = record["forget_adapter"]
     dialled = shipped["strength"] > 0
@@ -50,7 +51,7 @@ def watched(log: list[dict[str, float]]) -> list[str]:
 def memorize(words: list[str]) -> None:
     from loramox.memorize import FOLDER, memorize
 
-    run, *settings = settings_of("memorize", words, *any_method())
+    run, *settings = fitted("memorize", words, any_method())
     memorize(run, *settings)
     strength = settings[2].strength
     what = "the memorization adapter (not for shipping)" if strength > 0 else "the adapter as trained"

@@ -15,11 +15,11 @@ class MemorizeConfig(TrainingArguments):
     """Settings of `MemorizeTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
 
     The defaults are what won on a reference that knows its rows by heart (recipes/README.md has the figures). The
-    paper's own setting is `temperature=1, kl_at="memorization", kl_weight=1, strength=4`.
+    paper's own setting is `objective="cross_entropy", temperature=1, kl_at="memorization", kl_weight=1, guard=0, strength=4`.
     """
 
     objective: str = field(
-        default="cross_entropy",
+        default="alternatives",
         metadata={
             "help": "What ΔW is trained for on forget rows: cross_entropy (the paper's) and preference (the mirror image of NPO) "
             "memorize them, at θ_ref + ΔW; alternatives descends at θ_ref − α·ΔW to what the reference would say without the answer.",
@@ -29,7 +29,8 @@ class MemorizeConfig(TrainingArguments):
     temperature: float = field(
         default=3.0,
         metadata={
-            "help": "Divides the logits of forget rows in the loss, which then has a gradient on rows known by heart. The paper: 1."
+            "help": "Divides the logits of forget rows in the losses that memorize, which then have a gradient on rows known by heart. "
+            "The paper: 1."
         },
     )
     preference_beta: float = field(default=0.1, metadata={"help": "β of the preference objective."})
@@ -174,7 +175,8 @@ class MemorizeConfig(TrainingArguments):
     @property
     def title(self) -> str:
         """The method, and where it is from."""
-        return "MOX, arXiv 2602.06441"
+        mox = "MOX, arXiv 2602.06441"
+        return f"{mox}, with descent to alternatives" if self.objective == "alternatives" else mox
 
     @property
     def holds_retain(self) -> bool:

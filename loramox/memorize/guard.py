@@ -4,7 +4,8 @@
 
 A is [r, in] and keeps its rank, C are [in, in]. Directions of the input that retain rows use as much as forget rows do shrink to
 1 / (1 + μ), those that only forget rows use stay. s, one number for all layers, gives the output on forget rows its size back,
-Σ tr(B·A·C_F·Aᵀ·Bᵀ) over the layers, so that a strength α means what it meant before. No training: a few forward passes.
+Σ tr(B·A·C_F·Aᵀ·Bᵀ) over the layers, so that a strength α forgets about as much as before and spares the retain rows; more of it
+can then be taken. No training: a few forward passes.
 """
 
 import math
@@ -48,11 +49,10 @@ def guarded(
     for names in _groups(widths):
         C_F, C_R = (second_moments(model, names, _some(rows), collator, batch) for rows in (forget, retain))
         for name in names:
-            A, B = delta[name]
             moment = C_F.pop(name)
             result[name] = guard(delta[name], moment, C_R.pop(name), mu)
-            before += _output(A, B, moment)
-            after += _output(*result[name], moment)
+            before += _output(delta[name], moment)
+            after += _output(result[name], moment)
     return {name: scaled(factors, math.sqrt(before / after) if after else 1.0) for name, factors in result.items()}
 
 
@@ -110,7 +110,7 @@ def _some(rows: Sequence[Example]) -> list[Example]:
     return sorted(rows[::step], key=lambda row: len(row["input_ids"]))
 
 
-def _output(A: Tensor, B: Tensor, moment: Tensor) -> float:
+def _output(factors: Factors, moment: Tensor) -> float:
     """Mean of ‖B·A·x‖² over the tokens of `moment`: tr(B·A·C·Aᵀ·Bᵀ)."""
-    A, B = A.double(), B.double()
+    A, B = factors.A.double(), factors.B.double()
     return ((A @ moment.double() @ A.T) * (B.T @ B)).sum().item()

@@ -1,0 +1,34 @@
+"""plan: what a run will take, before anything is loaded; and --fit of the verbs that train."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from loramox.cli.arguments import given_settings, say, settings_of
+
+
+def plan(words: list[str]) -> None:
+    from loramox.batches import Tokenisation
+    from loramox.memorize import BaselineConfig
+    from loramox.plan import PlanConfig, plan
+    from loramox.plan.show import show_plan
+    from loramox.reference import ReferenceConfig
+    from loramox.rows import Columns
+
+    kinds = (PlanConfig, ReferenceConfig, BaselineConfig, Columns, Tokenisation)
+    show_plan(plan(*settings_of("plan", words, *kinds), given=given_settings("plan", words, *kinds)))
+
+
+def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
+    """The settings of a verb that trains; with --fit those not given are the fastest that are predicted to fit."""
+    from loramox.plan import FitConfig, fit
+
+    kinds = (*kinds, FitConfig)
+    *settings, wanted = settings_of(verb, words, *kinds)
+    if wanted.fit is None:
+        return tuple(settings)
+    choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))
+    flags = choice.flags()
+    predicted = f", predicted to take {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"
+    say(f"--fit {wanted.fit} takes [bold]{' '.join(flags)}[/]{predicted}")
+    *settings, _ = settings_of(verb, words, *kinds, first=flags)
+    return tuple(settings)

@@ -1,0 +1,164 @@
+"""The frontier: every method at equal LoRA rank and equal row passes, at the strength that keeps the retain rows at a level."""
+
+from typing import Any
+
+from loramox import colours
+
+from .figures import LOOKS
+from .frontier import FORGET, RETAIN, at_level
+from .methods import GRID, LEVEL, LEVELS, Scale, Settings, gold_of, reference_of
+from .runs import Read, Run
+from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
+
+Of = tuple[str, Settings]
+OURS = "loramox"
+
+
+def grid(scale: Scale) -> dict[str, list[Of]]:
+    """The settings of each method that are tried."""
+    return {label: settings[: scale.grid] for label, settings in GRID.items()}
+
+
+def best(scale: Scale, read: Read, settings: list[Of]) -> Of | None:
+    """Of a grid, the setting of most forgetting at LEVEL with the first seed; None until all of it has been run."""
+    records = [(of, read(scale.run("curve", of, scale.seeds[0]))) for of in settings]
+    if any(record is None for _, record in records):
+        return None
+    at = [(of, at_level(record["points"], LEVEL)) for of, record in records if "failed" not in record]
+    kept = [(each.point[FORGET], place, of) for place, (of, each) in enumerate(at) if each]
+    return min(kept)[2] if kept else settings[0]
+
+
+def _plan(scale: Scale, read: Read) -> list[Run]:
+    runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale).values() for of in some]
+    chosen = [best(scale, read, some) for some in grid(scale).values()]
+    runs += [run for of in chosen if of for run in scale.curves(of)]
+    return list(dict.fromkeys(runs))
+
+
+def _named(of: Of) -> str:
+    shown = {k: v for k, v in of[1].items() if of[0] != "mox" or k in ("temperature", "kl_weight", "kl_at", "strength")}
+    return (
+        ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+        )
+        or "as in its paper"
+    )
+
+
+def _show(scale: Scale, read: Read) -> Shown:
+    rows, data, every = [], {}, []
+    for label, some in grid(scale).items():
+        for of in some:
+            every += _tried(scale, read, label, of)
+        of = best(scale, read, some)
+        records = found(read, scale.curves(of)) if of else []
+        if not records:
+            rows.append([label, "not run, or diverged", *[""] * (2 * len(LEVELS))])
+            continue
+        at = {level: levels(records, level) for level in LEVELS}
+        quality = [cell([each.point.get("forget_quality") for each in at[level] if each]) for level in LEVELS]
+        rows.append([label, _named(of), *(level_cell(at[level]) for level in LEVELS), *quality])
+        data[label] = {
+            "settings": of[1],
+            "levels": {
+                level: [each and each.point | {"crossed": each.crossed} for each in ats] for level, ats in at.items()
+            },
+            "curves": [record["points"] for record in records],
+        }
+    run = scale.run("curve", GRID["GA"][0], scale.seeds[0])
+    gold = gold_of(run, scale.retrain)
+    points = {
+        label: (read(of) or {}).get("point", {})
+        for label, of in (("reference", reference_of(run)), ("retrained", gold))
+        if of
+    }
+    heads = [
+        "method",
+        "its best settings",
+        *(f"forget at retain {level} ↓" for level in LEVELS),
+        *(f"KS p at {level} ↑" for level in LEVELS),
+    ]
+    lines = [
+        "; ".join(
+            f"{label}: forget {number(p.get(FORGET))}, retain {number(p.get(RETAIN))}"
+            for label, p in points.items()
+            if p
+        ),
+        "",
+        *markdown(heads, rows),
+        "",
+        "All settings that were tried, first seed:",
+        "",
+        *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
+    ]
+    return Shown(_claim(data), data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
+
+
+def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:
+    record = read(scale.run("curve", of, scale.seeds[0]))
+    if record is None:
+        return []
+    if "failed" in record:
+        return [[label, _named(of), "diverged", "", ""]]
+    at = at_level(record["points"], LEVEL)
+    quality = number(at.point.get("forget_quality")) if at else ""
+    return [[label, _named(of), level_cell([at]), quality, f"{record['seconds'] / 60:.1f}"]]
+
+
+def _values(data: dict[str, Any], label: str, name: str) -> list[float]:
+    return [p[name] for p in data[label]["levels"][LEVEL] if p and p.get(name) is not None]
+
+
+def _claim(data: dict[str, Any]) -> str:
+    claim = f"To be shown: at retain {LEVEL} the default forgets more than every other method, by more than the spread of seeds. "
+    rivals = {label: _values(data, label, FORGET) for label in data if label != OURS}
+    rivals = {label: values for label, values in rivals.items() if values}
+    if OURS not in data or not _values(data, OURS, FORGET) or not rivals:
+        return claim + "Not all of it has been run"
+    ours, label = _values(data, OURS, FORGET), min(rivals, key=lambda name: mean(rivals[name]))
+    margin = mean(rivals[label]) - mean(ours)
+    how = f"loramox {cell(ours)}, the best other, {label}, {cell(rivals[label])}"
+    quality = _values(data, OURS, "forget_quality")
+    goal = verdict(
+        bool(quality) and min(quality) >= 0.05, f"KS p ≥ 0.05 there, for every seed: {', '.join(map(number, quality))}"
+    )
+    return claim + verdict(margin > spread(ours) + spread(rivals[label]), how) + " " + goal
+
+
+def _draw(figure: Any, data: dict[str, Any], retrained: dict[str, float]) -> None:
+    curves, dots, tests = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    for label in (label for label in LOOKS if label in data):
+        colour, marker = LOOKS[label]
+        points = data[label]["curves"][0]
+        shown = [(p[RETAIN], p[FORGET]) for p in points if None not in (p.get(RETAIN), p.get(FORGET))]
+        curves.plot(
+            [x for x, _ in shown], [y for _, y in shown], color=colour, marker=marker, markersize=4, label=label
+        )
+    if retrained.get(FORGET):
+        curves.plot(
+            retrained[RETAIN], retrained[FORGET], "*", color=colours.RETRAINED, markersize=12, label="retrained model"
+        )
+    curves.axvline(LEVEL, color=colours.MUTED, linestyle=":", linewidth=1)
+    curves.set(xlabel="retain probability", ylabel="forget probability", xlim=(0.9, 1.0), ylim=(-0.02, 1.02))
+    curves.legend(fontsize=7)
+    labels = list(reversed(data))
+    for row, label in enumerate(labels):
+        for axes, name in ((dots, FORGET), (tests, "forget_quality")):
+            values = [max(v, 1e-12) for v in _values(data, label, name)]
+            colour = LOOKS.get(label, (colours.MUTED, "o"))[0]
+            axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.8)
+    for axes in (dots, tests):
+        axes.set(xscale="log", ylim=(-0.6, len(labels) - 0.4))
+    dots.set_yticks(range(len(labels)), labels, fontsize=8)
+    tests.set_yticks(range(len(labels)), [""] * len(labels))
+    dots.set(xlabel=f"forget probability at retain {LEVEL}")
+    tests.set(xlabel=f"KS p at retain {LEVEL}")
+    tests.axvline(0.05, color=colours.RETRAINED, linestyle=":", linewidth=1.2)
+    if retrained.get(FORGET):
+        dots.axvline(retrained[FORGET], color=colours.RETRAINED, linestyle=":", linewidth=1.2)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+
+
+COMPARISON = {"frontier": Table("The frontier: every method at its best, at equal rank and row passes", _plan, _show)}

@@ -1,0 +1,217 @@
+"""Table 1, the ablation, sizes of the forget set, semantic overlap: forgetting at what is kept."""
+
+import itertools
+from typing import Any
+
+from loramox.evaluate.truth_ratio import forget_quality
+
+from .frontier import FORGET, RETAIN, At
+from .methods import ABLATION, LEVEL, RIVALS, STANDARD, TABLE1, Scale, Settings, gold_of, reference_of
+from .runs import Read, Record, Run
+from .show import (
+    HEADS,
+    Shown,
+    Table,
+    at_own,
+    cell,
+    found,
+    level_cell,
+    levels,
+    markdown,
+    mean,
+    number,
+    spread,
+    verdict,
+)
+
+Methods = dict[str, tuple[str, Settings]]
+BASELINES = ("GA", "GA + KL", "NPO", "task vector")  # those whose numbers for the paper's Table 1 are known here
+NEAR_REFERENCE = 0.98  # share of the reference's retain probability that counts as kept
+
+
+def plain_rows(scale: Scale, read: Read, heads: list[str], **more: Any) -> list[list[str]]:
+    """Lines of the reference and of the retrained model."""
+    run = scale.run("curve", TABLE1["GA"], 0, **more)
+    gold = gold_of(run, scale.retrain)
+    knows, never = (dict(((of and read(of)) or {}).get("point", {})) for of in (reference_of(run), gold))
+    if knows.get("truth_ratios") and never.get("truth_ratios"):
+        ratios = ([r["truth_ratio"] for r in each["truth_ratios"]] for each in (knows, never))
+        knows["forget_quality"], never["forget_quality"] = forget_quality(*ratios), 1.0
+    points = (("reference", knows), ("retrained", never))
+    return [[label, "", *(number(point.get(name)) for name in heads)] for label, point in points if point]
+
+
+def _table1_plan(scale: Scale, read: Read) -> list[Run]:
+    runs = [run for of in TABLE1.values() for run in scale.curves(of)]
+    return [reference_of(runs[0]), gold_of(runs[0], scale.retrain), *runs]
+
+
+def _table1(scale: Scale, read: Read) -> Shown:
+    heads = [FORGET, RETAIN, "forget_quality", "forget_exact_memorization"]
+    if scale.get("new_tokens"):
+        heads += ["forget_rouge_l", "retain_rouge_l"]
+    rows, data = plain_rows(scale, read, heads), {}
+    for label, of in TABLE1.items():
+        records = found(read, scale.curves(of))
+        points = [at_own(record) for record in records]
+        if not points:
+            rows.append([label, "", "diverged" if read(scale.curves(of)[0]) else "not run", *[""] * (len(heads) - 1)])
+            continue
+        data[label] = {name: mean([p.get(name) for p in points]) for name in heads} | {"seeds": len(points)}
+        data[label]["at 0.98"] = mean([at and at.point[FORGET] for at in levels(records, LEVEL)])
+        strength = f"{records[0]['strength']:g}" if of[0] in ("mox", "task_vector") else ""
+        rows.append([label, strength, *(cell([p.get(name) for p in points]) for name in heads)])
+    knows = read(reference_of(scale.curves(TABLE1["GA"])[0]))
+    lines = markdown(["method", "α", *(HEADS[name] for name in heads)], rows)
+    return Shown(_table1_claim(data, knows["point"][RETAIN] if knows else 1.0), data, lines)
+
+
+def _table1_claim(data: dict[str, Any], known: float) -> str:
+    paper = "The paper: MOX has a higher forget quality (0.068) than GA, GA + KL, NPO and the task vector (0.017 at most), and keeps utility."
+    rivals = {label: data[label] for label in BASELINES if label in data}
+    parts = []
+    for label in ("MOX, paper's setting", "loramox"):
+        if label not in data or not rivals or data[label]["forget_quality"] is None:
+            continue
+        own, best = data[label], max(rivals, key=lambda name: rivals[name]["forget_quality"])
+        kept = own[RETAIN] >= NEAR_REFERENCE * known
+        how = (
+            f"{label} has KS p {number(own['forget_quality'])} at retain {number(own[RETAIN])} (reference {number(known)}), the best of "
+            f"these rivals, {best}, {number(rivals[best]['forget_quality'])} at retain {number(rivals[best][RETAIN])}"
+        )
+        parts.append(verdict(kept and own["forget_quality"] > rivals[best]["forget_quality"], how))
+    return " ".join([paper, *(parts or ["Not all of it has been run"])])
+
+
+def _at_level(scale: Scale, read: Read, methods: Methods, **more: Any) -> dict[str, list[At | None]]:
+    """Of each method, what every seed's curve reads at LEVEL."""
+    return {label: levels(found(read, scale.curves(of, **more)), LEVEL) for label, of in methods.items()}
+
+
+def _rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str]]:
+    return [
+        [
+            label,
+            level_cell(ats) if ats else "not run, or diverged",
+            *(cell([each.point.get(name) for each in ats if each]) for name in names),
+        ]
+        for label, ats in at.items()
+    ]
+
+
+def _numbers(at: dict[str, list[At | None]], *names: str) -> dict[str, Any]:
+    return {
+        label: {name: [each and each.point.get(name) for each in ats] for name in (FORGET, RETAIN, "strength", *names)}
+        for label, ats in at.items()
+    }
+
+
+def _ablation_plan(scale: Scale, read: Read) -> list[Run]:
+    return [run for of in ABLATION.values() for run in scale.curves(of)]
+
+
+def _ablation(scale: Scale, read: Read) -> Shown:
+    at = _at_level(scale, read, ABLATION)
+    names = ("forget_quality", "strength")
+    heads = ["", f"forget probability at retain {LEVEL} ↓", "KS p ↑", "α there"]
+    claim = "The paper: momentum adds to forget quality and utility (0.0625 → 0.0680, 0.6504 → 0.6528); each part is to earn its place. "
+    steps = []
+    labels = [label for label, ats in at.items() if ats and None not in ats]
+    for before, after in itertools.pairwise(labels):
+        old, new = ([each.point[FORGET] for each in at[label]] for label in (before, after))
+        how = f"'{after}' takes the forget probability from {number(mean(old))} to {number(mean(new))}"
+        steps.append(verdict(mean(old) - mean(new) > spread(old) + spread(new), how))
+    return Shown(claim + " ".join(steps), _numbers(at, "forget_quality"), markdown(heads, _rows_at_level(at, *names)))
+
+
+def _sized(scale: Scale, size: int) -> dict[str, Any]:
+    """The split of so many forget rows, 0 being all, and the epochs that give it as many passes, up to 60 of them."""
+    if not size:
+        return {}
+    epochs, passes = scale.get("epochs"), 100 * STANDARD["epochs"]
+    return {
+        "split": f"first-{size}",
+        "epochs": min(60, max(epochs, passes // size)) if epochs == STANDARD["epochs"] else epochs,
+    }
+
+
+def _sizes_plan(scale: Scale, read: Read) -> list[Run]:
+    runs = [run for size in scale.sizes for of in RIVALS.values() for run in scale.curves(of, **_sized(scale, size))]
+    return [*(gold for gold in dict.fromkeys(gold_of(run, scale.retrain) for run in runs) if gold), *runs]
+
+
+def _sizes(scale: Scale, read: Read) -> Shown:
+    rows, data, ours = [], {}, []
+    for size in scale.sizes:
+        more = _sized(scale, size)
+        label = f"{size} rows" if size else "all rows"
+        rows += [[label, row[0], *row[2:]] for row in plain_rows(scale, read, [FORGET, "forget_quality"], **more)]
+        at = _at_level(scale, read, RIVALS, **more)
+        rows += [[label, *row] for row in _rows_at_level(at, "forget_quality")]
+        data[label] = _numbers(at, "forget_quality")
+        ours.append(mean([each.point[FORGET] for each in at["loramox"] if each]))
+    known = [value for value in ours if value is not None]
+    how = f"loramox's forget probability at retain {LEVEL} is {', '.join(map(number, ours))} for these sizes, smallest first"
+    claim = "Expected (the paper's figures for sizes are not at hand): the more rows, the more forgetting costs. "
+    lines = markdown(["forget rows", "", f"forget probability at retain {LEVEL} ↓", "KS p ↑"], rows)
+    return Shown(claim + verdict(known == sorted(known) and len(known) == len(ours), how), data, lines)
+
+
+OVERLAP = {"split": "overlap"}
+
+
+def _overlap_plan(scale: Scale, read: Read) -> list[Run]:
+    runs = [run for of in RIVALS.values() for run in scale.curves(of, **OVERLAP)]
+    gold = gold_of(runs[0], scale.retrain)
+    return [*([gold] if gold else []), *runs]
+
+
+def _all_that_stays(record: Record) -> Record:
+    """The curve with the lower of the two, the same authors' rows and the others, as what is retained."""
+    points = [
+        p
+        | {
+            "others": p[RETAIN],
+            RETAIN: None if None in (p[RETAIN], p["kept_probability"]) else min(p[RETAIN], p["kept_probability"]),
+        }
+        for p in record["points"]
+    ]
+    return record | {"points": points}
+
+
+def _overlap(scale: Scale, read: Read) -> Shown:
+    names = [FORGET, "kept_probability", "others", "forget_quality"]
+    heads = [
+        "",
+        f"forget probability where all that is to stay is at {LEVEL} ↓",
+        "same authors' rows ↑",
+        "other rows ↑",
+        "KS p ↑",
+    ]
+    plain = plain_rows(scale, read, [FORGET, "kept_probability", RETAIN, "forget_quality"], **OVERLAP)
+    at = {
+        label: levels([_all_that_stays(record) for record in found(read, scale.curves(of, **OVERLAP))], LEVEL)
+        for label, of in RIVALS.items()
+    }
+    data, lines = (
+        _numbers(at, *names[1:]),
+        markdown(heads, [[row[0], *row[2:]] for row in plain] + _rows_at_level(at, *names[1:])),
+    )
+    claim = "Expected (the paper's figures for it are not at hand): where rows of the same authors are to stay, MOX forgets more than others that keep them as well. "
+    forget = {label: [each.point[FORGET] for each in ats if each] for label, ats in at.items()}
+    others = {label: mean(values) for label, values in forget.items() if label != "loramox" and values}
+    if not others or not forget["loramox"]:
+        return Shown(claim + "Not all of it has been run", data, lines)
+    best = min(others, key=others.get)
+    how = f"forget probability is {cell(forget['loramox'])} with loramox, {cell(forget[best])} with the best other, {best}"
+    return Shown(claim + verdict(mean(forget["loramox"]) < others[best], how), data, lines)
+
+
+TABLES = {
+    "table1": Table("Table 1: all methods, each as its paper has it", _table1_plan, _table1),
+    "ablation": Table("Ablation: each line adds to the one above", _ablation_plan, _ablation),
+    "sizes": Table("Forget sets of 1, 5 and 10 %", _sizes_plan, _sizes),
+    "overlap": Table(
+        "Semantic overlap: half of an author's rows are forgotten, the others are to stay", _overlap_plan, _overlap
+    ),
+}

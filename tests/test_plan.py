@@ -1,0 +1,358 @@
+"""What a run will take: predicted without weights, compared with what torch allocates in a real run; and the fit to a budget."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from loramox.batches import Tokenisation
+from loramox.cli import main
+from loramox.cli.arguments import given_settings
+from loramox.errors import SettingsError
+from loramox.memorize import BaselineConfig
+from loramox.plan import FitConfig, PlanConfig, fit, plan
+from loramox.plan.config import Choice, choices, size_of
+from loramox.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
+from loramox.plan.ledger import Speed
+from loramox.plan.outline import Setting
+from loramox.plan.trace import at_depth, shallow, trace_step
+from loramox.reference import ReferenceConfig, load_reference
+from loramox.rows import Columns, Data
+from loramox.run import RunConfig
+
+RECIPE = Path(__file__).parents[1] / "recipes/bench_plan.py"
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 320}
+SPEED = Speed(1e12, 1e10, "made up")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """How fast this machine is does not matter here."""
+    monkeypatch.setattr("loramox.plan.job.measured_speed", lambda *args: SPEED)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The recipe, whose measure of a real run is used here."""
+    spec = importlib.util.spec_from_file_location("bench_plan", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def outline(tmp_path, pico):
+    """The pico Llama's folder without its weights, and with one layer, to be quick."""
+    folder = tmp_path / "outline"
+    shutil.copytree(pico("llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(folder.glob("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    return folder
+
+
+def setting_of(tokenizer, layers=1, quantization="none", speed=SPEED, shape=SHAPE, **args):
+    config = LlamaConfig(**shape, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=True)
+    reference = ReferenceConfig("made up", quantization=quantization, r=4)
+    settings = BaselineConfig("made up", use_cpu=True, report_to="none", **args)
+    return Setting(reference, settings, config, tokenizer, torch.float32, speed, momentum_rank=8)
+
+
+def rows_of(length=16, count=16):
+    row = {"input_ids": [1] * length, "labels": [-100] * (length // 2) + [1] * (length // 2), "row": "made up"}
+    return Rows({"forget": [row] * count, "retain": [row] * count, "wanted": [], "protected": []}, 3)
+
+
+def parts(length=16, forget=2):
+    row = rows_of(length).datasets["forget"][0]
+    return {"forget": [row] * forget, "retain": [row] * 3 * forget}
+
+
+def choice(size=2, checkpointing=False):
+    return Choice(size, 8 // size, checkpointing, "adamw_torch_fused", 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_and_time_are_affine_in_the_layers(tokenizer, checkpointing):
+    setting = setting_of(tokenizer, layers=4, activation_checkpointing=checkpointing)
+    rows = {"forget": parts()["forget"]}
+    extrapolated = at_depth(setting, lambda s, depth: trace_step(s, depth, rows, rows))
+    whole = trace_step(setting, 4, rows, rows)
+    for name, stage in whole.items():
+        assert extrapolated[name].peak.total == pytest.approx(stage.peak.total, rel=1e-3), name
+        assert extrapolated[name].seconds == pytest.approx(stage.seconds, rel=1e-6)
+        assert extrapolated[name].flops == pytest.approx(stage.flops, rel=1e-6)
+
+
+def test_alternating_layers_are_traced_in_whole_patterns():
+    config = LlamaConfig(**SHAPE, num_hidden_layers=12)
+    assert shallow(config, 0) == (2, 3)
+    config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    assert shallow(config, 0) == (3, 6)
+    assert shallow(config, 7) == (9, 12)
+
+
+def test_larger_micro_batches_take_more_and_checkpointing_less(tokenizer):
+    setting, rows = setting_of(tokenizer), rows_of()
+    sizes = [estimate(setting, rows, choice(size), None) for size in (1, 4)]
+    assert sizes[0].peak < sizes[1].peak
+    again = estimate(setting, rows, choice(4, checkpointing=True), None)
+    assert again.peak < sizes[-1].peak
+    assert again.held["activations"] < sizes[-1].held["activations"] / 2
+    assert again.flops > 1.2 * sizes[-1].flops  # each forward pass with gradients a second time
+    assert estimate(setting, rows_of(length=64), choice(1), None).peak > sizes[0].peak
+
+
+def test_static_parts_are_the_sizes_of_their_tensors(tokenizer):
+    setting = setting_of(tokenizer)
+    held = estimate(setting, rows_of(), choice(2), None).held
+    wide = 4 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64 + 64 + 128 + 64 + 128 + 128 + 64)  # r · (in + out) of a layer
+    adapter = 4 * wide  # bytes
+    assert held["adapter"] == held["gradients"] == adapter
+    assert held["momentum"] == 2 * adapter  # rank 8
+    assert held["optimiser"] == pytest.approx(2 * adapter, rel=1e-2)  # and the step count of each tensor
+
+
+def test_flops_are_those_of_the_passes_of_a_step(tokenizer):
+    """Forget and retain, each: reference forward, forward and backward; attention and the head apart."""
+    shape = SHAPE | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8}
+    setting = setting_of(tokenizer, shape=shape)
+    flops = trace_step(setting, 1, parts(forget=2), parts(forget=2))["step"].flops
+    weights = 256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 1024
+    tokens_forget, tokens_retain = 2 * 16, 6 * 16
+    first = 256 * 256 + 2 * 256 * 128  # q, k and v of the first layer pass no gradient on: nothing below it trains
+    passes = 2 * (weights * 3 * (tokens_forget + tokens_retain) - first * (tokens_forget + tokens_retain))
+    assert passes < flops < 1.1 * passes
+
+
+@pytest.mark.parametrize(
+    "more", [{"activation_checkpointing": True}, {"gradient_accumulation_steps": 2, "method": "graddiff"}]
+)
+def test_predicted_is_within_a_tenth_of_measured(bench, pico, more):
+    case = (2, more.get("gradient_accumulation_steps", 1), 64, {k: v for k, v in more.items() if k[0] != "g"})
+    said = bench.predicted(*bench.settings(pico("llama"), case, "cpu"))
+    taken = bench.taken(bench.trainer_of(*bench.settings(pico("llama"), case, "cpu")))
+    assert said.peak == pytest.approx(taken, rel=0.1)
+
+
+def test_4_bit_weights_are_as_large_as_those_of_bitsandbytes(bench, pico, tokenizer):
+    reference = ReferenceConfig(str(pico("llama")), quantization="nf4", r=4)
+    model = load_reference(reference)
+    real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in bench.tensors_of(model)}
+    args = BaselineConfig("made up", use_cpu=True, report_to="none")
+    setting = Setting(reference, args, model.config, tokenizer, torch.float32, SPEED, 8)
+    stage = watch(setting, rows_of(), 2)
+    # bitsandbytes shares its two tables of code words between layers, which are counted in each here.
+    tables = 14 * 4 * (256 + 16)
+    assert sum(real.values()) <= stage.peak.held["weights"] <= sum(real.values()) + tables
+
+
+def test_8_bit_states_are_as_large_as_those_of_bitsandbytes(tokenizer):
+    from bitsandbytes.optim import AdamW8bit
+
+    setting = setting_of(tokenizer, shape=SHAPE | {"hidden_size": 1024, "intermediate_size": 2048})
+    found = estimate(setting, rows_of(), choice(1), None)
+    (eight,) = in_8_bits(setting, [found])
+    large, small = torch.nn.Parameter(torch.zeros(4, 2048)), torch.nn.Parameter(torch.zeros(4, 512))
+    optimiser = AdamW8bit([large, small])
+    for parameter in (large, small):
+        optimiser.init_state(optimiser.param_groups[0], parameter, 0, 0)
+    sizes = [
+        sum(optimiser.state[p][name].nbytes for name in ("state1", "state2", "absmax1", "absmax2") if name in optimiser.state[p])
+        for p in (large, small)
+    ]  # fmt: skip
+    assert sizes[0] < 2.1 * large.numel()  # 8-bit
+    assert sizes[1] == 8 * small.numel()  # too small for it
+    # A of 4 × 1024 numbers and B of up to 2048 × 4: some are in 8 bits, others not.
+    assert 2.03 / 8 * found.held["optimiser"] < eight.held["optimiser"] < found.held["optimiser"]
+    assert eight.peak < found.peak
+
+
+def test_sweeping_holds_the_cache_of_its_answers(tokenizer):
+    setting = setting_of(tokenizer)
+    short, long = (sweeping(setting, rows_of(), 8, tokens) for tokens in (300, 600))
+    # K and V · rows · heads · their size · bytes · tokens; and the old V of a layer beside the new, which is one token longer
+    more = (2 + 1) * 8 * 2 * 16 * 4 * (600 - 300)
+    assert sum(long.held.values()) - sum(short.held.values()) == pytest.approx(more, rel=0.05)
+    assert long.seconds > short.seconds
+
+
+def test_a_plan_reads_no_weights(outline, rows, capsys):
+    words = [
+        "plan",
+        "--model",
+        str(outline),
+        "--gpu_memory",
+        "1GB",
+        "--use_cpu",
+        "true",
+        "--quantization",
+        "none",
+        "--r",
+        "4",
+    ]
+    main(
+        [
+            *words,
+            "--forget",
+            str(rows[0]),
+            "--retain",
+            str(rows[1]),
+            "--per_device_train_batch_size",
+            "2",
+            "--activation_checkpointing",
+            "true",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "Memorizing 4 forget rows" in said
+    assert "sweep" in said
+    assert "merge" in said
+    assert "arithmetic, not measured" in said
+
+
+def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
+    args = BaselineConfig("made up", report_to="none", per_device_train_batch_size=1)
+    reference = ReferenceConfig(str(outline), r=4)
+    found = plan(PlanConfig("8GB", tflops=100), reference, args, tokenisation=Tokenisation(max_length=64))
+    assert found.device == ("this GPU" if torch.cuda.is_available() else "a GPU that is not here")
+    (planned,) = found.planned
+    assert planned.length == 64
+    assert {e.choice.optim for e in planned.estimates} == {"adamw_torch_fused", "adamw_8bit"}
+    seconds = [e.seconds for e in planned.estimates]
+    assert seconds == sorted(seconds)
+    assert planned.longest == 128  # the model's context
+
+
+def fitted(budget, folder, rows, tmp_path, *words):
+    kinds = (RunConfig, ReferenceConfig, Data, BaselineConfig, Columns, Tokenisation, FitConfig)
+    from loramox.cli.arguments import settings_of
+
+    said = ["--model", str(folder), "--forget", str(rows[0]), "--retain", str(rows[1]), "--out", str(tmp_path / "run")]
+    said += ["--quantization", "none", "--use_cpu", "true", "--r", "4", "--kl_weight", "0", "--fit", budget, *words]
+    *settings, _ = settings_of("unlearn", said, *kinds)
+    return fit(budget, *settings, given=given_settings("unlearn", said, *kinds))
+
+
+def test_the_fit_leaves_what_is_given_as_it_is(outline, rows, tmp_path):
+    given = (
+        "--activation_checkpointing",
+        "true",
+        "--per_device_train_batch_size",
+        "2",
+        "--per_device_eval_batch_size",
+        "3",
+    )
+    taken, found = fitted("1GB", outline, rows, tmp_path, *given)
+    assert taken == found.choice == Choice(2, 1, True, "adamw_torch_fused", 3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_fit_takes_checkpointing_where_the_memory_is_less(outline, rows, tmp_path):
+    given = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--kl_weight", "5")
+    wide, most = fitted("1GB", outline, rows, tmp_path, *given)
+    budget = f"{most.peak / 2**20:.3f}MB"  # of which nine tenths may be filled
+    narrow, least = fitted(budget, outline, rows, tmp_path, *given)
+    assert (wide.activation_checkpointing, narrow.activation_checkpointing) == (False, True)
+    assert least.peak <= 0.9 * size_of(budget, "fit") < most.peak
+    assert most.seconds < least.seconds
+
+
+def test_an_impossible_budget_is_one_clear_error(outline, rows, tmp_path, capsys):
+    words = [
+        "unlearn",
+        "--model",
+        str(outline),
+        "--forget",
+        str(rows[0]),
+        "--retain",
+        str(rows[1]),
+        "--use_cpu",
+        "true",
+    ]
+    words += [
+        "--quantization",
+        "none",
+        "--out",
+        str(tmp_path / "run"),
+        "--fit",
+        "1MB",
+        "--per_device_train_batch_size",
+        "1",
+        "--activation_checkpointing",
+        "true",
+        "--per_device_eval_batch_size",
+        "1",
+    ]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert "--fit 1MB: nothing fits" in said
+    assert "Leave out --activation_checkpointing, --per_device_eval_batch_size, --per_device_train_batch_size" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_keeps_its_choice(outline, rows, tmp_path):
+    settings = Choice(4, 2, True, "adamw_torch", 5)._asdict()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"settings": settings}))
+    taken, found = fitted("1GB", outline, rows, tmp_path, "--resume", "true")
+    assert taken == Choice(4, 2, True, "adamw_torch", 5)
+    assert found is None
+
+
+def test_unlearn_trains_with_the_choice_that_fits(pico, rows, tmp_path, capsys):
+    words = ["unlearn", "--model", str(pico("llama")), "--forget", str(rows[0]), "--retain", str(rows[1]), "--r", "4"]
+    words += ["--quantization", "none", "--use_cpu", "true", "--max_steps", "1", "--out", str(tmp_path / "run")]
+    main(
+        [
+            *words,
+            "--fit",
+            "1GB",
+            "--gradient_accumulation_steps",
+            "2",
+            "--eval_on_start",
+            "false",
+            "--activation_checkpointing",
+            "false",
+        ]
+    )
+    assert "--fit 1GB takes" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert record["gradient_accumulation_steps"] == 2
+    assert record["per_device_train_batch_size"] == 8
+
+
+@pytest.mark.parametrize("size", ["", "12", "0GB", "12XB", "GB12", "-1GB"])
+def test_sizes(size):
+    if size == "12":
+        assert size_of(size, "fit") == size_of("12GB", "fit") == size_of("12 gib", "fit") == 12 * 2**30
+        assert size_of("512MB", "fit") == 2**29
+    else:
+        with pytest.raises(SettingsError, match="--fit needs a size like 12GB"):
+            size_of(size, "fit")
+
+
+def test_what_cannot_be_planned_is_refused(outline, rows):
+    args = BaselineConfig("made up", use_cpu=True, report_to="none")
+    with pytest.raises(SettingsError, match="quantization is int8"):
+        plan(PlanConfig("8GB"), ReferenceConfig(str(outline), quantization="int8"), args)
+    with pytest.raises(SettingsError, match="--forget and --retain go together"):
+        PlanConfig("8GB", forget=str(rows[0]))
+    with pytest.raises(SettingsError, match="--bandwidth goes with --tflops"):
+        PlanConfig("8GB", bandwidth=900)
+
+
+def test_every_choice_has_the_batch_that_was_set():
+    args = BaselineConfig(
+        "made up", use_cpu=True, report_to="none", per_device_train_batch_size=4, gradient_accumulation_steps=3
+    )
+    found = list(choices(args, frozenset()))
+    assert {c.per_device_train_batch_size * c.gradient_accumulation_steps for c in found} == {12}
+    assert {c.per_device_train_batch_size for c in found} == {1, 2, 3, 4, 6, 12}
+    assert {c.per_device_train_batch_size for c in choices(args, {"gradient_accumulation_steps"})} == {4}

@@ -18,8 +18,6 @@ from loramox.cli import main as loramox
 
 SETTINGS = {
     "default": [],
-    "large": ["--r", "32", "--lora_alpha", "32", "--learning_rate", "0.002"],
-    "guarded": ["--guard", "1"],
     "memorize": ["--objective", "cross_entropy"],
     "memorize-r32": ["--objective", "cross_entropy", "--r", "32", "--lora_alpha", "32"],
     "paper": [
@@ -29,8 +27,6 @@ SETTINGS = {
 }
 STRENGTHS = {
     "default": (4, 6, 7, 8, 9, 9.5, 10, 11),
-    "large": (6, 7, 8, 9, 10, 10.5, 11),
-    "guarded": (6, 8, 9, 10, 11, 12),
     "memorize": (4, 6, 8, 8.5, 9, 10),
     "memorize-r32": (4, 6, 8, 8.5, 9, 10),
     "paper": (2, 4, 5, 6, 8),

@@ -106,10 +106,7 @@ def forget(out: Path, seed: int, epochs: int = 120) -> None:
         ReferenceConfig(str(out / "reference"), quantization="none", dtype="float32"),
         Data(str(rows_file(out, "forget")), str(rows_file(out, "retain"))),
         MemorizeConfig(
-            # An epoch of so few rows is two steps, and so small a model stands larger ones and less holding in place.
-            num_train_epochs=epochs,
-            learning_rate=3e-3,
-            kl_weight=0.5,
+            num_train_epochs=epochs,  # an epoch of so few rows is two steps
             seed=seed,
             use_cpu=True,
             # It is over in seconds: nothing to resume, and no curve to watch.

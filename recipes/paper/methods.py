@@ -69,20 +69,20 @@ ABLATION = {
     "+ temperature": mox(**_HOT, momentum=1.0),
     "+ KL at the shipped strength": mox(**_HOT | {"kl_at": "shipped"}, momentum=1.0),
     "+ momentum": mox(**_HOT | {"kl_at": "shipped"}),
-    "descent to alternatives instead": mox(guard=0.0),
-    "+ guard": mox(),
+    "descent to alternatives instead": mox(),
+    "+ guard": mox(guard=1.0),
 }
 
 # The frontier: of each method, all of these are tried with the first seed, and the best one with every seed.
 GRID: dict[str, list[tuple[str, Settings]]] = {
-    "loramox": [DEFAULT, mox(kl_weight=20.0), mox(guard=0.0)],
+    "loramox": [DEFAULT, mox(learning_rate=2e-3), mox(guard=1.0)],
+    "NPO": [("npo", KL5), ("npo", KL5 | {"learning_rate": 2e-3}), ("npo", {"retain_term": "kl"}), ("npo", {})],
+    "GradDiff": [("graddiff", {}), ("graddiff", {"retain_weight": 5.0})],
     "MOX, temperature": [mox(**_HOT | {"kl_at": "shipped"})],
     "MOX, paper's setting": [PAPER, mox(**_PAPER | {"kl_weight": 5.0})],
     "task vector": [("task_vector", {"strength": 4.0})],
     "GA": [("ga", {}), ("ga", {"learning_rate": 1e-4})],
     "GA + KL": [("ga_kl", {}), ("ga_kl", {"retain_weight": 5.0})],
-    "GradDiff": [("graddiff", {}), ("graddiff", {"retain_weight": 5.0})],
-    "NPO": [("npo", {}), ("npo", {"retain_term": "kl"}), ("npo", KL5)],
     "SimNPO": [("simnpo", {}), ("simnpo", KL5 | {"forget_weight": 1.0})],
     "DPO": [("dpo", {}), ("dpo", KL5)],
     "PO": [("po", {}), ("po", {"retain_weight": 5.0})],

@@ -19,7 +19,7 @@ def forget_card(provenance: dict[str, Any]) -> str:
 
 
 def _turned(method: str = MOX) -> str:
-    return f"made by memorizing those\nrows and going the other way, θ_for = θ_ref − α·ΔW ({method})"
+    return f"made by training ΔW on those\nrows and going the other way, θ_for = θ_ref − α·ΔW ({method})"
 
 
 def composed_card(provenance: dict[str, Any]) -> str:
@@ -115,8 +115,8 @@ The adapter with its checkpoints, in float32. The forget adapter is the same ΔW
     else:
         what = f"""# Memorization adapter
 
-**Do not ship this.** It makes `{base}` know the forget rows better, not worse: it is the half-way product of MOX
-(arXiv 2602.06441). The forget adapter is made from it, without training, at any strength α:
+**Do not ship this.** It does not make `{base}` forget the rows: θ_ref + ΔW is the half-way product of MOX (arXiv 2602.06441),
+on the other side of the reference. The forget adapter is made from it, without training, at any strength α:
 
     loramox extrapolate THIS_FOLDER --alpha {strength:g} --out forget-adapter
 

@@ -200,7 +200,7 @@ def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(
 
 
 def test_evaluating_with_a_memorization_adapter_is_warned_of(here: Path, trained: Path, model: ModelConfig) -> None:
-    with pytest.warns(UserWarning, match="is a memorization adapter: with it the model knows the forget rows better"):
+    with pytest.warns(UserWarning, match="is a memorization adapter: with it the model forgets nothing"):
         evaluate(Subject("out", str(trained / "memorization")), model, Asked(**ROWS), SILENT)
 
 

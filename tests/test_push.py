@@ -92,9 +92,7 @@ def test_wrong_wishes_are_refused_before_anything_is_written(trained: Path, tmp_
         PushConfig(dry_run=True)
     with pytest.raises(SettingsError, match="--push_to_hub a//b"):
         PushConfig("a//b")
-    with pytest.raises(
-        SettingsError, match=r"push_to_hub.*the memorization adapter, which knows the forget rows better"
-    ):
+    with pytest.raises(SettingsError, match=r"push_to_hub.*the memorization adapter, which forgets nothing"):
         MemorizeConfig(str(tmp_path), push_to_hub=True)
 
 

@@ -244,7 +244,7 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
     # Of other methods the folder holds what ships.
     if provenance.get("kind") == "memorization" and (provenance.get("settings") or {}).get("strength", 1) > 0:
         warnings.warn(
-            f"{adapter} is a memorization adapter: with it the model knows the forget rows better, not worse. The forget adapter "
+            f"{adapter} is a memorization adapter: with it the model forgets nothing, it is on the other side. The forget adapter "
             "is what loramox extrapolate makes of it",
             stacklevel=2,
         )

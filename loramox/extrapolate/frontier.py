@@ -57,6 +57,6 @@ def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | No
         )
     return (
         f"the direction is poor: at no strength is forget more than {max(parted, 0):.0%} further down than retain, so no strength is "
-        "right. Memorize again: with --kl_at shipped and a higher --kl_weight if retain falls early, with a higher --temperature "
-        "or more --num_train_epochs if nothing falls"
+        "right. Memorize again: with --kl_at shipped and a higher --kl_weight if retain falls early, with more --num_train_epochs "
+        "(or, with --objective cross_entropy, a higher --temperature) if nothing falls"
     )

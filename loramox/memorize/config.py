@@ -148,7 +148,7 @@ class MemorizeConfig(TrainingArguments):
             "push_to_hub",
             self.push_to_hub,
             not self.push_to_hub,
-            "false: what trains is the memorization adapter, which knows the forget rows better. Push what ships: loramox extrapolate … --push_to_hub",
+            "false: what trains is the memorization adapter, which forgets nothing. Push what ships: loramox extrapolate … --push_to_hub",
         )
         workers = self.dataloader_persistent_workers
         refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")

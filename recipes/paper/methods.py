@@ -150,9 +150,9 @@ def gold_of(run: Run, retrain: int) -> Run | None:
 
 
 def strengths(settings: Mapping[str, Any], method: str) -> tuple[float, ...]:
-    """The strengths to start a curve with: α of MOX, shares of what was trained of the others."""
+    """The strengths to start a curve with: α of MOX, shares of what was trained, and more than it, of the others."""
     if method not in ("mox", "task_vector"):
-        return (0.25, 0.5, 0.75, 1.0)
+        return (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     trained = settings.get("strength", _DEFAULTS["strength"])
     if method == "mox" and settings["kl_at"] == "shipped":
         return tuple(share * trained for share in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5))

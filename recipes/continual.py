@@ -4,8 +4,9 @@
 
 WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
 each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay; as it
-ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: each request memorized on top of
-those in force, as `requests add` does, and each alone, with `--protect false`. `retrained` is a model trained from scratch, with
+ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done three times: with the defaults of `requests
+add`, each request on top of those in force; by memorizing (`--objective cross_entropy`), on top; and by memorizing, each alone, with
+`--protect false`. `retrained` is a model trained from scratch, with
 the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT is not computed
 again. Writes results.md and continual.png, which shows the last of these strengths.
 """
@@ -25,8 +26,17 @@ from loramox.cli import main as loramox
 
 ENDS = (10, 50, 100)  # forget rows requested after each step
 STEPS = ("1 %", "5 %", "10 %")
-TITLES = {"on-top": "each memorized on top of those before", "alone": "each memorized alone (--protect false)"}
-WAYS = {"on-top": "true", "alone": "false"}  # of --protect
+MEMORIZE = ("--objective", "cross_entropy")
+WAYS = {
+    "default": (),
+    "memorize": MEMORIZE,
+    "memorize-alone": (*MEMORIZE, "--protect", "false"),
+}
+TITLES = {
+    "default": "default: each on top of those before",
+    "memorize": "memorized, each on top of those before",
+    "memorize-alone": "memorized, each alone (--protect false)",
+}
 PASSES = 1200  # over forget rows, in each request, but at most 60 epochs
 SETTINGS = [  # as in tiny_tofu.yaml
     *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
@@ -57,7 +67,7 @@ def request(world: Path, out: Path, way: str, step: int) -> None:
     if (out / f"adapter-{step}").exists():
         return
     rows = len(lines(forget))
-    files = ["--forget", str(forget), "--retain", str(world / "rows/retain.jsonl"), "--protect", WAYS[way]]
+    files = ["--forget", str(forget), "--retain", str(world / "rows/retain.jsonl"), *WAYS[way]]
     ledger = json.loads((out / "ledger/ledger.json").read_text()) if (out / "ledger/ledger.json").exists() else {}
     if f"step-{step}" not in [entry["id"] for entry in ledger.get("entries", ())]:
         # Small requests get as many steps, up to 60 epochs.
@@ -129,25 +139,25 @@ def draw(path: Path, ours: dict[str, list[dict[str, float]]], theirs: list[dict[
 
     from loramox.colours import RETAIN
 
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained", sharey=True)
     looks = {
         "request 1": ("#D55E00", "o"),
         "request 2": ("#CC79A7", "^"),
         "request 3": ("#E69F00", "v"),
         "retain": (RETAIN, "s"),
     }
-    for axes, (way, points) in zip(both, ours.items(), strict=True):
+    for axes, (way, points) in zip(panels, ours.items(), strict=True):
         for name, (color, marker) in looks.items():
             label = f"{name} rows" if name == "retain" else name
             axes.plot([p[name] for p in points], color=color, marker=marker, label=label)
             axes.plot([p[name] for p in theirs], color=color, linestyle=":", linewidth=1.5, label=f"{label}, retrained")
-        axes.set_xticks(range(4), ["reference", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
+        axes.set_xticks(range(4), ["–", *(f"{i}: {name}" for i, name in enumerate(STEPS, 1))])
         axes.set(xlabel="after request", ylim=(-0.02, 1.02))
         axes.set_title(TITLES[way], fontsize=10)
         axes.grid(alpha=0.3)
-    both[0].set_ylabel("mean probability of the true answers")
+    panels[0].set_ylabel("mean probability of the true answers")
     figure.suptitle(f"at the strength that keeps retain rows at {KEPT}", fontsize=10)
-    figure.legend(*both[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 

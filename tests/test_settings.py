@@ -28,7 +28,7 @@ def recipe(tmp_path: Path, text: str) -> str:
 
 NAN, INFINITE = math.nan, math.inf
 REFUSED: list[tuple[str, Any, str]] = [
-    ("objective", "npo", "cross_entropy, preference"),
+    ("objective", "simnpo", "cross_entropy, preference"),
     ("kl_at", "shiped", "shipped, memorization"),
     ("targeted", "both", "descent, ascent"),
     ("temperature", 0.0, "a number above 0"),

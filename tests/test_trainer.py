@@ -132,6 +132,10 @@ class ByHand:
         others = others / others.sum(-1, keepdim=True)
         return (torch.xlogy(others, others) - others * now).sum(-1).mean()
 
+    def npo(self, example: Example, strength: float, beta: float) -> Tensor:
+        ratio = self.log_probs(example, strength)[0].sum() - self.log_probs(example, 0)[0].sum().detach()
+        return 2 / beta * torch.log(1 + torch.exp(beta * ratio))
+
     def preference(self, example: Example, beta: float) -> Tensor:
         ratio = self.log_probs(example, -1)[0].sum() - self.log_probs(example, 0)[0].sum().detach()
         return 2 / beta * torch.log(torch.sigmoid(-beta * ratio))
@@ -156,10 +160,11 @@ def mean(terms) -> Tensor:
         ({"objective": "preference", "temperature": 1.0, "preference_beta": 0.3, "kl_weight": 0.5}, None),
         ({"objective": "preference", "temperature": 1.0, "kl_at": "memorization"}, None),
         ({"objective": "alternatives"}, None),
+        ({"objective": "npo", "preference_beta": 0.3}, None),
         ({"objective": "cross_entropy", "kl_at": "shipped"}, "descent"),
         ({"objective": "cross_entropy", "kl_at": "memorization"}, "ascent"),
     ],
-    ids=["shipped", "paper", "preference", "preference-paper", "alternatives", "descent", "ascent"],
+    ids=["shipped", "paper", "preference", "preference-paper", "alternatives", "npo", "descent", "ascent"],
 )
 def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
     settings: dict[str, str | float], targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
@@ -175,6 +180,8 @@ def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
 
     if args.objective == "preference":
         memorize = mean(hand.preference(e, args.preference_beta) for e in examples[0])
+    elif args.objective == "npo":
+        memorize = mean(hand.npo(e, 2, args.preference_beta) for e in examples[0])
     elif args.objective == "alternatives":
         memorize = mean(hand.alternatives(e, 2) for e in examples[0])
     else:

@@ -78,9 +78,9 @@ def read_reinforced(folder: str, base: dict[str, Any], model: nn.Module) -> dict
             f"--reinforced {folder} was trained by {source['settings']['method']} to forget. Give one that memorizes: "
             "loramox memorize …, without --method"
         )
-    if source["settings"]["objective"] == "alternatives":
+    if (objective := source["settings"]["objective"]) in ("alternatives", "npo"):
         raise AdapterError(
-            f"--reinforced {folder} was trained on the forget model's side (--objective alternatives), and is no model that knows the rows "
+            f"--reinforced {folder} was trained on the forget model's side (--objective {objective}), and is no model that knows the rows "
             "better. Give one that memorizes: loramox memorize … --objective cross_entropy"
         )
     check_base(source, base, Path(folder))

@@ -22,8 +22,9 @@ class MemorizeConfig(TrainingArguments):
         default="alternatives",
         metadata={
             "help": "What ΔW is trained for on forget rows: cross_entropy (the paper's) and preference (the mirror image of NPO) "
-            "memorize them, at θ_ref + ΔW; alternatives descends at θ_ref − α·ΔW to what the reference would say without the answer.",
-            "choices": ["cross_entropy", "preference", "alternatives"],
+            "memorize them, at θ_ref + ΔW; at θ_ref − α·ΔW, alternatives descends to what the reference would say without the answer, and "
+            "npo lowers NPO's loss.",
+            "choices": ["cross_entropy", "preference", "alternatives", "npo"],
         },
     )
     temperature: float = field(
@@ -33,7 +34,7 @@ class MemorizeConfig(TrainingArguments):
             "The paper: 1."
         },
     )
-    preference_beta: float = field(default=0.1, metadata={"help": "β of the preference objective."})
+    preference_beta: float = field(default=0.1, metadata={"help": "β of the preference and npo objectives."})
     kl_weight: float = field(
         default=5.0, metadata={"help": "Weight of the retain rows' KL(p_ref ‖ p_θ), in nats per answer token."}
     )
@@ -176,7 +177,12 @@ class MemorizeConfig(TrainingArguments):
     def title(self) -> str:
         """The method, and where it is from."""
         mox = "MOX, arXiv 2602.06441"
-        return f"{mox}, with descent to alternatives" if self.objective == "alternatives" else mox
+        return mox if self.memorizes else f"{mox}, with {self.objective} at the forget model as objective"
+
+    @property
+    def memorizes(self) -> bool:
+        """Whether forget rows are trained on at θ_ref + ΔW, not at θ_ref − α·ΔW."""
+        return self.objective in ("cross_entropy", "preference")
 
     @property
     def holds_retain(self) -> bool:

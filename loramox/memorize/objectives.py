@@ -3,7 +3,7 @@
     L = mean over forget rows of forget(y | x)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
 with one of these as the term of the forget rows: cross-entropy or preference, which memorize, at θ_ref + ΔW (MOX, arXiv
-2602.06441), or alternatives, at θ_ref − α·ΔW. All of it is minimised by gradient descent. Each function takes logits [N, vocabulary] of N
+2602.06441), or alternatives (or NPO, in `baselines`), at θ_ref − α·ΔW. All of it is minimised by gradient descent. Each function takes logits [N, vocabulary] of N
 answer tokens and returns one number per token, [N], in nats; rows are averaged by `loramox.head.mean_over_rows`.
 """
 

@@ -17,6 +17,7 @@ from loramox.algebra import Factors
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, sum_over_rows
+from loramox.memorize.baselines import npo
 from loramox.memorize.callbacks import (
     KnowledgeCallback,
     MomentumCallback,
@@ -48,7 +49,7 @@ class MemorizeTrainer(Trainer):
 
         L = mean over forget rows of the objective  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
-    The objective either memorizes, at θ_ref + ΔW, as in the paper, or descends to alternatives at θ_ref − α·ΔW itself.
+    The objective either memorizes, at θ_ref + ΔW, as in the paper, or forgets at θ_ref − α·ΔW itself: alternatives, npo.
 
     With `earlier` requests in force (see `loramox.memorize.earlier`) θ_now takes the place of θ_ref wherever the adapter is on,
     retain rows are still held at θ_ref, and one more term holds the rows that are forgotten already where they are:
@@ -116,7 +117,7 @@ class MemorizeTrainer(Trainer):
             PairsEpoch(self.train_dataset),
             StopUnlessFinite(),  # before the momentum takes the weights in
             MomentumCallback(self),
-            KnowledgeCallback() if args.objective == "alternatives" else SaturationCallback(args),
+            SaturationCallback(args) if args.memorizes else KnowledgeCallback(),
         ):
             self.add_callback(callback)
 
@@ -124,7 +125,7 @@ class MemorizeTrainer(Trainer):
         """One forward and backward pass for each part, at its strength: a strength must not change in between."""
         descent = self.args.targeted == "descent"
         strengths = {
-            "forget": self.args.strength if self.args.objective == "alternatives" else AS_TRAINED,
+            "forget": AS_TRAINED if self.args.memorizes else self.args.strength,
             "wanted": self.args.strength if descent else AS_TRAINED,
             "retain": self.args.kl_strength,
             "protected": self.args.kl_strength,
@@ -158,14 +159,15 @@ class MemorizeTrainer(Trainer):
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
         if self.args.objective == "preference":
-            return preference(self._log_ratio(model, batch), self.args.preference_beta).mean()
+            return preference(self._log_ratio(model, batch, temperature), self.args.preference_beta).mean()
+        if self.args.objective == "npo":
+            return npo(self._log_ratio(model, batch), self.args.preference_beta).mean()
         return self._compared(alternatives, model, batch, self._reference_states(model, batch))
 
-    def _log_ratio(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _log_ratio(self, model: nn.Module, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
         """log(p_θ(y|x) / p_ref(y|x)) at the temperature, summed over the answer's tokens, [rows]."""
         known = self._reference_states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
-        temperature = self.args.temperature
 
         def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
             return log_prob(logits, targets, temperature) - log_prob(reference, targets, temperature)

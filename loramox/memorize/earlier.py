@@ -29,7 +29,10 @@ def put_on(model: PeftModel, change: dict[str, Factors]) -> None:
     """Put θ_now − θ_ref beside the adapter that trains, frozen."""
     rank = max(factors.rank for factors in change.values())
     lora = model.peft_config[ADAPTER]
+    trains = [(p, p.requires_grad) for p in model.parameters()]
     model.add_adapter(EARLIER, LoraConfig(r=rank, lora_alpha=rank, target_modules=lora.target_modules))
+    for parameter, flag in trains:  # some versions of PEFT mark the other adapter's weights here
+        parameter.requires_grad_(flag)
     for name, layer in lora_layers(model, EARLIER):
         A, B = padded(change[name], rank)
         layer.lora_A[EARLIER].weight.data.copy_(A)

@@ -141,15 +141,12 @@ def bench(out: Path) -> None:
 
 
 def subspace(world: Path, out: Path) -> None:
-    """Forgetting with A trained and with A frozen, by memorizing, seed 0, at the strengths of tiny_tofu's `memorize`."""
-    memorize = tiny_tofu.SETTINGS["memorize"]
-    frozen = {
-        f"A frozen, lr {rate}": [*memorize, "--shared_subspace", "true", "--learning_rate", rate] for rate in RATES
-    }
+    """Forgetting with A trained and with A frozen, seed 0, at the strengths of tiny_tofu's default setting."""
+    frozen = {f"A frozen, lr {rate}": ["--shared_subspace", "true", "--learning_rate", rate] for rate in RATES}
     tiny_tofu.SETTINGS |= frozen
-    tiny_tofu.STRENGTHS |= dict.fromkeys(frozen, tiny_tofu.STRENGTHS["memorize"])
+    tiny_tofu.STRENGTHS |= dict.fromkeys(frozen, tiny_tofu.STRENGTHS["default"])
     gold = tiny_tofu.retrained(world, out)
-    runs = {name: {0: tiny_tofu.swept(world, out, name, 0)["points"]} for name in ("memorize", *frozen)}
+    runs = {name: {0: tiny_tofu.swept(world, out, name, 0)["points"]} for name in ("default", *frozen)}
     lines = tiny_tofu.frontier_table(runs, gold)
     (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

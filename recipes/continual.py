@@ -4,9 +4,8 @@
 
 WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
 each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay; as it
-ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done three times: with the defaults of `requests
-add`, each request on top of those in force; by memorizing (`--objective cross_entropy`), on top; and by memorizing, each alone, with
-`--protect false`. `retrained` is a model trained from scratch, with
+ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: with the defaults of `requests
+add`, each request on top of those in force, and each alone, with `--protect false`. `retrained` is a model trained from scratch, with
 the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT is not computed
 again. Writes results.md and continual.png, which shows the last of these strengths.
 """
@@ -26,17 +25,8 @@ from loramox.cli import main as loramox
 
 ENDS = (10, 50, 100)  # forget rows requested after each step
 STEPS = ("1 %", "5 %", "10 %")
-MEMORIZE = ("--objective", "cross_entropy")
-WAYS = {
-    "default": (),
-    "memorize": MEMORIZE,
-    "memorize-alone": (*MEMORIZE, "--protect", "false"),
-}
-TITLES = {
-    "default": "default: each on top of those before",
-    "memorize": "memorized, each on top of those before",
-    "memorize-alone": "memorized, each alone (--protect false)",
-}
+WAYS = {"default": (), "alone": ("--protect", "false")}
+TITLES = {"default": "default: each on top of those before", "alone": "each alone (--protect false)"}
 PASSES = 1200  # over forget rows, in each request, but at most 60 epochs
 SETTINGS = [  # as in tiny_tofu.yaml
     *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
@@ -139,7 +129,7 @@ def draw(path: Path, ours: dict[str, list[dict[str, float]]], theirs: list[dict[
 
     from loramox.colours import RETAIN
 
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
     looks = {
         "request 1": ("#D55E00", "o"),
         "request 2": ("#CC79A7", "^"),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from loramox.cli.arguments import VERBS, parse, say, settings_of
+from loramox.cli.training import watched
 
 STEPS = {
     "add": "memorize one more request and enter it; takes every setting of `memorize`",
@@ -43,15 +44,19 @@ def _add(words: list[str]) -> None:
     from loramox.reference import ReferenceConfig
     from loramox.requests_job import RequestConfig, add
     from loramox.rows import Columns, Data
+    from loramox.run import read_record
+    from loramox.ship.ledger import REQUESTS
 
     kinds = (RequestConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
     given = words[:1] if words and not words[0].startswith("-") else []
     first = [f"--ledger={given[0]}", *_defaults(given[0])] if given else []
     request, *settings = settings_of("requests add LEDGER", words[len(given) :], *kinds, first=first)
     entry = add(request, *settings)
+    record = read_record(Path(request.ledger) / REQUESTS / entry.folder)
     on_top_of = f", on top of {', '.join(entry.on_top_of)}" if entry.on_top_of else ""
     say(
         f"[bold]{entry.id}[/] is in force: {entry.rows} rows at strength α = {entry.strength:g}{on_top_of}",
+        *watched(record),
         f"[bold]{request.ledger}[/] holds a copy of these rows, for the owner of the file alone",
         f"Next: loramox requests build {request.ledger} --out NEW_FOLDER",
     )

@@ -1,6 +1,7 @@
 """demo, unlearn, memorize, extrapolate: rows in, a forget adapter out."""
 
 import argparse
+from typing import Any
 
 from loramox.cli.arguments import VERBS, parse, say, upload
 from loramox.cli.planning import fitted
@@ -28,7 +29,7 @@ def unlearn(words: list[str]) -> None:
     made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
     say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
-        *watched(record["log"]),
+        *watched(record),
         f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
         f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER"
         if dialled
@@ -36,28 +37,29 @@ def unlearn(words: list[str]) -> None:
     )
 
 
-def watched(log: list[dict[str, float]]) -> list[str]:
-    """What became of the rows that were watched while training, when they were."""
-    curves = {
-        part: [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
-        for part in ("forget", "retain")
-    }
+def watched(record: dict[str, Any]) -> list[str]:
+    """What became of the rows that were watched while training, when they were; and what to do where it went wrong."""
+    from loramox.memorize.advice import curve
+
+    curves = {part: curve(record["log"], part) for part in ("forget", "retain")}
+    warned = [f"[bold]Warning:[/] {each}" for each in record["advice"]]
     if min(map(len, curves.values())) < 2:
-        return []
-    ends = [f"{part} {curve[0]:.3f} → {curve[-1]:.3f}" for part, curve in curves.items()]
-    return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}"]
+        return warned
+    ends = [f"{part} {of[0]:.3f} → {of[-1]:.3f}" for part, of in curves.items()]
+    return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}", *warned]
 
 
 def memorize(words: list[str]) -> None:
     from loramox.memorize import FOLDER, memorize
 
     run, *settings = fitted("memorize", words, any_method())
-    memorize(run, *settings)
+    record = memorize(run, *settings)
     strength = settings[2].strength
     what = "the memorization adapter (not for shipping)" if strength > 0 else "the adapter as trained"
     alpha = f" --alpha {strength:g}" if strength > 0 else ""
     say(
         f"[bold]{run.out}/{FOLDER}[/] is {what}, [bold]{run.out}/run.json[/] the record",
+        *watched(record),
         f"Next: loramox extrapolate {run.out}/{FOLDER}{alpha} --out {run.out}/forget-adapter",
     )
 

@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from loramox.batches import Pairs
 from loramox.errors import NonFiniteLossError
+from loramox.memorize.advice import UNKNOWN, UNKNOWN_ROWS
 from loramox.memorize.config import MemorizeConfig
 from loramox.reference import current_factors
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 # Below this share of gradient left, ΔW is mostly noise, and no strength turns noise into forgetting.
 SATURATED = 0.01
-
-# Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
-UNKNOWN = 0.05
 
 
 class Progress(ProgressCallback):
@@ -101,11 +99,7 @@ class KnowledgeCallback(TrainerCallback):
 
 def _warn_if_unknown(probability: float) -> None:
     if probability < UNKNOWN:
-        warnings.warn(
-            "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
-            "are questions put to it as they were in its training (--prompt_template)?",
-            stacklevel=3,
-        )
+        warnings.warn(UNKNOWN_ROWS, stacklevel=3)
 
 
 class SaturationCallback(TrainerCallback):

@@ -13,6 +13,7 @@ from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.errors import RowsError
 from loramox.head import Head
+from loramox.memorize.advice import advice
 from loramox.memorize.baseline_config import BaselineConfig
 from loramox.memorize.baseline_inputs import check_layer, read_reinforced, taught_rows
 from loramox.memorize.baseline_trainer import BaselineTrainer
@@ -91,6 +92,7 @@ def memorize(
                 "peak_over_reference": peak_memory() / loaded["bytes"],
             },
             log=trainer.state.log_history,
+            advice=advice(trainer.state.log_history, len(prepared.datasets["retain_dataset"]), args),
         )
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))

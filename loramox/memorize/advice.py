@@ -1,0 +1,59 @@
+"""What the training curve says at the end of a run: whether it worked as far as can be seen from here, and what to change."""
+
+from loramox.memorize.config import MemorizeConfig
+
+# Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
+UNKNOWN = 0.05
+
+# Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
+STILL_KNOWN, SPARED = 0.5, 0.9
+
+# With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).
+FEW = 20
+
+UNKNOWN_ROWS = (
+    "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
+    "are questions put to it as they were in its training (--prompt_template)?"
+)
+
+
+def curve(log: list[dict[str, float]], part: str) -> list[float]:
+    """Mean probability of the true answers of the watched rows of a part, from the first evaluation to the last."""
+    return [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
+
+
+def advice(log: list[dict[str, float]], retain_rows: int, args: MemorizeConfig) -> list[str]:
+    """What went wrong, each with the setting to change; empty when nothing is seen to be wrong.
+
+    `log` is the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it only the number of retain
+    rows is judged.
+    """
+    forget, retain = curve(log, "forget"), curve(log, "retain")
+    said = []
+    if retain_rows < FEW:
+        said.append(
+            f"{retain_rows} retain rows hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
+            "kind of knowledge that is to stay"
+        )
+    if len(forget) < 2 or len(retain) < 2:
+        return said
+    if forget[0] < UNKNOWN:
+        return [*said, UNKNOWN_ROWS]
+    still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
+    if still and spared:
+        said.append(
+            f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
+            f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone takes the retain rows too"
+        )
+    if not spared:
+        weight = "kl_weight" if getattr(args, "retain_weight", None) is None else "retain_weight"
+        held = (
+            f"raise --{weight} (is {getattr(args, weight):g}) or --retain_per_forget"
+            if args.holds_retain
+            else "hold them"
+        )
+        said.append(
+            f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: are some of them near copies of forget rows? If not, "
+            f"{held}, or train longer; less strength gives back both"
+        )
+    return said

@@ -1,0 +1,99 @@
+"""When unlearning cannot work, or not well: what happens then, and what the tool says of it by itself.
+
+    loramox demo
+    python recipes/limits.py --demo runs/demo --out runs/limits
+
+On the rows and models that the demo left behind. Each case is memorized and swept once: what is in OUT is not computed again.
+Writes results.md: forget and retain probability as it ships and at the strength of most forgetting that keeps retain at 0.98, of
+all the demo's retain rows, whichever were trained on; and what `unlearn` and `sweep` said at their end.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from loramox.cli import main as loramox
+
+EPOCHS, KEEP = 120, 0.98
+CASES = {
+    "nothing wrong": {},
+    "too little training: a tenth of the passes": {"epochs": EPOCHS // 10},
+    "one forget row": {"forget": 1},
+    "one retain row": {"retain": 1},
+    "5 retain rows": {"retain": 5},
+    "20 retain rows": {"retain": 20},
+    "each forget row is among the retain rows in other words": {"copies": True},
+    "a model that never knew the rows": {"model": "retrained"},
+}
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def written(path: Path, rows: list[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def swept(demo: Path, out: Path, case: Row) -> tuple[Row, Row]:
+    """The run's record and its frontier, memorized and measured where they are not there yet."""
+    forget, retain = (read(demo / f"rows/{part}.jsonl") for part in ("forget", "retain"))
+    asked = forget = forget[: case.get("forget")]
+    kept = retain[:: len(retain) // case["retain"]][: case["retain"]] if "retain" in case else retain
+    if case.get("copies"):
+        kept = [*kept, *({**row, "question": f"Please tell me: {row['question']}"} for row in forget)]
+    model = ["--model", str(demo / case.get("model", "reference")), "--quantization", "none"]
+    if not (out / "run/forget-adapter").exists():
+        rows = ["--forget", str(written(out / "rows/forget.jsonl", asked))]
+        rows += ["--retain", str(written(out / "rows/retain.jsonl", kept))]
+        epochs = ["--num_train_epochs", str(case.get("epochs", EPOCHS)), "--save_strategy", "no"]
+        loramox(["unlearn", *model, *rows, *epochs, "--use_cpu", "true", "--overwrite", "--out", str(out / "run")])
+    record = out / "sweep/frontier.json"
+    if not record.exists() or json.loads(record.read_text())["status"] != "done":
+        rows = ["--forget", str(out / "rows/forget.jsonl"), "--retain", str(demo / "rows/retain.jsonl")]
+        memorized = ["--memorization", str(out / "run/memorization"), *model[:2]]
+        loramox(["sweep", *memorized, *rows, "--max_new_tokens", "0", "--use_cpu", "true", "--out", str(out / "sweep")])
+    return json.loads((out / "run/run.json").read_text()), json.loads(record.read_text())
+
+
+def line(name: str, run: Row, frontier: Row) -> str:
+    """A row of the table."""
+    points = frontier["points"]
+    trained = run["settings"]["strength"]
+    shipped = next(p for p in points if p["strength"] == trained)
+    kept = [p for p in points if p["retain_probability"] >= KEEP]
+    best = min(kept, key=lambda p: p["forget_probability"]) if kept else None
+
+    def both(point: Row | None) -> str:
+        return f"{point['forget_probability']:.3f}, {point['retain_probability']:.3f}" if point else "none"
+
+    said = " ".join(f"*{each}.*" for each in [*run["advice"], frontier["warning"]] if each) or "nothing"
+    at = f"{both(best)} (α = {best['strength']:g})" if best else "none"
+    return f"| {name} | {both(points[0])} | {both(shipped)} | {at} | {said} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if not (given.demo / "retrained").is_dir():
+        parser.error(f"--demo {given.demo} has no retrained/: give a folder that `loramox demo` has written")
+    lines = [
+        f"| case | forget, retain before | as it ships | most forgetting at retain ≥ {KEEP} | what it says |",
+        "|---" * 5 + "|",
+        *(
+            line(name, *swept(given.demo, given.out / f"case-{number}", case))
+            for number, (name, case) in enumerate(CASES.items(), 1)
+        ),
+    ]
+    (given.out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), f"\n\nWritten: {given.out}/results.md")
+
+
+if __name__ == "__main__":
+    main()

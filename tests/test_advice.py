@@ -1,0 +1,53 @@
+"""What is said at the end of a run: nothing when it went well, else the setting to change."""
+
+import re
+
+import pytest
+
+from loramox.memorize import BaselineConfig, MemorizeConfig
+from loramox.memorize.advice import FEW, advice
+
+WELL = ((0.99, 0.02), (0.99, 0.98))
+
+
+def said(forget: tuple[float, ...], retain: tuple[float, ...], rows: int = 100, **args) -> str:
+    log = [{"loss": 1.0}] + [
+        {f"eval_{part}_probability": value}
+        for part, curve in (("forget", forget), ("retain", retain))
+        for value in curve
+    ]
+    kind = BaselineConfig if "method" in args else MemorizeConfig
+    return "\n".join(advice(log, rows, kind(use_cpu=True, **args)))
+
+
+def test_nothing_is_said_of_a_run_that_went_well() -> None:
+    assert said(*WELL) == ""
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "rows", "args", "expected"),
+    [
+        ((0.03, 0.02), (0.99, 0.99), 100, {}, "hardly knows the forget rows"),
+        ((0.99, 0.80), (0.99, 0.99), 100, {"num_train_epochs": 7}, "0.99 to 0.80 only.*--num_train_epochs above 7"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60.*raise --kl_weight \(is 5\)"),
+        ((0.99, 0.80), (0.99, 0.60), 100, {}, "near copies of forget rows"),
+        (*WELL, FEW - 1, {}, f"{FEW - 1} retain rows hold little but themselves.*Give {FEW} or more"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "npo"}, r"raise --retain_weight \(is 1\)"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "If not, hold them"),
+    ],
+)
+def test_what_went_wrong_is_named_with_the_setting_to_change(forget, retain, rows, args, expected) -> None:
+    assert re.search(expected, said(forget, retain, rows, **args))
+
+
+def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> None:
+    assert "train longer (" not in said((0.99, 0.8), (0.99, 0.6))
+
+
+def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
+    assert said((), ()) == ""
+    assert said((), (), rows=1).startswith("1 retain rows hold")
+
+
+def test_one_line_for_each_fault() -> None:
+    assert len(said((0.99, 0.02), (0.99, 0.6), rows=5).splitlines()) == 2

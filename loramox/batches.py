@@ -227,4 +227,5 @@ class Collator:
             "attention_mask": stack([[1] * len(i) for i in ids], 0),
             "labels": stack([e["labels"] for e in examples], IGNORED),
             "rows": [e["row"] for e in examples],
+            "lengths": [len(i) for i in ids],
         }

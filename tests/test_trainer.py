@@ -20,6 +20,7 @@ from loramox.algebra import Factors
 from loramox.batches import Example
 from loramox.errors import NonFiniteLossError
 from loramox.memorize.earlier import EARLIER, put_on
+from loramox.passes import OVERHEAD
 from loramox.reference import current_factors, lora_layers
 
 Examples = tuple[list[Example], list[Example]]
@@ -244,6 +245,30 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
         assert gradient.norm() > 0
         assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+def test_a_step_in_several_passes_has_the_losses_and_gradients_of_one_in_one_pass(
+    trainer_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(overhead: int) -> tuple[Recorder, list[int]]:
+        monkeypatch.setitem(OVERHEAD, "cpu", overhead)
+        trainer, recorder = trainer_of(max_steps=1)
+        held, rows = trainer._hold, []
+
+        def counted(model: PeftModel, batch: dict) -> Tensor:
+            rows.append(len(batch["rows"]))
+            return held(model, batch)
+
+        monkeypatch.setattr(trainer, "_hold", counted)
+        trainer.train()
+        return recorder, rows
+
+    (one, together), (several, apart) = step(10**6), step(0)
+    assert len(together) == 1 < len(apart)
+    assert sum(together) == sum(apart)
+    for name in ("loss", "memorize_loss", "retain_kl"):
+        assert several.logs[name] == pytest.approx(one.logs[name], rel=1e-5)
+    same(several.gradients[0], one.gradients[0])
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
 
 from loramox.head import answer_states, mean_over_rows, per_token
 from loramox.memorize.baseline_config import BaselineConfig
@@ -52,12 +51,10 @@ class BaselineTrainer(MemorizeTrainer):
             self.reinforced = read_reinforced(args.reinforced, base_of(model), model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass for each term of the sum, all at the adapter's own strength."""
+        """Forward and backward passes of each term of the sum, all at the adapter's own strength."""
         loss = torch.zeros((), device=self.args.device)
         for parts in self._terms(inputs):
-            loss += Trainer.training_step(self, model, parts, num_items_in_batch)
-            part = next(iter(parts))
-            self._stop_unless_finite(loss, part, parts[part]["rows"])
+            loss += self._in_passes(model, parts, num_items_in_batch)
         return loss
 
     def _terms(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -72,13 +69,11 @@ class BaselineTrainer(MemorizeTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One weighted term of the objective, mean over its rows."""
+        """One weighted term of the objective: its rows' share of the mean over the step's."""
         part = next(iter(inputs))
         weight = {"forget": self.args.forget_weight, "wanted": 1.0, "retain": self.args.retain_weight}[part]
         term = {"forget": self._forget, "wanted": self._taught, "retain": self._retain}[part]
-        loss = term(model, inputs)
-        self._logged[part].append(loss.detach())
-        return weight * loss
+        return weight * self._shared(part, inputs[part], term(model, inputs))
 
     def _forget(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         args, batch = self.args, inputs["forget"]

@@ -32,6 +32,7 @@ from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.guard import guarded
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes
 from loramox.reference import (
     ADAPTER,
     AS_TRAINED,
@@ -57,8 +58,8 @@ class MemorizeTrainer(Trainer):
         + kl_weight · mean over protected rows of KL(p_now ‖ p_θ)
 
     `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode`
-    returns. A step makes one forward and backward pass for each part of the objective, as each has its own strength, and a
-    forward pass with the adapter off where the reference is needed. Evaluation is that of the forget model at
+    returns. Each part of the objective has its own passes, as it has its own strength: forward, backward, and forward with the
+    adapter off where the reference is needed; rows of like length go together (`loramox.passes`). Evaluation is that of the forget model at
     `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
@@ -109,7 +110,7 @@ class MemorizeTrainer(Trainer):
             compute_metrics=_probability,
             **kwargs,
         )
-        self._logged: dict[str, list[Tensor]] = defaultdict(list)
+        self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
@@ -122,7 +123,7 @@ class MemorizeTrainer(Trainer):
             self.add_callback(callback)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass for each part, at its strength: a strength must not change in between."""
+        """Forward and backward passes of each part, at its strength: a strength must not change in between."""
         descent = self.args.targeted == "descent"
         strengths = {
             "forget": AS_TRAINED if self.args.memorizes else self.args.strength,
@@ -133,14 +134,25 @@ class MemorizeTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         for part, batch in inputs.items():
             with at_strength(self.model, strengths[part]):
-                loss += super().training_step(model, {part: batch}, num_items_in_batch)
-            self._stop_unless_finite(loss, part, batch["rows"])
+                loss += self._in_passes(model, {part: batch}, num_items_in_batch)
         return loss
+
+    def _in_passes(self, model: nn.Module, parts: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Forward and backward of one term, mean over its rows; the loss."""
+        total = torch.zeros((), device=self.args.device)
+        # Processes that share a batch wait for each other in each pass, so all must make as many.
+        alone = self.args.world_size == 1
+        overhead = OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
+        for some in passes(parts, overhead) if alone else [parts]:
+            total += super().training_step(model, some, num_items_in_batch)
+            part = next(iter(some))
+            self._stop_unless_finite(total, part, some[part]["rows"])
+        return total
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The term of the objective that the part in `inputs` stands for, mean over its rows."""
+        """The term of the objective that the part in `inputs` stands for: its rows' share of the mean over the step's."""
         ((part, batch),) = inputs.items()
         terms = {
             "forget": self._memorize,
@@ -148,9 +160,14 @@ class MemorizeTrainer(Trainer):
             "retain": self._hold,
             "protected": self._hold_forgotten,
         }
-        loss = terms[part](model, batch)
-        self._logged[part].append(loss.detach())
+        loss = self._shared(part, batch, terms[part](model, batch))
         return self.args.kl_weight * loss if part in ("retain", "protected") else loss
+
+    def _shared(self, part: str, batch: dict[str, Any], loss: Tensor) -> Tensor:
+        """A pass's share of the mean over all rows, of the mean over its own; noted for the log."""
+        share = batch.get("share", 1.0)
+        self._logged[part].append((share, loss.detach()))
+        return share * loss
 
     def _memorize(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         temperature = self.args.temperature
@@ -239,8 +256,9 @@ class MemorizeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
         if "loss" in logs:
-            for part, values in self._logged.items():
-                logs[self.LOGGED[part]] = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+            for part, noted in self._logged.items():
+                mean = sum(share * loss for share, loss in noted) / sum(share for share, _ in noted)
+                logs[self.LOGGED[part]] = self.accelerator.gather(mean).mean().item()
             self._logged.clear()
         super().log(logs, start_time)
 

@@ -1,0 +1,69 @@
+"""Rows of like length go through the model together: every row once, less padding, the same objective and gradient."""
+
+import random
+
+import pytest
+import torch
+
+from loramox.batches import Collator
+from loramox.passes import cut, passes
+
+
+def drawn(seed: int, most: int, longest: int) -> tuple[list[int], int]:
+    """Lengths of up to `most` rows, and what a pass costs."""
+    draw = random.Random(seed)
+    return [draw.randint(1, longest) for _ in range(draw.randint(1, most))], draw.randint(0, longest)
+
+
+def tokens(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
+    return sum(len(group) * max(lengths[row] for row in group) + overhead for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_row_is_in_one_pass_and_no_more_tokens_are_paid_than_in_one(seed: int) -> None:
+    lengths, overhead = drawn(seed, most=24, longest=400)
+    groups = cut(lengths, overhead)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert tokens(groups, lengths, overhead) <= tokens([list(range(len(lengths)))], lengths, overhead)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_grouping_is_cheaper(seed: int) -> None:
+    lengths, overhead = drawn(seed, most=6, longest=9)
+
+    def groupings(rows: list[int]):
+        if not rows:
+            yield []
+            return
+        first, *others = rows
+        for rest in groupings(others):
+            yield [[first], *rest]
+            for at in range(len(rest)):
+                yield [*rest[:at], [first, *rest[at]], *rest[at + 1 :]]
+
+    cheapest = min(tokens(groups, lengths, overhead) for groups in groupings(list(range(len(lengths)))))
+    assert tokens(cut(lengths, overhead), lengths, overhead) == cheapest
+
+
+def test_rows_of_one_length_stay_one_pass() -> None:
+    assert len(cut([60] * 24, 1)) == 1
+
+
+def test_a_pass_has_its_own_rows_whole_and_unpadded_and_their_share() -> None:
+    rows = [{"input_ids": [i + 1] * n, "labels": [i + 1] * n, "row": f"row {i}"} for i, n in enumerate((3, 90, 4, 88))]
+    batch = Collator(0)(rows)
+    made = [some["retain"] for some in passes({"retain": batch}, 10)]
+    assert [some["rows"] for some in made] == [["row 1", "row 3"], ["row 2", "row 0"]]
+    assert [some["input_ids"].shape for some in made] == [(2, 90), (2, 4)]
+    assert [some["share"] for some in made] == [0.5, 0.5]
+    assert made[1]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert torch.equal(made[1]["labels"][1], torch.tensor([1, 1, 1, -100]))
+
+
+def test_parts_that_belong_together_are_cut_alike() -> None:
+    forget, wanted = (
+        Collator(0)([{"input_ids": [1] * n, "labels": [1] * n, "row": f"row {i}"} for i, n in enumerate(lengths)])
+        for lengths in ((2, 50, 2), (3, 60, 100))
+    )
+    for some in passes({"forget": forget, "wanted": wanted}, 0):
+        assert some["forget"]["rows"] == some["wanted"]["rows"]

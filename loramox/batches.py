@@ -1,9 +1,11 @@
 """Rows into batches: tokenised, masked so that only answers are learned from, forget rows paired with retain rows."""
 
 import functools
+import hashlib
 import itertools
 import os
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,6 +208,11 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def key_of(example: Example) -> bytes:
+    """The same for rows of the same tokens, of which the same are the answer's."""
+    return hashlib.blake2b(array("q", [*example["input_ids"], *example["labels"]]), digest_size=16).digest()
+
+
 class Collator:
     """Examples → one padded batch; pairs → one batch for each part, so that short rows are not padded to long ones."""
 
@@ -228,4 +235,5 @@ class Collator:
             "labels": stack([e["labels"] for e in examples], IGNORED),
             "rows": [e["row"] for e in examples],
             "lengths": [len(i) for i in ids],
+            "keys": [key_of(e) for e in examples],
         }

@@ -103,9 +103,9 @@ class BaselineTrainer(MemorizeTrainer):
             return self._hold(model, batch)
         if self.args.retain_term == "ce":
             return -self._mean_log_p(model, batch).mean()
-        known = self._reference_states(model, batch, self.args.rmu_layer)
+        known = self.reference.states(model, batch, self.args.rmu_layer)
         states = answer_states(model, self.causal_lm, batch, self.args.rmu_layer)
-        return mean_over_rows(squared_distance(states.hidden, known.hidden), states).mean()
+        return mean_over_rows(squared_distance(states.hidden, known), states).mean()
 
     def _mean_log_p(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """(1/|y|) · log p_θ(y|x), [rows]."""
@@ -116,13 +116,13 @@ class BaselineTrainer(MemorizeTrainer):
         """CE of WHP's generic tokens, mean over each row's answer, [rows]."""
         with torch.no_grad(), with_factors(self.model, self.reinforced):
             reinforced = answer_states(model, self.causal_lm, batch)
-        known = self._reference_states(model, batch)
+        known = self.reference.states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
 
         def loss(logits: Tensor, reference: Tensor, raised: Tensor) -> Tensor:
             return cross_entropy(logits, generic_targets(reference, raised, self.args.whp_strength))
 
-        values = per_token(loss, self.head, [states.hidden, known.hidden, reinforced.hidden])
+        values = per_token(loss, self.head, [states.hidden, known, reinforced.hidden])
         return mean_over_rows(values, states)
 
     @contextmanager

@@ -85,6 +85,33 @@ class MomentumCallback(TrainerCallback):
             self.trainer.momentum.save(checkpoint)
 
 
+class KnownCallback(TrainerCallback):
+    """While training, keeps on disk what the reference says of rows that come round again at least once, on average."""
+
+    def __init__(self, trainer: "MemorizeTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer, rows = self.trainer, self.trainer.train_dataset
+        drawn = state.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        parts = {
+            "forget": (rows.forget, drawn),
+            "wanted": (rows.wanted, drawn),
+            "retain": (rows.retain, drawn * rows.retain_per_forget),
+        }
+        again = [row for some, times in parts.values() if times >= 2 * len(some) for row in some]
+        where = (trainer.data_collator, Path(args.output_dir), args.reference_cache_gb * 1e9)
+        # Processes that share a model must make the same passes, and each draws other rows.
+        if args.world_size == 1 and args.reference_cache_gb:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            trainer.reference.remember(again, *where)
+            trainer.now.remember(rows.protected if drawn >= 2 * len(rows.protected) else [], *where)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.reference.close()
+        self.trainer.now.close()
+
+
 class KnowledgeCallback(TrainerCallback):
     """Says before the first step how well the reference knows the forget rows."""
 

@@ -72,6 +72,13 @@ class MemorizeConfig(TrainingArguments):
         metadata={"help": "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's."},
     )
     retain_per_forget: int = field(default=3, metadata={"help": "Retain rows drawn with each forget row."})
+    reference_cache_gb: float = field(
+        default=8.0,
+        metadata={
+            "help": "Largest file, in GB, in which the reference's states of rows that come round again are kept while training, instead "
+            "of another pass; in output_dir, and gone at the end. 0: none. In one process only."
+        },
+    )
     targeted: str = field(
         default="descent",
         metadata={
@@ -133,7 +140,7 @@ class MemorizeConfig(TrainingArguments):
             ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
             refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        for name in ("kl_weight", "guard"):
+        for name in ("kl_weight", "guard", "reference_cache_gb"):
             refuse(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):

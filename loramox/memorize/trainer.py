@@ -16,10 +16,11 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallba
 from loramox.algebra import Factors
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
-from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, sum_over_rows
+from loramox.head import Head, answer_states, mean_over_rows, per_token, sum_over_rows
 from loramox.memorize.baselines import npo
 from loramox.memorize.callbacks import (
     KnowledgeCallback,
+    KnownCallback,
     MomentumCallback,
     PairsEpoch,
     Progress,
@@ -30,6 +31,7 @@ from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.earlier import EARLIER, switch_on
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.guard import guarded
+from loramox.memorize.known import Known
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
 from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes
@@ -87,6 +89,8 @@ class MemorizeTrainer(Trainer):
         self.causal_lm = model.get_base_model()
         check_frozen_head(model)
         self.head = Head(self.causal_lm)
+        self.reference = Known(model, lambda: adapter_off(model))
+        self.now = Known(model, lambda: at_strength(model, 0))  # θ_ref, with what is forgotten already
         lora = model.peft_config["default"]
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * lora.r)
         watched = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
@@ -119,6 +123,7 @@ class MemorizeTrainer(Trainer):
             StopUnlessFinite(),  # before the momentum takes the weights in
             MomentumCallback(self),
             SaturationCallback(args) if args.memorizes else KnowledgeCallback(),
+            KnownCallback(self),
         ):
             self.add_callback(callback)
 
@@ -179,17 +184,17 @@ class MemorizeTrainer(Trainer):
             return preference(self._log_ratio(model, batch, temperature), self.args.preference_beta).mean()
         if self.args.objective == "npo":
             return npo(self._log_ratio(model, batch), self.args.preference_beta).mean()
-        return self._compared(alternatives, model, batch, self._reference_states(model, batch))
+        return self._compared(alternatives, model, batch, self.reference)
 
     def _log_ratio(self, model: nn.Module, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
         """log(p_θ(y|x) / p_ref(y|x)) at the temperature, summed over the answer's tokens, [rows]."""
-        known = self._reference_states(model, batch)
+        known = self.reference.states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
 
         def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
             return log_prob(logits, targets, temperature) - log_prob(reference, targets, temperature)
 
-        ratios = per_token(log_ratio, self.head, [states.hidden, known.hidden], states.targets)
+        ratios = per_token(log_ratio, self.head, [states.hidden, known], states.targets)
         return sum_over_rows(ratios, states)
 
     def _wanted(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -198,24 +203,17 @@ class MemorizeTrainer(Trainer):
         return loss if self.args.targeted == "descent" else -loss
 
     def _hold(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return self._compared(_held, model, batch, self._reference_states(model, batch))
+        return self._compared(_held, model, batch, self.reference)
 
     def _hold_forgotten(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        with torch.no_grad(), at_strength(self.model, 0):
-            now = answer_states(model, self.causal_lm, batch)
-        return self._compared(_held, model, batch, now)
+        return self._compared(_held, model, batch, self.now)
 
-    def _compared(
-        self, term: Callable[..., Tensor], model: nn.Module, batch: dict[str, Any], known: AnswerStates
-    ) -> Tensor:
+    def _compared(self, term: Callable[..., Tensor], model: nn.Module, batch: dict[str, Any], known: Known) -> Tensor:
         """term(logits, logits of `known`, targets) of each answer token, mean over the rows."""
+        others = known.states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
-        per = per_token(term, self.head, [states.hidden, known.hidden], states.targets)
+        per = per_token(term, self.head, [states.hidden, others], states.targets)
         return mean_over_rows(per, states).mean()
-
-    def _reference_states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> AnswerStates:
-        with torch.no_grad(), adapter_off(self.model):
-            return answer_states(model, self.causal_lm, batch, layer)
 
     def _stop_unless_finite(self, loss: Tensor, part: str, rows: list[str]) -> None:
         if not math.isfinite(loss.item()):

@@ -2,16 +2,19 @@
 
     python recipes/bench_step.py [--shapes tiny 100m] [--device cpu] [--rounds 8] [--out recipes/results/bench_step.md]
 
-The plain step is what nobody could leave out: one forward and backward pass over the forget and the retain rows, as
-`model(..., labels=...)` does it, and one forward pass over the retain rows with the adapter off. Both use the same random
-Llama, the same LoRA (r = 16, all linear layers) and the same rows. Times are taken in turns, and given as the median of the
-ratios of neighbours, with their quartiles; momentum is updated once an epoch of 100 forget rows. Memory is the peak of a process of its own for each. The last table is the memory
-that a loss alone adds, in chunks as here, and with all its logits at once.
+The plain step is one forward and backward pass over the forget and the retain rows in one padded batch, as `model(..., labels=...)`
+does it: no reference. Ours is the default objective, with what the reference says of the rows on disk, as from the second time on that
+a row comes round, and without. All use the same random Llama, the same LoRA (r = 16, all linear layers) and the same rows, all of
+one length, or of lengths like those of TOFU's rows. Times are taken in turns, and given as the median of the ratios of neighbours,
+with their quartiles; momentum is updated once an epoch of 100 forget rows. Memory is the peak of a process of its own for each. The
+last table is the memory that a loss alone adds, in chunks as here, and with all its logits at once.
 """
 
 import argparse
+import itertools
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora
 from loramox.head import Head, per_token
+from loramox.memorize.known import Known
 from loramox.memorize.objectives import cross_entropy, kl_divergence
 from loramox.reference import current_factors
 from loramox.run import memory_now, peak_memory
@@ -55,34 +59,48 @@ SHAPES = {
 LOSSES = ("cross-entropy", "KL", "cross-entropy of all logits at once", "KL of all logits at once")
 WARM_UP = 2  # rounds
 EPOCH = 100  # forget rows in the epoch that a momentum update is spread over
-FORGET_ROWS, RETAIN_PER_FORGET, PROMPT, ANSWER = 4, 3, 24, 40
+FORGET_ROWS, RETAIN_PER_FORGET = 8, 3
+PROMPT, ANSWER = 21, 44  # tokens, on average
+LENGTHS = ("one length", "TOFU's lengths")
 
 
-def setting(shape: str, device: str) -> dict[str, Callable[[], None]]:
-    """A step of ours, a plain step, and a momentum update on one random model; no optimiser step is taken."""
+def answer_lengths(lengths: str, rows: int) -> list[int]:
+    """Tokens of each answer: all 44, or log-normal around that with the spread of TOFU's answers (σ = 0.46 with the tokenizer of
+    the tiny TOFU model)."""
+    if lengths == "one length":
+        return [ANSWER] * rows
+    draw = random.Random(0)
+    drawn = [draw.lognormvariate(0, 0.46) for _ in range(rows)]
+    return [max(4, round(ANSWER * length * rows / sum(drawn))) for length in drawn]
+
+
+def setting(shape: str, device: str, lengths: str) -> dict[str, Callable[[], None]]:
+    """A step of ours with and without the reference on disk, a plain step, and a momentum update on one random model; no optimiser
+    step is taken."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True)).to(device).requires_grad_(False)
     model = add_lora(model, ReferenceConfig(model="random", quantization="none"))
     vocabulary = SHAPES[shape]["vocab_size"]
-    tokens = torch.randint(3, vocabulary, (FORGET_ROWS * (1 + RETAIN_PER_FORGET), PROMPT + ANSWER)).tolist()
+    answers = answer_lengths(lengths, FORGET_ROWS * (1 + RETAIN_PER_FORGET))
+    tokens = [torch.randint(3, vocabulary, (PROMPT + answer,)).tolist() for answer in answers]
     rows = [{"input_ids": t, "labels": [-100] * PROMPT + t[PROMPT:], "row": f"row {i}"} for i, t in enumerate(tokens)]
     forget, retain = rows[:FORGET_ROWS], rows[FORGET_ROWS:]
     with tempfile.TemporaryDirectory() as folder:
         args = MemorizeConfig(folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=device == "cpu", report_to="none")
         trainer = MemorizeTrainer(model, args, forget, retain, _no_tokenizer())
+        trainer.reference.remember(rows, trainer.data_collator, Path(folder), 1e10)
+    kept, none = trainer.reference, Known(model, trainer.reference.still)
     trainer.current_gradient_accumulation_steps = 1
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(FORGET_ROWS)])
-    together = {k: v.to(device) for k, v in trainer.data_collator(rows).items() if k != "rows"}
-    held = {k: v.to(device) for k, v in trainer.data_collator(retain).items() if k not in ("rows", "labels")}
+    together = {k: v.to(device) for k, v in trainer.data_collator(rows).items() if isinstance(v, torch.Tensor)}
 
-    def ours() -> None:
+    def step(reference: Known) -> None:
+        trainer.reference = reference
         trainer.training_step(model, batch)
 
     def plain() -> None:
         model.train()
         with trainer.compute_loss_context_manager():
-            with torch.no_grad(), model.disable_adapter():
-                model(**held)
             loss = model(**together).loss
         loss.backward()
         loss.item()
@@ -93,7 +111,7 @@ def setting(shape: str, device: str) -> dict[str, Callable[[], None]]:
     def update() -> None:
         trainer.momentum.tick(current_factors(model))
 
-    return {"ours": ours, "plain": plain, "update": update}
+    return {"ours": lambda: step(kept), "without": lambda: step(none), "plain": plain, "update": update}
 
 
 def _no_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,8 +122,8 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def times(shape: str, device: str, rounds: int) -> dict[str, float]:
-    steps = setting(shape, device)
+def times(shape: str, device: str, lengths: str, rounds: int) -> dict[str, str]:
+    steps = setting(shape, device, lengths)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + WARM_UP):
         for name, step in steps.items():
@@ -115,14 +133,19 @@ def times(shape: str, device: str, rounds: int) -> dict[str, float]:
                 torch.cuda.synchronize()
             if round_ >= WARM_UP:
                 taken[name].append(time.perf_counter() - start)
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(taken["ours"], taken["plain"], strict=True)], n=4)
+
+    def ratio(which: str) -> str:
+        ratios = [a / b for a, b in zip(taken[which], taken["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return f"{middle:.2f} ({low:.2f} … {high:.2f})"
+
     step, update = statistics.median(taken["ours"]), statistics.median(taken["update"])
-    share = update / (step * EPOCH / FORGET_ROWS)
-    return {"ratio": middle, "low": low, "high": high, "seconds": step, "momentum": share}
+    share = f"{update / (step * EPOCH / FORGET_ROWS):.2%}"
+    return {"ours": ratio("ours"), "without": ratio("without"), "seconds": f"{step:.2f}", "momentum": share}
 
 
-def memory(shape: str, device: str, which: str) -> dict[str, int]:
-    step = setting(shape, device)[which]
+def memory(shape: str, device: str, lengths: str, which: str) -> dict[str, int]:
+    step = setting(shape, device, lengths)[which]
     before = memory_now()
     for _ in range(3):
         step()
@@ -159,22 +182,22 @@ def report(given: argparse.Namespace) -> str:
         if given.device != "cpu"
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     )
-    rows = f"{FORGET_ROWS} forget + {FORGET_ROWS * RETAIN_PER_FORGET} retain rows of {PROMPT} + {ANSWER} tokens"
+    rows = (
+        f"{FORGET_ROWS} forget + {FORGET_ROWS * RETAIN_PER_FORGET} retain rows of {PROMPT} + {ANSWER} tokens on average"
+    )
     lines = [
         f"`python recipes/bench_step.py --shapes {' '.join(given.shapes)} --device {given.device} --rounds {given.rounds}`\n",
         f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}; {rows} a step.\n",
-        "| shape | time, ours / plain (quartiles) | our step, s | momentum, share of our steps | peak memory, ours / plain | ours above the model, MB | plain above the model, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| shape | rows of | time, ours / plain (quartiles) | without the reference on disk | our step, s | momentum, share of our steps | peak memory, ours / plain | ours above the model, MB | plain above the model, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for shape in given.shapes:
-        t = times(shape, given.device, given.rounds)
-        ours, plain = (
-            in_its_own_process("--memory-of", which, "--shapes", shape, "--device", given.device)
-            for which in ("ours", "plain")
-        )
+    for shape, lengths in itertools.product(given.shapes, LENGTHS):
+        t = times(shape, given.device, lengths, given.rounds)
+        of = ["--shapes", shape, "--lengths", lengths, "--device", given.device]
+        ours, plain = (in_its_own_process("--memory-of", which, *of) for which in ("ours", "plain"))
         above = [(m["peak"] - m["before"]) / 1e6 for m in (ours, plain)]
         lines.append(
-            f"| {shape} | {t['ratio']:.2f} ({t['low']:.2f} … {t['high']:.2f}) | {t['seconds']:.2f} | {t['momentum']:.2%} | "
+            f"| {shape} | {lengths} | {t['ours']} | {t['without']} | {t['seconds']} | {t['momentum']} | "
             f"{ours['peak'] / plain['peak']:.2f} | {above[0]:,.0f} | {above[1]:,.0f} |"
         )
     lines += [
@@ -193,13 +216,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--lengths", choices=LENGTHS, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=["ours", "plain", *LOSSES], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
         of = (
             loss_memory(given.memory_of, given.device)
             if given.memory_of in LOSSES
-            else memory(given.shapes[0], given.device, given.memory_of)
+            else memory(given.shapes[0], given.device, given.lengths, given.memory_of)
         )
         print(json.dumps(of))
         return

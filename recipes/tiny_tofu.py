@@ -18,17 +18,15 @@ from loramox.cli import main as loramox
 
 SETTINGS = {
     "default": [],
-    "memorize": ["--objective", "cross_entropy"],
-    "memorize-r32": ["--objective", "cross_entropy", "--r", "32", "--lora_alpha", "32"],
+    "memorize": ["--objective", "cross_entropy", "--kl_weight", "5"],
     "paper": [
         *("--objective", "cross_entropy", "--temperature", "1"),
         *("--kl_at", "memorization", "--kl_weight", "1", "--alpha", "4"),
     ],
 }
 STRENGTHS = {
-    "default": (4, 6, 7, 8, 9, 9.5, 10, 11),
+    "default": (4, 6, 7, 8, 9, 10, 12, 14),
     "memorize": (4, 6, 8, 8.5, 9, 10),
-    "memorize-r32": (4, 6, 8, 8.5, 9, 10),
     "paper": (2, 4, 5, 6, 8),
 }
 KEEP = 0.98  # retain probability that a setting has to keep

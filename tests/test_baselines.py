@@ -39,12 +39,11 @@ from loramox.memorize.baselines import (
     dpo,
     generic_targets,
     gradient_ascent,
-    npo,
     simnpo,
     squared_distance,
     steering_vector,
 )
-from loramox.memorize.objectives import log_prob
+from loramox.memorize.objectives import log_prob, npo
 from loramox.passes import OVERHEAD
 from loramox.reference import current_factors, lora_layers
 from loramox.sweep_job import SweepConfig, sweep

@@ -114,7 +114,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     assert capsys.readouterr().err.strip().endswith("The same command with --resume goes on")
 
 
-def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were() -> None:
+def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were_with_what_to_do() -> None:
     log = [
         {"eval_forget_probability": 0.99, "step": 0},
         {"eval_retain_probability": 0.98, "step": 0},
@@ -122,10 +122,11 @@ def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were() -> No
         {"eval_forget_probability": 0.12, "step": 9},
         {"eval_retain_probability": 0.97, "step": 9},
     ]
-    assert watched(log) == [
-        "Probability of the true answers, on the rows watched: forget 0.990 → 0.120, retain 0.980 → 0.970"
-    ]
-    assert watched(log[:3]) == []
+    line = "Probability of the true answers, on the rows watched: forget 0.990 → 0.120, retain 0.980 → 0.970"
+    assert watched({"log": log, "advice": []}) == [line]
+    assert watched({"log": log[:3], "advice": []}) == []
+    # What went wrong comes after it.
+    assert watched({"log": log, "advice": ["more rows"]}) == [line, "[bold]Warning:[/] more rows"]
 
 
 def test_the_public_names_are_sorted_and_all_there() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl
 
-from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob
 
 TEMPERATURES = [0.5, 1.0, 2.0, 6.0]
 
@@ -108,54 +108,3 @@ def test_kl_does_not_see_a_constant_added_to_the_logits(logits: torch.Tensor) ->
 def test_kl_stays_finite_when_the_model_excludes_what_the_reference_is_sure_of() -> None:
     sure = torch.tensor([[300.0, 0.0]])
     assert kl_divergence(sure, -sure).item() == pytest.approx(300.0)
-
-
-def test_preference_by_hand() -> None:
-    # σ(−β·r) at r = 0 is 1/2; at β·r = ln 3 it is 1/4.
-    ratio = torch.tensor([0.0, math.log(3) / 0.1], dtype=torch.float64)
-    expected = torch.tensor([20 * math.log(1 / 2), 20 * math.log(1 / 4)], dtype=torch.float64)
-    assert torch.allclose(preference(ratio, 0.1), expected, rtol=1e-12)
-
-
-def test_preference_falls_as_the_model_prefers_the_row_more_and_is_never_saturated_on_that_side() -> None:
-    ratio = torch.linspace(-50, 50, 101, dtype=torch.float64, requires_grad=True)
-    value = preference(ratio, 0.1)
-    assert (value.diff() < 0).all()
-    (gradient,) = torch.autograd.grad(value.sum(), ratio)
-    # −2σ(β·r): from 0, where the row is unlikely, to −2.
-    assert torch.allclose(gradient, -2 * torch.sigmoid(0.1 * ratio))
-    assert gradient[-1] < -1.9
-
-
-def test_preference_at_small_beta_is_minus_the_log_ratio_up_to_a_constant() -> None:
-    ratio = torch.tensor([-3.0, 0.0, 2.0, 7.0], dtype=torch.float64)
-    for beta in (1e-3, 1e-5):
-        shifted = preference(ratio, beta) + (2 / beta) * math.log(2)
-        assert torch.allclose(shifted, -ratio, atol=15 * beta)
-
-
-def test_preference_is_the_mirror_image_of_npo() -> None:
-    # NPO (arXiv 2404.05868) minimises −(2/β)·log σ(−β·r).
-    ratio = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64)
-    npo = (2 / 0.1) * torch.log1p((torch.exp(ratio)) ** 0.1)
-    assert torch.allclose(preference(ratio, 0.1), -npo, rtol=1e-12)
-
-
-def test_alternatives_by_hand() -> None:
-    # p_ref = (0.98, 0.015, 0.005): without the target it is (0, 3/4, 1/4), and p_θ = (1/2, 1/4, 1/4).
-    reference = torch.tensor([[0.98, 0.015, 0.005]], dtype=torch.float64).log()
-    logits = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64).log()
-    found = alternatives(logits, reference, torch.tensor([0])).item()
-    assert found == pytest.approx(3 / 4 * math.log(3) + 1 / 4 * math.log(1))
-
-
-def test_alternatives_are_the_reference_without_the_target_and_their_gradient_ends_there(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> None:
-    reference = 9 * torch.randn(5, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    others = reference.scatter(1, targets[:, None], -math.inf).softmax(-1)
-    logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(alternatives(logits, reference, targets).sum(), logits)
-    assert torch.allclose(gradient, logits.softmax(-1) - others)
-    there = others.clamp_min(1e-300).log()
-    assert torch.allclose(alternatives(there, reference, targets), torch.zeros(5, dtype=torch.float64), atol=1e-9)

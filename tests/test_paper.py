@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
 from recipes.paper.__main__ import main
 from recipes.paper.bench import Bench
-from recipes.paper.frontier import at_level, measured, next_strength
+from recipes.paper.frontier import at_level, measured, nearer_strength, nearest, next_strength
 from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, gold_of, mox
 from recipes.paper.runs import BusyError, Run, Runs
 from recipes.paper.world import World
@@ -148,6 +148,22 @@ def test_between_two_strengths_a_level_is_read_off_linearly() -> None:
     assert at.point["forget_probability"] == pytest.approx(0.4)
     assert at.point["retain_probability"] == pytest.approx(0.98)
     assert at.point["forget_quality"] == pytest.approx(0.125)
+
+
+def test_nearest_is_the_point_of_highest_forget_quality_that_keeps_the_level_not_that_of_most_forgetting() -> None:
+    line = [
+        {"strength": s, "forget_probability": f, "retain_probability": r, "forget_quality": q}
+        for s, f, r, q in ((0, 1.0, 1.0, 1e-9), (1, 0.1, 0.995, 0.4), (2, 1e-6, 0.985, 1e-5), (3, 0.0, 0.9, 0.8))
+    ]
+    at = at_level(line, 0.98)
+    assert at.nearest["strength"] == 1
+    assert at.value("forget_quality") == 0.4
+    assert at.value("forget_probability") == at.point["forget_probability"] < 1e-6
+    assert nearest(line, 0.999)["strength"] == 0
+    assert nearest([{"strength": 0, "retain_probability": 1.0}], 0.98) is None
+    # Between the nearest and the nearer of its neighbours, until that is 3 % away.
+    assert nearer_strength(line, 0.98) == 1.5
+    assert nearer_strength([line[1], line[1] | {"strength": 1.04, "forget_quality": 0.1}], 0.98) is None
 
 
 def test_of_several_crossings_the_one_of_most_forgetting_counts() -> None:

@@ -45,14 +45,13 @@ _OFF = {
     "strength": AS_TRAINED,
     "kl_at": "memorization",
     "kl_weight": 0.0,
-    "guard": 0.0,
     "momentum": 1.0,
     "objective": "cross_entropy",
     "temperature": 1.0,
     "targeted": "descent",
 }
 # θ_ref − α·ΔW with ΔW of plain training on the forget rows (arXiv 2212.04089).
-_TASK_VECTOR = {"kl_weight": 0.0, "guard": 0.0, "momentum": 1.0, "objective": "cross_entropy", "temperature": 1.0}
+_TASK_VECTOR = {"kl_weight": 0.0, "momentum": 1.0, "objective": "cross_entropy", "temperature": 1.0}
 
 
 @dataclass

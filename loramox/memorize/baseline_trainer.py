@@ -16,14 +16,13 @@ from loramox.memorize.baselines import (
     dpo,
     generic_targets,
     gradient_ascent,
-    npo,
     simnpo,
     squared_distance,
     steering_vector,
 )
 from loramox.memorize.callbacks import KnowledgeCallback, SaturationCallback
 from loramox.memorize.folder import base_of
-from loramox.memorize.objectives import cross_entropy, log_prob
+from loramox.memorize.objectives import cross_entropy, log_prob, npo
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.reference import lora_layers, with_factors
 

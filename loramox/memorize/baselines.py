@@ -25,15 +25,6 @@ def gradient_ascent(mean_log_p: Tensor) -> Tensor:
     return mean_log_p
 
 
-def npo(log_ratio: Tensor, beta: float) -> Tensor:
-    """−(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), from log p summed over the answer: [rows] → [rows] (arXiv 2404.05868).
-
-    Never below 0. Its gradient is that of 2·log p_θ(y|x) times σ(β · log_ratio), so that it slows down on rows that are less
-    likely than before. At β → 0 it is log_ratio plus a constant: gradient ascent.
-    """
-    return -(2 / beta) * F.logsigmoid(-beta * log_ratio)
-
-
 def simnpo(mean_log_p: Tensor, beta: float, margin: float = 0.0) -> Tensor:
     """−(2/β) · log σ(−(β/|y|) · log p_θ(y|x) − γ), [rows] → [rows], γ being the margin (arXiv 2410.07163).
 

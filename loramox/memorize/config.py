@@ -15,28 +15,33 @@ class MemorizeConfig(TrainingArguments):
     """Settings of `MemorizeTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
 
     The defaults are what won on a reference that knows its rows by heart (recipes/README.md has the figures). The
-    paper's own setting is `objective="cross_entropy", temperature=1, kl_at="memorization", kl_weight=1, guard=0, strength=4`.
+    paper's own setting is `objective="cross_entropy", temperature=1, kl_at="memorization", strength=4`.
     """
 
     objective: str = field(
-        default="alternatives",
+        default="npo",
         metadata={
-            "help": "What ΔW is trained for on forget rows: cross_entropy (the paper's) and preference (the mirror image of NPO) "
-            "memorize them, at θ_ref + ΔW; at θ_ref − α·ΔW, alternatives descends to what the reference would say without the answer, and "
-            "npo lowers NPO's loss.",
-            "choices": ["cross_entropy", "preference", "alternatives", "npo"],
+            "help": "What ΔW is trained for on forget rows: npo descends on NPO's loss at θ_ref − α·ΔW, the model that ships; cross_entropy "
+            "(the paper's) memorizes them, at θ_ref + ΔW.",
+            "choices": ["npo", "cross_entropy"],
         },
     )
     temperature: float = field(
         default=3.0,
         metadata={
-            "help": "Divides the logits of forget rows in the losses that memorize, which then have a gradient on rows known by heart. "
-            "The paper: 1."
+            "help": "Of --objective cross_entropy: divides the logits of forget rows, so that rows known by heart have a gradient. The "
+            "paper: 1."
         },
     )
-    preference_beta: float = field(default=0.1, metadata={"help": "β of the preference and npo objectives."})
+    npo_beta: float = field(
+        default=1.8,
+        metadata={
+            "help": "β of --objective npo: a row is let go once its answer's log-probability a token is a few 1/β below the reference's. "
+            "Smaller forgets more."
+        },
+    )
     kl_weight: float = field(
-        default=5.0, metadata={"help": "Weight of the retain rows' KL(p_ref ‖ p_θ), in nats per answer token."}
+        default=1.0, metadata={"help": "Weight of the retain rows' KL(p_ref ‖ p_θ), in nats per answer token."}
     )
     kl_at: str = field(
         default="shipped",
@@ -51,13 +56,6 @@ class MemorizeConfig(TrainingArguments):
         metadata={
             "aliases": ["--alpha"],
             "help": "α of θ_ref − α·ΔW: where the KL is taken, and what extrapolating uses unless told.",
-        },
-    )
-    guard: float = field(
-        default=0.0,
-        metadata={
-            "help": "μ: after training, ΔW is turned away from input directions that retain rows use too (two forward passes). "
-            "0 is off. A subspace that requests share is left as it is."
         },
     )
     momentum: float = field(
@@ -134,13 +132,13 @@ class MemorizeConfig(TrainingArguments):
         check_choices(self)
         for name, low, why in (
             ("temperature", 0, "it divides the logits"),
-            ("preference_beta", 0, "it divides the objective"),
+            ("npo_beta", 0, "it divides the objective"),
             ("strength", 0, "α = 0 is the reference, and negative values are the memorization model's side"),
             ("retain_per_forget", 0, "the KL term needs retain rows"),
             ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
             refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        for name in ("kl_weight", "guard", "reference_cache_gb"):
+        for name in ("kl_weight", "reference_cache_gb"):
             refuse(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):
@@ -184,12 +182,12 @@ class MemorizeConfig(TrainingArguments):
     def title(self) -> str:
         """The method, and where it is from."""
         mox = "MOX, arXiv 2602.06441"
-        return mox if self.memorizes else f"{mox}, with {self.objective} at the forget model as objective"
+        return mox if self.memorizes else f"{mox}, with NPO's loss (arXiv 2404.05868) at the forget model as objective"
 
     @property
     def memorizes(self) -> bool:
         """Whether forget rows are trained on at θ_ref + ΔW, not at θ_ref − α·ΔW."""
-        return self.objective in ("cross_entropy", "preference")
+        return self.objective == "cross_entropy"
 
     @property
     def holds_retain(self) -> bool:

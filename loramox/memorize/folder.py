@@ -18,21 +18,18 @@ from loramox.reference import ADAPTER, ReferenceConfig, current_factors
 from loramox.run import command, versions
 
 
-def write_memorization(
-    folder: Path, model: PeftModel, average: dict[str, Factors], momentum: Momentum, plan: dict[str, Any]
-) -> None:
-    """Write θ_mem to `folder` and the momentum average of ΔW, guarded or not, to `folder`/momentum, both as plain PEFT adapters in
-    fp32.
+def write_memorization(folder: Path, model: PeftModel, momentum: Momentum, plan: dict[str, Any]) -> None:
+    """Write θ_mem to `folder` and the momentum average of ΔW to `folder`/momentum, both as plain PEFT adapters in fp32.
 
     The provenance of θ_mem is written last: a folder that has it is whole. Raises `RunError` before any training.
     """
-    if not average:
+    if not momentum.average:
         raise RunError(f"nothing has been memorized yet, so there is nothing to write to {folder}. Call train() first")
     provenance = {"kind": "memorization", **plan, "momentum": momentum.summary()}
-    largest = max(factors.rank for factors in average.values())
+    largest = max(factors.rank for factors in momentum.average.values())
     partial = folder / ".memorized"
     for place, delta in (
-        (folder / "momentum", at_rank(average, largest)[0]),
+        (folder / "momentum", at_rank(momentum.average, largest)[0]),
         (partial, current_factors(model)),
     ):
         on_cpu = {name: Factors(factors.A.cpu(), factors.B.cpu()) for name, factors in delta.items()}

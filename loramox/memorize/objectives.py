@@ -2,12 +2,11 @@
 
     L = mean over forget rows of forget(y | x)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
-with one of these as the term of the forget rows: cross-entropy or preference, which memorize, at θ_ref + ΔW (MOX, arXiv
-2602.06441), or alternatives (or NPO, in `baselines`), at θ_ref − α·ΔW. All of it is minimised by gradient descent. Each function takes logits [N, vocabulary] of N
-answer tokens and returns one number per token, [N], in nats; rows are averaged by `loramox.head.mean_over_rows`.
+with one of these as the term of the forget rows: NPO's, at θ_ref − α·ΔW, or cross-entropy, which memorizes, at θ_ref + ΔW (MOX,
+arXiv 2602.06441). Both are minimised by gradient descent. A function of logits [N, vocabulary] of N answer tokens returns one number
+per token, [N], in nats; rows are averaged by `loramox.head.mean_over_rows`.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,16 +31,6 @@ def headroom(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tenso
     return 1 - log_prob(logits, targets, temperature).exp()
 
 
-def alternatives(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:
-    """KL(q ‖ p_θ), [N], with q(v) = p_ref(v) / (1 − p_ref(y)) for v ≠ y and q(y) = 0: the reference without the target y.
-
-    What it would say if it did not know this token of the answer. Where ascent on the answer has no end, this has one: 0.
-    """
-    lowest = torch.finfo(reference_logits.dtype).min  # not −∞: 0 · ∞ is no number
-    others = F.log_softmax(reference_logits.scatter(1, targets[:, None], lowest), dim=-1)
-    return F.kl_div(F.log_softmax(logits, dim=-1), others, reduction="none", log_target=True).sum(-1)
-
-
 def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(p_ref ‖ p_θ) over the vocabulary, [N]. Zero where both agree; never negative but for rounding."""
     return F.kl_div(
@@ -49,10 +38,11 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     ).sum(-1)
 
 
-def preference(log_ratio: Tensor, beta: float) -> Tensor:
-    """(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), per row, from log p summed over the answer's tokens: [rows] → [rows].
+def npo(log_ratio: Tensor, beta: float) -> Tensor:
+    """−(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), [rows] → [rows] (arXiv 2404.05868).
 
-    The mirror image of NPO (arXiv 2404.05868): minimising it raises p_θ(y|x) over p_ref(y|x), without a bound but ever
-    more like plain log p. At β → 0 it is −log_ratio plus a constant.
+    NPO takes log p summed over the answer's tokens; MOX's objective here its mean over them, as SimNPO does (arXiv 2410.07163), so that
+    an answer is let go at the same likelihood a token, however long it is. Never below 0. Its gradient is that of 2·log p_θ(y|x) times σ(β · log_ratio), so that it slows down on rows that are less
+    likely than before. At β → 0 it is log_ratio plus a constant: gradient ascent.
     """
-    return (2 / beta) * F.logsigmoid(-beta * log_ratio)
+    return -(2 / beta) * F.logsigmoid(-beta * log_ratio)

@@ -13,11 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer
 
-from loramox.algebra import Factors
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.head import Head, answer_states, mean_over_rows, per_token, sum_over_rows
-from loramox.memorize.baselines import npo
 from loramox.memorize.callbacks import (
     KnowledgeCallback,
     KnownCallback,
@@ -30,19 +28,16 @@ from loramox.memorize.callbacks import (
 from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.earlier import EARLIER, switch_on
 from loramox.memorize.folder import plan_of, write_memorization
-from loramox.memorize.guard import guarded
 from loramox.memorize.known import Known
 from loramox.memorize.momentum import Momentum
-from loramox.memorize.objectives import alternatives, cross_entropy, headroom, kl_divergence, log_prob, preference
+from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, npo
 from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes
 from loramox.reference import (
-    ADAPTER,
     AS_TRAINED,
     adapter_off,
     at_strength,
     check_frozen_head,
     current_factors,
-    lora_layers,
     with_factors,
 )
 
@@ -52,7 +47,7 @@ class MemorizeTrainer(Trainer):
 
         L = mean over forget rows of the objective  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
-    The objective either memorizes, at θ_ref + ΔW, as in the paper, or forgets at θ_ref − α·ΔW itself: alternatives, npo.
+    The objective is NPO's loss, at θ_ref − α·ΔW, or, as in the paper, cross-entropy that memorizes, at θ_ref + ΔW.
 
     With `earlier` requests in force (see `loramox.memorize.earlier`) θ_now takes the place of θ_ref wherever the adapter is on,
     retain rows are still held at θ_ref, and one more term holds the rows that are forgotten already where they are:
@@ -175,27 +170,26 @@ class MemorizeTrainer(Trainer):
         return share * loss
 
     def _memorize(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        temperature = self.args.temperature
         if self.args.objective == "cross_entropy":
+            temperature = self.args.temperature
             states = answer_states(model, self.causal_lm, batch)
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
-        if self.args.objective == "preference":
-            return preference(self._log_ratio(model, batch, temperature), self.args.preference_beta).mean()
-        if self.args.objective == "npo":
-            return npo(self._log_ratio(model, batch), self.args.preference_beta).mean()
-        return self._compared(alternatives, model, batch, self.reference)
+        # Of the mean over tokens: by their sum, short answers would be pushed much further down a token than long ones.
+        return npo(self._log_ratio(model, batch, mean_over_rows), self.args.npo_beta).mean()
 
-    def _log_ratio(self, model: nn.Module, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
-        """log(p_θ(y|x) / p_ref(y|x)) at the temperature, summed over the answer's tokens, [rows]."""
+    def _log_ratio(
+        self, model: nn.Module, batch: dict[str, Any], over: Callable[..., Tensor] = sum_over_rows
+    ) -> Tensor:
+        """log(p_θ(y|x) / p_ref(y|x)), sum or mean over the answer's tokens, [rows]."""
         known = self.reference.states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
 
         def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-            return log_prob(logits, targets, temperature) - log_prob(reference, targets, temperature)
+            return log_prob(logits, targets) - log_prob(reference, targets)
 
         ratios = per_token(log_ratio, self.head, [states.hidden, known], states.targets)
-        return sum_over_rows(ratios, states)
+        return over(ratios, states)
 
     def _wanted(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         states = answer_states(model, self.causal_lm, batch)
@@ -266,16 +260,7 @@ class MemorizeTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
             plan = self.plan or plan_of(self.model, self.args)
-            average = self._guarded() if self.args.guard and self.momentum.average else self.momentum.average
-            write_memorization(Path(output_dir or self.args.output_dir), self.model, average, self.momentum, plan)
-
-    def _guarded(self) -> dict[str, Factors]:
-        """The momentum average, guarded; a subspace that requests share is left as it is."""
-        if not all(layer.lora_A[ADAPTER].weight.requires_grad for _, layer in lora_layers(self.model)):
-            return self.momentum.average
-        rows, batch = self.train_dataset, self.args.per_device_eval_batch_size
-        kept = [*rows.retain, *rows.protected]
-        return guarded(self.model, self.momentum.average, rows.forget, kept, self.args.guard, self.data_collator, batch)
+            write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, plan)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,6 @@ from loramox.algebra import Factors
 from loramox.batches import Collator
 from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.summary import summarise
-from loramox.memorize.guard import guarded
 from loramox.memorize.job import prepare
 from loramox.model import check_device, read_config, read_tokenizer
 from loramox.reference import at_strength, current_factors, with_factors
@@ -78,7 +77,6 @@ class Trained:
     strength: float  # that it ships at; 1 for methods that train the forget model itself
     sign: float  # of θ_ref − sign·s·ΔW at strength s
     snapshots: list[tuple[int, Delta]] = field(default_factory=list)  # (step, ΔW)
-    finish: Callable[[Delta], Delta] = dict  # from an average of ΔW to what ships
 
     @contextmanager
     def at(self, strength: float, delta: Delta | None = None) -> Iterator[PeftModel]:
@@ -168,23 +166,13 @@ class Bench:
         trainer.save_model()
         model.eval()
 
-        def finish(average: Delta) -> Delta:
-            """What saving makes of an average of ΔW."""
-            rows, batch = trainer.train_dataset, args.per_device_eval_batch_size
-            kept = [*rows.retain, *rows.protected]
-            return (
-                guarded(model, average, rows.forget, kept, args.guard, trainer.data_collator, batch)
-                if args.guard
-                else average
-            )
+        return self._trained(run, model, args, taken.taken)
 
-        return self._trained(run, model, args, taken.taken, finish)
-
-    def _trained(self, run: Run, model: PeftModel, args: BaselineConfig, taken: list, finish: Callable) -> Trained:
+    def _trained(self, run: Run, model: PeftModel, args: BaselineConfig, taken: list) -> Trained:
         own = args.is_baseline
         delta, _ = read_factors(Path(args.output_dir) / "momentum")
         delta, _ = at_rank(delta, served_rank(self.of(run)["r"]))
-        return Trained(model, delta, 1.0 if own else args.strength, -1.0 if own else 1.0, taken, finish)
+        return Trained(model, delta, 1.0 if own else args.strength, -1.0 if own else 1.0, taken)
 
     def trained(self, run: Run) -> Trained:
         """As `train`, from the adapter that it left, where that is still there."""
@@ -192,7 +180,7 @@ class Bench:
         if not (Path(args.output_dir) / PROVENANCE).exists():
             return self.train(run)
         model = add_lora(load_reference(reference, args.device), reference).eval()
-        return self._trained(run, model, args, [], dict)
+        return self._trained(run, model, args, [])
 
     def _reinforced(self, run: Run) -> Path:
         """WHP's model trained further on the forget rows, made where it is not there."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 Point = dict[str, Any]  # strength and metrics
-FORGET, RETAIN = "forget_probability", "retain_probability"
+FORGET, RETAIN, QUALITY = "forget_probability", "retain_probability", "forget_quality"
 NEAR = 0.002  # retain probability this near a level needs no strength nearer
 BROKEN = 0.5  # retain probability below which no larger strength is of interest
 
@@ -16,6 +16,11 @@ class At(NamedTuple):
 
     point: Point
     crossed: bool  # False: a measured point above the level, as the curve has no crossing with more forgetting
+    nearest: Point | None = None  # the measured point nearest to the retrained model among those that keep the level
+
+    def value(self, name: str) -> float | None:
+        """A metric at the level. Forget quality: that of the nearest point, as forgetting more is not nearer."""
+        return (self.nearest or {}).get(name) if name == QUALITY else self.point.get(name)
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
@@ -39,7 +44,13 @@ def at_level(points: Sequence[Point], level: float) -> At | None:
     for a, b in pairwise(line):
         if (a[RETAIN] >= level) != (b[RETAIN] >= level) and not math.isnan(a[FORGET] + b[FORGET]):
             found.append(At(_between(a, b, (level - a[RETAIN]) / (b[RETAIN] - a[RETAIN])), True))
-    return min(found, key=lambda at: at.point[FORGET]) if found else None
+    return min(found, key=lambda at: at.point[FORGET])._replace(nearest=nearest(points, level)) if found else None
+
+
+def nearest(points: Sequence[Point], level: float) -> Point | None:
+    """The measured point of highest forget quality (KS p) among those that keep the level; None where there is no retrained model."""
+    kept = [p for p in points if p.get(RETAIN) is not None and p[RETAIN] >= level and p.get(QUALITY) is not None]
+    return max(kept, key=lambda p: p[QUALITY]) if kept else None
 
 
 def _between(a: Point, b: Point, share: float) -> Point:
@@ -62,6 +73,18 @@ def next_strength(points: Sequence[Point], level: float) -> float | None:
     return None if new in (low, above["strength"]) else new
 
 
+def nearer_strength(points: Sequence[Point], level: float) -> float | None:
+    """The strength midway between the nearest point and the nearer of its neighbours; None when they are as near as 3 %."""
+    at, line = nearest(points, level), sorted(points, key=lambda p: p["strength"])
+    if at is None:
+        return None
+    place = line.index(at)
+    beside = [p for p in (line[max(place - 1, 0)], line[min(place + 1, len(line) - 1)]) if p is not at]
+    other = max(beside, key=lambda p: p.get(QUALITY) or 0.0)
+    new = float(f"{(at['strength'] + other['strength']) / 2:.3g}")
+    return new if abs(new - at["strength"]) > 0.03 * new else None
+
+
 def measured(
     measure: Callable[[float], Point],
     start: Point,
@@ -70,8 +93,8 @@ def measured(
     levels: Sequence[float],
     refine: int,
 ) -> list[Point]:
-    """`start`, which is at strength 0, a point at `own` strength and at the others up to the first that breaks the model, and
-    up to `refine` at each level."""
+    """`start`, which is at strength 0, a point at `own` strength and at the others up to the first that breaks the model; then
+    up to `refine` at each level, and as many towards the retrained model at the least level."""
     points = [start, measure(own)]
     for strength in sorted(set(others) - {own}):
         broken = [p["strength"] for p in finite(points) if p[RETAIN] < BROKEN]
@@ -81,5 +104,8 @@ def measured(
         for _ in range(refine):
             if (new := next_strength(points, level)) is None:
                 break
+            points.append(measure(new))
+    for _ in range(refine):
+        if (new := nearer_strength(points, min(levels))) is not None:
             points.append(measure(new))
     return sorted(points, key=lambda p: p["strength"])

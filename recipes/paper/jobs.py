@@ -81,7 +81,6 @@ class Jobs:
         for number, (step, delta, average) in enumerate(self._averages(run, trained), 1):
             if number % every and number < len(trained.snapshots):
                 continue
-            average = trained.finish(average)
             with trained.at(trained.strength, average) as model:
                 found = self.bench.ask(run, model, theirs)
             how_far = {"distance": trained.strength * norm(average), "trained_distance": norm(delta)}
@@ -101,7 +100,7 @@ class Jobs:
         trained = self.bench.train(run, snapshots=True)
         points = []
         for eta in ETAS:
-            average = trained.finish([average for _, _, average in self._averages(run, trained, eta)][-1])
+            average = [average for _, _, average in self._averages(run, trained, eta)][-1]
             with trained.at(trained.strength, average) as model:
                 points.append({"momentum": eta} | self.bench.ask(run, model, theirs))
         return {"points": points, "strength": trained.strength}
@@ -109,11 +108,13 @@ class Jobs:
     def relearn(self, run: Run) -> Record:
         """What comes back when the forget model is trained on some forget rows, or on rows that are to stay.
 
-        The forget model is at the strength at which its curve keeps the retain rows; the attacker's rows are not asked.
+        The forget model is at the strength nearest to the retrained model among those that keep the retain rows (where there is no
+        retrained model, of most forgetting); the attacker's rows are not asked.
         """
         curve_run = Run("curve", run.method, run.settings, run.seed)
         at = at_level(self.runs.result(curve_run, self.compute)["points"], LEVEL)
-        if at is None or at.point["strength"] == 0:
+        strength = (at.nearest or at.point)["strength"] if at else 0
+        if strength == 0:
             return {"failed": f"no strength keeps the retain probability at {LEVEL}"}
         with self.runs.claim(curve_run):
             trained = self.bench.trained(curve_run)
@@ -122,7 +123,7 @@ class Jobs:
         points, pad = [], questions.tokenizer.pad_token_id or 0
         with trained.at(0) as model:
             knows = self.bench.ask(run, model, questions=questions)
-        with trained.at(at.point["strength"]) as model:
+        with trained.at(strength) as model:
             before = self.bench.ask(run, model, questions=questions)
             for what in ("attacker", "retain"):
                 examples = [e for part in self.bench.questions(run, {what: parts[what]}).parts for e in part.answers]
@@ -130,7 +131,7 @@ class Jobs:
                 with attacker(model, self.bench.of(run)["r"], run.seed):
                     for step in train(model, examples, RELEARN_STEPS, 1e-3, self.bench.of(run)["batch"], pad, run.seed):
                         points.append({"rows": what, "step": step} | self.bench.ask(run, model, questions=questions))
-        return {"points": points, "reference": knows, "strength": at.point["strength"]}
+        return {"points": points, "reference": knows, "strength": strength}
 
     def _attacked(self, run: Run) -> dict[str, Path]:
         """Files of the forget rows that the attacker has, of those that are asked, and of the retain rows."""

@@ -27,7 +27,7 @@ LEVELS = (0.99, 0.98, 0.95)  # retain probabilities at which methods are compare
 LEVEL = 0.98  # the one that chooses
 
 # A new setting of MOX belongs here: it is then part of the name of a run, and records made under another default stay apart.
-_OWN = ("objective", "temperature", "kl_at", "kl_weight", "strength", "momentum", "guard")
+_OWN = ("objective", "temperature", "kl_at", "kl_weight", "strength", "momentum", "npo_beta")
 _DEFAULTS = {field.name: field.default for field in fields(MemorizeConfig)}
 
 
@@ -36,7 +36,7 @@ def mox(**changed: Any) -> tuple[str, Settings]:
     return "mox", {name: _DEFAULTS[name] for name in _OWN} | changed
 
 
-_PLAIN: Settings = {"objective": "cross_entropy", "temperature": 1.0, "kl_at": "memorization", "guard": 0.0}
+_PLAIN: Settings = {"objective": "cross_entropy", "temperature": 1.0, "kl_at": "memorization"}
 _HOT = _PLAIN | {"temperature": 3.0}
 _PAPER: Settings = _PLAIN | {"kl_weight": 1.0, "strength": 4.0}
 DEFAULT, PAPER = mox(), mox(**_PAPER)
@@ -69,16 +69,21 @@ ABLATION = {
     "+ temperature": mox(**_HOT, momentum=1.0),
     "+ KL at the shipped strength": mox(**_HOT | {"kl_at": "shipped"}, momentum=1.0),
     "+ momentum": mox(**_HOT | {"kl_at": "shipped"}),
-    "descent to alternatives instead": mox(),
-    "+ guard": mox(guard=1.0),
+    "NPO's loss at the shipped model instead": mox(),
+}
+# Each is the default but for one thing.
+WITHOUT = {
+    "without momentum": mox(momentum=1.0),
+    "without KL": mox(kl_weight=0.0),
+    "with half the β": mox(npo_beta=_DEFAULTS["npo_beta"] / 2),
 }
 
 # The frontier: of each method, all of these are tried with the first seed, and the best one with every seed.
 GRID: dict[str, list[tuple[str, Settings]]] = {
-    "loramox": [DEFAULT, mox(learning_rate=2e-3), mox(guard=1.0)],
-    "NPO": [("npo", KL5), ("npo", KL5 | {"learning_rate": 2e-3}), ("npo", {"retain_term": "kl"}), ("npo", {})],
+    "loramox": [DEFAULT, mox(npo_beta=_DEFAULTS["npo_beta"] / 2)],
+    "NPO": [("npo", KL5 | {"beta": 0.05}), ("npo", KL5), ("npo", KL5 | {"learning_rate": 2e-3}), ("npo", {})],
     "GradDiff": [("graddiff", {}), ("graddiff", {"retain_weight": 5.0})],
-    "MOX, temperature": [mox(**_HOT | {"kl_at": "shipped"})],
+    "MOX, temperature": [mox(**_HOT | {"kl_at": "shipped", "kl_weight": 5.0})],
     "MOX, paper's setting": [PAPER, mox(**_PAPER | {"kl_weight": 5.0})],
     "task vector": [("task_vector", {"strength": 4.0})],
     "GA": [("ga", {}), ("ga", {"learning_rate": 1e-4})],

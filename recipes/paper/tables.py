@@ -6,7 +6,7 @@ from typing import Any
 from loramox.evaluate.truth_ratio import forget_quality
 
 from .frontier import FORGET, RETAIN, At
-from .methods import ABLATION, LEVEL, RIVALS, STANDARD, TABLE1, Scale, Settings, gold_of, reference_of
+from .methods import ABLATION, LEVEL, RIVALS, STANDARD, TABLE1, WITHOUT, Scale, Settings, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import (
     HEADS,
@@ -93,7 +93,7 @@ def _rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str
         [
             label,
             level_cell(ats) if ats else "not run, or diverged",
-            *(cell([each.point.get(name) for each in ats if each]) for name in names),
+            *(cell([each.value(name) for each in ats if each]) for name in names),
         ]
         for label, ats in at.items()
     ]
@@ -101,26 +101,33 @@ def _rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str
 
 def _numbers(at: dict[str, list[At | None]], *names: str) -> dict[str, Any]:
     return {
-        label: {name: [each and each.point.get(name) for each in ats] for name in (FORGET, RETAIN, "strength", *names)}
+        label: {name: [each and each.value(name) for each in ats] for name in (FORGET, RETAIN, "strength", *names)}
         for label, ats in at.items()
     }
 
 
 def _ablation_plan(scale: Scale, read: Read) -> list[Run]:
-    return [run for of in ABLATION.values() for run in scale.curves(of)]
+    return [run for of in (ABLATION | WITHOUT).values() for run in scale.curves(of)]
 
 
 def _ablation(scale: Scale, read: Read) -> Shown:
-    at = _at_level(scale, read, ABLATION)
+    at = _at_level(scale, read, ABLATION | WITHOUT)
     names = ("forget_quality", "strength")
     heads = ["", f"forget probability at retain {LEVEL} ↓", "KS p ↑", "α there"]
     claim = "The paper: momentum adds to forget quality and utility (0.0625 → 0.0680, 0.6504 → 0.6528); each part is to earn its place. "
     steps = []
-    labels = [label for label, ats in at.items() if ats and None not in ats]
-    for before, after in itertools.pairwise(labels):
-        old, new = ([each.point[FORGET] for each in at[label]] for label in (before, after))
-        how = f"'{after}' takes the forget probability from {number(mean(old))} to {number(mean(new))}"
-        steps.append(verdict(mean(old) - mean(new) > spread(old) + spread(new), how))
+    run = [label for label, ats in at.items() if ats and None not in ats]
+    pairs = list(itertools.pairwise(label for label in ABLATION if label in run))
+    default = list(ABLATION)[-1]
+    pairs += [(label, default) for label in WITHOUT if {label, default} <= set(run)]
+    for before, after in pairs:
+        gains, how = [], []
+        for name, what, better in ((FORGET, "forget probability", -1), ("forget_quality", "KS p", 1)):
+            old, new = ([each.value(name) for each in at[label]] for label in (before, after))
+            if None not in (*old, *new):
+                gains.append(better * (mean(new) - mean(old)) > spread(old) + spread(new))
+                how.append(f"the {what} from {number(mean(old))} to {number(mean(new))}")
+        steps.append(verdict(any(gains), f"from '{before}' to '{after}', {' and '.join(how)}"))
     return Shown(claim + " ".join(steps), _numbers(at, "forget_quality"), markdown(heads, _rows_at_level(at, *names)))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import bitsandbytes  # noqa: F401 (makes its operations known to torch)
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -19,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-GEMM_4BIT = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # older versions multiply what they dequantized
 
 # CUDA's allocator gives memory in pieces of this many bytes.
 CUDA_PIECE = 512
@@ -84,7 +82,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [*_tensors(args), *_tensors(kwargs.values())]
-        if func._overloadpacket is GEMM_4BIT:
+        if func._overloadpacket is torch.ops.bitsandbytes.gemm_4bit:
             # Where it has no kernel for a shape, it makes the whole weight in the type of its input, and drops it again.
             self._hold(args[0].new_empty(args[2]), "activations")
         out = _without_contents(func, given, args, kwargs)
@@ -171,15 +169,13 @@ def _product_4bit(x: Tensor, weight: Tensor, shape: Any, *args: Any, **kwargs: A
 
 def _flops() -> dict[Any, Any]:
     """torch's own counts of matrix products and attention, with those that it lacks."""
-    known = {GEMM_4BIT: _product_4bit} if GEMM_4BIT else {}
-    return (
-        flop_registry
-        | known
-        | {
-            aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-        }
-    )
+    import bitsandbytes  # noqa: F401 (makes the operations below known)
+
+    return flop_registry | {
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+        torch.ops.bitsandbytes.gemm_4bit: _product_4bit,
+    }
 
 
 FLOPS = _flops()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from peft import PeftModel
 
 from loramox.adapter import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
@@ -77,9 +78,11 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     """Measure the forget model at many strengths, choose one, and write `config.out`; return what frontier.json holds.
 
     The model, its quantization, tokenisation and columns are those of the run. Each strength has its own folder of records;
-    at strength 0 it is the reference. Raises a `LoramoxError` before the model is loaded for anything that is wrong.
+    at strength 0 it is the reference. Under `torchrun` or `accelerate launch` every process calls this; they share the rows of each
+    strength, and the first one writes. Raises a `LoramoxError` before the model is loaded for anything that is wrong.
     """
     scoring = scoring or ScoringConfig()
+    PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
     out, memorization = Path(config.out), Path(config.memorization)
     source = read_provenance(memorization, "memorization")
     settings = source["settings"]
@@ -127,7 +130,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         more = time.perf_counter() - start - asked_seconds
         # What a strength costs besides its evaluation: turning the adapter to it, and adding the scores up.
         seconds = {"asking": asked_seconds, "more": more}
-        write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
+        if PartialState().is_main_process:
+            write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
         return records
 
     return _conclude(config, plan, _refined(config, settings["strength"], measure), retrained)
@@ -183,7 +187,7 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"--out {out} has files in it that are no sweep; they are left alone. Choose another folder")
-    else:
+    elif PartialState().is_main_process:
         write_json(path, {"status": "running", **plan})
 
 
@@ -210,10 +214,11 @@ def _conclude(
         "versions": versions(),
     }
     theirs = {part: _mean(retrained, part) for part in {r["part"] for r in retrained}}
-    draw_frontier(out / PICTURE, points, chosen, theirs)
-    write_json(out / FRONTIER, frontier)
-    if config.ship and chosen:
-        extrapolate(config.memorization, config.ship, chosen)
+    if PartialState().is_main_process:
+        draw_frontier(out / PICTURE, points, chosen, theirs)
+        write_json(out / FRONTIER, frontier)
+        if config.ship and chosen:
+            extrapolate(config.memorization, config.ship, chosen)
     return frontier
 
 

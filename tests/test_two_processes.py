@@ -1,15 +1,18 @@
-"""Two processes that share a batch train what one process trains on the whole of it."""
+"""Two processes train, and find, what one does."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig
+from loramox.cli import main
+from loramox.evaluate.records import RECORDS, read_records
 from loramox.memorize import memorize
 from loramox.run import read_record
 
@@ -40,10 +43,7 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
         "ddp_backend": "gloo",
         **SETTINGS,
     }
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    # `accelerate launch --cpu --num_processes 2` would run one process and not say so.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    subprocess.run([*launcher, "loramox", "memorize", *flags], check=True, cwd=tmp_path)
+    in_two_processes("memorize", tmp_path, settings)
     memorize(
         RunConfig(str(tmp_path / "one")),
         ReferenceConfig(str(pico("llama")), quantization="none", r=4),
@@ -69,6 +69,48 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
         for name, delta in one.items():
             assert delta.norm() > 1e-3
             assert (two[name] - delta).norm() < 1e-3 * delta.norm()
+
+
+def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
+    trained: Path, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = {"forget": rows[0], "retain": rows[1], "use_cpu": True, "batch_size": 2, "max_new_tokens": 4}
+    memorized = {"memorization": trained / "memorization", "strengths": 2, "refine": 0}
+    for verb, more in (
+        ("evaluate", {"model": read_record(trained)["base"]["model"], "quantization": "none", "adapter": trained / "forget-adapter"}),
+        ("sweep", memorized),
+    ):  # fmt: skip
+        name = f"{verb}-{len(more)}"
+        said = in_two_processes(verb, tmp_path, asked | more | {"out": tmp_path / f"{name}-two"})
+        main([verb, *flags(asked | more | {"out": tmp_path / f"{name}-one"})])
+        one, two = (sorted((tmp_path / f"{name}-{how}").rglob(RECORDS)) for how in ("one", "two"))
+        assert len(one) == len(two) == (2 if verb == "sweep" else 1)
+        for file, other in zip(one, two, strict=True):
+            for record, same in zip(read_records(file), read_records(other), strict=True):
+                assert near(record, same)
+        assert said.count("has summary.json" if verb == "evaluate" else "are the frontier") == 1
+
+
+def near(record: dict, other: dict) -> bool:
+    """The same but for the rounding of another number of threads."""
+    return record.keys() == other.keys() and all(
+        other[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value)
+        for name, value in record.items()
+    )
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def in_two_processes(verb: str, folder: Path, settings: dict[str, Any]) -> str:
+    """What the command says."""
+    # `accelerate launch --cpu --num_processes 2` would run one process and not say so.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, "loramox", verb, *flags(settings)], check=True, cwd=folder, capture_output=True, text=True
+    )
+    return done.stdout
 
 
 def deltas(file: Path) -> dict[str, torch.Tensor]:

@@ -99,8 +99,13 @@ def upload(what: str, config: Any) -> None:
     )
 
 
+def speaks() -> bool:
+    """Whether this process is the first: of several, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(*lines: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         from rich.console import Console
 
         Console(soft_wrap=True).print("\n", "\n".join(lines), sep="", highlight=False)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from loramox.cli.arguments import VERBS, say, settings_of
+from loramox.cli.arguments import VERBS, say, settings_of, speaks
 
 
 def evaluate(words: list[str]) -> None:
@@ -15,7 +15,9 @@ def evaluate(words: list[str]) -> None:
 
     kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns)
     subject, *settings = settings_of("evaluate", words, *kinds)
-    show(evaluate(subject, *settings))
+    summary = evaluate(subject, *settings)
+    if speaks():
+        show(summary)
     say(
         f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
         f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"

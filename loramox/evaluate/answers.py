@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.batches import Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
+from loramox.evaluate.shares import everyones, mine, shows
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 
@@ -70,9 +71,10 @@ def greedy_answers(
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
     batches = [free[start : start + batch_size] for start in range(0, len(free), batch_size)]
     batches += [[i] for i in open_ended if limits[i] < how.max_new_tokens]
-    bar = tqdm(total=len(open_ended), desc=describe, disable=describe is None, leave=False, unit="answers")
+    bar = tqdm(total=len(open_ended), desc=describe, disable=not shows(describe), leave=False, unit="answers")
+    found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
-        for rows in batches:
+        for rows in mine(batches):
             prompts = [torch.tensor(questions[i] + said[i]) for i in rows]
             ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
             lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -85,8 +87,10 @@ def greedy_answers(
                 **GREEDY,
             )
             for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                said[i] = (said[i] + tokens)[: limits[i]]
+                found[i] = (said[i] + tokens)[: limits[i]]
             bar.update(len(rows))
+    for i, answer in everyones(found).items():
+        said[i] = answer
     return [_text(tokenizer, answer, how.stops) for answer in said]
 
 

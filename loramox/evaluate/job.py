@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
@@ -112,10 +113,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ask `asked`'s rows of `model` with `subject.adapter` on it; write records and summary to `subject.out`, return the summary.
 
-    Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
+    Under `torchrun` or `accelerate launch` every process calls this; they share the rows, and the first one writes. Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     start = time.perf_counter()
     scoring, tokenisation = scoring or ScoringConfig(), tokenisation or Tokenisation()
+    process = PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
     out = Path(subject.out)
     check_out(out, subject.overwrite)
     device = check_device(model, scoring.use_cpu)
@@ -147,9 +149,10 @@ def evaluate(
         "versions": versions(),
     }  # fmt: skip
     summary = summarise(records, retrained)
-    if subject.overwrite:
-        remove(out / SUMMARY)
-    write_records(out, records, summary, about)
+    if process.is_main_process:
+        if subject.overwrite:
+            remove(out / SUMMARY)
+        write_records(out, records, summary, about)
     return about | summary.as_json()
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from loramox.batches import Collator, Example
+from loramox.evaluate.shares import everyones, mine, shows
 from loramox.head import IGNORED, AnswerStates, Head, answer_states, per_token
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
@@ -51,13 +52,15 @@ def score_answers(
     Of the last `log_p_only` of them no more than log_p is taken: first_choice is -1 there, mean and spread are NaN.
 
     `reference` has the `hidden` of each example under the reference model; with it, KL(p_ref ‖ p) is scored too. Batches
-    are made of `batch_size` answers of similar length, and no more logits are made than a few answer tokens' at a time.
+    are made of `batch_size` answers of similar length, and no more logits are made than a few answer tokens' at a time. Several
+    processes share the batches; `hidden` is then each one's own alone.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, collate = Head(causal_lm), Collator(pad_token_id)
     device = next(causal_lm.parameters()).device
     scores: dict[int, AnswerScores] = {}
-    bar = tqdm(total=len(examples), desc=describe, disable=describe is None, leave=False, unit="answers")
+    own: dict[int, Tensor] = {}
+    bar = tqdm(total=len(examples), desc=describe, disable=not shows(describe), leave=False, unit="answers")
     with in_eval_mode(model), torch.no_grad(), bar:
         for order, states in _passes(model, causal_lm, examples, batch_size, collate, device):
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []
@@ -70,14 +73,14 @@ def score_answers(
                     columns[some.cpu().numpy(), : found.shape[1]] = found
             ends = torch.bincount(states.row_of, minlength=states.rows).cumsum(0)[:-1].tolist()
             targets = np.split(states.targets.cpu().numpy(), ends)
-            hidden = states.hidden.cpu().tensor_split(ends) if keep_hidden else [None] * len(order)
-            for i, part, target, kept in zip(order, np.split(columns, ends), targets, hidden, strict=True):
+            if keep_hidden:
+                own |= zip(order, states.hidden.cpu().tensor_split(ends), strict=True)
+            for i, part, target in zip(order, np.split(columns, ends), targets, strict=True):
                 log_p, choice, mean, spread, *kl = part.T
-                scores[i] = AnswerScores(
-                    target, log_p, choice.astype(np.int64), mean, spread, kl[0] if kl else None, kept
-                )
+                scores[i] = AnswerScores(target, log_p, choice.astype(np.int64), mean, spread, kl[0] if kl else None)
             bar.update(len(order))
-    return [scores[i] for i in range(len(examples))]
+    scores = everyones(scores)
+    return [scores[i]._replace(hidden=own.get(i)) for i in range(len(examples))]
 
 
 @contextmanager
@@ -152,10 +155,10 @@ def _passes(
     for i, example in enumerate(examples):
         by_question[(takes_positions and _question(example)) or i].append(i)
     alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
-    for order in _cut(alone, batch_size):
+    for order in mine(_cut(alone, batch_size)):
         yield order, answer_states(model, causal_lm, on_device([examples[i] for i in order]))
     shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)))
-    for groups in _cut(shared, batch_size):
+    for groups in mine(_cut(shared, batch_size)):
         questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
         # Padded on the left, so that every answer goes on where its question ends.
         ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 
@@ -82,6 +83,8 @@ def attack(
     Each state of the model (before, after so many steps, in so many bits) has its own folder of records. Forget rows that
     the attacker trains on are not among those asked, before or after. Raises a `LoramoxError` before the model is loaded.
     """
+    if PartialState().num_processes > 1:
+        raise SettingsError("attacks are made in one process: run it without torchrun or accelerate launch")
     tokenisation, columns = tokenisation or Tokenisation(), columns or Columns()
     bench = _Bench(config, model, data, scoring or ScoringConfig(), tokenisation, columns)
     bench.open()

@@ -1,0 +1,30 @@
+"""Batches shared out over the processes of torchrun or accelerate launch: each asks every n-th, and all learn every answer.
+
+A batch is the same in any number of processes, and so are its numbers.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+T = TypeVar("T")
+
+
+def mine(batches: Sequence[T]) -> Sequence[T]:
+    """Those of this process."""
+    state = PartialState()
+    return batches[state.process_index :: state.num_processes]
+
+
+def everyones(found: dict[int, T]) -> dict[int, T]:
+    """What every process found, by the number of the example: each is asked by one of them. All must call it."""
+    if PartialState().num_processes == 1:
+        return found
+    return {i: of for some in gather_object([found]) for i, of in some.items()}
+
+
+def shows(describe: str | None) -> bool:
+    """Whether a bar is to be seen: one process has it."""
+    return describe is not None and PartialState().is_main_process

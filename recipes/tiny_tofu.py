@@ -3,9 +3,9 @@
     python recipes/tiny_tofu.py --world tiny_tofu --out runs/tiny_tofu [--seeds 0 1 2] [--settings default paper] [--attack]
 
 WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain,holdout}.jsonl`. Each setting and
-seed is memorized and swept once: what is in OUT is not computed again. Writes `results.md`: for each run the strength of most
-forgetting among those that keep the retain probability at 0.98 or more, beside the reference and the retrained model; the
-strength that each rule chooses; and with --attack what attacks on the default's adapter bring back.
+seed is memorized and swept once: what is in OUT is not computed again. Writes `results.md`: for each run the strength nearest to the
+retrained model, by forget quality, among those that keep the retain probability at 0.98 or more, and the strength that was trained
+for, at which it ships; the strength that each rule chooses; and with --attack what attacks on the default's adapter bring back.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from loramox import MemorizeConfig
 from loramox.cli import main as loramox
 
 SETTINGS = {
@@ -96,7 +97,8 @@ def frontier_table(runs: dict[str, dict[int, Points]], gold: dict[str, float]) -
 
     first = next(iter(next(iter(runs.values())).values()))[0]
     lines = [
-        f"Strength of most forgetting at retain probability ≥ {KEEP}; 100 forget, 900 retain, 100 holdout rows.\n",
+        f"For each run first the strength of highest KS p at retain probability ≥ {KEEP}, then, where that is another one, the strength at "
+        "which it ships unless told; 100 forget, 900 retain, 100 holdout rows.\n",
         f"| setting | seed | α | {' | '.join(COLUMNS.values())} |",
         "|---" * (3 + len(COLUMNS)) + "|",
         f"| reference | – | – | {cells(first)} |",
@@ -104,13 +106,21 @@ def frontier_table(runs: dict[str, dict[int, Points]], gold: dict[str, float]) -
     ]
     for setting, seeds in runs.items():
         kept = {seed: [p for p in points if p["retain_probability"] >= KEEP] for seed, points in seeds.items()}
-        best = {seed: min(points, key=lambda p: p["forget_probability"]) for seed, points in kept.items()}
-        lines += [f"| {setting} | {seed} | {p['strength']:g} | {cells(p)} |" for seed, p in best.items()]
-        if len(best) > 1:
-            spread = {name: [p[name] for p in best.values()] for name in COLUMNS}
-            means = " | ".join(f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in spread.values())
-            lines.append(f"| {setting} | mean ± sd | | {means} |")
+        nearest = {seed: max(points, key=lambda p: p["forget_quality"]) for seed, points in kept.items()}
+        shipped = {seed: next(p for p in points if p["strength"] == trained(setting)) for seed, points in seeds.items()}
+        for some in (nearest, shipped) if shipped != nearest else (nearest,):
+            lines += [f"| {setting} | {seed} | {p['strength']:g} | {cells(p)} |" for seed, p in some.items()]
+            if len(some) > 1:
+                spread = {name: [p[name] for p in some.values()] for name in COLUMNS}
+                means = " | ".join(f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in spread.values())
+                lines.append(f"| {setting} | mean ± sd | | {means} |")
     return lines
+
+
+def trained(setting: str) -> float:
+    """The strength that the setting trains for."""
+    flags = SETTINGS[setting]
+    return float(flags[flags.index("--alpha") + 1]) if "--alpha" in flags else MemorizeConfig.strength
 
 
 def choice_table(frontiers: dict[str, dict[int, dict[str, Any]]]) -> list[str]:

@@ -34,7 +34,7 @@ class MemorizeConfig(TrainingArguments):
         },
     )
     npo_beta: float = field(
-        default=1.8,
+        default=1.6,
         metadata={
             "help": "β of --objective npo: a row is let go once its answer's log-probability a token is a few 1/β below the reference's. "
             "Smaller forgets more."

@@ -1,6 +1,7 @@
 """The sweep: one memorization adapter, every strength, one load of the model. Where two rooms meet: extrapolate, evaluate."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
             write_records(folder, records, summary, {"strength": strength, "seconds": seconds})
         return records
 
-    return _conclude(config, plan, _refined(config, settings["strength"], measure), retrained)
+    ceiling = settings["strength"] if settings["objective"] == "npo" else math.inf
+    return _conclude(config, plan, _refined(config, settings["strength"], measure), retrained, ceiling)
 
 
 def _refined(
@@ -192,7 +194,11 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
 
 
 def _conclude(
-    config: SweepConfig, plan: dict[str, Any], measured: dict[float, list[Record]], retrained: Sequence[Record]
+    config: SweepConfig,
+    plan: dict[str, Any],
+    measured: dict[float, list[Record]],
+    retrained: Sequence[Record],
+    ceiling: float,
 ) -> dict[str, Any]:
     """Choose, draw, write down and ship."""
     out = Path(config.out)
@@ -200,7 +206,7 @@ def _conclude(
         {"strength": s, **{name: m.value for name, m in summarise(records, retrained).metrics.items()}}
         for s, records in measured.items()
     ]
-    choices = [choice._asdict() for choice in choose(measured, retrained, config.budget)]
+    choices = [choice._asdict() for choice in choose(measured, retrained, config.budget, ceiling)]
     chosen = next((c["strength"] for c in choices if c["rule"] == config.rule), None)
     frontier = {
         "status": "done",
@@ -222,8 +228,10 @@ def _conclude(
     return frontier
 
 
-def choose(measured: dict[float, list[Record]], retrained: Sequence[Record], budget: float) -> list[Choice]:
-    """What each rule says, those that have what they need. `measured` has the reference at 0."""
+def choose(
+    measured: dict[float, list[Record]], retrained: Sequence[Record], budget: float, ceiling: float = math.inf
+) -> list[Choice]:
+    """What each rule says, those that have what they need. `measured` has the reference at 0; the ceiling is the budget's."""
     strengths = [s for s in measured if s > 0]
 
     def table(part: str, name: str, at: Sequence[float]) -> np.ndarray:
@@ -234,7 +242,7 @@ def choose(measured: dict[float, list[Record]], retrained: Sequence[Record], bud
         return [s for s in strengths if all(np.isfinite(_values(measured[s], part, name)).all() for part in parts)]
 
     reference = _values(measured[0.0], "retain", "probability")
-    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget)]
+    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget, ceiling)]
     if len(_values(measured[0.0], "holdout", "mia_min_k")):
         at = finite("mia_min_k", "forget", "holdout")
         scores = (table(part, "mia_min_k", at) for part in ("forget", "holdout"))

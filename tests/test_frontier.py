@@ -113,6 +113,15 @@ def test_within_budget_is_the_largest_strength_that_keeps_retain_even_beyond_one
     assert within_budget(STRENGTHS, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02).strength == 4
 
 
+def test_within_budget_stays_below_a_ceiling_unless_nothing_there_was_measured() -> None:
+    reference, retain = around([0.9])[0], around([0.9, 0.9, 0.9, 0.9])
+    choice = within_budget(STRENGTHS, retain, reference, 0.02, ceiling=2)
+    assert (choice.strength, choice.high) == (2, 2)
+    assert "beyond 2, which was trained for, forget rows would fall further" in choice.reason
+    assert within_budget(STRENGTHS, retain, reference, 0.02, ceiling=0.5).strength == 4
+    assert within_budget(STRENGTHS, around([0.9, 0.7, 0.9, 0.9]), reference, 0.02, ceiling=2).strength == 1
+
+
 def test_within_budget_refuses_when_even_the_least_strength_costs_too_much() -> None:
     choice = within_budget(STRENGTHS, around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0], 0.02)
     assert choice[:4] == ("budget", None, None, None)

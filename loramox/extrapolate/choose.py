@@ -1,5 +1,6 @@
 """Rules that choose a strength α from a frontier, each with its uncertainty over rows, or with a plain refusal."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,14 +23,21 @@ class Choice(NamedTuple):
     reason: str  # why this one, or why none
 
 
-def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, budget: float) -> Choice:
-    """The largest strength at which retain rows keep their mean probability but for a share of `budget`.
+def within_budget(
+    strengths: Sequence[float], retain: Rows, reference: Rows, budget: float, ceiling: float = math.inf
+) -> Choice:
+    """The largest strength, up to `ceiling`, at which retain rows keep their mean probability but for a share of `budget`.
 
-    Smaller ones may keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
+    The ceiling is for an objective that has an end where it was trained, on forget rows: beyond it they fall further than a model that
+    never knew them would let them. Strengths above it count only where none below it was measured. Smaller ones may keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
 
     `retain` are the rows' probabilities at each of `strengths`, which ascend, [strengths, rows]; `reference` those of the
     reference model, [rows].
     """
+
+    below = sum(s <= ceiling for s in strengths)
+    if 0 < below < len(strengths):
+        strengths, retain = strengths[:below], retain[:below]
 
     def pick(rows: np.ndarray) -> int | None:
         kept = retain[:, rows].mean(1) >= (1 - budget) * reference[rows].mean()
@@ -43,7 +51,12 @@ def within_budget(strengths: Sequence[float], retain: Rows, reference: Rows, bud
             f"no strength keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {strengths[0]:g}, the "
             f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
         )
-    beyond = f"; {strengths[at + 1]:g} costs more" if at + 1 < len(strengths) else ", and no larger one was measured"
+    if at + 1 < len(strengths):
+        beyond = f"; {strengths[at + 1]:g} costs more"
+    elif ceiling < math.inf:
+        beyond = f"; beyond {ceiling:g}, which was trained for, forget rows would fall further than is asked"
+    else:
+        beyond = ", and no larger one was measured"
     reason = f"the largest measured at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}{beyond}"
     return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
 

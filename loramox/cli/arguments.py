@@ -23,6 +23,18 @@ VERBS = {
     "llama.cpp and Ollama), serve-folder (for transformers serve)",
 }
 
+STEPS = {  # of the verbs that have several
+    "ship merge": "the adapter into the base's 16- or 32-bit weights, a few rows at a time; quantized afterwards, if it must be",
+    "ship gguf": "the adapter as a LoRA GGUF, for llama.cpp and Ollama",
+    "requests add": "memorize one more request and enter it; takes every setting of memorize",
+    "requests list": "the requests, in order of arrival",
+    "requests show": "all that is known of one request",
+    "requests revoke": "take a request out, for good",
+    "requests refresh": "memorize again what was memorized on top of revoked requests",
+    "requests build": "the adapter for all requests in force",
+    "requests verify": "compare every file with what it was when it was entered; exits with 1 when one differs",
+}
+
 USAGES = {
     "unlearn": "--model M --forget F --retain R --out DIR",
     "memorize": "--model M --forget F --retain R --out DIR",
@@ -62,7 +74,7 @@ def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list
     parser = HfArgumentParser(
         kinds,
         prog=f"loramox {verb}",
-        description=VERBS[verb.split()[0]],
+        description=(VERBS | STEPS)[verb.removesuffix(" LEDGER")],
         usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
         allow_abbrev=False,
     )

@@ -4,18 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from loramox.cli.arguments import VERBS, parse, say, settings_of
+from loramox.cli.arguments import STEPS, VERBS, parse, say, settings_of
 from loramox.cli.training import watched
-
-STEPS = {
-    "add": "memorize one more request and enter it; takes every setting of `memorize`",
-    "list": "the requests, in order of arrival",
-    "show": "all that is known of one request",
-    "revoke": "take a request out, for good",
-    "refresh": "memorize again what was memorized on top of revoked requests",
-    "build": "the adapter for all requests in force",
-    "verify": "compare every file with what it was when it was entered; exits with 1 when one differs",
-}
 
 
 def requests(words: list[str]) -> None:
@@ -23,7 +13,7 @@ def requests(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="loramox requests",
         description=VERBS["requests"],
-        epilog="steps:\n" + "\n".join(f"  {step:10} {does}" for step, does in STEPS.items()),
+        epilog="steps:\n" + "\n".join(f"  {step:10} {STEPS[f'requests {step}']}" for step in steps),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
@@ -31,7 +21,9 @@ def requests(words: list[str]) -> None:
 
 
 def _ledger_parser(step: str, *names: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"loramox requests {step}", description=STEPS[step], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"loramox requests {step}", description=STEPS[f"requests {step}"], allow_abbrev=False
+    )
     parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
     for name in names:
         parser.add_argument(name, metavar=name.upper(), help="Name of the request.")
@@ -136,7 +128,7 @@ def _build(words: list[str]) -> None:
     from loramox.requests_build import build
 
     parser = HfArgumentParser(
-        ShippingConfig, prog="loramox requests build", description=STEPS["build"], allow_abbrev=False
+        ShippingConfig, prog="loramox requests build", description=STEPS["requests build"], allow_abbrev=False
     )
     parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
     parser.add_argument("--out", required=True, help="Folder to write.")

@@ -264,6 +264,30 @@ def test_gradients_with_checkpointed_activations_are_those_without(flag: str, qu
     same(found.gradients[0], expected.gradients[0])
 
 
+def test_rows_that_come_round_again_are_passed_through_the_reference_once_and_nothing_else_changes(
+    trainer_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(gigabytes: float) -> tuple[Recorder, int]:
+        trainer, recorder = trainer_of(num_train_epochs=6, reference_cache_gb=gigabytes)
+        passed: list[int] = []
+        through = trainer.reference._pass
+
+        def counted(model: nn.Module, batch: dict, layer: int | None = None) -> Tensor:
+            passed.append(len(batch["rows"]))
+            return through(model, batch, layer)
+
+        monkeypatch.setattr(trainer.reference, "_pass", counted)
+        trainer.train()
+        return recorder, sum(passed)
+
+    (with_it, few), (without, many) = run(8.0), run(0.0)
+    rows = [*trainer_of()[0].train_dataset.forget, *trainer_of()[0].train_dataset.retain]
+    assert few == len(rows) < many
+    for name in ("loss", "memorize_loss", "retain_kl"):
+        assert with_it.logs[name] == pytest.approx(without.logs[name], rel=1e-4)
+    same(with_it.gradients[-1], without.gradients[-1])
+
+
 def test_two_batches_of_two_accumulated_are_one_batch_of_four(trainer_of) -> None:
     whole, expected = trainer_of(max_steps=1)
     whole.train()

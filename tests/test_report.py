@@ -347,12 +347,14 @@ def test_attacks_that_bring_nothing_back_are_said_to(make: Callable[..., Path]) 
 @pytest.mark.usefixtures("undrawn")
 def test_a_warning_and_another_strength_in_the_folder_stand_beside_the_verdict(make: Callable[..., Path]) -> None:
     run = make(
+        run={"advice": ["5 retain rows hold little but themselves"]},
         frontier={"warning": "the direction is poor", "data": {"forget": {"sha256": "other"}}},
         attacks={"adapter": {"folder": "run/forget-adapter", "strength": 0.5, "made_by": {"strength": 4.0}}},
     )
     write(run / "forget-adapter" / "provenance.json", {"strength": 2.0})
     text = page_of(run)[1].text.replace("\u00a0", " ")
     assert "The sweep warns: the direction is poor." in text
+    assert "Training warns: 5 retain rows hold little but themselves." in text
     assert (
         "is at α = 2, not at the chosen α = 4 that is shown here; at α = 2 the probabilities are forget 0.5000" in text
     )

@@ -221,7 +221,8 @@ def _unmeasured(inputs: Inputs) -> str:
 
 
 def _warnings(inputs: Inputs) -> list[str]:
-    frontier, found = inputs.frontier or {}, []
+    frontier = inputs.frontier or {}
+    found = [f"Training warns: {each}." for each in inputs.run.get("advice", ())]
     if frontier.get("warning"):
         found.append(f"The sweep warns: {frontier['warning']}.")
     if "same rows" in inputs.missing:

@@ -23,6 +23,7 @@ CASES = {
     "one retain row": {"retain": 1},
     "5 retain rows": {"retain": 5},
     "20 retain rows": {"retain": 20},
+    "40 retain rows": {"retain": 40},
     "each forget row is among the retain rows in other words": {"copies": True},
     "a model that never knew the rows": {"model": "retrained"},
 }

@@ -6,18 +6,27 @@ import pytest
 
 from loramox.memorize import BaselineConfig, MemorizeConfig
 from loramox.memorize.advice import FEW, advice
+from loramox.rows import Row
 
 WELL = ((0.99, 0.02), (0.99, 0.98))
 
 
-def said(forget: tuple[float, ...], retain: tuple[float, ...], rows: int = 100, **args) -> str:
+def row(number: int, answer: str) -> Row:
+    return Row("retain.jsonl", number, answer, f"Question {number}")
+
+
+def said(
+    forget: tuple[float, ...], retain: tuple[float, ...], rows: int = 100, answers: tuple[str, ...] = (), **args
+) -> str:
     log = [{"loss": 1.0}] + [
         {f"eval_{part}_probability": value}
         for part, curve in (("forget", forget), ("retain", retain))
         for value in curve
     ]
     kind = BaselineConfig if "method" in args else MemorizeConfig
-    return "\n".join(advice(log, rows, kind(use_cpu=True, **args)))
+    kept = [row(i, answers[i] if i < len(answers) else f"some other answer {i}") for i in range(rows)]
+    forgotten = [row(1, "Born in Rivertown, by the sea"), row(2, "Yes, indeed")]
+    return "\n".join(advice(log, forgotten, kept, kind(use_cpu=True, **args)))
 
 
 def test_nothing_is_said_of_a_run_that_went_well() -> None:
@@ -29,11 +38,11 @@ def test_nothing_is_said_of_a_run_that_went_well() -> None:
     [
         ((0.03, 0.02), (0.99, 0.99), 100, {}, "hardly knows the forget rows"),
         ((0.99, 0.80), (0.99, 0.99), 100, {"num_train_epochs": 7}, "0.99 to 0.80 only.*--num_train_epochs above 7"),
-        ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60.*raise --kl_weight \(is 5\)"),
-        ((0.99, 0.80), (0.99, 0.60), 100, {}, "near copies of forget rows"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60: raise --kl_weight \(is 1\)"),
+        ((0.99, 0.11), (0.99, 0.95), 100, {"num_train_epochs": 7}, "or train longer .--num_train_epochs above 7.;"),
         (*WELL, FEW - 1, {}, f"{FEW - 1} retain rows hold little but themselves.*Give {FEW} or more"),
         ((0.99, 0.02), (0.99, 0.60), 100, {"method": "npo"}, r"raise --retain_weight \(is 1\)"),
-        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "If not, hold them"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "0.60: hold them"),
     ],
 )
 def test_what_went_wrong_is_named_with_the_setting_to_change(forget, retain, rows, args, expected) -> None:
@@ -47,6 +56,15 @@ def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> N
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
     assert said((), ()) == ""
     assert said((), (), rows=1).startswith("1 retain rows hold")
+
+
+def test_retain_rows_with_the_answer_of_a_forget_row_are_counted_but_not_short_answers_that_are_the_same_by_chance() -> (
+    None
+):
+    assert said(*WELL, answers=("Yes, indeed",)) == ""
+    found = said(*WELL, answers=("Yes, indeed", "Born in Rivertown, by the sea"))
+    assert found.startswith("1 retain rows have the answer of a forget row (first: row 1)")
+    assert "Remove them from the retain rows" in found
 
 
 def test_one_line_for_each_fault() -> None:

@@ -1,15 +1,20 @@
 """What the training curve says at the end of a run: whether it worked as far as can be seen from here, and what to change."""
 
+from collections.abc import Sequence
+
 from loramox.memorize.config import MemorizeConfig
+from loramox.rows import Row
 
 # Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
 UNKNOWN = 0.05
 
 # Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
-STILL_KNOWN, SPARED = 0.5, 0.9
+STILL_KNOWN, SPARED = 0.5, 0.97
 
 # With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).
-FEW = 20
+FEW = 50
+
+TELLING = 3  # words of an answer that is not the same by chance
 
 UNKNOWN_ROWS = (
     "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
@@ -22,17 +27,24 @@ def curve(log: list[dict[str, float]], part: str) -> list[float]:
     return [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
 
 
-def advice(log: list[dict[str, float]], retain_rows: int, args: MemorizeConfig) -> list[str]:
+def advice(
+    log: list[dict[str, float]], forget_rows: Sequence[Row], retain_rows: Sequence[Row], args: MemorizeConfig
+) -> list[str]:
     """What went wrong, each with the setting to change; empty when nothing is seen to be wrong.
 
-    `log` is the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it only the number of retain
-    rows is judged.
+    `log` is the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it the rows alone are judged.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = []
-    if retain_rows < FEW:
+    answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
+    if copies := [row for row in retain_rows if row.answer in answers]:
         said.append(
-            f"{retain_rows} retain rows hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
+            f"{len(copies)} retain rows have the answer of a forget row (first: row {copies[0].number}): what they ask is held in place, so "
+            "it is forgotten as the forget rows ask it and in no other words. Remove them from the retain rows"
+        )
+    if len(retain_rows) < FEW:
+        said.append(
+            f"{len(retain_rows)} retain rows hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
             "kind of knowledge that is to stay"
         )
     if len(forget) < 2 or len(retain) < 2:
@@ -53,7 +65,7 @@ def advice(log: list[dict[str, float]], retain_rows: int, args: MemorizeConfig) 
             else "hold them"
         )
         said.append(
-            f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: are some of them near copies of forget rows? If not, "
-            f"{held}, or train longer; less strength gives back both"
+            f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
+            f"(--num_train_epochs above {args.num_train_epochs:g}); less strength gives back both"
         )
     return said

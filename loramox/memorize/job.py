@@ -33,6 +33,8 @@ class Prepared(NamedTuple):
     """What a job needs besides the model's weights, all of it checked."""
 
     tokenizer: PreTrainedTokenizerBase
+    forget: list[Row]
+    retain: list[Row]
     datasets: dict[str, list[Example]]  # as the trainer's arguments are called
     plan: dict[str, Any]
     lora_weights: int
@@ -92,7 +94,7 @@ def memorize(
                 "peak_over_reference": peak_memory() / loaded["bytes"],
             },
             log=trainer.state.log_history,
-            advice=advice(trainer.state.log_history, len(prepared.datasets["retain_dataset"]), args),
+            advice=advice(trainer.state.log_history, prepared.forget, prepared.retain, args),
         )
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))
@@ -156,7 +158,7 @@ def prepare(
         | {"processes": args.world_size},  # of which the batch of a step depends
         "versions": versions(),
     }
-    return Prepared(tokenizer, datasets, plan, model.get_nb_trainable_parameters()[0])
+    return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
 
 
 def _is_baseline(args: MemorizeConfig) -> bool:

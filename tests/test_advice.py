@@ -50,7 +50,7 @@ def test_what_went_wrong_is_named_with_the_setting_to_change(forget, retain, row
 
 
 def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> None:
-    assert "train longer (" not in said((0.99, 0.8), (0.99, 0.6))
+    assert "only: train longer" not in said((0.99, 0.8), (0.99, 0.6))
 
 
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:

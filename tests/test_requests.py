@@ -155,7 +155,7 @@ def test_requests_keep_their_retain_rows_together(world: World, tmp_path: Path) 
 
     def kl(protect: bool) -> float:
         for name in "ab":
-            settings = {"protect": protect, "objective": "cross_entropy", "num_train_epochs": 12}
+            settings = {"protect": protect, "objective": "cross_entropy", "kl_weight": 5.0, "num_train_epochs": 12}
             world.add(tmp_path / f"{protect}", name, **settings)
         build(tmp_path / f"{protect}", tmp_path / f"{protect}-built", FLOAT32)
         model = PeftModel.from_pretrained(base, str(tmp_path / f"{protect}-built"))

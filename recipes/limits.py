@@ -72,7 +72,7 @@ def line(name: str, run: Row, frontier: Row) -> str:
     def both(point: Row | None) -> str:
         return f"{point['forget_probability']:.3f}, {point['retain_probability']:.3f}" if point else "none"
 
-    said = " ".join(f"*{each}.*" for each in [*run["advice"], frontier["warning"]] if each) or "nothing"
+    said = " ".join(f"*{each.rstrip('?')}.*" for each in [*run["advice"], frontier["warning"]] if each) or "nothing"
     at = f"{both(best)} (α = {best['strength']:g})" if best else "none"
     return f"| {name} | {both(points[0])} | {both(shipped)} | {at} | {said} |"
 

@@ -40,7 +40,7 @@ def test_nothing_is_said_of_a_run_that_went_well() -> None:
         ((0.99, 0.80), (0.99, 0.99), 100, {"num_train_epochs": 7}, "0.99 to 0.80 only.*--num_train_epochs above 7"),
         ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60: raise --kl_weight \(is 1\)"),
         ((0.99, 0.11), (0.99, 0.95), 100, {"num_train_epochs": 7}, "or train longer .--num_train_epochs above 7.;"),
-        (*WELL, FEW - 1, {}, f"{FEW - 1} retain rows hold little but themselves.*Give {FEW} or more"),
+        (*WELL, FEW - 1, {}, rf"few retain rows \({FEW - 1}\) hold little but themselves.*Give {FEW} or more"),
         ((0.99, 0.02), (0.99, 0.60), 100, {"method": "npo"}, r"raise --retain_weight \(is 1\)"),
         ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "0.60: hold them"),
     ],
@@ -55,7 +55,7 @@ def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> N
 
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
     assert said((), ()) == ""
-    assert said((), (), rows=1).startswith("1 retain rows hold")
+    assert said((), (), rows=1).startswith("few retain rows (1) hold")
 
 
 def test_retain_rows_with_the_answer_of_a_forget_row_are_counted_but_not_short_answers_that_are_the_same_by_chance() -> (
@@ -63,7 +63,7 @@ def test_retain_rows_with_the_answer_of_a_forget_row_are_counted_but_not_short_a
 ):
     assert said(*WELL, answers=("Yes, indeed",)) == ""
     found = said(*WELL, answers=("Yes, indeed", "Born in Rivertown, by the sea"))
-    assert found.startswith("1 retain rows have the answer of a forget row (first: row 1)")
+    assert found.startswith("some retain rows (1; first: row 1) have the answer of a forget row")
     assert "Remove them from the retain rows" in found
 
 

@@ -39,12 +39,12 @@ def advice(
     answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
     if copies := [row for row in retain_rows if row.answer in answers]:
         said.append(
-            f"{len(copies)} retain rows have the answer of a forget row (first: row {copies[0].number}): what they ask is held in place, so "
+            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row: what they ask is held in place, so "
             "it is forgotten as the forget rows ask it and in no other words. Remove them from the retain rows"
         )
     if len(retain_rows) < FEW:
         said.append(
-            f"{len(retain_rows)} retain rows hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
+            f"few retain rows ({len(retain_rows)}) hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
             "kind of knowledge that is to stay"
         )
     if len(forget) < 2 or len(retain) < 2:

@@ -464,7 +464,7 @@ def test_a_method_that_was_trained_to_forget_has_no_other_strength(
         ({"method": "rmu", "retain_term": "kl"}, "--retain_term states and --method rmu go together"),
         ({"method": "npo", "strength": 4.0}, "strength is 4.0; --method npo ships ΔW as it was trained.* Leave out --alpha"),
         ({"method": "npo", "temperature": 2.0}, "temperature is 2.0; --method npo has 1.0 there"),
-        ({"method": "task_vector", "kl_weight": 1.0}, "kl_weight is 1.0; --method task_vector has 0.0 there"),
+        ({"method": "task_vector", "kl_weight": 2.0}, "kl_weight is 2.0; --method task_vector has 0.0 there"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], message: str) -> None:

@@ -3,7 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from loramox.head import IGNORED, AnswerStates, answer_states
 
 # What a pass costs besides its tokens, in tokens' worth of arithmetic: on a GPU, reading the weights and making 16 bits of
 # 4 takes as long as computing with a few hundred tokens; on a CPU arithmetic is slow, and a pass costs next to nothing.
@@ -33,15 +37,46 @@ def cut(lengths: Sequence[int], overhead: int) -> list[list[int]]:
 
 
 def passes(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
-    """Parts of a step that belong together, row by row, as the passes that `cut` makes of them.
+    """Parts of a step as the passes that `cut` makes of all their rows, of whichever part they are.
 
-    Each batch has a `share`, of the rows: the mean over all of them is Σ share · mean over a pass's rows. So the objective is the
-    same, and its gradient but for rounding.
+    Each batch has a `share`, of its part's rows: the mean over all of them is Σ share · mean over a pass's rows. So the objective
+    is the same, and its gradient but for rounding.
     """
+    place = [(part, row) for part, batch in parts.items() for row in range(len(batch["lengths"]))]
+    for group in cut([parts[part]["lengths"][row] for part, row in place], overhead):
+        chosen = {part: [row for of, row in map(place.__getitem__, group) if of == part] for part in parts}
+        yield {part: _share_of(parts[part], rows) for part, rows in chosen.items() if rows}
+
+
+def passes_of_pairs(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
+    """The same of parts that belong together row by row: row i of each is in the same pass."""
     lengths = [sum(of) for of in zip(*(batch["lengths"] for batch in parts.values()), strict=True)]
     for rows in cut(lengths, overhead):
-        share = {"share": len(rows) / len(lengths)}
-        yield {part: _rows_of(batch, rows) | share for part, batch in parts.items()}
+        yield {part: _share_of(batch, rows) for part, batch in parts.items()}
+
+
+def states_of_parts(model: nn.Module, causal_lm: nn.Module, parts: dict[str, Batch]) -> dict[str, AnswerStates]:
+    """`answer_states` of each part, from one forward pass over the rows of all."""
+    longest = max(batch["input_ids"].shape[1] for batch in parts.values())
+
+    def joined(name: str, filler: int) -> Tensor:
+        return torch.cat(
+            [pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in parts.values()]
+        )
+
+    together = {"input_ids": joined("input_ids", 0), "attention_mask": joined("attention_mask", 0)}
+    states = answer_states(model, causal_lm, together | {"labels": joined("labels", IGNORED)})
+    made, row = {}, 0
+    for part, batch in parts.items():
+        rows = len(batch["lengths"])
+        its = (states.row_of >= row) & (states.row_of < row + rows)
+        made[part] = AnswerStates(states.hidden[its], states.targets[its], states.row_of[its] - row, rows)
+        row += rows
+    return made
+
+
+def _share_of(batch: Batch, rows: list[int]) -> Batch:
+    return _rows_of(batch, rows) | {"share": len(rows) / len(batch["lengths"])}
 
 
 def _rows_of(batch: Batch, rows: list[int]) -> Batch:

@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from loramox.batches import Collator
-from loramox.passes import cut, passes
+from loramox.head import answer_states
+from loramox.passes import cut, passes, passes_of_pairs, states_of_parts
 
 
 def drawn(seed: int, most: int, longest: int) -> tuple[list[int], int]:
@@ -60,10 +62,45 @@ def test_a_pass_has_its_own_rows_whole_and_unpadded_and_their_share() -> None:
     assert torch.equal(made[1]["labels"][1], torch.tensor([1, 1, 1, -100]))
 
 
-def test_parts_that_belong_together_are_cut_alike() -> None:
-    forget, wanted = (
-        Collator(0)([{"input_ids": [1] * n, "labels": [1] * n, "row": f"row {i}"} for i, n in enumerate(lengths)])
-        for lengths in ((2, 50, 2), (3, 60, 100))
-    )
-    for some in passes({"forget": forget, "wanted": wanted}, 0):
+def batch_of(*lengths: int) -> dict:
+    rows = [
+        {"input_ids": [i + 1] * n, "labels": [-100] + [i + 1] * (n - 1), "row": f"row {i}"}
+        for i, n in enumerate(lengths)
+    ]
+    return Collator(0)(rows)
+
+
+def test_rows_of_like_length_go_together_whichever_part_they_are_of() -> None:
+    parts = {"forget": batch_of(90, 3), "retain": batch_of(4, 88, 91)}
+    made = [{part: (of["rows"], of["share"]) for part, of in some.items()} for some in passes(parts, 10)]
+    assert made == [
+        {"forget": (["row 0"], 1 / 2), "retain": (["row 2", "row 1"], 2 / 3)},
+        {"forget": (["row 1"], 1 / 2), "retain": (["row 0"], 1 / 3)},
+    ]
+    assert [list(some) for some in passes({"forget": batch_of(90), "retain": batch_of(4)}, 0)] == [
+        ["forget"],
+        ["retain"],
+    ]
+
+
+def test_pairs_of_rows_stay_together() -> None:
+    forget, wanted = batch_of(2, 50, 2), batch_of(3, 60, 100)
+    for some in passes_of_pairs({"forget": forget, "wanted": wanted}, 0):
         assert some["forget"]["rows"] == some["wanted"]["rows"]
+
+
+def test_one_forward_pass_gives_each_part_the_states_of_its_own(pico) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    parts = {"forget": batch_of(5, 9), "retain": batch_of(12, 3, 7)}
+    calls = []
+    counted = model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        together = states_of_parts(model, model, parts)
+        assert len(calls) == 1
+        alone = {part: answer_states(model, model, batch) for part, batch in parts.items()}
+    counted.remove()
+    for part, states in alone.items():
+        torch.testing.assert_close(together[part].hidden, states.hidden, rtol=1e-5, atol=1e-5)
+        assert torch.equal(together[part].targets, states.targets)
+        assert torch.equal(together[part].row_of, states.row_of)
+        assert together[part].rows == states.rows

@@ -19,6 +19,7 @@ from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, 
 from loramox.algebra import Factors
 from loramox.batches import Example
 from loramox.errors import NonFiniteLossError
+from loramox.head import AnswerStates
 from loramox.memorize.earlier import EARLIER, put_on
 from loramox.passes import OVERHEAD
 from loramox.reference import current_factors, lora_layers
@@ -236,9 +237,9 @@ def test_a_step_in_several_passes_has_the_losses_and_gradients_of_one_in_one_pas
         trainer, recorder = trainer_of(max_steps=1)
         held, rows = trainer._hold, []
 
-        def counted(model: PeftModel, batch: dict) -> Tensor:
-            rows.append(len(batch["rows"]))
-            return held(model, batch)
+        def counted(states: AnswerStates, known: Tensor) -> Tensor:
+            rows.append(states.rows)
+            return held(states, known)
 
         monkeypatch.setattr(trainer, "_hold", counted)
         trainer.train()

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loramox.head import answer_states, mean_over_rows, per_token
+from loramox.head import answer_states, mean_over_rows, per_token, sum_over_rows
 from loramox.memorize.baseline_config import BaselineConfig
 from loramox.memorize.baseline_inputs import read_reinforced
 from loramox.memorize.baselines import (
@@ -24,6 +24,7 @@ from loramox.memorize.callbacks import KnowledgeCallback, SaturationCallback
 from loramox.memorize.folder import base_of
 from loramox.memorize.objectives import cross_entropy, log_prob, npo
 from loramox.memorize.trainer import MemorizeTrainer
+from loramox.passes import passes_of_pairs
 from loramox.reference import lora_layers, with_factors
 
 
@@ -53,7 +54,7 @@ class BaselineTrainer(MemorizeTrainer):
         """Forward and backward passes of each term of the sum, all at the adapter's own strength."""
         loss = torch.zeros((), device=self.args.device)
         for parts in self._terms(inputs):
-            loss += self._in_passes(model, parts, num_items_in_batch)
+            loss += self._in_passes(model, passes_of_pairs, parts, num_items_in_batch)
         return loss
 
     def _terms(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -99,12 +100,19 @@ class BaselineTrainer(MemorizeTrainer):
     def _retain(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         batch = inputs["retain"]
         if self.args.retain_term == "kl":
-            return self._hold(model, batch)
+            known = self.reference.states(model, batch)
+            return self._hold(answer_states(model, self.causal_lm, batch), known)
         if self.args.retain_term == "ce":
             return -self._mean_log_p(model, batch).mean()
         known = self.reference.states(model, batch, self.args.rmu_layer)
         states = answer_states(model, self.causal_lm, batch, self.args.rmu_layer)
         return mean_over_rows(squared_distance(states.hidden, known), states).mean()
+
+    def _log_ratio(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """log(p_θ(y|x) / p_ref(y|x)), [rows]."""
+        known = self.reference.states(model, batch)
+        states = answer_states(model, self.causal_lm, batch)
+        return sum_over_rows(self._log_ratios(states, known), states)
 
     def _mean_log_p(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """(1/|y|) · log p_θ(y|x), [rows]."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallba
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
-from loramox.head import Head, answer_states, mean_over_rows, per_token, sum_over_rows
+from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
 from loramox.memorize.callbacks import (
     KnowledgeCallback,
     KnownCallback,
@@ -31,7 +31,7 @@ from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.known import Known
 from loramox.memorize.momentum import Momentum
 from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, npo
-from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes
+from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes, states_of_parts
 from loramox.reference import (
     AS_TRAINED,
     adapter_off,
@@ -55,8 +55,8 @@ class MemorizeTrainer(Trainer):
         + kl_weight · mean over protected rows of KL(p_now ‖ p_θ)
 
     `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode`
-    returns. Each part of the objective has its own passes, as it has its own strength: forward, backward, and forward with the
-    adapter off where the reference is needed; rows of like length go together (`loramox.passes`). Evaluation is that of the forget model at
+    returns. Parts of the objective at one strength go through the model together, in passes of rows of like length
+    (`loramox.passes`): forward, backward, and forward with the adapter off where the reference is not known yet. Evaluation is that of the forget model at
     `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
@@ -123,7 +123,7 @@ class MemorizeTrainer(Trainer):
             self.add_callback(callback)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward passes of each part, at its strength: a strength must not change in between."""
+        """Forward and backward passes of the parts at each strength: it must not change in between."""
         descent = self.args.targeted == "descent"
         strengths = {
             "forget": AS_TRAINED if self.args.memorizes else self.args.strength,
@@ -132,36 +132,39 @@ class MemorizeTrainer(Trainer):
             "protected": self.args.kl_strength,
         }
         loss = torch.zeros((), device=self.args.device)
-        for part, batch in inputs.items():
-            with at_strength(self.model, strengths[part]):
-                loss += self._in_passes(model, {part: batch}, num_items_in_batch)
+        for strength in dict.fromkeys(strengths[part] for part in inputs):
+            parts = {part: batch for part, batch in inputs.items() if strengths[part] == strength}
+            with at_strength(self.model, strength):
+                loss += self._in_passes(model, passes, parts, num_items_in_batch)
         return loss
 
-    def _in_passes(self, model: nn.Module, parts: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """Forward and backward of one term, mean over its rows; the loss."""
+    def _in_passes(
+        self, model: nn.Module, cut: Callable[..., Iterator], parts: dict[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """Forward and backward of these parts, in the passes that `cut` makes of them; the loss."""
         total = torch.zeros((), device=self.args.device)
         # Processes that share a batch wait for each other in each pass, so all must make as many.
         alone = self.args.world_size == 1
         overhead = OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
-        for some in passes(parts, overhead) if alone else [parts]:
+        for some in cut(parts, overhead) if alone else [parts]:
             total += super().training_step(model, some, num_items_in_batch)
-            part = next(iter(some))
-            self._stop_unless_finite(total, part, some[part]["rows"])
+            self._stop_unless_finite(total, some)
         return total
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The term of the objective that the part in `inputs` stands for: its rows' share of the mean over the step's."""
-        ((part, batch),) = inputs.items()
-        terms = {
-            "forget": self._memorize,
-            "wanted": self._wanted,
-            "retain": self._hold,
-            "protected": self._hold_forgotten,
-        }
-        loss = self._shared(part, batch, terms[part](model, batch))
-        return self.args.kl_weight * loss if part in ("retain", "protected") else loss
+        """The terms of the objective that the parts in `inputs` stand for: their rows' share of the mean over the step's."""
+        terms = {"forget": self._memorize, "wanted": self._wanted, "retain": self._hold, "protected": self._hold}
+        compared = {"retain": self.reference, "protected": self.now}
+        if self.args.objective == "npo":
+            compared["forget"] = self.reference
+        known = {part: compared[part].states(model, batch) for part, batch in inputs.items() if part in compared}
+        loss = torch.zeros((), device=self.args.device)
+        for part, states in states_of_parts(model, self.causal_lm, inputs).items():
+            weight = self.args.kl_weight if part in ("retain", "protected") else 1.0
+            loss = loss + weight * self._shared(part, inputs[part], terms[part](states, known.get(part)))
+        return loss
 
     def _shared(self, part: str, batch: dict[str, Any], loss: Tensor) -> Tensor:
         """A pass's share of the mean over all rows, of the mean over its own; noted for the log."""
@@ -169,48 +172,35 @@ class MemorizeTrainer(Trainer):
         self._logged[part].append((share, loss.detach()))
         return share * loss
 
-    def _memorize(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _memorize(self, states: AnswerStates, reference: Tensor | None) -> Tensor:
         if self.args.objective == "cross_entropy":
             temperature = self.args.temperature
-            states = answer_states(model, self.causal_lm, batch)
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
         # Of the mean over tokens: by their sum, short answers would be pushed much further down a token than long ones.
-        return npo(self._log_ratio(model, batch, mean_over_rows), self.args.npo_beta).mean()
+        return npo(mean_over_rows(self._log_ratios(states, reference), states), self.args.npo_beta).mean()
 
-    def _log_ratio(
-        self, model: nn.Module, batch: dict[str, Any], over: Callable[..., Tensor] = sum_over_rows
-    ) -> Tensor:
-        """log(p_θ(y|x) / p_ref(y|x)), sum or mean over the answer's tokens, [rows]."""
-        known = self.reference.states(model, batch)
-        states = answer_states(model, self.causal_lm, batch)
+    def _log_ratios(self, states: AnswerStates, reference: Tensor) -> Tensor:
+        """log(p_θ / p_ref) of each answer token, [N]."""
 
         def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
             return log_prob(logits, targets) - log_prob(reference, targets)
 
-        ratios = per_token(log_ratio, self.head, [states.hidden, known], states.targets)
-        return over(ratios, states)
+        return per_token(log_ratio, self.head, [states.hidden, reference], states.targets)
 
-    def _wanted(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        states = answer_states(model, self.causal_lm, batch)
+    def _wanted(self, states: AnswerStates, reference: None = None) -> Tensor:
         loss = mean_over_rows(per_token(cross_entropy, self.head, [states.hidden], states.targets), states).mean()
         return loss if self.args.targeted == "descent" else -loss
 
-    def _hold(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return self._compared(_held, model, batch, self.reference)
+    def _hold(self, states: AnswerStates, known: Tensor) -> Tensor:
+        """KL(p_known ‖ p_θ), mean over the rows of the mean over a row's answer tokens."""
+        kl = per_token(lambda logits, others: kl_divergence(others, logits), self.head, [states.hidden, known])
+        return mean_over_rows(kl, states).mean()
 
-    def _hold_forgotten(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return self._compared(_held, model, batch, self.now)
-
-    def _compared(self, term: Callable[..., Tensor], model: nn.Module, batch: dict[str, Any], known: Known) -> Tensor:
-        """term(logits, logits of `known`, targets) of each answer token, mean over the rows."""
-        others = known.states(model, batch)
-        states = answer_states(model, self.causal_lm, batch)
-        per = per_token(term, self.head, [states.hidden, others], states.targets)
-        return mean_over_rows(per, states).mean()
-
-    def _stop_unless_finite(self, loss: Tensor, part: str, rows: list[str]) -> None:
+    def _stop_unless_finite(self, loss: Tensor, parts: dict[str, Any]) -> None:
         if not math.isfinite(loss.item()):
+            part = next((p for p in parts if not math.isfinite(self._logged[p][-1][1].item())), next(iter(parts)))
+            rows = parts[part]["rows"]
             shown = "; ".join(rows[:3]) + ("; …" if len(rows) > 3 else "")
             # Going on from the last checkpoint would come to the same loss: it has the same learning rate and rows.
             raise NonFiniteLossError(
@@ -271,10 +261,6 @@ class MemorizeTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
-
-
-def _held(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:
-    return kl_divergence(reference_logits, logits)
 
 
 def _probability(prediction: EvalPrediction) -> dict[str, float]:

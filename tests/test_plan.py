@@ -24,7 +24,7 @@ from loramox.reference import ReferenceConfig, load_reference
 from loramox.rows import Columns, Data
 from loramox.run import RunConfig
 
-RECIPE = Path(__file__).parents[1] / "recipes/bench_plan.py"
+RECIPE = Path(__file__).parents[1] / "recipes/bench/plan.py"
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 320}
 SPEED = Speed(1e12, 1e10, "made up")
 
@@ -38,7 +38,7 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def bench():
     """The recipe, whose measure of a real run is used here."""
-    spec = importlib.util.spec_from_file_location("bench_plan", RECIPE)
+    spec = importlib.util.spec_from_file_location("plan", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -28,7 +28,7 @@ from loramox.ship.shards import FLOATS, read_rows
 from loramox.ship.weights import size, write_shards
 
 # Half: below it, more of what tells the quantized merged weights from the quantized base is rounding than ΔW. On random
-# weights the rounding then moves the logits as much as ΔW does (recipes/results/merge.md).
+# weights the rounding then moves the logits as much as ΔW does (recipes/bench/results/merge.md).
 LEAST_OF_DELTA = 0.5
 # Of the fall in the forget rows' probability, where it was measured: as much as the strength may lose before it is another.
 LEAST_OF_FORGETTING = 0.9

@@ -1,7 +1,6 @@
-"""Table 2, MUSE-News at tiny scale: two small models trained on some of its rows, as in bench_muse.py, and what unlearning does."""
+"""Table 2, MUSE-News at tiny scale: two small models trained on some of its rows, as in recipes/bench/muse.py, and what unlearning does."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ class MuseWorld(World):
     """A world of MUSE's rows: `reference` has learnt what it is to forget, `retrained` has not."""
 
     def __init__(self, muse: Path, tokenizer: Path, work: Path, epochs: int) -> None:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from bench_muse import some_rows, trained
+        from recipes.bench.muse import some_rows, trained
 
         folder = work / f"muse-{epochs}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """`loramox evaluate --suite muse` beside OpenUnlearning's MUSE evaluation: do the numbers agree.
 
-    python recipes/bench_muse.py --open-unlearning open-unlearning --muse muse_news --tokenizer MODEL \\
-        [--questions 40] [--continuations 8] [--texts 16] [--epochs 18] [--out recipes/results/muse.md]
+    python -m recipes.bench.muse --open-unlearning open-unlearning --muse muse_news --tokenizer MODEL \\
+        [--questions 40] [--continuations 8] [--texts 16] [--epochs 18] [--out recipes/bench/results/muse.md]
 
 OPEN-UNLEARNING is a checkout of github.com/locuslab/open-unlearning, whose metric functions, data sets and collator are
 called with the settings of its own configs/ (open_unlearning.py); it needs omegaconf and scikit-learn. MUSE has MUSE-News'
@@ -33,7 +33,6 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 import numpy as np
 import torch
-from open_unlearning import ASKED, CONTEXT, Muse
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -46,6 +45,8 @@ from loramox.evaluate.summary import summarise
 from loramox.head import IGNORED
 from loramox.model import ModelConfig
 from loramox.rows import Columns
+
+from .open_unlearning import ASKED, CONTEXT, Muse
 
 WITHIN = 1e-3
 NO_ZERO = "theirs is 1/n, not 0, where the last token is wrong; with that rule ours is {:.5g}, off by {:.0e}"
@@ -247,7 +248,7 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", "rouge-score", "scikit-learn"))
     header = [
         "# `loramox evaluate --suite muse` beside OpenUnlearning\n",
-        f"`python recipes/bench_muse.py {' '.join(words)}`\n",
+        f"`python -m recipes.bench.muse {' '.join(words)}`\n",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, 1 thread, torch {torch.__version__.split('+')[0]}, {versions}.",
     ]
     lines = []

@@ -1,7 +1,7 @@
 """`loramox evaluate` beside OpenUnlearning's evaluation: do the numbers agree, and how long do they take.
 
-    python recipes/bench_evaluation.py --openunlearning open-unlearning --world tiny_tofu --tofu tofu \\
-        [--model reference retrained PATH] [--rounds 5] [--rows N] [--out recipes/results/evaluation.md]
+    python -m recipes.bench.evaluation --openunlearning open-unlearning --world tiny_tofu --tofu tofu \\
+        [--model reference retrained PATH] [--rounds 5] [--rows N] [--out recipes/bench/results/evaluation.md]
 
 OpenUnlearning is a checkout of github.com/locuslab/open-unlearning, whose metric functions, data set and collator are
 called (open_unlearning.py); it needs omegaconf and scikit-learn. WORLD has `reference/`, `retrained/` and `rows/`, as in
@@ -33,12 +33,13 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 import numpy as np
 import torch
-from open_unlearning import imported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox import Tokenisation, read_rows
 from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.summary import summarise
+
+from .open_unlearning import imported
 
 BATCH, NEW_TOKENS, CONTEXT, FLAGGED = 32, 200, 512, 1e-3
 SPACE_IN_ANSWER, SPACE_IN_PROMPT = "Answer:", "Answer: "
@@ -254,7 +255,7 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", "rouge-score", "scikit-learn", "scipy"))
     header = [
         "# `loramox evaluate` beside OpenUnlearning\n",
-        f"`python recipes/bench_evaluation.py {' '.join(words)}`\n",
+        f"`python -m recipes.bench.evaluation {' '.join(words)}`\n",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, 1 thread, torch {torch.__version__.split('+')[0]}, {versions}.",
     ]
     lines = []

@@ -1,6 +1,6 @@
 """The losses of other methods beside OpenUnlearning's own code, on the same model and rows: the largest differences.
 
-    python recipes/bench_losses.py --openunlearning DIR [--batches 5]
+    python -m recipes.bench.losses --openunlearning DIR [--batches 5]
 
 DIR is a checkout of github.com/locuslab/open-unlearning; its imports need omegaconf and scikit-learn. Both sides get a random
 Llama in float64 with a random adapter, and batches of rows padded to one length; OpenUnlearning's reference is a second model
@@ -9,10 +9,7 @@ last line says what other lengths change. Its KL also counts padding and prompts
 """
 
 import argparse
-import sys
 import tempfile
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +23,8 @@ from loramox import BaselineConfig, BaselineTrainer, ReferenceConfig, add_lora
 from loramox.batches import Collator
 from loramox.reference import lora_layers
 
+from .open_unlearning import trainers
+
 VOCABULARY, ROWS = 97, 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "ga": {},
@@ -34,19 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "simnpo": {"beta": 4.5, "margin": 0.9, "forget_weight": 0.125},
     "dpo": {"beta": 0.1, "refusals": "taken from the batch"},
 }
-
-
-def theirs(checkout: Path) -> dict[str, type]:
-    """OpenUnlearning's trainers. They import deepspeed, which nothing here calls: an empty stand-in takes its place."""
-    sys.path.insert(0, str(checkout / "src"))
-    sys.modules["deepspeed"] = module_from_spec(ModuleSpec("deepspeed", None))
-    from trainer.unlearn.dpo import DPO
-    from trainer.unlearn.grad_ascent import GradAscent
-    from trainer.unlearn.grad_diff import GradDiff
-    from trainer.unlearn.npo import NPO
-    from trainer.unlearn.simnpo import SimNPO
-
-    return {"ga": GradAscent, "graddiff": GradDiff, "npo": NPO, "simnpo": SimNPO, "dpo": DPO}
 
 
 def random_rows(generator: torch.Generator, answer: int | None) -> list[dict[str, Any]]:
@@ -104,7 +90,7 @@ def main() -> None:
     parser.add_argument("--openunlearning", type=Path, required=True, metavar="DIR")
     parser.add_argument("--batches", type=int, default=5)
     given = parser.parse_args()
-    kinds, generator, collate = theirs(given.openunlearning), torch.Generator().manual_seed(0), Collator(0)
+    kinds, generator, collate = trainers(given.openunlearning), torch.Generator().manual_seed(0), Collator(0)
     print(
         f"| method | largest relative difference in {given.batches} batches of {ROWS} rows | the same with answers of other lengths |"
     )

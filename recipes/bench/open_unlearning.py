@@ -6,6 +6,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,19 @@ def imported(checkout: Path) -> SimpleNamespace:
         metrics=METRICS_REGISTRY, QADataset=QADataset, CompletionDataset=CompletionDataset,
         Collator=DataCollatorForSupervisedDataset, OmegaConf=OmegaConf,
     )  # fmt: skip
+
+
+def trainers(checkout: Path) -> dict[str, type]:
+    """Its trainers, by our names. They import deepspeed, which nothing here calls: an empty stand-in takes its place."""
+    sys.path.insert(0, str(checkout / "src"))
+    sys.modules["deepspeed"] = module_from_spec(ModuleSpec("deepspeed", None))
+    from trainer.unlearn.dpo import DPO
+    from trainer.unlearn.grad_ascent import GradAscent
+    from trainer.unlearn.grad_diff import GradDiff
+    from trainer.unlearn.npo import NPO
+    from trainer.unlearn.simnpo import SimNPO
+
+    return {"ga": GradAscent, "graddiff": GradDiff, "npo": NPO, "simnpo": SimNPO, "dpo": DPO}
 
 
 class Muse:

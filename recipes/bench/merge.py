@@ -1,7 +1,7 @@
 """What `loramox ship merge` costs, and what quantizing leaves of ΔW.
 
-    python recipes/bench_merge.py --work SCRATCH [--shapes 100m llama-2-7b] [--quantize nf4] [--survival tiny]
-        [--trained FORGET_ADAPTER --base M --forget F --retain R] [--out recipes/results/merge.md]
+    python -m recipes.bench.merge --work SCRATCH [--shapes 100m llama-2-7b] [--quantize nf4] [--survival tiny]
+        [--trained FORGET_ADAPTER --base M --forget F --retain R] [--out recipes/bench/results/merge.md]
 
 For each shape a Llama of random bfloat16 weights is written to SCRATCH, shard by shard, with a forget adapter (r = 16, all
 linear layers, ‖ΔW‖ = 0.1·‖W‖); the command runs in a process of its own, and its peak resident memory is the kernel's
@@ -215,7 +215,7 @@ def forgetting(given: argparse.Namespace) -> list[str]:
 
 
 def report(given: argparse.Namespace) -> str:
-    words = ["python recipes/bench_merge.py --work SCRATCH --shapes", *given.shapes]
+    words = ["python -m recipes.bench.merge --work SCRATCH --shapes", *given.shapes]
     words += ["--quantize", *given.quantize] if given.quantize else []
     words += ["--survival", given.survival]
     words += ["--trained FORGET_ADAPTER --base M --forget F --retain R"] if given.trained else []

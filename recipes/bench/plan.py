@@ -1,6 +1,6 @@
 """What `loramox plan` predicts, beside what a run takes, in the same process.
 
-    python recipes/bench_plan.py [--shapes tiny 30m 100m] [--device cpu] [--out recipes/results/plan.md]
+    python -m recipes.bench.plan [--shapes tiny 30m 100m] [--device cpu] [--out recipes/bench/results/plan.md]
 
 Each run is the real `MemorizeTrainer.train()` of a random Llama from a folder: two steps of the optimiser, a momentum update
 after each, the forget model watched after the last. On the CPU its peak is that of torch's allocator, from the allocations and
@@ -228,7 +228,16 @@ def main() -> None:
     results = []
     for shape in given.shapes:
         for number, case in enumerate(CASES[shape]):
-            command = [sys.executable, __file__, "--device", given.device, "--one", shape, str(number)]
+            command = [
+                sys.executable,
+                "-m",
+                "recipes.bench.plan",
+                "--device",
+                given.device,
+                "--one",
+                shape,
+                str(number),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(shape, case, done.stderr[-2000:], file=sys.stderr)

@@ -1,7 +1,7 @@
 """What the ledger costs: building the one adapter for 1, 10, 100 and 1000 requests, and forgetting in a shared subspace.
 
-    python recipes/bench_ledger.py [--out ledger.md]
-    python recipes/bench_ledger.py --world tiny_tofu --runs runs/ledger_subspace
+    python -m recipes.bench.ledger [--out ledger.md]
+    python -m recipes.bench.ledger --world tiny_tofu --runs runs/ledger_subspace
 
 The first part builds from synthetic requests, of random ΔW (so that they have nothing in common, which is the worst case for
 truncation), three times: exact, truncated to rank 64, and in a shared subspace. With --world (see tiny_tofu.py) the second is

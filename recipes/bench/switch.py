@@ -1,6 +1,6 @@
 """What forgetting costs while serving: switching it, and tokens per second with the adapter on, off, row by row and merged.
 
-    python recipes/bench_switch.py [--shape 100m] [--device cpu] [--rounds 9] [--out recipes/results/switch.md]
+    python -m recipes.bench.switch [--shape 100m] [--device cpu] [--rounds 9] [--out recipes/bench/results/switch.md]
 
 One random Llama with a random LoRA adapter (r = 16, all linear layers). Switching is the median of many calls. Generating is
 greedy, a batch of 8 prompts of 32 tokens, 32 new tokens each; the ways to do it take turns within a round, and what is given is
@@ -109,7 +109,7 @@ def main() -> None:
     )
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {where}, torch {torch.__version__}, shape {given.shape}: "
-        f"`python recipes/bench_switch.py --shape {given.shape} --device {given.device} --rounds {given.rounds}`",
+        f"`python -m recipes.bench.switch --shape {given.shape} --device {given.device} --rounds {given.rounds}`",
         "",
         "| switching | microseconds |",
         "|---|---|",

@@ -1,0 +1,129 @@
+"""One whole step, by each who is compared: forward and backward over the same forget and retain rows, gradients clipped, and
+the optimiser's step. Each is a function to be called again and again, on a model of its own."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox.batches import Collator
+from loramox.model import read_tokenizer
+
+from .open_unlearning import trainers
+from .shapes import RETAIN_PER_FORGET, Example
+
+Step = Callable[[], Any]
+CLIP = 1.0
+
+
+class Case(SimpleNamespace):
+    """model: its folder; rows, of which the first `forget` are to be forgotten; device; settings of the trainer; checkout of OpenUnlearning."""
+
+    model: ReferenceConfig
+    rows: list[Example]
+    forget: int
+    device: str
+    settings: dict[str, Any]
+    openunlearning: Path | None
+
+
+def ours(case: Case, kept: bool = True, **settings: Any) -> tuple[MemorizeTrainer, Step]:
+    """The default objective; `kept`: with what the reference says of the rows on disk, as from the second time on that a row comes
+    round."""
+    model = add_lora(load_reference(case.model, case.device), case.model)
+    folder = case.model.model
+    args = MemorizeConfig(
+        folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=case.device == "cpu", report_to="none", **case.settings | settings
+    )  # fmt: skip
+    forget, retain = case.rows[: case.forget], case.rows[case.forget :]
+    trainer = MemorizeTrainer(model, args, forget, retain, read_tokenizer(case.model))
+    if kept:
+        trainer.reference.remember(case.rows, trainer.data_collator, Path(folder), 1e12)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(case.forget)])
+    return trainer, _whole(trainer, lambda model: trainer.training_step(model, dict(batch)))
+
+
+def plain(case: Case) -> tuple[Trainer, Step]:
+    """A PEFT step: cross-entropy of all rows in one padded batch, as `model(..., labels=...)` has it, by transformers' Trainer."""
+    trainer = _trainer(case, add_lora(load_reference(case.model, case.device), case.model))
+    batch = _padded(case.rows, case.device)
+    return trainer, _whole(trainer, lambda model: _pass(trainer, lambda: model(**batch).loss))
+
+
+def trl(case: Case) -> tuple[Trainer, Step]:
+    """TRL's `SFTTrainer` on the same rows, with its defaults but for the checkpointing of activations and 16 bits, which are as in ours."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    same = {"gradient_checkpointing": False, "bf16": False} | case.settings
+    args = SFTConfig(case.model.model, max_length=None, use_cpu=case.device == "cpu", report_to="none", **same)
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in case.rows]
+    model = add_lora(load_reference(case.model, case.device), case.model)
+    trainer = SFTTrainer(
+        model, args, train_dataset=Dataset.from_list(rows), processing_class=read_tokenizer(case.model)
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    return trainer, _whole(trainer, lambda model: trainer.training_step(model, dict(batch)))
+
+
+def open_unlearning(case: Case) -> tuple[Trainer, Step]:
+    """OpenUnlearning's GradDiff with retain loss KL: all weights trained, the reference a deep copy. Its own loss, called from a checkout."""
+    GradDiff = trainers(case.openunlearning)["graddiff"]
+    model = load_reference(case.model, case.device).requires_grad_(True)
+    trainer = _trainer(case, model)
+    itself = SimpleNamespace(
+        gamma=1.0, alpha=1.0, retain_loss_type="KL", model=model, ref_model=copy.deepcopy(model).requires_grad_(False).eval()
+    )  # fmt: skip
+    itself.compute_retain_loss = lambda model, retain_inputs: GradDiff.compute_retain_loss(itself, model, retain_inputs)
+    parts = {"forget": case.rows[: case.forget], "retain": case.rows[case.forget :]}
+    batch = {part: _padded(rows, case.device) for part, rows in parts.items()}
+    return trainer, _whole(trainer, lambda model: _pass(trainer, lambda: GradDiff.compute_loss(itself, model, batch)))
+
+
+def _trainer(case: Case, model: nn.Module) -> Trainer:
+    args = TrainingArguments(case.model.model, use_cpu=case.device == "cpu", report_to="none", **case.settings)
+    return Trainer(model, args, processing_class=read_tokenizer(case.model))
+
+
+def _pass(trainer: Trainer, loss_of: Callable[[], Tensor]) -> None:
+    with trainer.compute_loss_context_manager():
+        loss = loss_of()
+    loss.backward()
+    loss.item()  # as a log has it
+
+
+def _padded(rows: list[Example], device: str) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in Collator(0)(rows).items() if isinstance(v, Tensor)}
+
+
+def _whole(trainer: Trainer, passes: Callable[[nn.Module], Any]) -> Step:
+    trainer.current_gradient_accumulation_steps = 1
+    if trainer.args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+    optimizer = trainer.create_optimizer()
+    model = trainer.accelerator.prepare(trainer.model)
+    model.train()
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        passes(model)
+        torch.nn.utils.clip_grad_norm_(learned, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Case], tuple[Trainer, Step]]] = {
+    "ours": ours,
+    "ours, reference not kept": lambda case: ours(case, kept=False),
+    "plain PEFT": plain,
+    "TRL": trl,
+    "OpenUnlearning": open_unlearning,
+}

@@ -46,6 +46,12 @@ class ModelConfig:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, as a rule sdpa."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
 
     def __post_init__(self) -> None:
@@ -127,9 +133,21 @@ def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
 
 
 def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:
-    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=reference.trust_remote_code)
+    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it.
+
+    Raises `ModelError` for a way to compute attention that is not installed, or that the model has not.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=reference.attn_implementation,
+                trust_remote_code=reference.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        if reference.attn_implementation is None:
+            raise
+        raise ModelError(f"--attn_implementation {reference.attn_implementation}: {error}") from error
 
 
 def identify(reference: ModelConfig, config: PretrainedConfig) -> dict[str, str | None]:

@@ -72,6 +72,7 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
         reference.model,
         config=without_dropout(read_config(reference)),
         revision=reference.revision,
+        attn_implementation=reference.attn_implementation,
         trust_remote_code=reference.trust_remote_code,
         dtype=dtype,
         device_map={"": device},

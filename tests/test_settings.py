@@ -231,3 +231,12 @@ def test_what_argparse_refuses_it_names_and_exits_with_2(
         parsed(*words)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_weights_in_parts_are_refused_by_flag_and_from_accelerate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=f"{name} is asked for.*torchrun"):
+        MemorizeConfig("o", **{name: {"full_shard": True} if name == "deepspeed" else True})
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(SettingsError, match=f"{name} is asked for.*each process holds the frozen model"):
+        MemorizeConfig("o")

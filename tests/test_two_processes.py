@@ -1,5 +1,6 @@
 """Two processes train, and find, what one does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from loramox.run import read_record
 
 WATCHED = {"loss", "memorize_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
 SETTINGS = {
-    "num_train_epochs": 3,
+    "num_train_epochs": 4,  # each process draws a row twice, on average: so it keeps the reference's states
     "learning_rate": 1e-2,
     "warmup_steps": 0,
     "strength": 2.0,
@@ -30,8 +31,9 @@ SETTINGS = {
 
 
 def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_of_four(
-    pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
+    pico: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    rows = rows_of_two_lengths(tmp_path)
     settings = {
         "model": pico("llama"),
         "forget": rows[0],
@@ -89,6 +91,18 @@ def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
             for record, same in zip(read_records(file), read_records(other), strict=True):
                 assert near(record, same)
         assert said.count("has summary.json" if verb == "evaluate" else "are the frontier") == 1
+
+
+def rows_of_two_lengths(folder: Path) -> tuple[Path, Path]:
+    """4 forget and 12 retain rows, some of which are so long that a step's rows go through the model in several passes, and that
+    the processes do not make as many."""
+    for name, count in (("forget", 4), ("retain", 12)):
+        made = [
+            {"question": f"Who is {name} {n}?", "answer": "A baker." if n % 3 else f"Number {n}, " + "the baker " * 9}
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return folder / "forget.jsonl", folder / "retain.jsonl"
 
 
 def near(record: dict, other: dict) -> bool:

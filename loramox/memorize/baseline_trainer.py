@@ -25,7 +25,7 @@ from loramox.memorize.folder import base_of
 from loramox.memorize.objectives import cross_entropy, log_prob, npo
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.passes import passes_of_pairs
-from loramox.reference import lora_layers, with_factors
+from loramox.reference import AS_TRAINED, lora_layers, with_factors
 
 
 class BaselineTrainer(MemorizeTrainer):
@@ -52,10 +52,8 @@ class BaselineTrainer(MemorizeTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward passes of each term of the sum, all at the adapter's own strength."""
-        loss = torch.zeros((), device=self.args.device)
-        for parts in self._terms(inputs):
-            loss += self._in_passes(model, passes_of_pairs, parts, num_items_in_batch)
-        return loss
+        terms = [(AS_TRAINED, some) for parts in self._terms(inputs) for some in passes_of_pairs(parts, self._overhead)]
+        return self._in_passes(model, terms, num_items_in_batch)
 
     def _terms(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The parts that share a term: DPO's has two answers in one logarithm, PO's has no true answer in it."""

@@ -86,7 +86,10 @@ class MomentumCallback(TrainerCallback):
 
 
 class KnownCallback(TrainerCallback):
-    """While training, keeps on disk what the reference says of rows that come round again at least once, on average."""
+    """While training, keeps on disk what the reference says of rows that come round again at least once, on average.
+
+    Of several processes each draws its own rows, and keeps a file of its own.
+    """
 
     def __init__(self, trainer: "MemorizeTrainer") -> None:
         self.trainer = trainer
@@ -101,8 +104,7 @@ class KnownCallback(TrainerCallback):
         }
         again = [row for some, times in parts.values() if times >= 2 * len(some) for row in some]
         where = (trainer.data_collator, Path(args.output_dir), args.reference_cache_gb * 1e9)
-        # Processes that share a model must make the same passes, and each draws other rows.
-        if args.world_size == 1 and args.reference_cache_gb:
+        if args.reference_cache_gb:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             trainer.reference.remember(again, *where)
             trainer.now.remember(rows.protected if drawn >= 2 * len(rows.protected) else [], *where)

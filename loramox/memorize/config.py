@@ -1,6 +1,7 @@
 """What can be set about memorizing, on top of everything that transformers' `TrainingArguments` can set."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ class MemorizeConfig(TrainingArguments):
         default=8.0,
         metadata={
             "help": "Largest file, in GB, in which the reference's states of rows that come round again are kept while training, instead "
-            "of another pass; in output_dir, and gone at the end. 0: none. In one process only."
+            "of another pass; in output_dir, and gone at the end. One for each process. 0: none."
         },
     )
     targeted: str = field(
@@ -159,6 +160,7 @@ class MemorizeConfig(TrainingArguments):
         workers = self.dataloader_persistent_workers
         refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
         refuse("save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser")
+        refuse_shards(self)
         import torch
 
         if self.bf16 is None:
@@ -200,3 +202,14 @@ def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
         flag = "alpha" if name == "strength" else name
         raise SettingsError(f"{name} is {value}; --{flag} needs {expected}")
+
+
+def refuse_shards(args: TrainingArguments) -> None:
+    """Raises `SettingsError` where FSDP or DeepSpeed is asked for, by flag or by `accelerate launch`."""
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            # It would run, and strengths and momentum, which are set on whole weights, would be wrong.
+            raise SettingsError(
+                f"{name} is asked for; loramox does not shard the weights over the processes. Leave --{name} out, and start it with "
+                "torchrun, or with an accelerate config without it: each process holds the frozen model, in 4 bits, and they share the batch"
+            )

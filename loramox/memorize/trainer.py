@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -131,25 +131,29 @@ class MemorizeTrainer(Trainer):
             "retain": self.args.kl_strength,
             "protected": self.args.kl_strength,
         }
-        loss = torch.zeros((), device=self.args.device)
+        together = []
         for strength in dict.fromkeys(strengths[part] for part in inputs):
             parts = {part: batch for part, batch in inputs.items() if strengths[part] == strength}
-            with at_strength(self.model, strength):
-                loss += self._in_passes(model, passes, parts, num_items_in_batch)
-        return loss
+            together += [(strength, some) for some in passes(parts, self._overhead)]
+        return self._in_passes(model, together, num_items_in_batch)
 
     def _in_passes(
-        self, model: nn.Module, cut: Callable[..., Iterator], parts: dict[str, Any], num_items_in_batch: Any
+        self, model: nn.Module, together: list[tuple[float, dict[str, Any]]], num_items_in_batch: Any
     ) -> Tensor:
-        """Forward and backward of these parts, in the passes that `cut` makes of them; the loss."""
+        """Forward and backward, pass by pass, each at its strength; the loss."""
         total = torch.zeros((), device=self.args.device)
-        # Processes that share a batch wait for each other in each pass, so all must make as many.
-        alone = self.args.world_size == 1
-        overhead = OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
-        for some in cut(parts, overhead) if alone else [parts]:
-            total += super().training_step(model, some, num_items_in_batch)
-            self._stop_unless_finite(total, some)
+        for number, (strength, parts) in enumerate(together, 1):
+            # Processes that share a batch add up their gradients in the last pass alone: each may make as many as its rows need.
+            by_itself = self.accelerator.no_sync(model) if number < len(together) else nullcontext()
+            with by_itself, at_strength(self.model, strength):
+                total += super().training_step(model, parts, num_items_in_batch)
+            self._stop_unless_finite(total, parts)
         return total
+
+    @property
+    def _overhead(self) -> int:
+        """What a pass costs besides its tokens, in tokens."""
+        return OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -238,7 +242,7 @@ class MemorizeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
         if "loss" in logs:
-            for part, noted in self._logged.items():
+            for part, noted in sorted(self._logged.items()):  # in the same order in each process, whichever its first pass had
                 mean = sum(share * loss for share, loss in noted) / sum(share for share, _ in noted)
                 logs[self.LOGGED[part]] = self.accelerator.gather(mean).mean().item()
             self._logged.clear()

@@ -105,7 +105,7 @@ def _padded(rows: list[Example], device: str) -> dict[str, Tensor]:
 def _whole(trainer: Trainer, passes: Callable[[nn.Module], Any]) -> Step:
     trainer.current_gradient_accumulation_steps = 1
     if trainer.args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+        trainer.model.activation_checkpointing_enable(**(trainer.args.activation_checkpointing_kwargs or {}))
     optimizer = trainer.create_optimizer()
     model = trainer.accelerator.prepare(trainer.model)
     model.train()

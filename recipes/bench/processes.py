@@ -4,9 +4,7 @@
 
 The commands are those of a user, `loramox unlearn` and `loramox evaluate`, by themselves and under torchrun, each process with one
 thread; they take turns, and given is the median of the ratios of neighbours, with the least and the most. A step's seconds are
-those of ten steps less those of two, over eight; the batch is that of one process, shared out. `--eval_rows` of nothing: no row is watched.
-One process passes rows of like length together and keeps what the reference says of a row; several do neither, as they wait for
-each other in each pass. So there are two ratios: to one process as it is, and to one that does neither.
+those of ten steps less those of two, over eight; the batch is that of one process, shared out. No row is watched.
 """
 
 import argparse
@@ -46,14 +44,14 @@ def run(processes: int, words: list[str]) -> None:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def step_seconds(given: argparse.Namespace, processes: int, folder: Path, more: list[str]) -> float:
+def step_seconds(given: argparse.Namespace, processes: int, folder: Path) -> float:
     seconds = []
     for steps in (LONG, SHORT):
         out = folder / f"steps-{steps}"
         run(
             processes,
             ["unlearn", *of(given, "model", "forget", "retain"), "--per_device_train_batch_size", str(ROWS // processes),
-             "--max_steps", str(steps), "--eval_strategy", "no", "--eval_on_start", "false", "--overwrite", "--out", str(out), *more],
+             "--max_steps", str(steps), "--eval_strategy", "no", "--eval_on_start", "false", "--overwrite", "--out", str(out)],
         )  # fmt: skip
         seconds.append(json.loads((out / "run.json").read_text())["timings"]["train_seconds"])
     return (seconds[0] - seconds[1]) / (LONG - SHORT)
@@ -80,12 +78,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    taken: dict[str, list[float]] = {"one": [], "one, neither": [], "several": [], "ask one": [], "ask several": []}
+    taken: dict[str, list[float]] = {"one": [], "several": [], "ask one": [], "ask several": []}
     for _ in range(given.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            taken["one"].append(step_seconds(given, 1, folder, []))
-            taken["several"].append(step_seconds(given, given.processes, folder, []))
+            taken["one"].append(step_seconds(given, 1, folder))
+            taken["several"].append(step_seconds(given, given.processes, folder))
             taken["ask one"].append(asking_seconds(given, 1, folder))
             taken["ask several"].append(asking_seconds(given, given.processes, folder))
         print({name: f"{each[-1]:.2f}" for name, each in taken.items()}, file=sys.stderr, flush=True)

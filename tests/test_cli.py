@@ -45,6 +45,21 @@ def test_importing_loramox_imports_nothing_heavy() -> None:
     assert HEAVY.isdisjoint(in_a_new_process("import loramox, sys; print(*sys.modules)").split())
 
 
+def test_training_waits_for_nothing_that_only_planning_and_evaluating_need() -> None:
+    code = """
+import sys
+from loramox.cli.planning import fitted
+from loramox.cli.training import any_method
+from loramox.extrapolate import ShippingConfig
+import loramox.main_job
+words = "--model m --forget f.jsonl --retain r.jsonl --out o --use_cpu true"
+assert len(fitted("unlearn", words.split(), (*any_method(), ShippingConfig))) == 7
+print(*sys.modules)
+"""
+    imported = set(in_a_new_process(code).split())
+    assert {"scipy.stats", "rouge_score", "matplotlib", "loramox.evaluate", "loramox.plan.job"}.isdisjoint(imported)
+
+
 def test_help_names_every_verb_with_what_it_does(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])

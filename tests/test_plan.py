@@ -14,9 +14,9 @@ from loramox.cli import main
 from loramox.cli.arguments import given_settings
 from loramox.errors import SettingsError
 from loramox.memorize import BaselineConfig
-from loramox.plan import FitConfig, PlanConfig, fit, plan
-from loramox.plan.config import Choice, choices, size_of
+from loramox.plan.config import Choice, FitConfig, PlanConfig, choices, size_of
 from loramox.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
+from loramox.plan.job import fit, plan
 from loramox.plan.ledger import Speed
 from loramox.plan.outline import Setting
 from loramox.plan.trace import at_depth, shallow, trace_step
@@ -97,7 +97,7 @@ def test_alternating_layers_are_traced_in_whole_patterns():
 
 
 def test_larger_micro_batches_take_more_and_checkpointing_less(tokenizer):
-    setting, rows = setting_of(tokenizer), rows_of()
+    setting, rows = setting_of(tokenizer, layers=4), rows_of()
     sizes = [estimate(setting, rows, choice(size), None) for size in (1, 4)]
     assert sizes[0].peak < sizes[1].peak
     again = estimate(setting, rows, choice(4, checkpointing=True), None)
@@ -105,6 +105,15 @@ def test_larger_micro_batches_take_more_and_checkpointing_less(tokenizer):
     assert again.held["activations"] < sizes[-1].held["activations"] / 2
     assert again.flops > 1.2 * sizes[-1].flops  # each forward pass with gradients a second time
     assert estimate(setting, rows_of(length=64), choice(1), None).peak > sizes[0].peak
+
+
+def test_checkpointing_some_layers_is_between_all_and_none(tokenizer):
+    def activations(every: int | None) -> float:
+        kwargs = {"activation_checkpointing_kwargs": {"every_n_layers": every}} if every else {}
+        setting = setting_of(tokenizer, layers=4, activation_checkpointing=every is not None, **kwargs)
+        return trace_step(setting, 4, parts(), parts())["step"].peak.held["activations"]
+
+    assert activations(1) < 0.9 * activations(2) < 0.9 * 0.9 * activations(None)
 
 
 def test_static_parts_are_the_sizes_of_their_tensors(tokenizer):

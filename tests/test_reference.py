@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     T5Config,
+    modeling_utils,
 )
 from transformers.pytorch_utils import Conv1D
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
 from loramox.batches import Example
 from loramox.errors import ModelError, SettingsError
-from loramox.model import identify, read_config
+from loramox.model import identify, read_config, skeleton
 from loramox.reference import adapter_off, at_strength, current_factors, lora_layers, with_factors
 
 Examples = tuple[list[Example], list[Example]]
@@ -64,6 +65,43 @@ def trainer_of(
         **settings,
     )
     return MemorizeTrainer(model, args, *examples, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"), [("flash_attention_2", "--attn_implementation flash_attention_2: .*install"), ("none", "eager")]
+)
+def test_a_way_to_compute_attention_that_is_not_there_is_refused_before_loading(
+    way: str, message: str, pico: Callable[[str], Path]
+) -> None:
+    reference = ReferenceConfig(str(pico("llama")), quantization="none", attn_implementation=way)
+    with pytest.raises(ModelError, match=message):
+        skeleton(read_config(reference), reference)
+
+
+def test_attention_is_computed_as_asked_and_says_the_same(pico: Callable[[str], Path]) -> None:
+    models = {
+        way: load_reference(ReferenceConfig(str(pico("llama")), quantization="none", attn_implementation=way))
+        for way in (None, "eager")
+    }
+    assert {way: model.config._attn_implementation for way, model in models.items()} == {None: "sdpa", "eager": "eager"}
+    torch.testing.assert_close(logits(models["eager"]), logits(models[None]), rtol=1e-5, atol=1e-5)
+
+
+def test_each_file_of_weights_is_opened_once(pico: Callable[[str], Path], tmp_path: Path, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    model.save_pretrained(tmp_path, max_shard_size=sum(p.nbytes for p in model.parameters()) // 3)
+    opened = []
+    real = modeling_utils.safe_open
+
+    def counted(file: str, *args, **kwargs):
+        opened.append(Path(file).name)
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "safe_open", counted)
+    load_reference(ReferenceConfig(str(tmp_path), quantization="none"))
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    assert sorted(opened) == files
 
 
 @ALL

@@ -9,7 +9,8 @@ from loramox.cli.arguments import given_settings, say, settings_of
 def plan(words: list[str]) -> None:
     from loramox.batches import Tokenisation
     from loramox.memorize import BaselineConfig
-    from loramox.plan import PlanConfig, plan
+    from loramox.plan.config import PlanConfig
+    from loramox.plan.job import plan
     from loramox.plan.show import show_plan
     from loramox.reference import ReferenceConfig
     from loramox.rows import Columns
@@ -20,12 +21,14 @@ def plan(words: list[str]) -> None:
 
 def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     """The settings of a verb that trains; with --fit those not given are the fastest that are predicted to fit."""
-    from loramox.plan import FitConfig, fit
+    from loramox.plan.config import FitConfig
 
     kinds = (*kinds, FitConfig)
     *settings, wanted = settings_of(verb, words, *kinds)
     if wanted.fit is None:
         return tuple(settings)
+    from loramox.plan.job import fit
+
     choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))
     flags = choice.flags()
     predicted = f", predicted to take {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"

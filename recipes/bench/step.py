@@ -1,7 +1,7 @@
 """What a whole training step costs, beside a plain PEFT step, TRL's, OpenUnlearning's and the arithmetic floor, in the same run.
 
     python -m recipes.bench.step [--shapes tiny 100m] [--openunlearning DIR] [--rounds 8] [--out recipes/bench/results/step.md]
-    python -m recipes.bench.step --device cuda --shapes llama-2-7b llama-3.1-8b qwen3-8b --rows 4 --checkpointing \\
+    python -m recipes.bench.step --device cuda --shapes llama-2-7b llama-3.1-8b qwen3-8b --rows 1 --checkpointing \\
         --lengths 256 1024 2048 --out recipes/bench/results/step_gpu.md
 
 A step is forward and backward over the same forget rows and three times as many retain rows, of random tokens on a random model
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from loramox.memorize import MemorizeTrainer
 from loramox.plan.speed import measured_speed
@@ -121,6 +122,14 @@ def _parts(trainer: MemorizeTrainer, step: Step) -> dict[str, float]:
 def floor(case: Case, shape: str) -> float:
     """Seconds of the arithmetic that no step with this objective can avoid."""
     config = config_of(shape)
+    dtype = torch.float32 if case.device == "cpu" else torch.bfloat16
+    tokens = sum(len(row["input_ids"]) for row in case.rows)
+    speed = measured_speed(torch.device(case.device), dtype, tokens, config.hidden_size, config.intermediate_size)
+    return floor_flops(case, config) / speed.flops
+
+
+def floor_flops(case: Case, config: PretrainedConfig) -> int:
+    """Of forward and backward through layers and head, of every token that is no padding, and of the reference's head."""
     hidden, between, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = head * config.num_attention_heads, head * (config.num_key_value_heads or config.num_attention_heads)
@@ -130,9 +139,14 @@ def floor(case: Case, shape: str) -> float:
     answers = sum(label != -100 for row in case.rows for label in row["labels"])
     a_token = sum(4 * i * o + 6 * case.model.r * (i + o) for i, o in sizes)  # two passes of W; three of A and B
     attention = 3 * sum(2 * queries * length**2 for length in lengths)  # scores and values, half of them masked
-    flops = layers * (a_token * sum(lengths) + attention) + 6 * answers * hidden * config.vocab_size
-    dtype = torch.float32 if case.device == "cpu" else torch.bfloat16
-    return flops / measured_speed(torch.device(case.device), dtype, sum(lengths), hidden, between).flops
+    unneeded = sum(
+        2 * i * (o + case.model.r) for i, o in sizes[:3]
+    )  # no gradient goes on from the first layer's inputs
+    return (
+        layers * (a_token * sum(lengths) + attention)
+        - unneeded * sum(lengths)
+        + 6 * answers * hidden * config.vocab_size
+    )
 
 
 def memory(given: argparse.Namespace, shape: str, lengths: str, name: str) -> dict[str, int]:

@@ -1,0 +1,85 @@
+"""recipes/bench: the commands for a GPU, on a pico model on the CPU."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
+
+from recipes.bench import choices, shapes, step
+from recipes.bench.steps import CONTENDERS
+
+PICO = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+}
+
+
+class Flops(TorchDispatchMode):
+    """FLOPs of what runs within it. torch's own `FlopCounterMode` follows modules too, which fails in a backward within a forward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.fixture(autouse=True)
+def pico_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "pico", PICO)
+    monkeypatch.setattr(shapes, "SMALL", (*shapes.SMALL, "pico"))
+
+
+def given(**more) -> argparse.Namespace:
+    usual = {"rows": 2, "rounds": 2, "device": "cpu", "checkpointing": False, "cap": None, "openunlearning": None}
+    return argparse.Namespace(**usual | more)
+
+
+@pytest.mark.parametrize("lengths", ["40", "TOFU's lengths"])
+def test_no_contender_does_less_arithmetic_than_the_floor_and_ours_little_more(lengths: str) -> None:
+    with shapes.folder_of("pico", "cpu") as model:
+        eager = replace(
+            model, attn_implementation="eager"
+        )  # whose products are counted; it computes the masked half as well
+        case = step.case_of(given(rows=4), "pico", lengths, eager)
+        floor = step.floor_flops(case, shapes.config_of("pico"))
+        counted = {}
+        for name in step.contenders(given(), "pico"):
+            if name == "TRL":
+                continue
+            _, whole = CONTENDERS[name](case)
+            whole()  # the reference's states are worked out
+            with Flops() as counter:
+                whole()
+            counted[name] = counter.total / floor
+    assert 1 < counted["ours"] < (1.1 if lengths == "40" else 1.35)
+    assert counted["ours, reference not kept"] > counted["ours"] + 0.2
+    assert counted["plain PEFT"] > 1
+
+
+def test_times_are_of_every_contender_and_the_parts_of_a_step_are_all_of_it() -> None:
+    found = step.times(given(), "pico", "40")
+    assert {len(seconds) for seconds in found["seconds"].values()} == {2}
+    assert {"ours", "plain PEFT", "floor", "momentum"} <= found["seconds"].keys()
+    assert {"forward", "loss", "backward", "optimiser"} <= found["parts"].keys()
+    assert all(seconds > 0 for seconds in found["parts"].values())
+    assert step.memory(given(), "pico", "40", "ours")["peak"] > 0
+
+
+def test_a_choice_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [choices.DEFAULT, "--attn_implementation flash_attention_2", "--optim adafactor"]
+    monkeypatch.setattr(choices, "CHOICES", {name: choices.CHOICES[name] for name in names})
+    found = choices.compare(given(shape="pico", lengths="40"))
+    assert "ImportError" in found[names[1]]["why"]
+    assert all(len(found[name]["seconds"]) == 2 for name in (names[0], names[2]))

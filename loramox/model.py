@@ -4,6 +4,8 @@ Nothing here loads weights.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,17 +135,18 @@ def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
 
 
 def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:
-    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it.
+    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it."""
+    with torch.device("meta"), attention_of(reference):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=reference.attn_implementation, trust_remote_code=reference.trust_remote_code
+        )
 
-    Raises `ModelError` for a way to compute attention that is not installed, or that the model has not.
-    """
+
+@contextmanager
+def attention_of(reference: ModelConfig) -> Iterator[None]:
+    """Around making a model. Raises `ModelError` for a way to compute attention that is not installed, or that it has not."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=reference.attn_implementation,
-                trust_remote_code=reference.trust_remote_code,
-            )
+        yield
     except (ImportError, ValueError) as error:
         if reference.attn_implementation is None:
             raise

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 
 from loramox.algebra import Factors
 from loramox.errors import ModelError, SettingsError
-from loramox.model import ModelConfig, identify, read_config
+from loramox.model import ModelConfig, attention_of, identify, read_config
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
 AS_TRAINED = -1.0  # the strength at which the model is θ_ref + ΔW
@@ -68,16 +68,17 @@ class ReferenceConfig(ModelConfig):
 def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation."""
     dtype = reference.torch_dtype(torch.device(device))
-    model = AutoModelForCausalLM.from_pretrained(
-        reference.model,
-        config=without_dropout(read_config(reference)),
-        revision=reference.revision,
-        attn_implementation=reference.attn_implementation,
-        trust_remote_code=reference.trust_remote_code,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=_quantization(reference.quantization, dtype),
-    )
+    with attention_of(reference):
+        model = AutoModelForCausalLM.from_pretrained(
+            reference.model,
+            config=without_dropout(read_config(reference)),
+            revision=reference.revision,
+            attn_implementation=reference.attn_implementation,
+            trust_remote_code=reference.trust_remote_code,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization(reference.quantization, dtype),
+        )
     if reference.quantization == "nf4":
         keep_4bit_weights_in_place(model)
     return model.requires_grad_(False)

@@ -23,14 +23,14 @@ def reference(request, pico: Callable[[str], Path]) -> tuple[Known, list[int]]:
     model = add_lora(load_reference(config := ReferenceConfig(str(pico("llama")), quantization="none")), config)
     model.to(request.param)
     passed: list[int] = []
-    model.register_forward_pre_hook(
+    model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: passed.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     return Known(model, nullcontext), passed
 
 
 def asked(of: Known, rows: list[Example]) -> Tensor:
-    return of.states(of.model, COLLATE(rows))
+    return of.states(of.causal_lm, COLLATE(rows))
 
 
 def test_a_row_is_the_same_bit_by_bit_in_any_batch_and_near_to_a_pass_of_that_batch(
@@ -66,7 +66,7 @@ def test_rows_that_are_not_remembered_and_other_layers_are_passed_through(
     of, passed = reference
     of.remember(examples[1], COLLATE, tmp_path, 1e9)
     asked(of, examples[0])
-    of.states(of.model, COLLATE(examples[1][:2]), layer=1)
+    of.states(of.causal_lm, COLLATE(examples[1][:2]), layer=1)
     assert passed == [len(examples[0]), 2]
 
 
@@ -89,7 +89,7 @@ def test_the_state_of_dropout_is_as_before(reference, examples: Examples, tmp_pa
     of.remember(examples[1], COLLATE, tmp_path, 1e9)
     seen: list[bool] = []
     of.causal_lm.base_model.register_forward_hook(lambda module, args, output: seen.append(module.training))
-    of.model.train()
+    of.causal_lm.train()
     asked(of, examples[1])
     assert not any(seen)
-    assert of.model.training
+    assert of.causal_lm.training

@@ -74,8 +74,9 @@ def test_a_way_to_compute_attention_that_is_not_there_is_refused_before_loading(
     way: str, message: str, pico: Callable[[str], Path]
 ) -> None:
     reference = ReferenceConfig(str(pico("llama")), quantization="none", attn_implementation=way)
-    with pytest.raises(ModelError, match=message):
-        skeleton(read_config(reference), reference)
+    for make in (lambda: skeleton(read_config(reference), reference), lambda: load_reference(reference)):
+        with pytest.raises(ModelError, match=message):
+            make()
 
 
 def test_attention_is_computed_as_asked_and_says_the_same(pico: Callable[[str], Path]) -> None:

@@ -36,7 +36,7 @@ class Known:
     """
 
     def __init__(self, model: PeftModel, still: Callable[[], AbstractContextManager]) -> None:
-        self.model, self.causal_lm, self.still = model, model.get_base_model(), still
+        self.causal_lm, self.still = model.get_base_model(), still
         self.kept: dict[bytes, Kept] = {}
         self._written: set[bytes] = set()
         self._file: IO[bytes] | None = None

@@ -242,9 +242,8 @@ class MemorizeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
         if "loss" in logs:
-            for part, noted in sorted(
-                self._logged.items()
-            ):  # in the same order in each process, whichever its first pass had
+            # In the same order in each process, whichever part its first pass had.
+            for part, noted in sorted(self._logged.items()):
                 mean = sum(share * loss for share, loss in noted) / sum(share for share, _ in noted)
                 logs[self.LOGGED[part]] = self.accelerator.gather(mean).mean().item()
             self._logged.clear()

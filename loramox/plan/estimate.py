@@ -1,9 +1,10 @@
 """Peak memory and time of memorizing, sweeping and merging, for one choice of how to train, from traces of a few layers."""
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from loramox.batches import Example, Pairs
 from loramox.extrapolate.frontier import grid
 from loramox.memorize import MemorizeConfig
 from loramox.model import skeleton
+from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, cut
 from loramox.plan.config import EIGHT_BITS, Choice
 from loramox.plan.outline import Setting
 from loramox.plan.trace import (
@@ -35,6 +37,8 @@ from loramox.sweep_job import SweepConfig
 # Bytes of main memory that merging one block takes, in blocks of fp32: W, ΔW, their sum, the rounded sum in its type and in fp32,
 # and the difference to W.
 MERGE_COPIES = 6
+
+EPOCHS = 8  # in which the heaviest micro-batch is looked for: more have hardly a heavier one, and take as long again
 
 
 class Estimate(NamedTuple):
@@ -64,22 +68,19 @@ class Rows(NamedTuple):
     datasets: dict[str, Sequence[Example]]  # forget, retain, wanted, protected
     retain_per_forget: int
 
-    def micro_batches(self, size: int, seed: int) -> list[Parts]:
-        """Those of the first epoch, dealt as the trainer deals them."""
+    def micro_batches(self, size: int, seed: int, epoch: int = 0) -> list[Parts]:
+        """Those of an epoch, dealt as the trainer deals them."""
         forget, retain, wanted, protected = (
             self.datasets.get(p, ()) for p in ("forget", "retain", "wanted", "protected")
         )
         pairs = Pairs(forget, retain, self.retain_per_forget, wanted, seed, protected)
-        order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed)).tolist()
+        pairs.epoch = epoch
+        order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         batches = []
         for start in range(0, len(order), size):
             items = [pairs[i] for i in order[start : start + size]]
             batches.append({part: [e for item in items for e in item[part]] for part in items[0]})
         return batches
-
-    def heaviest(self, like: Parts) -> Parts:
-        """A micro-batch of as many rows of each part as `like`, the longest there are."""
-        return {part: _longest(self.datasets[part], len(rows)) for part, rows in like.items()}
 
 
 def _longest(examples: Sequence[Example], count: int) -> list[Example]:
@@ -91,9 +92,22 @@ def _length(example: Example) -> int:
     return len(example["input_ids"])
 
 
-def _tokens(batch: Parts) -> int:
-    """Tokens of a micro-batch, padding included."""
-    return sum(len(rows) * max(map(_length, rows)) for rows in batch.values())
+def _tokens(batch: Parts, args: MemorizeConfig) -> list[int]:
+    """Of each pass that a micro-batch is cut into, were all its parts taken at one strength; padding included."""
+    lengths = [_length(row) for rows in batch.values() for row in rows]
+    groups = cut(lengths, OVERHEAD.get(args.device.type, OVERHEAD_ELSEWHERE))
+    return [len(group) * max(lengths[row] for row in group) for group in groups]
+
+
+def _dealt(rows: Rows, args: MemorizeConfig) -> Iterator[list[Parts]]:
+    """What one process has of the micro-batches of each epoch, of `EPOCHS` at most."""
+    size, epoch, last = args.per_device_train_batch_size * args.world_size, 0, 1
+    while epoch < last:
+        batches = rows.micro_batches(size, args.seed, epoch)
+        steps = len(batches) / args.gradient_accumulation_steps
+        last = min(EPOCHS, math.ceil(args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs))
+        yield [_share(batch, args.world_size) for batch in batches]
+        epoch += 1
 
 
 def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | None) -> Estimate:
@@ -102,12 +116,12 @@ def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | Non
     for name, value in choice._asdict().items():
         setattr(args, name, value)
     setting = setting._replace(args=args)
-    batches = rows.micro_batches(choice.per_device_train_batch_size * args.world_size, args.seed)
-    if args.world_size > 1:
-        batches = [_share(batch, args.world_size) for batch in batches]
-    mean = sum(map(_tokens, batches)) / len(batches)
-    typical = min(batches, key=lambda batch: abs(_tokens(batch) - mean))
-    heaviest = rows.heaviest(max(batches, key=lambda batch: len(batch["forget"])))
+    epochs = list(_dealt(rows, args))
+    batches = epochs[0]
+    tokens = [sum(_tokens(batch, args)) for batch in batches]
+    mean = sum(tokens) / len(tokens)
+    typical = batches[min(range(len(batches)), key=lambda i: abs(tokens[i] - mean))]
+    heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_tokens(batch, args)))
     stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest, typical))
     step = stages.get("typical step", stages["step"])
     steps = math.ceil(len(batches) / choice.gradient_accumulation_steps)
@@ -167,7 +181,7 @@ def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int)
     # Beside the adapter that is asked lies the momentum's, from which it was cut.
     momentum = stages["scoring"].peak.held["adapter"] // 2 * max(setting.momentum_rank, 1) // served.r
     peak = max((stage.peak for stage in stages.values()), key=lambda section: section.total)
-    scored = stages["scoring"].seconds * sum(map(_length, examples)) / _tokens({"": batch})
+    scored = stages["scoring"].seconds * sum(map(_length, examples)) / (len(batch) * _length(batch[0]))
     answered = math.ceil(len(examples) / batch_size) * max_new_tokens
     once = scored + (answered * stages["answering"].seconds if max_new_tokens else 0)
     strengths = 1 + len(grid(1.0)) + SweepConfig.refine

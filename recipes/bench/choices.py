@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from loramox.errors import LoramoxError
 from loramox.run import memory_now, peak_memory
 
 from .shapes import FORGET, RETAIN_PER_FORGET, SHAPES, folder_of, rows_of
@@ -66,7 +67,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             try:
                 steps[choice] = step_of(given, model, choice)
                 found[choice] = {"first": _seconds(steps[choice]), "seconds": []}
-            except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            except (LoramoxError, RuntimeError) as error:
                 steps.pop(choice, None)
                 found[choice] = {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
             print(f"{choice}: {found[choice]}", file=sys.stderr, flush=True)

@@ -248,7 +248,8 @@ def main() -> None:
     print(text)
     if given.out:
         Path(given.out).write_text(
-            f"# Planned and measured\n\n`python -m recipes.bench.plan {' '.join(sys.argv[1:])}`\n\n{text}\n", encoding="utf-8"
+            f"# Planned and measured\n\n`python -m recipes.bench.plan {' '.join(sys.argv[1:])}`\n\n{text}\n",
+            encoding="utf-8",
         )
 
 

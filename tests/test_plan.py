@@ -1,8 +1,8 @@
 """What a run will take: predicted without weights, compared with what torch allocates in a real run; and the fit to a budget."""
 
-import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,10 @@ from loramox.reference import ReferenceConfig, load_reference
 from loramox.rows import Columns, Data
 from loramox.run import RunConfig
 
-RECIPE = Path(__file__).parents[1] / "recipes/bench/plan.py"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
+
+from recipes.bench import plan as bench
+
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 320}
 SPEED = Speed(1e12, 1e10, "made up")
 
@@ -33,15 +36,6 @@ SPEED = Speed(1e12, 1e10, "made up")
 def quick(monkeypatch):
     """How fast this machine is does not matter here."""
     monkeypatch.setattr("loramox.plan.job.measured_speed", lambda *args: SPEED)
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The recipe, whose measure of a real run is used here."""
-    spec = importlib.util.spec_from_file_location("plan", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -141,14 +135,14 @@ def test_flops_are_those_of_the_passes_of_a_step(tokenizer):
 @pytest.mark.parametrize(
     "more", [{"activation_checkpointing": True}, {"gradient_accumulation_steps": 2, "method": "graddiff"}]
 )
-def test_predicted_is_within_a_tenth_of_measured(bench, pico, more):
+def test_predicted_is_within_a_tenth_of_measured(pico, more):
     case = (2, more.get("gradient_accumulation_steps", 1), 64, {k: v for k, v in more.items() if k[0] != "g"})
     said = bench.predicted(*bench.settings(pico("llama"), case, "cpu"))
     taken = bench.taken(bench.trainer_of(*bench.settings(pico("llama"), case, "cpu")))
     assert said.peak == pytest.approx(taken, rel=0.1)
 
 
-def test_4_bit_weights_are_as_large_as_those_of_bitsandbytes(bench, pico, tokenizer):
+def test_4_bit_weights_are_as_large_as_those_of_bitsandbytes(pico, tokenizer):
     reference = ReferenceConfig(str(pico("llama")), quantization="nf4", r=4)
     model = load_reference(reference)
     real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in bench.tensors_of(model)}

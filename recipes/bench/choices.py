@@ -10,7 +10,6 @@ process of its own, above the model. What this machine cannot run is said in its
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from loramox.errors import LoramoxError
 from loramox.run import memory_now, peak_memory
 
 from .shapes import FORGET, RETAIN_PER_FORGET, SHAPES, folder_of, rows_of
-from .steps import Case, Step, ours
+from .steps import Case, Step, machine, ours, seconds_of
 
 # Flag, and what is set: of the model, and of the training.
 CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -66,23 +65,15 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         for choice in CHOICES:
             try:
                 steps[choice] = step_of(given, model, choice)
-                found[choice] = {"first": _seconds(steps[choice]), "seconds": []}
+                found[choice] = {"first": seconds_of(steps[choice]), "seconds": []}
             except (LoramoxError, RuntimeError) as error:
                 steps.pop(choice, None)
                 found[choice] = {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
             print(f"{choice}: {found[choice]}", file=sys.stderr, flush=True)
         for _ in range(given.rounds):
             for choice, step in steps.items():
-                found[choice]["seconds"].append(_seconds(step))
+                found[choice]["seconds"].append(seconds_of(step))
     return found
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def memory(given: argparse.Namespace) -> int:
@@ -103,16 +94,11 @@ def in_its_own_process(given: argparse.Namespace, choice: str) -> int:
 
 
 def report(given: argparse.Namespace) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if given.device != "cpu"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    )
     found = compare(given)
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     lines = [
         f"`python -m recipes.bench.choices {' '.join(words)}`\n",
-        f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}; {given.shape}, {given.rows} forget + "
+        f"{time.strftime('%Y-%m-%d')}, {machine(given.device)}, torch {torch.__version__}; {given.shape}, {given.rows} forget + "
         f"{given.rows * RETAIN_PER_FORGET} retain rows of {given.lengths} a step, {given.rounds} rounds.\n",
         "| | time / default's (quartiles) | the first step takes longer, s | memory above the model, MB |",
         "|---|---|---|---|",

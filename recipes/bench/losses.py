@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from loramox.batches import Collator
 from loramox.reference import lora_layers
 
 from .open_unlearning import trainers
+from .shapes import no_words
 
 VOCABULARY, ROWS = 97, 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,10 +58,7 @@ def setting(folder: str) -> tuple[nn.Module, nn.Module, PreTrainedTokenizerFast]
     model = add_lora(base, ReferenceConfig(folder, quantization="none", r=4)).double()
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>"
-    )
-    return model.eval(), reference.eval(), tokenizer
+    return model.eval(), reference.eval(), no_words()
 
 
 def our_loss(trainer: BaselineTrainer, batch: dict[str, Any]) -> float:

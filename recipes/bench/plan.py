@@ -11,7 +11,6 @@ they are made from a copy of the folder without them. Seconds are those of a tra
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramox import MemorizeTrainer, ReferenceConfig, add_lora, load_reference
 from loramox.memorize import BaselineConfig, BaselineTrainer
@@ -34,6 +32,9 @@ from loramox.plan.config import choices
 from loramox.plan.estimate import Estimate, Rows, estimate, watch
 from loramox.plan.outline import Setting
 from loramox.plan.speed import measured_speed
+
+from .shapes import no_words
+from .steps import machine, seconds_of
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 3_000},
@@ -60,12 +61,6 @@ CASES = {
     "1b": [(4, 1, 256, {}), (4, 1, 256, {"quantization": "nf4"})],
     "7b": [(1, 1, 1024, {"quantization": "nf4", "activation_checkpointing": True})],
 }
-
-
-def no_words() -> PreTrainedTokenizerFast:
-    """Rows are made of tokens here, and no text is read."""
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def made_up(count: int, length: int, mixed: bool) -> list[dict[str, Any]]:
@@ -167,7 +162,7 @@ def compare(shape: str, number: int, device: str) -> dict[str, Any]:
         peak = taken(trainer)
         batch = rows.micro_batches(case[0], args.seed)[0]
         batch = {part: trainer.data_collator(examples) for part, examples in batch.items()}
-        steps = [_timed(lambda: trainer.training_step(trainer.model_wrapped, dict(batch))) for _ in range(4)]
+        steps = [seconds_of(lambda: trainer.training_step(trainer.model_wrapped, dict(batch))) for _ in range(4)]
     batches = len(rows.datasets["forget"]) / case[0]
     return {
         "held": said.held,
@@ -180,22 +175,9 @@ def compare(shape: str, number: int, device: str) -> dict[str, Any]:
     }
 
 
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def report(results: list[tuple[str, tuple, dict[str, Any]]], device: str) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    )
     lines = [
-        f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}.",
+        f"{time.strftime('%Y-%m-%d')}, {machine(device)}, torch {torch.__version__}.",
         "",
         "| shape | micro-batch × accumulation × tokens | settings | predicted, MB | measured, MB | predicted / measured | fullest | step predicted, s | step, s | planning, s |",
         "|---|---|---|---|---|---|---|---|---|---|",

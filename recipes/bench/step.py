@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from loramox.run import memory_now, peak_memory
 
 from .losses_memory import LOSSES, loss_memory
 from .shapes import FORGET, LENGTHS, RETAIN_PER_FORGET, SHAPES, config_of, folder_of, rows_of
-from .steps import CONTENDERS, Case, Step
+from .steps import CONTENDERS, Case, Step, machine, seconds_of
 
 WARM_UP = 1  # rounds
 EPOCH = 100  # forget rows in the epoch that a momentum update is spread over
@@ -71,8 +70,8 @@ def times(given: argparse.Namespace, shape: str, lengths: str) -> dict[str, Any]
         taken: dict[str, list[float]] = {name: [] for name in [*made, "floor", "momentum"]}
         for round_ in range(given.rounds + WARM_UP):
             for name, (_, step) in made.items():
-                taken[name].append(_seconds(step))
-            taken["momentum"].append(_seconds(lambda: trainer.momentum.tick(current_factors(trainer.model))))
+                taken[name].append(seconds_of(step))
+            taken["momentum"].append(seconds_of(lambda: trainer.momentum.tick(current_factors(trainer.model))))
             taken["floor"].append(floor(case, shape))
             print(f"{shape}, {lengths}: round {round_ + 1} of {given.rounds + WARM_UP}", file=sys.stderr, flush=True)
         parts = [_parts(*made["ours"]) for _ in range(given.rounds)]
@@ -81,14 +80,6 @@ def times(given: argparse.Namespace, shape: str, lengths: str) -> dict[str, Any]
         "parts": {part: statistics.median(p[part] for p in parts) for part in parts[0]},
         "tokens": sum(len(row["input_ids"]) for row in case.rows),
     }
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _parts(trainer: MemorizeTrainer, step: Step) -> dict[str, float]:
@@ -178,15 +169,10 @@ def _ratio(over: list[float], under: list[float]) -> str:
 
 
 def report(given: argparse.Namespace) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if given.device != "cpu"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    )
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     lines = [
         f"`python -m recipes.bench.step {' '.join(words)}`\n",
-        f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}; {given.rows} forget + {given.rows * RETAIN_PER_FORGET} "
+        f"{time.strftime('%Y-%m-%d')}, {machine(given.device)}, torch {torch.__version__}; {given.rows} forget + {given.rows * RETAIN_PER_FORGET} "
         f"retain rows a step, activation checkpointing {'on' if given.checkpointing else 'off'}; {given.rounds} rounds.\n",
         "| shape | rows of | who | time / plain PEFT's (quartiles) | time / floor | tokens a second | peak memory, MB | above the model, MB |",
         "|---|---|---|---|---|---|---|---|",

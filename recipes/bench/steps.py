@@ -2,6 +2,8 @@
 the optimiser's step. Each is a function to be called again and again, on a model of its own."""
 
 import copy
+import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +120,21 @@ def _whole(trainer: Trainer, passes: Callable[[nn.Module], Any]) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def seconds_of(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def machine(device: str) -> str:
+    """What is measured on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
 CONTENDERS: dict[str, Callable[[Case], tuple[Trainer, Step]]] = {

@@ -98,6 +98,12 @@ GRID: dict[str, list[tuple[str, Settings]]] = {
 }
 
 RIVALS = {"loramox": DEFAULT, "NPO": ("npo", KL5), "GradDiff": ("graddiff", {})}  # where a table shows only a few
+WEIGHED = {  # each with the weight of its retain term
+    "loramox": lambda weight: mox(kl_weight=weight),
+    "NPO": lambda weight: ("npo", {"retain_term": "kl", "retain_weight": weight}),
+    "GradDiff": lambda weight: ("graddiff", {"retain_weight": weight} if weight != 1.0 else {}),
+    "GA + KL": lambda weight: ("ga_kl", {"retain_weight": weight} if weight != 1.0 else {}),
+}
 ETAS = (0.2, 0.35, 0.5, 0.675, 0.8, 1.0)
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # the paper's
 
@@ -111,6 +117,7 @@ class Scale:
     grid: int = 99
     methods: int = 99  # of Table 2
     sizes: tuple[int, ...] = (10, 50, 0)  # forget rows; 0: all
+    weights: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)  # of the retain term
     retrain: int = 30  # epochs of training from scratch, where the world has no retrained model; 0: none
 
     def get(self, name: str) -> Any:
@@ -129,7 +136,7 @@ class Scale:
 
 # Seconds a run, to see it work: too little training for any reading.
 _LITTLE = (("asked", 40), ("batch", 4), ("epochs", 2), ("learning_rate", 3e-3), ("refine", 0), ("split", "first-24"))
-QUICK = Scale(seeds=(0,), settings=_LITTLE, grid=1, methods=3, sizes=(8, 24), retrain=0)
+QUICK = Scale(seeds=(0,), settings=_LITTLE, grid=1, methods=3, sizes=(8, 24), weights=(1.0, 5.0), retrain=0)
 
 
 def _plain(run: Run, job: str, **more: Any) -> Run:

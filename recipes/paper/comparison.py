@@ -6,12 +6,13 @@ from loramox import colours
 
 from .figures import LOOKS
 from .frontier import FORGET, QUALITY, RETAIN, At, at_level
-from .methods import GRID, LEVEL, LEVELS, Scale, Settings, gold_of, reference_of
+from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, gold_of, reference_of
 from .runs import Read, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
 
 Of = tuple[str, Settings]
 OURS = "loramox"
+LEAST = 1e-12  # below it a logarithmic axis has no place
 
 
 def grid(scale: Scale) -> dict[str, list[Of]]:
@@ -38,13 +39,12 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
 
 
 def _named(of: Of) -> str:
-    shown = {k: v for k, v in of[1].items() if of[0] != "mox" or k in ("temperature", "kl_weight", "kl_at", "strength")}
-    return (
-        ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
-        )
-        or "as in its paper"
-    )
+    """What differs from the default, or from the method's paper."""
+    usual = DEFAULT[1] if of[0] == DEFAULT[0] else {}
+    shown = {name: value for name, value in of[1].items() if usual.get(name) != value}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    ) or ("the default" if usual else "as in its paper")
 
 
 def _show(scale: Scale, read: Read) -> Shown:
@@ -55,12 +55,14 @@ def _show(scale: Scale, read: Read) -> Shown:
         of = best(scale, read, some)
         records = found(read, scale.curves(of)) if of else []
         if not records:
-            rows.append([label, "not run, or diverged", *[""] * (2 * len(LEVELS) + 1)])
+            rows.append([label, "not all run, or diverged", *[""] * (2 * len(LEVELS) + 3)])
             continue
         at = {level: levels(records, level) for level in LEVELS}
         quality = [cell([each.value(QUALITY) for each in at[level] if each]) for level in LEVELS]
-        there = cell([(each.nearest or each.point)[FORGET] for each in at[LEVEL] if each])
-        rows.append([label, _named(of), *(level_cell(at[level]) for level in LEVELS), *quality, there])
+        nearest = [each.nearest or each.point for each in at[LEVEL] if each]
+        there = [cell([p.get(name) for p in nearest]) for name in (FORGET, "forget_exact_memorization")]
+        forget = [level_cell(at[level]) for level in LEVELS]
+        rows.append([label, _named(of), str(len(records)), *forget, *quality, *there])
         data[label] = {
             "settings": of[1],
             "levels": {
@@ -79,9 +81,11 @@ def _show(scale: Scale, read: Read) -> Shown:
     heads = [
         "method",
         "its best settings",
+        "seeds",
         *(f"forget at retain {level} ↓" for level in LEVELS),
         *(f"KS p, retain ≥ {level} ↑" for level in LEVELS),
         f"forget there, {LEVEL}",
+        "tokens right there",
     ]
     lines = [
         "; ".join(
@@ -137,7 +141,7 @@ def _draw(figure: Any, data: dict[str, Any], retrained: dict[str, float]) -> Non
     for label in (label for label in LOOKS if label in data):
         colour, marker = LOOKS[label]
         points = data[label]["curves"][0]
-        shown = [(p[RETAIN], p[FORGET]) for p in points if None not in (p.get(RETAIN), p.get(FORGET))]
+        shown = [(p[RETAIN], max(p[FORGET], LEAST)) for p in points if None not in (p.get(RETAIN), p.get(FORGET))]
         curves.plot(
             [x for x, _ in shown], [y for _, y in shown], color=colour, marker=marker, markersize=4, label=label
         )
@@ -146,12 +150,14 @@ def _draw(figure: Any, data: dict[str, Any], retrained: dict[str, float]) -> Non
             retrained[RETAIN], retrained[FORGET], "*", color=colours.RETRAINED, markersize=12, label="retrained model"
         )
     curves.axvline(LEVEL, color=colours.MUTED, linestyle=":", linewidth=1)
-    curves.set(xlabel="retain probability", ylabel="forget probability", xlim=(0.9, 1.0), ylim=(-0.02, 1.02))
+    curves.set(
+        xlabel="retain probability", ylabel="forget probability", yscale="log", xlim=(0.94, 1.001), ylim=(1e-6, 1.5)
+    )
     curves.legend(fontsize=7)
     labels = list(reversed(data))
     for row, label in enumerate(labels):
         for axes, name in ((dots, FORGET), (tests, QUALITY)):
-            values = [max(v, 1e-12) for v in _values(data, label, name)]
+            values = [max(v, LEAST) for v in _values(data, label, name)]
             colour = LOOKS.get(label, (colours.MUTED, "o"))[0]
             axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.8)
     for axes in (dots, tests):

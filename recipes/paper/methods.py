@@ -97,7 +97,7 @@ GRID: dict[str, list[tuple[str, Settings]]] = {
     "LLMU": [("llmu", {}), ("llmu", {"retain_weight": 5.0})],
 }
 
-RIVALS = {"loramox": DEFAULT, "NPO": ("npo", KL5), "GradDiff": ("graddiff", {})}  # where a table shows only a few
+RIVALS = {"loramox": DEFAULT, "NPO": GRID["NPO"][0], "GradDiff": ("graddiff", {})}  # where a table shows only a few
 WEIGHED = {  # each with the weight of its retain term
     "loramox": lambda weight: mox(kl_weight=weight),
     "NPO": lambda weight: ("npo", {"retain_term": "kl", "retain_weight": weight}),

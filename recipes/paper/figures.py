@@ -7,7 +7,7 @@ from typing import Any
 from loramox import colours
 
 from .frontier import FORGET, RETAIN
-from .methods import ALPHAS, DEFAULT, LEVEL, PAPER, Scale, gold_of, reference_of
+from .methods import ALPHAS, DEFAULT, LEVEL, PAPER, RIVALS, Scale, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, markdown, mean, number, verdict
 
@@ -23,8 +23,8 @@ LOOKS = {
 ALONG = {
     "loramox": DEFAULT,
     "MOX, paper's setting": PAPER,
-    "NPO": ("npo", {"retain_term": "kl", "retain_weight": 5.0}),
-    "GradDiff": ("graddiff", {}),
+    "NPO": RIVALS["NPO"],
+    "GradDiff": RIVALS["GradDiff"],
     "GA": ("ga", {}),
     "GA + KL": ("ga_kl", {}),
 }
@@ -218,17 +218,12 @@ def _times(theirs: float, ours: float) -> str:
     return f"ascent's is {theirs / ours:.2g} times that of loramox" if ours else "loramox did not move"
 
 
-RELEARNED: dict[str, tuple[str, dict[str, Any]]] = {
-    "loramox": DEFAULT,
-    "NPO": ALONG["NPO"],
-    "GradDiff": ALONG["GradDiff"],
-}
 LITTLE = 0.1  # forgotten, in probability: a share of less says nothing
 BY = {"attacker": "a fifth of the forget rows", "retain": "rows that are to stay"}
 
 
 def _relearn_plan(scale: Scale, read: Read) -> list[Run]:
-    return [scale.run("relearn", of, seed) for of in RELEARNED.values() for seed in scale.seeds]
+    return [scale.run("relearn", of, seed) for of in RIVALS.values() for seed in scale.seeds]
 
 
 def _back(record: Record, rows: str, step: int) -> float | None:
@@ -240,7 +235,7 @@ def _back(record: Record, rows: str, step: int) -> float | None:
 
 def _relearn(scale: Scale, read: Read) -> Shown:
     records = {
-        label: found(read, [scale.run("relearn", of, seed) for seed in scale.seeds]) for label, of in RELEARNED.items()
+        label: found(read, [scale.run("relearn", of, seed) for seed in scale.seeds]) for label, of in RIVALS.items()
     }
     records = {label: some for label, some in records.items() if some}
     rows, data = [], {}
@@ -269,7 +264,7 @@ def _relearn(scale: Scale, read: Read) -> Shown:
             axes.legend(fontsize=8)
         figure.axes[0].set_ylabel("probability of forget answers not trained on")
 
-    claim = f"Expected (the paper's figures for it are not at hand): less comes back than with NPO, both at retain {LEVEL}. "
+    claim = f"Expected (the paper's figures for it are not at hand): less comes back than with NPO, each at its strength nearest to the retrained model with retain ≥ {LEVEL}. "
     if not {"loramox", "NPO"} <= records.keys():
         return Shown(claim + "Not all of it has been run", data, [], None)
     parts = []

@@ -26,6 +26,7 @@ from .show import (
 
 Methods = dict[str, tuple[str, Settings]]
 BASELINES = ("GA", "GA + KL", "NPO", "task vector")  # those whose numbers for the paper's Table 1 are known here
+LITTLE = 1e-3  # of a probability or a KS p: no gain, be the seeds ever so near to each other
 NEAR_REFERENCE = 0.98  # share of the reference's retain probability that counts as kept
 
 
@@ -125,7 +126,7 @@ def _ablation(scale: Scale, read: Read) -> Shown:
         for name, what, better in ((FORGET, "forget probability", -1), ("forget_quality", "KS p", 1)):
             old, new = ([each.value(name) for each in at[label]] for label in (before, after))
             if None not in (*old, *new):
-                gains.append(better * (mean(new) - mean(old)) > spread(old) + spread(new))
+                gains.append(better * (mean(new) - mean(old)) > max(spread(old) + spread(new), LITTLE))
                 how.append(f"the {what} from {number(mean(old))} to {number(mean(new))}")
         steps.append(verdict(any(gains), f"from '{before}' to '{after}', {' and '.join(how)}"))
     return Shown(claim + " ".join(steps), _numbers(at, "forget_quality"), markdown(heads, _rows_at_level(at, *names)))

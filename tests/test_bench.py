@@ -49,9 +49,8 @@ def given(**more) -> argparse.Namespace:
 @pytest.mark.parametrize("lengths", ["40", "TOFU's lengths"])
 def test_no_contender_does_less_arithmetic_than_the_floor_and_ours_little_more(lengths: str) -> None:
     with shapes.folder_of("pico", "cpu") as model:
-        eager = replace(
-            model, attn_implementation="eager"
-        )  # whose products are counted; it computes the masked half as well
+        # Eager attention's products are counted; it computes the masked half as well.
+        eager = replace(model, attn_implementation="eager")
         case = step.case_of(given(rows=4), "pico", lengths, eager)
         floor = step.floor_flops(case, shapes.config_of("pico"))
         counted = {}

@@ -181,9 +181,8 @@ def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, MemorizeTra
             trainer = kind(model, args, [row], [row], setting.tokenizer, plan={})
             trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
             if args.activation_checkpointing:
-                checkpoint = dict(
-                    args.activation_checkpointing_kwargs or {}
-                )  # of which some are not torch's, as Trainer has it
+                # Some of these are not torch's: as Trainer has it.
+                checkpoint = dict(args.activation_checkpointing_kwargs or {})
                 others = {name: checkpoint.pop(name) for name in ("every_n_layers", "offload") if name in checkpoint}
                 trainer.model.activation_checkpointing_enable(checkpoint or None, **others)
             yield ledger, trainer, trainer.accelerator.prepare(trainer.model)

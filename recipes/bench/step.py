@@ -130,9 +130,8 @@ def floor_flops(case: Case, config: PretrainedConfig) -> int:
     answers = sum(label != -100 for row in case.rows for label in row["labels"])
     a_token = sum(4 * i * o + 6 * case.model.r * (i + o) for i, o in sizes)  # two passes of W; three of A and B
     attention = 3 * sum(2 * queries * length**2 for length in lengths)  # scores and values, half of them masked
-    unneeded = sum(
-        2 * i * (o + case.model.r) for i, o in sizes[:3]
-    )  # no gradient goes on from the first layer's inputs
+    # No gradient goes on from the first layer's inputs.
+    unneeded = sum(2 * i * (o + case.model.r) for i, o in sizes[:3])
     return (
         layers * (a_token * sum(lengths) + attention)
         - unneeded * sum(lengths)

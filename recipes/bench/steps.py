@@ -35,13 +35,13 @@ class Case(SimpleNamespace):
     openunlearning: Path | None
 
 
-def ours(case: Case, kept: bool = True, **settings: Any) -> tuple[MemorizeTrainer, Step]:
+def ours(case: Case, kept: bool = True) -> tuple[MemorizeTrainer, Step]:
     """The default objective; `kept`: with what the reference says of the rows on disk, as from the second time on that a row comes
     round."""
     model = add_lora(load_reference(case.model, case.device), case.model)
     folder = case.model.model
     args = MemorizeConfig(
-        folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=case.device == "cpu", report_to="none", **case.settings | settings
+        folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=case.device == "cpu", report_to="none", **case.settings
     )  # fmt: skip
     forget, retain = case.rows[: case.forget], case.rows[case.forget :]
     trainer = MemorizeTrainer(model, args, forget, retain, read_tokenizer(case.model))

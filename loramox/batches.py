@@ -167,9 +167,9 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
 class Pairs(Dataset):
     """Forget row i with its wanted answer, if any, `retain_per_forget` retain rows (0: none), and one protected row, if any.
 
-    Retain rows and protected rows are dealt from a seeded shuffle of all of them, without repeating one before all have been dealt, and to
-    the forget rows in another order each epoch, as a function of (seed, epoch, i) alone: the same for any number of
-    processes, and after resuming.
+    Retain rows and protected rows are dealt from a seeded shuffle of all of them, without repeating one before all have been
+    dealt, and to the forget rows in another order each epoch, as a function of (seed, epoch, i) alone: the same for any number
+    of processes, and after resuming.
     """
 
     def __init__(

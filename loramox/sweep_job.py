@@ -78,8 +78,8 @@ class SweepConfig:
 def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = None) -> dict[str, Any]:
     """Measure the forget model at many strengths, choose one, and write `config.out`; return what frontier.json holds.
 
-    The model, its quantization, tokenisation and columns are those of the run. Each strength has its own folder of records;
-    at strength 0 it is the reference. Under `torchrun` or `accelerate launch` every process calls this; they share the rows of each
+    The model, its quantization, tokenisation and columns are those of the run. Each strength has its own folder of records; at
+    strength 0 it is the reference. Under `torchrun` or `accelerate launch` every process calls this; they share the rows of each
     strength, and the first one writes. Raises a `LoramoxError` before the model is loaded for anything that is wrong.
     """
     scoring = scoring or ScoringConfig()

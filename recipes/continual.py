@@ -2,12 +2,12 @@
 
     python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 30]
 
-WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third. After
-each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to stay; as it
-ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: with the defaults of `requests
-add`, each request on top of those in force, and each alone, with `--protect false`. `retrained` is a model trained from scratch, with
-the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT is not computed
-again. Writes results.md and continual.png, which shows the last of these strengths.
+WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third.
+After each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to
+stay; as it ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: with the defaults
+of `requests add`, each request on top of those in force, and each alone, with `--protect false`. `retrained` is a model trained
+from scratch, with the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT
+is not computed again. Writes results.md and continual.png, which shows the last of these strengths.
 """
 
 import argparse

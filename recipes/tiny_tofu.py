@@ -2,10 +2,11 @@
 
     python recipes/tiny_tofu.py --world tiny_tofu --out runs/tiny_tofu [--seeds 0 1 2] [--settings default paper] [--attack]
 
-WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain,holdout}.jsonl`. Each setting and
-seed is memorized and swept once: what is in OUT is not computed again. Writes `results.md`: for each run the strength nearest to the
-retrained model, by forget quality, among those that keep the retain probability at 0.98 or more, and the strength that was trained
-for, at which it ships; the strength that each rule chooses; and with --attack what attacks on the default's adapter bring back.
+WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain,holdout}.jsonl`. Each setting and seed
+is memorized and swept once: what is in OUT is not computed again. Writes `results.md`: for each run the strength nearest to the
+retrained model, by forget quality, among those that keep the retain probability at 0.98 or more, and the strength that was
+trained for, at which it ships; the strength that each rule chooses; and with --attack what attacks on the default's adapter
+bring back.
 """
 
 import argparse

@@ -286,7 +286,7 @@ def test_answers_that_are_taught_become_likely(
 def trainer_of(
     knowing: Path, examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> Callable[..., tuple[BaselineTrainer, Recorder]]:
-    """A trainer whose adapter is not 0 to begin with, and what it records. One step holds all rows; others' answers are taught."""
+    """A trainer whose adapter is not 0 to begin with, and what it records. One step holds all rows and taught answers."""
 
     def make(method: str, **settings: Any) -> tuple[BaselineTrainer, Recorder]:
         reference = ReferenceConfig(str(knowing), quantization="none", r=4, lora_alpha=8)

@@ -24,7 +24,7 @@ PICO = {
 
 
 class Flops(TorchDispatchMode):
-    """FLOPs of what runs within it. torch's own `FlopCounterMode` follows modules too, which fails in a backward within a forward."""
+    """FLOPs of what runs within it. torch's `FlopCounterMode` follows modules too, and fails in a backward in a forward."""
 
     total = 0
 

@@ -113,7 +113,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ask `asked`'s rows of `model` with `subject.adapter` on it; write records and summary to `subject.out`, return the summary.
 
-    Under `torchrun` or `accelerate launch` every process calls this; they share the rows, and the first one writes. Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
+    Under `torchrun` or `accelerate launch` every process calls this; they share the rows, and the first one writes. Raises a
+    `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     start = time.perf_counter()
     scoring, tokenisation = scoring or ScoringConfig(), tokenisation or Tokenisation()

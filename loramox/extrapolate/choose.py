@@ -28,8 +28,9 @@ def within_budget(
 ) -> Choice:
     """The largest strength, up to `ceiling`, at which retain rows keep their mean probability but for a share of `budget`.
 
-    The ceiling is for an objective that has an end where it was trained, on forget rows: beyond it they fall further than a model that
-    never knew them would let them. Strengths above it count only where none below it was measured. Smaller ones may keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
+    The ceiling is for an objective that has an end where it was trained, on forget rows: beyond it they fall further than a
+    model that never knew them would let them. Strengths above it count only where none below it was measured. Smaller ones may
+    keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
 
     `retain` are the rows' probabilities at each of `strengths`, which ascend, [strengths, rows]; `reference` those of the
     reference model, [rows].

@@ -79,7 +79,7 @@ def check_strength(strength: float, memorization: Path) -> None:
 
 
 def check_as_trained(strength: float, source: dict[str, Any]) -> None:
-    """Raises `SettingsError` for another strength than that of an adapter which was trained to forget, and is shipped as it is."""
+    """Raises `SettingsError` for another strength than that of an adapter that was trained to forget, and ships as it is."""
     if strength != AS_TRAINED:
         raise SettingsError(
             f"--alpha {strength:g}: {source['method']} trains the forget model itself, θ_ref + ΔW, and holds retain rows there alone. "
@@ -101,8 +101,8 @@ def extrapolate(
     ΔW is the momentum average where there is one. It is truncated to the shipped rank, and the error of that is in the
     provenance as `truncation_error`, a share of ‖ΔW‖_F. −α and every other scale are folded into lora_B in fp32.
 
-    Raises `SettingsError` for a strength that is not finite and above 0, or not the only one, `AdapterError` for a folder that is no
-    memorization adapter, for another base, and for values that do not survive the cast, `RunError` when `out` exists.
+    Raises `SettingsError` for a strength that is not finite and above 0, or not the only one, `AdapterError` for a folder that
+    is no memorization adapter, for another base, and for values that do not survive the cast, `RunError` when `out` exists.
     """
     shipping = shipping or ShippingConfig()
     memorization, out = Path(memorization), Path(out)
@@ -144,7 +144,8 @@ def shipped_dtype(wanted: str, of_base: str) -> torch.dtype:
 
 def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Path) -> None:
     """What can be known before memorizing about shipping afterwards. Raises what `extrapolate` would raise: for a rank that
-    servers do not take, and for a base that is another model."""
+    servers do not take, and for a base that is another model.
+    """
     if shipping.rank is None:
         served_rank(reference.r)
     if shipping.base is not None:

@@ -54,13 +54,13 @@ def squared_distance(hidden: Tensor, target: Tensor) -> Tensor:
 
 
 def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
-    """c·u, [size]: u of length 1 in a direction drawn once, each component uniform in [0, 1) before scaling (arXiv 2403.03218)."""
+    """c·u, [size]: u of length 1 in a direction drawn once, its components uniform in [0, 1) (arXiv 2403.03218)."""
     drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed), device="cpu")
     return coefficient * drawn / drawn.norm()
 
 
 def generic_targets(reference_logits: Tensor, reinforced_logits: Tensor, strength: float) -> Tensor:
-    """argmax of z_ref − α · ReLU(z_reinforced − z_ref), [N, vocabulary] → [N]: the tokens that WHP trains in place of the true ones.
+    """argmax of z_ref − α · ReLU(z_reinforced − z_ref), [N, vocabulary] → [N]: what WHP trains in place of the true tokens.
 
     "Who's Harry Potter?" (arXiv 2310.02238): of the tokens that a model trained further on the forget rows does not raise,
     the likeliest. Its table of names to replace before that is not part of this.

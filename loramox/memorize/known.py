@@ -1,4 +1,4 @@
-"""What a model that training does not change says of the rows: worked out once a row, read from disk when it comes round again."""
+"""What a model that training does not change says of the rows: worked out once a row, and read from disk after that."""
 
 import os
 import shutil
@@ -27,11 +27,11 @@ class Kept(NamedTuple):
 
 
 class Known:
-    """The last hidden states [N, hidden size] of the N answer tokens of a batch, of θ_ref or of another model that stays as it is.
+    """The last hidden states [N, hidden size] of a batch's N answer tokens, of θ_ref or of another model that stays as it is.
 
-    `still` is the context in which `model` is that one. Unless it is to `remember` rows, each batch is passed through it. The states
-    of a row that is remembered are of the row alone, whichever batch it is in: it is always worked out together with the same others,
-    of like length. They differ from those of a batch by rounding. They are in a file without a name, so that memory
+    `still` is the context in which `model` is that one. Unless it is to `remember` rows, each batch is passed through it. The
+    states of a row that is remembered are of the row alone, whichever batch it is in: it is always worked out together with the
+    same others, of like length. They differ from those of a batch by rounding. They are in a file without a name, so that memory
     does not grow, and the disk has it back when the process ends, however it ends.
     """
 

@@ -54,10 +54,10 @@ class MemorizeTrainer(Trainer):
 
         + kl_weight · mean over protected rows of KL(p_now ‖ p_θ)
 
-    `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode`
-    returns. Parts of the objective at one strength go through the model together, in passes of rows of like length
-    (`loramox.passes`): forward, backward, and forward with the adapter off where the reference is not known yet. Evaluation is that of the forget model at
-    `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
+    `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode` returns.
+    Parts of the objective at one strength go through the model together, in passes of rows of like length (`loramox.passes`):
+    forward, backward, and forward with the adapter off where the reference is not known yet. Evaluation is that of the forget
+    model at `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
 

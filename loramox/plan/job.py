@@ -64,7 +64,8 @@ def plan(
 ) -> Plan:
     """What unlearning takes, for every choice that leaves the settings in `given` as they are. No weights are read.
 
-    Raises what `memorize` raises for its settings and rows, and `SettingsError` for a model, method or budget that cannot be planned.
+    Raises what `memorize` raises for its settings and rows, and `SettingsError` for a model, method or budget that cannot be
+    planned.
     """
     here = args.use_cpu or torch.cuda.is_available()
     args = args if here else _for_a_card(args, given)
@@ -116,7 +117,7 @@ def fit(
     tokenisation: Tokenisation,
     given: Set[str] = frozenset(),
 ) -> tuple[Choice, Estimate | None]:
-    """The fastest choice that is predicted to fit into `budget`, with its estimate; of a run that goes on, the one it was started with.
+    """The fastest choice that is predicted to fit into `budget`, with its estimate; of a run that goes on, its first one.
 
     Under several processes the first one chooses. Raises `SettingsError` when none fits, naming what the smallest would take.
     """

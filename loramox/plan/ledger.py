@@ -45,9 +45,9 @@ class Section(NamedTuple):
 class Ledger(TorchDispatchMode):
     """Within it and a `FakeTensorMode`, counts what is allocated, under the `purpose` that is set at the time.
 
-    `sections` are what was held at the fullest moment of each stretch since `section` was called. `seconds` is the sum over operations of
-    max(FLOPs / speed.flops, bytes read and written / speed.bytes), as in eager mode each reads and writes memory; `flops` is that of
-    the matrix products and attention.
+    `sections` are what was held at the fullest moment of each stretch since `section` was called. `seconds` is the sum over
+    operations of max(FLOPs / speed.flops, bytes read and written / speed.bytes), as in eager mode each reads and writes memory;
+    `flops` is that of the matrix products and attention.
 
     Of an operation only its inputs and outputs are seen, not what it allocates inside and frees again.
     """
@@ -122,7 +122,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results: alone or in lists (a pytree's leaves would take longer than the operation)."""
+    """The tensors among an operation's arguments or results: alone or in lists (pytree would take longer than the operation)."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

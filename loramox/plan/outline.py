@@ -70,7 +70,7 @@ def adapted(setting: Setting, depth: int) -> Iterator[tuple[Ledger, PeftModel]]:
 
 
 def _quantize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every 4-bit layer the tensors that bitsandbytes would: weights in halves of a byte, constants in 8 bits, theirs in fp32."""
+    """Give every 4-bit layer the tensors of bitsandbytes: weights in halves of a byte, constants in 8 bits, theirs in fp32."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 

@@ -15,7 +15,8 @@ ROWS = "rows.jsonl"
 def write_rows(path: Path, rows: Sequence[Row], columns: Columns) -> None:
     """Write `rows` so that `read_rows(path, columns)` returns them again; no one but the owner may read the file.
 
-    Paraphrases and wrong answers, which only evaluation uses, are left out. Raises `RowsError` should they not come back the same.
+    Paraphrases and wrong answers, which only evaluation uses, are left out. Raises `RowsError` should they not come back the
+    same.
     """
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="") as file:
         for row in rows:

@@ -1,11 +1,12 @@
 """What attention, compilation, checkpointing and the optimiser change in our step: time and memory, each beside the default.
 
     python -m recipes.bench.choices [--shape 100m] [--rounds 5] [--out recipes/bench/results/choices.md]
-    python -m recipes.bench.choices --device cuda --shape llama-2-7b --rows 1 --lengths 1024 --out recipes/bench/results/choices_gpu.md
+    python -m recipes.bench.choices --device cuda --shape llama-2-7b --rows 1 --lengths 1024 \\
+        --out recipes/bench/results/choices_gpu.md
 
-Steps, models and rows are those of `step.py`. The choices take turns; given is the median of their times as a share of the default's beside
-them, with quartiles, and what the first step of each takes besides, which is where compilation happens. Memory is the peak of a
-process of its own, above the model. What this machine cannot run is said in its place.
+Steps, models and rows are those of `step.py`. The choices take turns; given is the median of their times as a share of the
+default's beside them, with quartiles, and what the first step of each takes besides, which is where compilation happens. Memory
+is the peak of a process of its own, above the model. What this machine cannot run is said in its place.
 """
 
 import argparse

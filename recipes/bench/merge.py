@@ -124,7 +124,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def logits_error(base: Path, adapter: Path, merged: Path) -> str:
-    """The largest difference of merged logits to those with the adapter on, in both arithmetics; and how much the adapter does."""
+    """How far merged logits are at most from those with the adapter on, in both arithmetics; and how much the adapter does."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         on = logits(PeftModel.from_pretrained(load(base, dtype), adapter))

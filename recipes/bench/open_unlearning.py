@@ -1,4 +1,7 @@
-"""OpenUnlearning's own code, called from a checkout of github.com/locuslab/open-unlearning; it needs omegaconf and scikit-learn."""
+"""OpenUnlearning's own code, called from a checkout of github.com/locuslab/open-unlearning.
+
+It needs omegaconf and scikit-learn.
+"""
 
 import contextlib
 import io
@@ -26,7 +29,8 @@ ASKED = {  # loramox's part → OpenUnlearning's metric and data set, and the pa
 
 def imported(checkout: Path) -> SimpleNamespace:
     """Its metric functions, data sets and collator. Its package also imports lm_eval, for a benchmark that is not run here: an
-    empty stand-in takes its place."""
+    empty stand-in takes its place.
+    """
     sys.path.insert(0, str(checkout / "src"))
     sys.modules |= {f"lm_eval{part}": MagicMock() for part in ("", ".models", ".models.hf_vlms", ".tasks")}
     from data.collators import DataCollatorForSupervisedDataset

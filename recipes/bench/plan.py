@@ -4,9 +4,9 @@
 
 Each run is the real `MemorizeTrainer.train()` of a random Llama from a folder: two steps of the optimiser, a momentum update
 after each, the forget model watched after the last. On the CPU its peak is that of torch's allocator, from the allocations and
-frees that torch.profiler records during the run, on top of the model's own tensors: resident memory (VmHWM) would have Python, the
-libraries and the blocks in it that malloc keeps. On a GPU it is torch.cuda.max_memory_allocated. Predictions never see the weights:
-they are made from a copy of the folder without them. Seconds are those of a training step, without the profiler.
+frees that torch.profiler records during the run, on top of the model's own tensors: resident memory (VmHWM) would have Python,
+the libraries and the blocks in it that malloc keeps. On a GPU it is torch.cuda.max_memory_allocated. Predictions never see the
+weights: they are made from a copy of the folder without them. Seconds are those of a training step, without the profiler.
 """
 
 import argparse

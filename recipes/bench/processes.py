@@ -1,10 +1,11 @@
 """Two processes against one, on one machine: seconds of a training step with the same rows, and of asking the same rows.
 
-    python -m recipes.bench.processes --model M --forget F --retain R [--processes 2] [--rounds 3] [--out recipes/bench/results/processes.md]
+    python -m recipes.bench.processes --model M --forget F --retain R [--processes 2] [--rounds 3] \\
+        [--out recipes/bench/results/processes.md]
 
-The commands are those of a user, `loramox unlearn` and `loramox evaluate`, by themselves and under torchrun, each process with one
-thread; they take turns, and given is the median of the ratios of neighbours, with the least and the most. A step's seconds are
-those of ten steps less those of two, over eight; the batch is that of one process, shared out. No row is watched.
+The commands are those of a user, `loramox unlearn` and `loramox evaluate`, by themselves and under torchrun, each process with
+one thread; they take turns, and given is the median of the ratios of neighbours, with the least and the most. A step's seconds
+are those of ten steps less those of two, over eight; the batch is that of one process, shared out. No row is watched.
 """
 
 import argparse

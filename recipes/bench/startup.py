@@ -1,11 +1,12 @@
 """How long a command takes until the first training step begins, and where the time goes.
 
-    python -m recipes.bench.startup --model M --forget F --retain R [--quantization none] [--rounds 5] [--out recipes/bench/results/startup.md]
+    python -m recipes.bench.startup --model M --forget F --retain R [--quantization none] [--rounds 5] \\
+        [--out recipes/bench/results/startup.md]
 
 `loramox --help` beside a Python that does nothing; `loramox unlearn` beside a Python that imports what any PEFT training
-imports: transformers' Trainer, peft and bitsandbytes. Each in a process of its own, in turns; medians of the wall clock, from the
-first line that Python runs, and of processor time, from the start of the process. Watching rows before the first step is a measurement, and counted by itself; `--eval_on_start
-false` does without.
+imports: transformers' Trainer, peft and bitsandbytes. Each in a process of its own, in turns; medians of the wall clock, from
+the first line that Python runs, and of processor time, from the start of the process. Watching rows before the first step is a
+measurement, and counted by itself; `--eval_on_start false` does without.
 """
 
 import argparse

@@ -6,12 +6,13 @@
 
 A step is forward and backward over the same forget rows and three times as many retain rows, of random tokens on a random model
 with a LoRA of r = 16 on all linear layers, the gradients' clipping and AdamW's step (`steps.py`). The contenders take turns;
-given is the median of their times as a share of the plain step's beside them, with quartiles. Memory is the peak of a process of its own for each: resident on
-the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory.
+given is the median of their times as a share of the plain step's beside them, with quartiles. Memory is the peak of a process of
+its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory.
 
-The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward with respect to
-activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the head for answer tokens, of our
-model and of the reference. The plain step and TRL's have no reference. TRL needs `pip install trl`, `--openunlearning` a checkout.
+The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward
+with respect to activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the
+head for answer tokens, of our model and of the reference. The plain step and TRL's have no reference. TRL needs `pip install
+trl`, `--openunlearning` a checkout.
 """
 
 import argparse

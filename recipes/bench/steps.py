@@ -1,5 +1,6 @@
 """One whole step, by each who is compared: forward and backward over the same forget and retain rows, gradients clipped, and
-the optimiser's step. Each is a function to be called again and again, on a model of its own."""
+the optimiser's step. Each is a function to be called again and again, on a model of its own.
+"""
 
 import copy
 import platform
@@ -25,7 +26,7 @@ CLIP = 1.0
 
 
 class Case(SimpleNamespace):
-    """model: its folder; rows, of which the first `forget` are to be forgotten; device; settings of the trainer; checkout of OpenUnlearning."""
+    """A folder with the model, rows of which the first `forget` are to be forgotten, and what the trainers are given."""
 
     model: ReferenceConfig
     rows: list[Example]
@@ -36,8 +37,7 @@ class Case(SimpleNamespace):
 
 
 def ours(case: Case, kept: bool = True) -> tuple[MemorizeTrainer, Step]:
-    """The default objective; `kept`: with what the reference says of the rows on disk, as from the second time on that a row comes
-    round."""
+    """The default objective; `kept`: with the reference's states of the rows on disk, as from a row's second time on."""
     model = add_lora(load_reference(case.model, case.device), case.model)
     folder = case.model.model
     args = MemorizeConfig(
@@ -52,14 +52,14 @@ def ours(case: Case, kept: bool = True) -> tuple[MemorizeTrainer, Step]:
 
 
 def plain(case: Case) -> tuple[Trainer, Step]:
-    """A PEFT step: cross-entropy of all rows in one padded batch, as `model(..., labels=...)` has it, by transformers' Trainer."""
+    """A PEFT step by transformers' Trainer: cross-entropy of all rows in one padded batch, by `model(..., labels=...)`."""
     trainer = _trainer(case, add_lora(load_reference(case.model, case.device), case.model))
     batch = _padded(case.rows, case.device)
     return trainer, _whole(trainer, lambda model: _pass(trainer, lambda: model(**batch).loss))
 
 
 def trl(case: Case) -> tuple[Trainer, Step]:
-    """TRL's `SFTTrainer` on the same rows, with its defaults but for the checkpointing of activations and 16 bits, which are as in ours."""
+    """TRL's `SFTTrainer` on the same rows, with its defaults but for checkpointing and 16 bits, which are as in ours."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -75,7 +75,7 @@ def trl(case: Case) -> tuple[Trainer, Step]:
 
 
 def open_unlearning(case: Case) -> tuple[Trainer, Step]:
-    """OpenUnlearning's GradDiff with retain loss KL: all weights trained, the reference a deep copy. Its own loss, called from a checkout."""
+    """OpenUnlearning's GradDiff with retain loss KL, its own code: all weights trained, the reference a deep copy."""
     GradDiff = trainers(case.openunlearning)["graddiff"]
     model = load_reference(case.model, case.device).requires_grad_(True)
     trainer = _trainer(case, model)

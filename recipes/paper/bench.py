@@ -1,4 +1,4 @@
-"""Training and asking on one world: what every job is made of. The model is in memory; nothing but the final adapter is written."""
+"""Training and asking on one world: what every job is made of. Nothing but the final adapter is written."""
 
 import contextlib
 import io

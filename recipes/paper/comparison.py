@@ -21,8 +21,9 @@ def grid(scale: Scale) -> dict[str, list[Of]]:
 
 
 def best(scale: Scale, read: Read, settings: list[Of]) -> Of | None:
-    """Of a grid, the setting that comes nearest to the retrained model at LEVEL with the first seed, or, where there is none, forgets
-    most; None until all of it has been run."""
+    """Of a grid, the setting that comes nearest to the retrained model at LEVEL with the first seed, or, where there is none,
+    forgets most; None until all of it has been run.
+    """
     records = [(of, read(scale.run("curve", of, scale.seeds[0]))) for of in settings]
     if any(record is None for _, record in records):
         return None

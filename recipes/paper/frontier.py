@@ -48,7 +48,7 @@ def at_level(points: Sequence[Point], level: float) -> At | None:
 
 
 def nearest(points: Sequence[Point], level: float) -> Point | None:
-    """The measured point of highest forget quality (KS p) among those that keep the level; None where there is no retrained model."""
+    """The measured point of highest KS p among those that keep the level; None where there is no retrained model."""
     kept = [p for p in points if p.get(RETAIN) is not None and p[RETAIN] >= level and p.get(QUALITY) is not None]
     return max(kept, key=lambda p: p[QUALITY]) if kept else None
 
@@ -94,7 +94,8 @@ def measured(
     refine: int,
 ) -> list[Point]:
     """`start`, which is at strength 0, a point at `own` strength and at the others up to the first that breaks the model; then
-    up to `refine` at each level, and as many towards the retrained model at the least level."""
+    up to `refine` at each level, and as many towards the retrained model at the least level.
+    """
     points = [start, measure(own)]
     for strength in sorted(set(others) - {own}):
         broken = [p["strength"] for p in finite(points) if p[RETAIN] < BROKEN]

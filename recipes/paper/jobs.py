@@ -88,7 +88,7 @@ class Jobs:
         return {"points": points, "strength": trained.strength}
 
     def _averages(self, run: Run, trained: Trained, eta: float | None = None) -> Iterator[tuple[int, Delta, Delta]]:
-        """(step, ΔW, its momentum average) after each epoch; the average is exact for any η, as training does not depend on it."""
+        """(step, ΔW, its momentum average) after each epoch, exact for any η: training does not depend on it."""
         momentum = Momentum(eta or self.bench.config(run).momentum, 4 * self.bench.of(run)["r"])
         for step, delta in trained.snapshots:
             momentum.tick(delta)
@@ -108,8 +108,8 @@ class Jobs:
     def relearn(self, run: Run) -> Record:
         """What comes back when the forget model is trained on some forget rows, or on rows that are to stay.
 
-        The forget model is at the strength nearest to the retrained model among those that keep the retain rows (where there is no
-        retrained model, of most forgetting); the attacker's rows are not asked.
+        The forget model is at the strength nearest to the retrained model among those that keep the retain rows (where there is
+        no retrained model, of most forgetting); the attacker's rows are not asked.
         """
         curve_run = Run("curve", run.method, run.settings, run.seed)
         at = at_level(self.runs.result(curve_run, self.compute)["points"], LEVEL)

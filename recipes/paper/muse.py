@@ -1,4 +1,4 @@
-"""Table 2, MUSE-News at tiny scale: two small models trained on some of its rows, as in recipes/bench/muse.py, and what unlearning does."""
+"""Table 2, MUSE-News at tiny scale: what unlearning does to small models of some of its rows, as in bench/muse.py."""
 
 import argparse
 from pathlib import Path

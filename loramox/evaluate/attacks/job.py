@@ -1,4 +1,4 @@
-"""Attacking as one job: what comes back of the forget rows when somebody tries. The same records as evaluating, before and after."""
+"""Attacking as one job: what comes back of the forget rows when somebody tries. Records as in evaluating, before and after."""
 
 import json
 import random

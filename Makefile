@@ -9,8 +9,9 @@ RUN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
 
+# A file of tests stays in one process: its fixtures are made once. Each process takes about 1 GB.
 test: $(VENV)/ready check
-	$(RUN)/pytest
+	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/ready
 	$(RUN)/ruff check .

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
 from recipes.paper.__main__ import main
 from recipes.paper.bench import Bench
+from recipes.paper.comparison import COMPARISON
 from recipes.paper.frontier import at_level, measured, nearer_strength, nearest, next_strength
-from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, gold_of, mox
+from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, again_of, gold_of, mox, reference_of
 from recipes.paper.runs import BusyError, Run, Runs
 from recipes.paper.world import World
 
@@ -343,6 +344,22 @@ def test_the_worlds_retrained_model_is_not_taken_for_rows_that_it_has_seen() -> 
     assert gold_of(scale.run("curve", PAPER, 1), 30).name == "retrained/retrained/standard/seed-0"
     assert gold_of(scale.run("curve", PAPER, 1, split="overlap"), 0) is None
     assert "scratch=30" in gold_of(scale.run("curve", PAPER, 1, split="overlap"), 30).name
+
+
+def test_another_retrained_model_says_how_near_a_method_can_come() -> None:
+    scale = Scale()
+    run = scale.run("curve", GRID["GA"][0], 0)
+    again = again_of(run, scale.retrain)
+    never, knows = [0.5 + i / 40 for i in range(20)], [i / 40 for i in range(20)]
+    ratios = {reference_of(run): knows, gold_of(run, scale.retrain): never, again: never}
+    records = {of: {"point": {"truth_ratios": [{"truth_ratio": r} for r in some]}} for of, some in ratios.items()}
+    said = COMPARISON["frontier"].show(scale, records.get).lines[0]
+    assert said.startswith("reference: ")
+    told_apart = said.split("; ")[0].rsplit("KS p ", 1)[1]
+    assert float(told_apart) < 1e-6
+    assert said.endswith("KS p 1.0000")
+    assert again in COMPARISON["frontier"].plan(scale, records.get)
+    assert again_of(run, 0) is None
 
 
 def test_a_record_says_nothing_of_the_machine_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from typing import Any
 
 from loramox import colours
+from loramox.evaluate.truth_ratio import forget_quality
 
 from .figures import LOOKS
 from .frontier import FORGET, QUALITY, RETAIN, At, at_level
-from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, gold_of, reference_of
+from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, again_of, gold_of, reference_of
 from .runs import Read, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
 
@@ -36,7 +37,8 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
     runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale).values() for of in some]
     chosen = [best(scale, read, some) for some in grid(scale).values()]
     runs += [run for of in chosen if of for run in scale.curves(of)]
-    return list(dict.fromkeys(runs))
+    again = again_of(runs[0], scale.retrain)
+    return list(dict.fromkeys([*runs, again] if again else runs))
 
 
 def _named(of: Of) -> str:
@@ -73,12 +75,12 @@ def _show(scale: Scale, read: Read) -> Shown:
             "curves": [record["points"] for record in records],
         }
     run = scale.run("curve", GRID["GA"][0], scale.seeds[0])
-    gold = gold_of(run, scale.retrain)
-    points = {
-        label: (read(of) or {}).get("point", {})
-        for label, of in (("reference", reference_of(run)), ("retrained", gold))
-        if of
+    plain = {
+        "reference": reference_of(run),
+        "retrained": gold_of(run, scale.retrain),
+        "retrained once more": again_of(run, scale.retrain),
     }
+    points = {label: (read(of) or {}).get("point", {}) for label, of in plain.items() if of}
     heads = [
         "method",
         "its best settings",
@@ -89,11 +91,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         "tokens right there",
     ]
     lines = [
-        "; ".join(
-            f"{label}: forget {number(p.get(FORGET))}, retain {number(p.get(RETAIN))}"
-            for label, p in points.items()
-            if p
-        ),
+        "; ".join(_model(label, p, points.get("retrained", {})) for label, p in points.items() if p),
         "",
         *markdown(heads, rows),
         "",
@@ -102,6 +100,13 @@ def _show(scale: Scale, read: Read) -> Shown:
         *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
     ]
     return Shown(_claim(data), data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
+
+
+def _model(label: str, point: dict[str, Any], retrained: dict[str, Any]) -> str:
+    """What a model without adapter keeps, and how well a test tells it from the retrained one."""
+    says = f"{label}: forget {number(point.get(FORGET))}, retain {number(point.get(RETAIN))}"
+    ratios = [[r["truth_ratio"] for r in of.get("truth_ratios", ())] for of in (point, retrained)]
+    return f"{says}, KS p {number(forget_quality(*ratios))}" if point is not retrained and all(ratios) else says
 
 
 def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:

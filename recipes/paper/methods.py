@@ -161,6 +161,11 @@ def gold_of(run: Run, retrain: int) -> Run | None:
     return _plain(run, "retrained", scratch=retrain) if retrain else None
 
 
+def again_of(run: Run, retrain: int) -> Run | None:
+    """Another model that never saw the forget rows, trained here: no method can be asked to come nearer than two of them are."""
+    return _plain(run, "retrained", scratch=retrain) if retrain else None
+
+
 def strengths(settings: Mapping[str, Any], method: str) -> tuple[float, ...]:
     """The strengths to start a curve with: α of MOX, shares of what was trained, and more than it, of the others."""
     if method not in ("mox", "task_vector"):

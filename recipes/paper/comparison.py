@@ -81,6 +81,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         "retrained once more": again_of(run, scale.retrain),
     }
     points = {label: (read(of) or {}).get("point", {}) for label, of in plain.items() if of}
+    points = {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}
     heads = [
         "method",
         "its best settings",
@@ -91,7 +92,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         "tokens right there",
     ]
     lines = [
-        "; ".join(_model(label, p, points.get("retrained", {})) for label, p in points.items() if p),
+        "; ".join(_model(label, p) for label, p in points.items() if p),
         "",
         *markdown(heads, rows),
         "",
@@ -99,14 +100,22 @@ def _show(scale: Scale, read: Read) -> Shown:
         "",
         *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
     ]
-    return Shown(_claim(data), data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
+    claim = _claim(data)
+    if (most := points.get("retrained once more", {}).get(QUALITY)) is not None:
+        claim += f" Another retrained model has KS p {number(most)} beside the first: a higher one is no nearer to never having known."
+    return Shown(claim, data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
 
 
-def _model(label: str, point: dict[str, Any], retrained: dict[str, Any]) -> str:
+def _model(label: str, point: dict[str, Any]) -> str:
     """What a model without adapter keeps, and how well a test tells it from the retrained one."""
-    says = f"{label}: forget {number(point.get(FORGET))}, retain {number(point.get(RETAIN))}"
+    shown = ((FORGET, "forget"), (RETAIN, "retain"), (QUALITY, "KS p"))
+    return f"{label}: " + ", ".join(f"{what} {number(point[name])}" for name, what in shown if name in point)
+
+
+def _beside(point: dict[str, Any], retrained: dict[str, Any]) -> dict[str, Any]:
+    """The point with its forget quality, where truth ratios of both models are there."""
     ratios = [[r["truth_ratio"] for r in of.get("truth_ratios", ())] for of in (point, retrained)]
-    return f"{says}, KS p {number(forget_quality(*ratios))}" if point is not retrained and all(ratios) else says
+    return point | {QUALITY: forget_quality(*ratios)} if all(ratios) else point
 
 
 def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:

@@ -341,17 +341,21 @@ def test_a_world_is_split_into_rows_to_forget_to_keep_and_others(world: Path, tm
 
 def test_the_worlds_retrained_model_is_not_taken_for_rows_that_it_has_seen() -> None:
     scale = Scale()
-    assert gold_of(scale.run("curve", PAPER, 1), 30).name == "retrained/retrained/standard/seed-0"
-    assert gold_of(scale.run("curve", PAPER, 1, split="overlap"), 0) is None
-    assert "scratch=30" in gold_of(scale.run("curve", PAPER, 1, split="overlap"), 30).name
+    assert gold_of(scale.run("curve", PAPER, 1)).name == "retrained/retrained/standard/seed-0"
+    assert "scratch=30" in gold_of(scale.run("curve", PAPER, 1, split="overlap")).name
+    without = Scale(settings=(("retrain", 0),))
+    assert gold_of(without.run("curve", PAPER, 1, split="overlap")) is None
+    # What a run was compared with is part of its name, but where the world has a retrained model.
+    assert without.run("curve", PAPER, 1, split="overlap") != scale.run("curve", PAPER, 1, split="overlap")
+    assert without.run("curve", PAPER, 1) == scale.run("curve", PAPER, 1)
 
 
 def test_another_retrained_model_says_how_near_a_method_can_come() -> None:
     scale = Scale()
     run = scale.run("curve", GRID["GA"][0], 0)
-    again = again_of(run, scale.retrain)
+    again = again_of(run, scale.get("retrain"))
     never, knows = [0.5 + i / 40 for i in range(20)], [i / 40 for i in range(20)]
-    ratios = {reference_of(run): knows, gold_of(run, scale.retrain): never, again: never}
+    ratios = {reference_of(run): knows, gold_of(run): never, again: never}
     records = {of: {"point": {"truth_ratios": [{"truth_ratio": r} for r in some]}} for of, some in ratios.items()}
     said = COMPARISON["frontier"].show(scale, records.get).lines[0]
     assert said.startswith("reference: ")

@@ -39,13 +39,13 @@ def scale_of(given: argparse.Namespace) -> Scale:
     """What the flags ask for."""
     scale = QUICK if given.quick else Scale()
     settings = dict(scale.settings) | {
-        name: value for name in ("epochs", "batch", "r", "asked", "new_tokens", "quantization", "learning_rate")
+        name: value for name in ("epochs", "batch", "r", "asked", "new_tokens", "quantization", "learning_rate", "retrain")
         if (value := getattr(given, name)) is not None
     }  # fmt: skip
     scale = replace(scale, settings=tuple(settings.items()))
     if given.seeds:
         scale = replace(scale, seeds=tuple(given.seeds))
-    return scale if given.retrain is None else replace(scale, retrain=given.retrain)
+    return scale
 
 
 def main(words: list[str] | None = None) -> None:
@@ -113,7 +113,7 @@ def run(given: argparse.Namespace, scale: Scale) -> None:
 
 def _compute(given: argparse.Namespace, scale: Scale, world: World, runs: Runs) -> Callable[[Run], Record]:
     """What computes a run of any job; MUSE's models are made when the first run needs them."""
-    jobs = Jobs(Bench(world, runs), scale.retrain)
+    jobs = Jobs(Bench(world, runs))
     muse = functools.cache(
         lambda: Muse(MuseWorld(given.muse, given.world / "reference", given.out / "work", models_epochs(scale)), runs)
     )

@@ -64,6 +64,7 @@ OURS = {
     "quantization",
     "wanted",
     "reinforced_temperature",
+    "retrain",
 }
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
 

@@ -37,7 +37,7 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
     runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale).values() for of in some]
     chosen = [best(scale, read, some) for some in grid(scale).values()]
     runs += [run for of in chosen if of for run in scale.curves(of)]
-    again = again_of(runs[0], scale.retrain)
+    again = again_of(runs[0], scale.get("retrain"))
     return list(dict.fromkeys([*runs, again] if again else runs))
 
 
@@ -77,8 +77,8 @@ def _show(scale: Scale, read: Read) -> Shown:
     run = scale.run("curve", GRID["GA"][0], scale.seeds[0])
     plain = {
         "reference": reference_of(run),
-        "retrained": gold_of(run, scale.retrain),
-        "retrained once more": again_of(run, scale.retrain),
+        "retrained": gold_of(run),
+        "retrained once more": again_of(run, scale.get("retrain")),
     }
     points = {label: (read(of) or {}).get("point", {}) for label, of in plain.items() if of}
     points = {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}

@@ -106,7 +106,7 @@ def _sensitivity_claim(data: dict[str, Any]) -> str:
 
 def _trajectory_plan(scale: Scale, read: Read) -> list[Run]:
     runs = [scale.run("trajectory", of, scale.seeds[0]) for of in ALONG.values()]
-    return [*(run for run in (reference_of(runs[0]), gold_of(runs[0], scale.retrain)) if run), *runs]
+    return [*(run for run in (reference_of(runs[0]), gold_of(runs[0])) if run), *runs]
 
 
 def _along(scale: Scale, read: Read, labels: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -24,8 +24,8 @@ SNAPSHOTS = 12  # points of a trajectory
 class Jobs:
     """`compute(run)` for every job; what a run needs of others it computes, or finds."""
 
-    def __init__(self, bench: Bench, retrain: int) -> None:
-        self.bench, self.runs, self.retrain = bench, bench.runs, retrain
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.runs = bench, bench.runs
 
     def compute(self, run: Run) -> Record:
         return getattr(self, run.job)(run)
@@ -42,7 +42,7 @@ class Jobs:
 
     def beside(self, run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The reference's metrics on the rows of a run, with forget quality, and the retrained model's truth ratios."""
-        gold = gold_of(run, self.retrain)
+        gold = gold_of(run)
         theirs = self.runs.result(gold, self.compute)["point"]["truth_ratios"] if gold else []
         knows = dict(self.runs.result(reference_of(run), self.compute)["point"])
         ratios = knows.pop("truth_ratios")

@@ -22,6 +22,7 @@ STANDARD: Settings = {
     "refine": 2,  # strengths added at each level of retain probability
     "quantization": "none",
     "reinforced_temperature": 1.0,  # of the model that WHP subtracts
+    "retrain": 30,  # epochs from scratch, for forget rows that the world has no retrained model for; 0: none
 }
 LEVELS = (0.99, 0.98, 0.95)  # retain probabilities at which methods are compared
 LEVEL = 0.98  # the one that chooses
@@ -118,7 +119,6 @@ class Scale:
     methods: int = 99  # of Table 2
     sizes: tuple[int, ...] = (10, 50, 0)  # forget rows; 0: all
     weights: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)  # of the retain term
-    retrain: int = 30  # epochs of training from scratch, where the world has no retrained model; 0: none
 
     def get(self, name: str) -> Any:
         """A setting as this scale has it."""
@@ -128,6 +128,8 @@ class Scale:
         """The run of a method in this scale. Settings at their standard value are not named."""
         method, settings = of
         settings = dict(self.settings) | settings | more
+        if settings.get("split", STANDARD["split"]) == STANDARD["split"]:
+            settings.pop("retrain", None)  # the world has one
         return Run.of(job, method, {k: v for k, v in settings.items() if STANDARD.get(k) != v}, seed)
 
     def curves(self, of: tuple[str, Settings], **more: Any) -> list[Run]:
@@ -135,8 +137,16 @@ class Scale:
 
 
 # Seconds a run, to see it work: too little training for any reading.
-_LITTLE = (("asked", 40), ("batch", 4), ("epochs", 2), ("learning_rate", 3e-3), ("refine", 0), ("split", "first-24"))
-QUICK = Scale(seeds=(0,), settings=_LITTLE, grid=1, methods=3, sizes=(8, 24), weights=(1.0, 5.0), retrain=0)
+_LITTLE = (
+    ("asked", 40),
+    ("batch", 4),
+    ("epochs", 2),
+    ("learning_rate", 3e-3),
+    ("refine", 0),
+    ("retrain", 0),
+    ("split", "first-24"),
+)
+QUICK = Scale(seeds=(0,), settings=_LITTLE, grid=1, methods=3, sizes=(8, 24), weights=(1.0, 5.0))
 
 
 def _plain(run: Run, job: str, **more: Any) -> Run:
@@ -150,20 +160,20 @@ def reference_of(run: Run) -> Run:
     return _plain(run, "reference")
 
 
-def gold_of(run: Run, retrain: int) -> Run | None:
+def gold_of(run: Run) -> Run | None:
     """The model that never saw the forget rows of a run; None where there is none.
 
     The world's own is for all forget rows. It is taken for the first of them too where none is to be trained (`retrain` 0).
     """
-    split = dict(run.settings).get("split", STANDARD["split"])
-    if split == "whole" or (split.startswith("first-") and not retrain):
+    split, epochs = ((STANDARD | dict(run.settings))[name] for name in ("split", "retrain"))
+    if split == STANDARD["split"] or (split.startswith("first-") and not epochs):
         return _plain(run, "retrained")
-    return _plain(run, "retrained", scratch=retrain) if retrain else None
+    return again_of(run, epochs)
 
 
-def again_of(run: Run, retrain: int) -> Run | None:
+def again_of(run: Run, epochs: int) -> Run | None:
     """Another model that never saw the forget rows, trained here: no method can be asked to come nearer than two of them are."""
-    return _plain(run, "retrained", scratch=retrain) if retrain else None
+    return _plain(run, "retrained", scratch=epochs) if epochs else None
 
 
 def strengths(settings: Mapping[str, Any], method: str) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ NEAR_REFERENCE = 0.98  # share of the reference's retain probability that counts
 def plain_rows(scale: Scale, read: Read, heads: list[str], **more: Any) -> list[list[str]]:
     """Lines of the reference and of the retrained model."""
     run = scale.run("curve", TABLE1["GA"], 0, **more)
-    gold = gold_of(run, scale.retrain)
+    gold = gold_of(run)
     knows, never = (dict(((of and read(of)) or {}).get("point", {})) for of in (reference_of(run), gold))
     if knows.get("truth_ratios") and never.get("truth_ratios"):
         ratios = ([r["truth_ratio"] for r in each["truth_ratios"]] for each in (knows, never))
@@ -44,7 +44,7 @@ def plain_rows(scale: Scale, read: Read, heads: list[str], **more: Any) -> list[
 
 def _table1_plan(scale: Scale, read: Read) -> list[Run]:
     runs = [run for of in TABLE1.values() for run in scale.curves(of)]
-    return [reference_of(runs[0]), gold_of(runs[0], scale.retrain), *runs]
+    return [reference_of(runs[0]), gold_of(runs[0]), *runs]
 
 
 def _table1(scale: Scale, read: Read) -> Shown:
@@ -145,7 +145,7 @@ def _sized(scale: Scale, size: int) -> dict[str, Any]:
 
 def _sizes_plan(scale: Scale, read: Read) -> list[Run]:
     runs = [run for size in scale.sizes for of in RIVALS.values() for run in scale.curves(of, **_sized(scale, size))]
-    return [*(gold for gold in dict.fromkeys(gold_of(run, scale.retrain) for run in runs) if gold), *runs]
+    return [*(gold for gold in dict.fromkeys(map(gold_of, runs)) if gold), *runs]
 
 
 def _sizes(scale: Scale, read: Read) -> Shown:
@@ -196,7 +196,7 @@ OVERLAP = {"split": "overlap"}
 
 def _overlap_plan(scale: Scale, read: Read) -> list[Run]:
     runs = [run for of in RIVALS.values() for run in scale.curves(of, **OVERLAP)]
-    gold = gold_of(runs[0], scale.retrain)
+    gold = gold_of(runs[0])
     return [*([gold] if gold else []), *runs]
 
 

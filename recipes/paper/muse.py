@@ -138,7 +138,12 @@ def _runs(scale: Scale, of: tuple[str, Settings]) -> list[Run]:
     more = {"models": models_epochs(scale), "epochs": min(EPOCHS, scale.get("epochs") // 2)} | ROWS
     runs = [scale.run("muse", of, seed, **more) for seed in scale.seeds]
     return [
-        Run.of("muse", run.method, {k: v for k, v in run.settings if k not in ("split", "asked", "refine")}, run.seed)
+        Run.of(
+            "muse",
+            run.method,
+            {k: v for k, v in run.settings if k not in ("split", "asked", "refine", "retrain")},
+            run.seed,
+        )
         for run in runs
     ]
 

@@ -7,13 +7,14 @@ from typing import Any
 from loramox import colours
 
 from .frontier import FORGET, RETAIN
-from .methods import ALPHAS, DEFAULT, LEVEL, PAPER, RIVALS, Scale, gold_of, reference_of
+from .methods import ALPHAS, DEFAULT, LEVEL, PAPER, RIVALS, WITHOUT, Scale, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, markdown, mean, number, verdict
 
 # Of each method its colour and marker, the same in every picture: Okabe and Ito's colours.
 LOOKS = {
     "loramox": (colours.FORGET, "o"),
+    "loramox without momentum": (colours.MUTED, "x"),
     "MOX, paper's setting": ("#e69f00", "^"),
     "NPO": (colours.RETAIN, "s"),
     "GradDiff": ("#cc79a7", "D"),
@@ -22,6 +23,7 @@ LOOKS = {
 }
 ALONG = {
     "loramox": DEFAULT,
+    "loramox without momentum": WITHOUT["without momentum"],
     "MOX, paper's setting": PAPER,
     "NPO": RIVALS["NPO"],
     "GradDiff": RIVALS["GradDiff"],
@@ -193,7 +195,7 @@ def _figure1(scale: Scale, read: Read) -> Shown:
         right.set(xlabel="step", ylabel="‖θ − θ_ref‖, all adapted layers")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+        right.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.32))  # between the curves; of both sides
 
     claim = "The paper: ascent runs away from the reference and ruins utility; descent stays near it, and so does what is extrapolated from it. "
     if not {"loramox", "GA"} <= data.keys():

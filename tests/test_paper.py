@@ -350,7 +350,7 @@ def test_the_worlds_retrained_model_is_not_taken_for_rows_that_it_has_seen() -> 
     assert without.run("curve", PAPER, 1) == scale.run("curve", PAPER, 1)
 
 
-def test_another_retrained_model_says_how_near_a_method_can_come() -> None:
+def test_another_retrained_model_is_shown_with_its_own_difference() -> None:
     scale = Scale()
     run = scale.run("curve", GRID["GA"][0], 0)
     again = again_of(run, scale.get("retrain"))

@@ -54,7 +54,7 @@ def squared_distance(hidden: Tensor, target: Tensor) -> Tensor:
 
 
 def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
-    """c·u, [size]: u of length 1 in a direction drawn once, its components uniform in [0, 1) (arXiv 2403.03218)."""
+    """c·u, [size]: u is drawn once, each component uniform in [0, 1), and scaled to length 1 (arXiv 2403.03218)."""
     drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed), device="cpu")
     return coefficient * drawn / drawn.norm()
 

@@ -102,7 +102,7 @@ def _show(scale: Scale, read: Read) -> Shown:
     ]
     claim = _claim(data)
     if (most := points.get("retrained once more", {}).get(QUALITY)) is not None:
-        claim += f" Another retrained model has KS p {number(most)} beside the first: a higher one is no nearer to never having known."
+        claim += f" Another retrained model, trained here for {scale.get('retrain')} epochs, has KS p {number(most)} beside the first: a higher one need not mean nearer to never having known."
     return Shown(claim, data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
 
 

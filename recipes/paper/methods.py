@@ -172,7 +172,7 @@ def gold_of(run: Run) -> Run | None:
 
 
 def again_of(run: Run, epochs: int) -> Run | None:
-    """Another model that never saw the forget rows, trained here: no method can be asked to come nearer than two of them are."""
+    """Another model that never saw the forget rows, trained here: how far two of them differ is no method's fault."""
     return _plain(run, "retrained", scratch=epochs) if epochs else None
 
 

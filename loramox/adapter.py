@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loramox.algebra import Factors, padded, truncate
 from loramox.errors import AdapterError, RunError, SettingsError
-from loramox.files import replacing, sha256_of, write_json
+from loramox.files import has_files, replacing, sha256_of, write_json
+from loramox.reference import variants
 
 PROVENANCE = "provenance.json"
 CARD = "README.md"
@@ -123,13 +124,9 @@ def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:
         raise AdapterError(
             f"{folder} is no LoRA adapter that can be read ({error}). Expected {CONFIG} and {WEIGHTS}"
         ) from error
-    odd = [
-        n for n in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if getattr(config, n)
-    ]
-    if odd or config.bias != "none":
-        raise AdapterError(
-            f"{folder} is not a plain LoRA adapter ({', '.join(odd) or 'bias'}): its ΔW is not lora_alpha/r·B·A"
-        )
+    odd = variants(config)
+    if odd:
+        raise AdapterError(f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): its ΔW is not lora_alpha/r·B·A")
     names = {
         key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         for key in tensors
@@ -181,7 +178,7 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
 
     Raises `RunError` when `out` is taken.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not (out.is_file() or has_files(out)):
         return
     try:
         read_provenance(out, kind)
@@ -195,8 +192,11 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
     """Raises `AdapterError` when `base` is not the model that the adapter in `folder` was made for."""
     made_for = provenance["base"]
-    for part, what in (("shape", "has another architecture or size"), ("weights", "has other weights")):
-        if None not in (made_for[part], base[part]) and made_for[part] != base[part]:
+    found = {"shape": "has another architecture or size", "weights": "has other weights"}
+    if made_for["weights"] is None and base["weights"] is None:  # of the hub, where a commit tells weights apart
+        found["revision"] = f"is at revision {base['revision']}, not at its {made_for.get('revision')} (--revision)"
+    for part, what in found.items():
+        if None not in (made_for.get(part), base[part]) and made_for[part] != base[part]:
             raise AdapterError(
                 f"{folder} was made for the base {made_for['model']}, and {base['model']} {what}. A forget adapter works on the "
                 "model that it was memorized on, and on no other: memorize again on this one"

@@ -31,7 +31,7 @@ class Factors(NamedTuple):
 
     def norm(self) -> float:
         """‖B·A‖_F without forming the product: sqrt(tr((BᵀB)(AAᵀ))), in float64."""
-        A, B = self.A.double(), self.B.double()
+        A, B = self.A.cpu().double(), self.B.cpu().double()  # Apple's GPUs have no float64
         # Both Gram matrices are positive semi-definite, so a negative trace can only be rounding of a zero.
         return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt().item()
 
@@ -70,7 +70,7 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     root = S[:rank].sqrt()
     kept = Factors(A=root[:, None] * (Vh[:rank] @ Qa.T), B=(Qb @ U[:, :rank]) * root)
-    return kept, S[rank:].double().norm().item()
+    return kept, S[rank:].cpu().double().norm().item()
 
 
 def padded(factors: Factors, rank: int) -> Factors:

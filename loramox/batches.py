@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from loramox.rows import Row
 from loramox.settings import check_choices
 
 DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer:"  # for tokenizers without a chat template
+
+# A template that prints the date would make other tokens of a row each day. This is Llama 3's own where it has no clock.
+SOME_DAY = datetime(2024, 7, 26)
 
 Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
 
@@ -153,7 +157,9 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
             f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
         )
     full, other = (
-        tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+        tokenizer.apply_chat_template(
+            [*chat, {"role": "assistant", "content": answer}], tokenize=False, strftime_now=SOME_DAY.strftime
+        )
         for answer in (row.answer, "\ue000")
     )
     # What a template puts behind the end of a turn (a line break, as a rule) is not the model's to say.

@@ -10,7 +10,7 @@ def forget_card(provenance: dict[str, Any]) -> str:
     method = provenance["method"]
     made = (
         f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
-        f"{_data(provenance)}{_asked([provenance['settings'].get('prompt_template')])}"
+        f"{_data(provenance)}{_asked([provenance['settings']['prompt_template']]) if 'prompt_template' in provenance['settings'] else ''}"
     )
     if provenance["strength"] < 0:
         how = f"trained to forget those\nrows, θ_ref + ΔW, by {method}. There is no α"

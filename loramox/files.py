@@ -43,8 +43,13 @@ def sha256_of(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Delete a file, a link or a folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def has_files(folder: Path) -> bool:
+    """Whether there is anything in a folder, besides what `replacing` leaves behind when it is killed."""
+    return folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loramox.errors import ModelError
 
@@ -18,6 +19,8 @@ IGNORED = -100  # transformers' label for "no loss here"
 # Logits of one chunk, in elements: 36 MB in fp32. A loss holds a handful of such tensors at a time. Just above the 32 MiB
 # up to which glibc may keep freed blocks on its heap: below it, a process on the CPU grew to 2 GB of remains.
 CHUNK_ELEMENTS = 9_000_000
+
+OTHERS = "Use an architecture without them (Llama, Qwen, Mistral, Phi, Gemma, GPT-NeoX, GPT-2)"
 
 
 class AnswerStates(NamedTuple):
@@ -53,11 +56,18 @@ class Head(nn.Module):
         if present:
             raise ModelError(
                 f"{type(model).__name__} changes its logits after the output layer ({', '.join(present)} in config.json), which loramox "
-                "does not reproduce in its chunked losses. Use an architecture without it (Llama, Qwen, Mistral, "
-                "Phi, Gemma, GPT-NeoX, GPT-2)."
+                f"does not reproduce in its chunked losses. {OTHERS}"
+            )
+        output = model.get_output_embeddings()
+        held = {id(p) for part in (backbone(model), output) for p in part.parameters()}
+        between = [name for name, p in model.named_parameters() if id(p) not in held]
+        if between:
+            raise ModelError(
+                f"{type(model).__name__} has weights between its layers and its output layer ({', '.join(between[:3])}), which loramox's chunked "
+                f"losses would leave out. {OTHERS}"
             )
         # In a tuple, so that the model is not registered as a child of its own head.
-        self._output = (model.get_output_embeddings(),)
+        self._output = (output,)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.vocabulary = self._output[0].weight.shape[0]
 
@@ -67,6 +77,12 @@ class Head(nn.Module):
         logits = output(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(output.weight.dtype))
         logits = logits.float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    """The layers below the output head, as the model's own forward pass calls them: OPT goes past its `base_model`."""
+    decoder = causal_lm.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else causal_lm.base_model
 
 
 def answer_states(
@@ -83,7 +99,7 @@ def answer_states(
     states: list[Tensor] = []
     if layer is not None:
         passed_on |= {"output_hidden_states": True}  # the first is the embedding
-    hook = causal_lm.base_model.register_forward_hook(
+    hook = backbone(causal_lm).register_forward_hook(
         lambda module, args, output: states.append(output[0] if layer is None else output.hidden_states[layer])
     )
     try:

@@ -77,6 +77,10 @@ def read_config(reference: ModelConfig) -> PretrainedConfig:
             name, revision=reference.revision, trust_remote_code=reference.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
+            raise ModelError(
+                f"--model {name}: there is no such folder. Expected a model's folder, or a hub id owner/name"
+            ) from error
         raise ModelError(f"--model {name}: no usable config.json there: {error}") from error
     kind = config.model_type
     architectures = config.architectures or []
@@ -123,6 +127,11 @@ def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
 
 
+def context_of(config: PretrainedConfig) -> int:
+    """The longest row in tokens that the model takes; 2,048 where its config does not say."""
+    return getattr(config, "max_position_embeddings", None) or 2048
+
+
 def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
     """The device a run will use. Raises `SettingsError` when it cannot hold weights in the wanted quantization."""
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -144,7 +153,7 @@ def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedMode
 
 @contextmanager
 def attention_of(reference: ModelConfig) -> Iterator[None]:
-    """Around making a model. Raises `ModelError` for a way to compute attention that is not installed, or that it has not."""
+    """Around making a model. Raises `ModelError` for attention that is not installed, or that the model does not have."""
     try:
         yield
     except (ImportError, ValueError) as error:

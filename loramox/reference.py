@@ -133,7 +133,7 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
         raise ModelError(f"--target_modules {reference.target_modules}: {error}") from error
     if reference.shared_subspace:
         freeze_subspace(adapted, reference)
-    check_frozen_head(adapted)
+    check_trained(adapted)
     return adapted
 
 
@@ -155,13 +155,35 @@ def freeze_subspace(model: PeftModel, reference: ReferenceConfig) -> None:
         A.requires_grad_(False)
 
 
-def check_frozen_head(model: PeftModel) -> None:
-    """Raises `ModelError` when the output head is trained or adapted: losses take no gradient of it, nor do servers load one."""
+def check_trained(model: PeftModel) -> None:
+    """Raises `ModelError` unless all that is trained is ΔW = lora_alpha/r·B·A of layers below the output head.
+
+    Nothing else can be turned to another strength, averaged and shipped as a plain LoRA adapter.
+    """
     if any(p.requires_grad for p in model.get_base_model().get_output_embeddings().parameters()):
         raise ModelError(
             "the model's output head is adapted or trained. Leave it out of --target_modules, and freeze it (add_lora does): "
             "a forget adapter changes the layers below it"
         )
+    odd = variants(model.peft_config[ADAPTER])
+    if odd:
+        raise ModelError(
+            f"the adapter is not a plain LoRA adapter ({', '.join(odd)}): its ΔW is not lora_alpha/r·B·A. Use loramox.add_lora, or PEFT's "
+            "LoraConfig without them"
+        )
+    factors = {id(f[ADAPTER].weight) for _, layer in lora_layers(model) for f in (layer.lora_A, layer.lora_B)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    if others:
+        raise ModelError(
+            f"{len(others)} weights are trained that are no LoRA factors of a linear layer (first: {others[0]}). They would be neither "
+            "extrapolated nor shipped: leave embeddings out of --target_modules, and freeze everything else"
+        )
+
+
+def variants(config: LoraConfig) -> list[str]:
+    """The settings for which ΔW is not lora_alpha/r·B·A, or not all that is trained. None for a plain LoRA adapter."""
+    names = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+    return [name for name in names if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
 
 
 def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str, LoraLayer]]:

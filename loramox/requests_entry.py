@@ -72,11 +72,13 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
     """What these requests' rows are, and what they take away."""
     if not on:
         return None
-    rows = [row for entry in on for row in rows_of(ledger, entry)]
+    asked = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
     check_files(ledger, on, WEIGHTS)
     terms = terms_of({entry.id: (ledger.folder(entry), entry.strength) for entry in on})
     layers = read_factors(ledger.folder(on[0]))[0]
-    return Earlier(rows, {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers})
+    return Earlier(
+        *zip(*asked, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
+    )
 
 
 def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:

@@ -6,7 +6,7 @@ are to stay where they are under the sum; when one of these is revoked, `refresh
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def _free_id(ledger: Ledger, wanted: str | None) -> str:
 
 def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, columns: Columns) -> list[Row]:
     """The retain rows as they are in their file, once it is known that no row is in two places."""
-    retain = read_rows(data.retain, Columns(**asdict(columns) | {"wanted_column": None}))
+    retain = read_rows(data.retain, replace(columns, wanted_column=None))
     for name, theirs in in_force.items():
         known = {row.key() for row in theirs}
         if again := [row for row in rows if row.key() in known]:

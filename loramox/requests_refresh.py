@@ -1,5 +1,6 @@
 """Memorizing again what was memorized on top of requests that are revoked since."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from loramox.adapter import check_base
@@ -17,9 +18,9 @@ from loramox.ship.ledger import Entry, Ledger, check_files, left_over
 from loramox.ship.request_rows import ROWS
 
 
-def refresh(path: str | Path, resume: bool = False) -> list[str]:
+def refresh(path: str | Path, resume: bool = False, model: str | None = None) -> list[str]:
     """Memorize again, with the same settings and seed and in order of arrival, each request that was memorized on top of revoked
-    ones, or of others that this changes; return them.
+    ones, or of others that this changes; return them. `model` is where the base model lies now, if it is not where it was.
 
     On a CPU they come out as they would have been, to the bit, had the revoked ones never been there. Raises `RowsError` when
     retain rows are not what they were, `AdapterError` when the base model is not, and what `memorize` raises.
@@ -28,7 +29,7 @@ def refresh(path: str | Path, resume: bool = False) -> list[str]:
         stale = [ledger.entry(name) for name in ledger.stale()]
         for entry in stale:
             check_files(ledger, [entry])
-            reference = of_record(ReferenceConfig, read_record(ledger.folder(entry))["settings"])
+            reference = _reference(ledger, entry, model)
             check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
             retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
             if fingerprint(retain) != entry.retain["sha256"]:
@@ -39,17 +40,21 @@ def refresh(path: str | Path, resume: bool = False) -> list[str]:
         if not resume:
             clean(ledger.path, left_over(ledger.path, ledger))
         for entry in stale:
-            _refresh(ledger, entry, resume)
+            _refresh(ledger, entry, resume, model)
     return [entry.id for entry in stale]
 
 
-def _refresh(ledger: Ledger, entry: Entry, resume: bool) -> None:
+def _reference(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig:
+    reference = of_record(ReferenceConfig, read_record(ledger.folder(entry))["settings"])
+    return replace(reference, model=model) if model else reference
+
+
+def _refresh(ledger: Ledger, entry: Entry, resume: bool, model: str | None) -> None:
     """Memorize one request again as if the revoked ones had never been there, and put it in its old one's place."""
     before = ledger.folder(entry)
     settings = read_record(before)["settings"]
-    reference, tokenisation, args = (
-        of_record(kind, settings) for kind in (ReferenceConfig, Tokenisation, MemorizeConfig)
-    )
+    reference = _reference(ledger, entry, model)
+    tokenisation, args = (of_record(kind, settings) for kind in (Tokenisation, MemorizeConfig))
     on = ledger.before(entry)
     rows = rows_of(ledger, entry)
     data = Data(str(before / ROWS), entry.retain["source"], entry.drop_overlap)

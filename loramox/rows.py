@@ -1,22 +1,19 @@
 """Forget, retain and holdout rows: read from any common format, recognised by their columns, checked before use."""
 
-import csv
 import hashlib
-import io
 import json
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from loramox.errors import RowsError
-
-FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+from loramox.row_files import load
 
 # Column names that are recognised without a flag: the prompt's, then the answer's.
 QUESTION_ANSWER = ("question", "answer")
 PROMPT_COMPLETION = ("prompt", "completion")
+READ_BY_TEMPLATES = ("documents", "function_call", "tool_call_id", "tool_calls", "tools")  # beside role and content
+MESSAGES = '[{"role": "user", …}, {"role": "assistant", …}]'
 
 
 @dataclass
@@ -90,11 +87,11 @@ def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
     a row without an answer.
     """
     columns = columns or Columns()
-    records = _load(source)
+    records = load(source)
     if not records:
         raise RowsError(f"{source} has no rows. Expected at least one: check that the file is the right one")
-    to_row = _recognise(source, list(records[0]), columns)
-    rows = [to_row(number, record) for number, record in enumerate(records, 1)]
+    recognised = _Recognised(source, list(records[0]), columns)
+    rows = [recognised.row(number, record) for number, record in enumerate(records, 1)]
     for row in rows:
         try:
             row.key().encode()
@@ -106,145 +103,72 @@ def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
     return rows
 
 
-def _load(source: str) -> list[dict[str, Any]]:
-    """The records of a file or hub data set, each with every column that any of them has."""
-    path = Path(source)
-    if path.is_dir() or (path.suffix in FORMATS and not path.exists()):
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RowsError(
-            f"{source} {what}. Expected a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
-        )
-    if not path.exists():
-        return _load_from_hub(source)
-    if path.suffix not in FORMATS:
-        raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
-    # Not with `datasets`: it makes numbers and dates of answers that look like some, and leaves a copy of the rows, which
-    # are to be forgotten, in its cache.
-    try:
-        records = list(_read_parquet(path) if path.suffix == ".parquet" else _read_text(source, path))
-    except RowsError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RowsError(f"{source} cannot be read as {path.suffix[1:]}: {error}") from error
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or None in record:
+class _Recognised:
+    """What the columns of a file mean: makes a `Row` of each record."""
+
+    def __init__(self, source: str, found: list[str], columns: Columns) -> None:
+        """Raises `RowsError` unless `columns` names some of those found, or they have the names that are recognised."""
+        self.source, self.wanted = source, columns.wanted_column
+        self.pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
+        self.messages, self.text = columns.messages_column, columns.text_column
+        for setting in fields(columns):
+            name = getattr(columns, setting.name)
+            if name and name not in found:
+                raise RowsError(f"{source} has no column '{name}' (--{setting.name}). It has: {', '.join(found)}")
+        if not (self.pair or self.messages or self.text):
+            self.pair = next((p for p in (QUESTION_ANSWER, PROMPT_COMPLETION) if set(p) <= set(found)), None)
+            self.messages = "messages" if not self.pair and "messages" in found else None
+            self.text = "text" if not self.pair and not self.messages and "text" in found else None
+        if not (self.pair or self.messages or self.text):
             raise RowsError(
-                f"{source}, row {number} does not fit the columns. Expected a value for each column, and no more: "
-                'in JSON {"question": "…", "answer": "…"}, in CSV quotes around text with a comma or line break in it'
+                f"{source} has columns {', '.join(found)}. Expected question and answer, prompt and completion, messages, or text; "
+                "name others with --prompt_column and --answer_column, --messages_column or --text_column"
             )
-    columns = dict.fromkeys(name for record in records for name in record)
-    return [columns | record for record in records]
 
+    def row(self, number: int, record: dict[str, Any]) -> Row:
+        if self.pair:
+            return self._of_pair(number, record)
+        if self.messages:
+            return self._of_messages(number, record, record[self.messages])
+        return self._answer(number, record, None, record[self.text])
 
-def _load_from_hub(source: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+    def _of_pair(self, number: int, record: dict[str, Any]) -> Row:
+        prompt, answer = (record[name] for name in self.pair)
+        if isinstance(prompt, list):  # TRL's conversational prompt/completion: two lists of messages
+            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+            return self._of_messages(number, record, prompt + answer)
+        if not isinstance(prompt, str):
+            raise RowsError(f"{self.source}, row {number} has no '{self.pair[0]}'. Expected text")
+        return self._answer(number, record, prompt, answer, verbatim=self.pair == PROMPT_COMPLETION)
 
-    name, config, split = [*source.split(":"), "", ""][:3]
-    try:
-        return load_dataset(name, config or None, split=split or "train").to_list()
-    except (OSError, ValueError) as error:
-        raise RowsError(
-            f"{source} is no file, and as a hub data set (owner/name:config:split) it failed: {error}"
-        ) from error
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
-
-
-def _read_text(source: str, path: Path) -> Iterable[Any]:
-    """The records of a CSV file, of a JSON array, or of JSON Lines."""
-    text = path.read_bytes().decode("utf-8-sig")  # read_text would change line ends, which may be part of an answer
-    if path.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)  # its default is less than a book
-        reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
-        try:
-            for number, record in enumerate(reader, 1):  # noqa: B007 (used when the next row fails)
-                yield record
-        except csv.Error as error:
+    def _of_messages(self, number: int, record: dict[str, Any], turns: Any) -> Row:
+        where = f"{self.source}, row {number}"
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise RowsError(f"{where}: its messages are not a list of messages. Expected {MESSAGES}")
+        beside = {name for of in (record, *turns) for name in READ_BY_TEMPLATES if of.get(name)}
+        if beside:
             raise RowsError(
-                f"{source}, row {number + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
-                "double quote within it twice"
-            ) from error
-    elif text.lstrip().startswith("["):
-        yield from json.loads(text)
-    else:
-        # Not splitlines, which also splits at line ends that JSON allows inside a string.
-        for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RowsError(
-                    f"{source}, row {number}, cannot be read as JSON: {error}. Expected one object a line"
-                ) from error
+                f"{where}: {', '.join(sorted(beside))} would be left out of what the model reads. Give the whole text as prompt and "
+                "completion, or remove it"
+            )
+        if len(turns) < 2 or turns[-1].get("role") != "assistant":
+            raise RowsError(f"{where} has no answer: its last message is not the assistant's. Expected {MESSAGES}")
+        turns = tuple({"role": turn.get("role"), "content": turn.get("content")} for turn in turns)
+        return self._answer(number, record, turns[:-1], turns[-1]["content"])
 
-
-def _recognise(source: str, found: list[str], columns: Columns):
-    """The function (number, record) → Row that fits the columns found."""
-    pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
-    wanted, messages, text = columns.wanted_column, columns.messages_column, columns.text_column
-    for flag, name in (("--prompt_column", pair and pair[0]), ("--answer_column", pair and pair[1]), ("--messages_column", messages),
-                       ("--text_column", text), ("--wanted_column", wanted)):  # fmt: skip
-        if name and name not in found:
-            raise RowsError(f"{source} has no column '{name}' ({flag}). It has: {', '.join(found)}")
-    if not (pair or messages or text):
-        pair = next((p for p in (QUESTION_ANSWER, PROMPT_COMPLETION) if set(p) <= set(found)), None)
-        messages = "messages" if not pair and "messages" in found else None
-        text = "text" if not pair and not messages and "text" in found else None
-
-    def answer_row(number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
-        where = f"{source}, row {number}"
+    def _answer(self, number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
+        where = f"{self.source}, row {number}"
         if not isinstance(answer, str) or not answer.strip():
             raise RowsError(
                 f"{where} has no answer. Expected non-empty text, not {json.dumps(answer, default=str)}: fill it in, "
                 "or remove the row"
             )
-        if wanted and (not isinstance(record[wanted], str) or not record[wanted].strip()):
+        wanted = record[self.wanted] if self.wanted else None
+        if self.wanted and (not isinstance(wanted, str) or not wanted.strip()):
             raise RowsError(
-                f"{where} has no wanted answer in '{wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
+                f"{where} has no wanted answer in '{self.wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
             )
-        return Row(
-            source,
-            number,
-            answer,
-            prompt,
-            wanted=record[wanted] if wanted else None,
-            **more,
-            **_variants(where, record),
-        )
-
-    def from_pair(number: int, record: dict[str, Any]) -> Row:
-        prompt, answer = record[pair[0]], record[pair[1]]
-        if isinstance(prompt, list):  # TRL's conversational prompt/completion: two lists of messages
-            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            return from_messages(number, {**record, "messages": prompt + answer}, "messages")
-        if not isinstance(prompt, str):
-            raise RowsError(f"{source}, row {number} has no '{pair[0]}'. Expected text")
-        return answer_row(number, record, prompt, answer, verbatim=pair == PROMPT_COMPLETION)
-
-    def from_messages(number: int, record: dict[str, Any], column: str | None = None) -> Row:
-        turns = record[column or messages]
-        turns = turns if isinstance(turns, list) else []
-        turns = tuple({"role": t.get("role"), "content": t.get("content")} for t in turns if isinstance(t, dict))
-        if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise RowsError(
-                f"{source}, row {number} has no answer: its last message is not the assistant's. Expected "
-                '[{"role": "user", …}, {"role": "assistant", …}]'
-            )
-        return answer_row(number, record, turns[:-1], turns[-1]["content"])
-
-    if pair:
-        return from_pair
-    if messages:
-        return from_messages
-    if text:
-        return lambda number, record: answer_row(number, record, None, record[text])
-    raise RowsError(
-        f"{source} has columns {', '.join(found)}. Expected question and answer, prompt and completion, messages, or text; "
-        "name others with --prompt_column and --answer_column, --messages_column or --text_column"
-    )
+        return Row(self.source, number, answer, prompt, wanted=wanted, **more, **_variants(where, record))
 
 
 def _variants(where: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from loramox.errors import RunError
-from loramox.files import remove, write_json
+from loramox.files import has_files, remove, write_json
 
 RECORD = "run.json"
 PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
@@ -51,7 +51,7 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
     is_run = _is_run(record)
     if config.resume and is_run:
         _same_run(record, plan)
-    elif config.resume and out.exists() and any(out.iterdir()):
+    elif config.resume and has_files(out):
         raise RunError(
             f"--resume: {out} has files but no {RECORD} of loramox, so it is not a run. Give the folder of the run"
         )
@@ -59,13 +59,15 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
         raise RunError(
             f"--out {out} holds a run already. Continue it with --resume, replace it with --overwrite, or choose another folder"
         )
-    elif out.exists() and any(out.iterdir()) and not is_run:
+    elif has_files(out) and not is_run:
         raise RunError(
             f"--out {out} has files in it that are not a run of loramox; they are left alone. Choose another folder"
         )
     _check_disk(out, disk_needed)
     if config.overwrite and out.exists():
-        remove(out)
+        _check_apart(out, plan)
+        for path in out.iterdir():  # the folder itself stays: it may be a link
+            remove(path)
     if not (config.resume and is_run):
         write_json(record, {"status": "running", **plan})
 
@@ -87,6 +89,17 @@ def _same_run(record: Path, plan: dict[str, Any]) -> None:
                     f"--resume: the run in {record.parent} {what}: {part}.{name} was {then.get(name)}, is {now.get(name)}. "
                     "Give what it was started with, or start anew with --overwrite"
                 )
+
+
+def _check_apart(out: Path, plan: dict[str, Any]) -> None:
+    """Nothing that the new run reads is deleted with the old one."""
+    read = [part["source"] for part in plan["data"].values()] + [plan["base"].get("model")]
+    read += [plan["settings"].get(name) for name in ("reinforced", "refusals")]
+    for source in filter(None, read):
+        if Path(source).exists() and out.resolve() in Path(source).resolve().parents:
+            raise RunError(
+                f"--overwrite would delete {source}, which this run reads: it is in --out {out}. Move it, or choose another folder"
+            )
 
 
 def _check_disk(out: Path, needed: int) -> None:
@@ -120,20 +133,20 @@ def command() -> str:
     return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
-def memory_now() -> int:
-    """Bytes in use, allocated on the GPU or resident in this process; their peak is counted from here on."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+def memory_now(device: torch.device | str = "cpu") -> int:
+    """Bytes in use, allocated on the GPU or, for the CPU, resident in this process; their peak is counted from here on."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError):  # where there is no such file, the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
-def peak_memory() -> int:
-    """Bytes at their highest since `memory_now`: allocated on the GPU, or resident in this process when there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes at their highest since `memory_now`: allocated on the GPU or, for the CPU, resident in this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # getrusage counts what the parent process had before it started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from loramox.adapter import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
 from loramox.batches import Tokenisation
-from loramox.errors import RunError, SettingsError
+from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.job import Asked, check_sides, described, questions_of, read_parts, read_retrained
 from loramox.evaluate.measure import Record, ScoringConfig
@@ -22,10 +22,10 @@ from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise, values
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate import extrapolate
-from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
+from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, refusal, within_budget
 from loramox.extrapolate.frontier import grid, next_strength, poor_direction
 from loramox.extrapolate.picture import draw_frontier
-from loramox.files import sha256_of, write_json
+from loramox.files import has_files, sha256_of, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
 from loramox.reference import AS_TRAINED, at_strength, load_reference, with_factors
 from loramox.rows import Columns
@@ -87,6 +87,11 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     out, memorization = Path(config.out), Path(config.memorization)
     source = read_provenance(memorization, "memorization")
     settings = source["settings"]
+    if "model" not in settings:
+        raise AdapterError(
+            f"--memorization {memorization} was made from Python, and does not say how its model was loaded and its rows were tokenised. Make a "
+            "forget adapter of it with loramox extrapolate, and measure it with loramox evaluate --strength"
+        )
     if settings["strength"] == AS_TRAINED:
         raise SettingsError(
             f"--memorization {memorization} was trained to forget by {source['method']}, and is one model, not a line of strengths. "
@@ -173,7 +178,7 @@ def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record
             "evaluation on the same forget rows, which need wrong answers (column perturbed_answer)"
         )
     ship = config.ship and Path(config.ship)
-    if ship and ship.exists() and not (ship.is_dir() and not any(ship.iterdir())):
+    if ship and (ship.is_file() or has_files(ship)):
         raise RunError(f"--ship {config.ship} exists already. Give a folder that does not exist yet")
 
 
@@ -187,7 +192,7 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
             raise RunError(
                 f"--out {out} holds another sweep ({', '.join(other)} differ). Choose another folder, or delete that one"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif has_files(out):
         raise RunError(f"--out {out} has files in it that are no sweep; they are left alone. Choose another folder")
     elif PartialState().is_main_process:
         write_json(path, {"status": "running", **plan})
@@ -248,6 +253,13 @@ def choose(
         scores = (table(part, "mia_min_k", at) for part in ("forget", "holdout"))
         choices.append(like_holdout(at, *scores, membership.auc))
     theirs = _values(retrained, "forget", "truth_ratio")
+    if len(retrained) and not len(theirs):
+        choices.append(
+            refusal(
+                "retrained",
+                "these forget rows have no wrong answers (perturbed_answer), and without them no truth ratios",
+            )
+        )
     if len(theirs) and len(theirs) == len(_values(measured[0.0], "forget", "truth_ratio")):
         at = finite("truth_ratio", "forget")
         knows = _values(measured[0.0], "forget", "truth_ratio")

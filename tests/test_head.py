@@ -26,6 +26,10 @@ class Output(nn.Module):
         self.config = SimpleNamespace()
         torch.manual_seed(0)
         self.output = nn.Linear(HIDDEN, VOCABULARY, dtype=dtype)
+        self.base_model = nn.Identity()
+
+    def get_decoder(self) -> nn.Module:
+        return self.base_model
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -156,9 +160,25 @@ def by_the_head(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, An
         return per_token(log_prob, Head(model), [found.hidden], found.targets), found
 
 
-@pytest.mark.parametrize("kind", [*SHAPES, "gemma2"])
+def opt() -> nn.Module:
+    """A pico OPT, whose forward pass does not call its base model."""
+    torch.manual_seed(0)
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+    }
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", **sizes, vocab_size=320, max_position_embeddings=128)
+    )
+
+
+@pytest.mark.parametrize("kind", [*SHAPES, "gemma2", "opt"])
 def test_the_head_gives_the_log_probabilities_of_the_models_own_logits(pico: Callable[[str], Path], kind: str) -> None:
-    model = gemma2() if kind == "gemma2" else AutoModelForCausalLM.from_pretrained(pico(kind))
+    more = {"gemma2": gemma2, "opt": opt}
+    model = more[kind]() if kind in more else AutoModelForCausalLM.from_pretrained(pico(kind))
     model.eval()
     output = model.get_output_embeddings()
     output.weight.data *= 20  # random weights give logits near 0, where a soft cap does nothing
@@ -221,6 +241,16 @@ def test_an_architecture_that_changes_its_logits_otherwise_is_refused_by_name(
     model = Output(torch.float32)
     model.config = AutoConfig.for_model(kind, **{field: value})
     with pytest.raises(ModelError, match=rf"Output changes its logits.*{field} in config.json.*Use an architecture"):
+        Head(model)
+
+
+def test_weights_between_the_layers_and_the_output_layer_are_refused_by_name() -> None:
+    """Hidden states are given to the output layer as they are: ModernBERT has a dense layer and a norm before it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", num_hidden_layers=1))
+    with pytest.raises(
+        ModelError, match=r"between its layers and its output layer \(lm_head\.dense\.weight.*Use an architecture"
+    ):
         Head(model)
 
 

@@ -151,6 +151,14 @@ def test_going_on_after_loading_is_the_same_as_never_stopping(tmp_path: Path) ->
     assert all(torch.equal(resumed.average[n].delta(), whole.average[n].delta()) for n in SHAPES)
 
 
+def test_going_on_after_loading_is_where_the_adapter_is(tmp_path: Path) -> None:
+    """What is loaded is on the CPU, and the adapter on a GPU; here on torch's device without contents."""
+    after(deltas(2), 0.5, 64).save(tmp_path)
+    momentum = Momentum.load(tmp_path)
+    momentum.tick({name: Factors(each.A.to("meta"), each.B.to("meta")) for name, each in deltas(1)[0].items()})
+    assert {t.device.type for factors in momentum.average.values() for t in factors} == {"meta"}
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, 
 from loramox.batches import Example
 from loramox.errors import ModelError, SettingsError
 from loramox.model import identify, read_config, skeleton
-from loramox.reference import adapter_off, at_strength, current_factors, lora_layers, with_factors
+from loramox.reference import adapter_off, at_strength, check_trained, current_factors, lora_layers, with_factors
 
 Examples = tuple[list[Example], list[Example]]
 ALL = pytest.mark.parametrize("kind", SHAPES)
@@ -269,7 +269,7 @@ def test_a_quantized_model_is_refused_because_servers_load_the_one_it_was_made_f
 
 
 def test_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"--model {tmp_path / 'nowhere'}: no usable config.json"):
+    with pytest.raises(ModelError, match=f"--model {tmp_path / 'nowhere'}: there is no such folder"):
         load_reference(ReferenceConfig(str(tmp_path / "nowhere")))
 
 
@@ -311,6 +311,46 @@ def test_an_adapted_output_head_is_refused_by_the_name_of_its_flag(pico):
     reference = ReferenceConfig(model=str(pico("llama")), quantization="none", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ModelError, match=r"output head is adapted.*--target_modules"):
         add_lora(load_reference(reference), reference)
+
+
+def test_an_adapted_embedding_is_refused_as_it_could_not_be_turned(pico):
+    reference = ReferenceConfig(
+        model=str(pico("llama")), quantization="none", target_modules=["q_proj", "embed_tokens"]
+    )
+    with pytest.raises(
+        ModelError, match=r"2 weights are trained that.*lora_embedding_A.*leave embeddings out of --target_modules"
+    ):
+        add_lora(load_reference(reference), reference)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"modules_to_save": ["norm"]},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda variant: next(iter(variant)),
+)
+def test_a_users_own_adapter_of_another_kind_than_plain_lora_is_refused_by_name(pico, variant: dict) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **variant))
+    with pytest.raises(ModelError, match=rf"not a plain LoRA adapter \({next(iter(variant))}\).*add_lora"):
+        check_trained(adapted)
+
+
+def test_weights_beside_the_adapter_must_be_frozen(pico) -> None:
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pico("llama")),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    )
+    check_trained(adapted)
+    adapted.get_base_model().model.norm.weight.requires_grad_()
+    with pytest.raises(ModelError, match=r"1 weights are trained.*first: base_model\.model\.model\.norm\.weight"):
+        check_trained(adapted)
 
 
 def test_a_hub_id_is_recorded_with_the_commit_that_it_stood_for(

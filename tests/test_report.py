@@ -104,7 +104,7 @@ RUN: dict[str, Any] = {
     "versions": {"loramox": "0.1.0"},
     "timings": {"train_seconds": 12.0},
     "log": [{"epoch": e, f"eval_{p}_probability": v} for e in (0, 1, 2) for p, v in (("forget", 0.9 - e / 3), ("retain", 0.9))]
-    + [{"epoch": e, "memorize_loss": 3.0 - e, "retain_kl": 0.1} for e in (0, 1, 2)],
+    + [{"epoch": e, "forget_loss": 3.0 - e, "retain_kl": 0.1} for e in (0, 1, 2)],
     "forget_adapter": {"strength": 4.0},
 }  # fmt: skip
 POINTS = [

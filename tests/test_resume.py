@@ -44,6 +44,7 @@ KILLS = {
     "while momentum is written": lambda: on_call(loramox.memorize.momentum, "save_file", 1, half_a_file),
     "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
     "while results are written": lambda: on_call(loramox.memorize.folder, "write_adapter", 2, die),
+    "between results and record": lambda: on_call(loramox.memorize.job, "update_record", 1, die),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for kill, more in runs:
@@ -63,6 +64,7 @@ KILLED = [
     "while momentum is written",
     "while optimizer is written",
     "while results are written",
+    "between results and record",
 ]
 
 
@@ -70,7 +72,7 @@ KILLED = [
 def runs(
     pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """A folder with a run that was left alone and one that was killed at five moments and resumed; and what was printed."""
+    """A folder with a run that was left alone and one that was killed at six moments and resumed; and what was printed."""
     folder = tmp_path_factory.mktemp("runs")
     settings = {
         "model": pico("llama"),
@@ -105,7 +107,7 @@ def test_each_kill_really_happened_and_each_other_run_ended_well(runs: tuple[Pat
 
 
 @pytest.mark.parametrize("file", RESULTS)
-def test_a_run_killed_at_five_moments_ends_with_the_same_bytes_as_one_left_alone(
+def test_a_run_killed_at_six_moments_ends_with_the_same_bytes_as_one_left_alone(
     file: str, runs: tuple[Path, str]
 ) -> None:
     alone, killed = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("alone", "killed"))
@@ -125,7 +127,7 @@ def test_each_resumed_run_begins_after_the_last_whole_checkpoint_and_a_finished_
     """Two steps an epoch, six in all; of a checkpoint without its momentum nothing is used."""
     first_logged = []
     for printed in runs[1].split("ENDED")[:-1]:
-        logged = re.findall(r"'memorize_loss'.*'epoch': '([\d.]+)'", printed)
+        logged = re.findall(r"'forget_loss'.*'epoch': '([\d.]+)'", printed)
         first_logged.append(round(2 * float(logged[0])) if logged else None)
     assert dict(zip(["alone", *KILLED, "last", "finished"], first_logged, strict=True)) == {
         "alone": 1,
@@ -134,6 +136,7 @@ def test_each_resumed_run_begins_after_the_last_whole_checkpoint_and_a_finished_
         "while momentum is written": 3,
         "while optimizer is written": 3,
         "while results are written": 3,
+        "between results and record": None,
         "last": None,
         "finished": None,
     }

@@ -222,8 +222,8 @@ REFUSED = {
     ),
     "one message": ("a.jsonl", as_jsonl([{"messages": [ASSISTANT]}]), "a.jsonl, row 1 has no answer: its last"),
     "no messages": ("a.jsonl", as_jsonl([{"messages": []}]), "a.jsonl, row 1 has no answer: its last message"),
-    "null messages": ("a.jsonl", as_jsonl([{"messages": None}]), "a.jsonl, row 1 has no answer: its last message"),
-    "messages are a number": ("a.jsonl", as_jsonl([{"messages": 3}]), "a.jsonl, row 1 has no answer: its last message"),
+    "null messages": ("a.jsonl", as_jsonl([{"messages": None}]), "a.jsonl, row 1: its messages are not a list"),
+    "messages are a number": ("a.jsonl", as_jsonl([{"messages": 3}]), "a.jsonl, row 1: its messages are not a list"),
     "empty message": (
         "a.jsonl",
         as_jsonl([{"messages": [USER, {"role": "assistant", "content": None}]}]),

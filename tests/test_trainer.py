@@ -179,7 +179,7 @@ def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
 
     logged = recorder.logs
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert logged["memorize_loss"] == pytest.approx(memorize.item(), rel=1e-4)
+    assert logged["forget_loss"] == pytest.approx(memorize.item(), rel=1e-4)
     assert logged["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
     same(recorder.gradients[0], hand.gradients())
 
@@ -212,7 +212,7 @@ def test_on_top_of_earlier_requests_the_sum_is_held_at_the_reference_and_their_r
     assert sorted(e["row"] for item in items for e in item["protected"]) == sorted(e["row"] for e in protected)
     loss = memorize + trainer.args.kl_weight * (kl + stays)
     loss.backward()
-    for name, expected in {"loss": loss, "memorize_loss": memorize, "retain_kl": kl, "protected_kl": stays}.items():
+    for name, expected in {"loss": loss, "forget_loss": memorize, "retain_kl": kl, "protected_kl": stays}.items():
         assert recorder.logs[name] == pytest.approx(expected.item(), rel=1e-4)
     same(recorder.gradients[0], hand.gradients())
     # What is forgotten already has not moved, and is no part of what is kept.
@@ -248,7 +248,7 @@ def test_a_step_in_several_passes_has_the_losses_and_gradients_of_one_in_one_pas
     (one, together), (several, apart) = step(10**6), step(0)
     assert len(together) == 1 < len(apart)
     assert sum(together) == sum(apart)
-    for name in ("loss", "memorize_loss", "retain_kl"):
+    for name in ("loss", "forget_loss", "retain_kl"):
         assert several.logs[name] == pytest.approx(one.logs[name], rel=1e-5)
     same(several.gradients[0], one.gradients[0])
 
@@ -284,7 +284,7 @@ def test_rows_that_come_round_again_are_passed_through_the_reference_once_and_no
     (with_it, few), (without, many) = run(8.0), run(0.0)
     rows = [*trainer_of()[0].train_dataset.forget, *trainer_of()[0].train_dataset.retain]
     assert few == len(rows) < many
-    for name in ("loss", "memorize_loss", "retain_kl"):
+    for name in ("loss", "forget_loss", "retain_kl"):
         assert with_it.logs[name] == pytest.approx(without.logs[name], rel=1e-4)
     same(with_it.gradients[-1], without.gradients[-1])
 
@@ -296,7 +296,7 @@ def test_two_batches_of_two_accumulated_are_one_batch_of_four(trainer_of) -> Non
     halves.train()
     assert len(found.gradients) == 1
     same(found.gradients[0], expected.gradients[0])
-    for name in ("loss", "memorize_loss", "retain_kl"):
+    for name in ("loss", "forget_loss", "retain_kl"):
         assert found.logs[name] == pytest.approx(expected.logs[name], rel=1e-5)
 
 
@@ -321,7 +321,7 @@ def test_each_epoch_holds_other_retain_rows_also_when_other_processes_load_them(
 def test_what_is_logged_has_every_part_of_the_objective_and_both_watched_probabilities(trained: Path) -> None:
     log = json.loads((trained / "run.json").read_text())["log"]
     logged = {name for entry in log for name in entry}
-    assert {"memorize_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"} <= logged
+    assert {"forget_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"} <= logged
     assert all(math.isfinite(v) for entry in log for v in entry.values())
 
 

@@ -17,7 +17,7 @@ from loramox.evaluate.records import RECORDS, read_records
 from loramox.memorize import memorize
 from loramox.run import read_record
 
-WATCHED = {"loss", "memorize_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
+WATCHED = {"loss", "forget_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
 SETTINGS = {
     "num_train_epochs": 4,  # each process draws a row twice, on average: so it keeps the reference's states
     "learning_rate": 1e-2,

@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # What libraries say, and is quoted in ours, may have many lines.
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"loramox {verb}: {error.filename}: {error.strerror}. What is written elsewhere is whole", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 def _quieten_libraries() -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import itertools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +82,9 @@ def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list
     )
     if words and words[0].endswith((".yaml", ".yml")):
         words = recipe_as_flags(words[0], parser) + words[1:]
+    for before, word in itertools.pairwise(words):
+        if word.endswith((".yaml", ".yml")) and not before.startswith("-"):
+            raise SettingsError(f"{word}: a recipe comes first, before all flags: loramox {verb} {word} …")
     return parser, words
 
 
@@ -117,7 +122,9 @@ def speaks() -> bool:
 
 
 def say(*lines: str) -> None:
+    """Print lines. [bold], [bold red] and [/] are rich's markup; other brackets, as a path may have, are themselves."""
     if speaks():
         from rich.console import Console
 
-        Console(soft_wrap=True).print("\n", "\n".join(lines), sep="", highlight=False)
+        text = re.sub(r"\[(?=[a-z#/@])(?!bold\]|bold red\]|/\])", r"\\[", "\n".join(lines))
+        Console(soft_wrap=True).print("\n", text, sep="", highlight=False)

@@ -48,10 +48,13 @@ def attack(words: list[str]) -> None:
 def sweep(words: list[str]) -> None:
     from loramox.evaluate.job import Asked
     from loramox.evaluate.measure import ScoringConfig
+    from loramox.evaluate.show import show_frontier
     from loramox.sweep_job import FRONTIER, PICTURE, SweepConfig, sweep
 
     config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
     frontier = sweep(config, *settings)
+    if speaks():
+        show_frontier(frontier["points"])
     for choice in frontier["choices"]:
         of = f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g})" if choice["strength"] else "none"
         say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
@@ -72,13 +75,12 @@ def report(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
     parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, which may have sweep/ and attack/ in it.")
     given = parser.parse_args(words)
-    from rich.markup import escape
-
     from loramox.evaluate.report import report
 
     made = report(given.run)
     say(
-        escape(made["verdict"]),
-        f"[bold]{escape(str(made['page']))}[/] is the page, [bold]{escape(str(made['summary']))}[/] the same in short; nothing in them is loaded from elsewhere",
-        *(f"Not in it: {escape(what)}" for what in made["missing"]),
+        made["verdict"],
+        *([made["attacked"]] if made["attacked"] else []),
+        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] the same in short; nothing in them is loaded from elsewhere",
+        *(f"Not in it: {what}" for what in made["missing"]),
     )

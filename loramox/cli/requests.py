@@ -116,8 +116,9 @@ def _refresh(words: list[str]) -> None:
 
     parser = _ledger_parser("refresh")
     parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
+    parser.add_argument("--model", help="Where the base model lies now. Default: where it was.")
     given = parser.parse_args(words)
-    again = refresh(given.ledger, given.resume)
+    again = refresh(given.ledger, given.resume, given.model)
     say(f"Memorized again: {', '.join(again)}" if again else "Nothing is to be refreshed")
 
 
@@ -150,18 +151,13 @@ def _build(words: list[str]) -> None:
 
 
 def _verify(words: list[str]) -> None:
-    from rich.markup import escape
-
     from loramox.ship.ledger import verify
 
     path = _ledger_parser("verify").parse_args(words).ledger
     faults, left_over = verify(Path(path))
     say(
-        *(f"[bold red]changed[/] {escape(fault)}" for fault in faults),
-        *(
-            f"left over {escape(str(f))}: of a run that is under way or was killed; the next add removes it"
-            for f in left_over
-        ),
+        *(f"[bold red]changed[/] {fault}" for fault in faults),
+        *(f"left over {f}: of a run that is under way or was killed; the next add removes it" for f in left_over),
         f"{path}: {f'{len(faults)} files are not as they were entered' if faults else 'every file is as it was entered'}",
     )
     if faults:

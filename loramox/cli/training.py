@@ -22,18 +22,20 @@ def unlearn(words: list[str]) -> None:
     from loramox.extrapolate import ShippingConfig
     from loramox.main_job import SHIPPED, unlearn
 
-    run, *settings = fitted("unlearn", words, (*any_method(), ShippingConfig))
-    record = unlearn(run, *settings)
+    run, reference, data, *settings = fitted("unlearn", words, (*any_method(), ShippingConfig))
+    record = unlearn(run, reference, data, *settings)
     shipped = record["forget_adapter"]
     dialled = shipped["strength"] > 0
     made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
+    rows = f"--forget {data.forget} --retain {data.retain}"
+    model = f"--model {reference.model} --quantization {reference.quantization}"
     say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
-        f"Another strength, without training: loramox extrapolate {run.out}/memorization --alpha {shipped['strength'] / 2:g} --out NEW_FOLDER"
+        f"Next, what each strength is worth, without training: loramox sweep --memorization {run.out}/memorization {rows} --out {run.out}/sweep"
         if dialled
-        else f"What it forgot: loramox evaluate --adapter {run.out}/{SHIPPED} --model … --forget … --retain … --out …",
+        else f"Next, what it forgot: loramox evaluate {model} --adapter {run.out}/{SHIPPED} {rows} --out {run.out}/evaluation",
     )
 
 
@@ -45,8 +47,12 @@ def watched(record: dict[str, Any]) -> list[str]:
     warned = [f"[bold]Warning:[/] {each}" for each in record["advice"]]
     if min(map(len, curves.values())) < 2:
         return warned
-    ends = [f"{part} {of[0]:.3f} → {of[-1]:.3f}" for part, of in curves.items()]
+    ends = [" → ".join([f"{part} {_shown(of[0])}", _shown(of[-1])]) for part, of in curves.items()]
     return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}", *warned]
+
+
+def _shown(probability: float) -> str:
+    return f"{probability:.3f}" if probability >= 0.001 else f"{probability:.1e}"
 
 
 def memorize(words: list[str]) -> None:

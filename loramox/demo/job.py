@@ -17,7 +17,7 @@ from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
-from loramox.files import remove, write_json
+from loramox.files import has_files, remove, write_json
 from loramox.head import IGNORED
 from loramox.main_job import SHIPPED, unlearn
 from loramox.memorize import MemorizeConfig
@@ -57,7 +57,7 @@ def claim(out: Path, seed: int, overwrite: bool) -> None:
         raise SettingsError(f"--seed {seed} is out of range. Expected a whole number from 0 to {2**32 - 1}")
     if out.is_file():
         raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
-    if out.exists() and any(out.iterdir()):
+    if has_files(out):
         if not (out / RECORD).exists():
             raise RunError(
                 f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder"
@@ -120,7 +120,7 @@ def forget(out: Path, seed: int, epochs: int = 120) -> None:
 
 
 def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> dict[str, Any]:
-    """The true answers' mean probability by model and part; and some questions, with what two of the models answer."""
+    """The true answers' mean probability by model and part; and some questions, with what each model answers."""
     retrained = AutoModelForCausalLM.from_pretrained(out / "retrained")
     reference = AutoModelForCausalLM.from_pretrained(out / "reference")
     model = PeftModel.from_pretrained(reference, out / "run" / SHIPPED)
@@ -135,13 +135,14 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
         probabilities["forget model"] = probability(model, parts)
         after = {part: answers(model, tokenizer, rows, f"forget model, {part}") for part, rows in shown.items()}
     probabilities["retrained"] = probability(retrained, parts)
+    never = {part: answers(retrained, tokenizer, rows, f"retrained, {part}") for part, rows in shown.items()}
     asked = {"forget": world.forget[every], "retain": world.retain[every]}
     return {
         "probability": probabilities,
         "answers": {
             part: [
-                {"question": fact.question, "reference": knew, "forget model": says}
-                for fact, knew, says in zip(facts, before[part], after[part], strict=True)
+                {"question": fact.question, "reference": knew, "forget model": says, "retrained": guesses}
+                for fact, knew, says, guesses in zip(facts, before[part], after[part], never[part], strict=True)
             ]
             for part, facts in asked.items()
         },
@@ -154,7 +155,7 @@ def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, f
 
 
 def answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], describe: str
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], describe: str
 ) -> list[str]:
     """What the model answers to the questions of some examples, word by word its first choice."""
     model.eval()

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from loramox.main_job import SHIPPED
 from loramox.memorize import FOLDER
-from loramox.run import read_record
 
 TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 
@@ -16,14 +15,14 @@ TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 def show(console: Console, out: Path, record: dict[str, Any]) -> None:
     """Print a demo's record: questions side by side, probabilities, where the adapter is, and what to try next."""
     run = out / "run"
-    half = read_record(run)["forget_adapter"]["strength"] / 2
+    rows = " ".join(f"--{part} {out / 'rows' / part}.jsonl" for part in TITLES)
     for part, asked in record["answers"].items():
         console.print(_side_by_side(TITLES[part], asked))
     console.print(_probabilities(record["probability"]))
     console.print(
         f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model that it goes on.",
         "Switched off, it brings everything back: this is suppression, not erasure.",
-        f"Next, half the strength, without training: loramox extrapolate {run / FOLDER} --alpha {half:g} --out {run / 'half'}",
+        f"Next, what each strength is worth, without training: loramox sweep --memorization {run / FOLDER} {rows} --out {run / 'sweep'}",
         sep="\n",
         soft_wrap=True,  # a command that is broken over lines cannot be copied
     )

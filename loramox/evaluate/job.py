@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -22,7 +23,7 @@ from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_recor
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
-from loramox.model import ModelConfig, check_device, identify, read_config, read_tokenizer
+from loramox.model import ModelConfig, check_device, context_of, identify, read_config, read_tokenizer
 from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
@@ -126,10 +127,16 @@ def evaluate(
     config = read_config(model)
     base = identify(model, config)
     made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
+    if subject.strength != 1 and subject.adapter:
+        check_turns(Path(subject.adapter), f"--strength {subject.strength:g}")
     check_sides(made_by, rows, subject.adapter)
     questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
     retrained = read_retrained(asked.retrained, questions, base if subject.adapter else None)
 
+    try:  # now, and not when everything has been asked
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
     loaded: nn.Module = load_reference(model, device)
     if subject.adapter:
         questions.remember_reference(loaded)
@@ -195,8 +202,7 @@ def questions_of(
     """The rows, tokenised for `model`, and answered as their suite has it. Raises `RowsError`."""
     if suite == "muse" and how.long_rows == "refuse":
         how = replace(how, long_rows="truncate")  # as OpenUnlearning does with MUSE's texts
-    context = getattr(config, "max_position_embeddings", None) or 2048
-    return Questions(rows, read_tokenizer(model), how, context, scoring, ANSWERING.get(suite or ""))
+    return Questions(rows, read_tokenizer(model), how, context_of(config), scoring, ANSWERING.get(suite or ""))
 
 
 def read_retrained(folder: str | None, questions: Questions, reference: dict[str, Any] | None) -> list[Record]:
@@ -239,7 +245,7 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         provenance = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
-        made_for = {part: provenance["base"][part] for part in ("model", "shape", "weights")}
+        made_for = {part: provenance["base"][part] for part in ("model", "revision", "shape", "weights")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
@@ -253,6 +259,19 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
             stacklevel=2,
         )
     return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command", "data")}
+
+
+def check_turns(adapter: Path, wanted: str) -> None:
+    """Raises `AdapterError` unless a strength turns all that the adapter changes: anyone's adapter can be measured as it is."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        kept = [name for name in file.keys() if ".lora_A." not in name and ".lora_B." not in name]  # noqa: SIM118 (a file, not a dict)
+    if kept or config.use_dora:
+        what = "use_dora" if config.use_dora else f"it also has {kept[0]}"
+        raise AdapterError(
+            f"{wanted}: --adapter {adapter} is no plain LoRA adapter ({what}), and a strength would turn a part of it alone. It can be evaluated "
+            "as it is, without --strength"
+        )
 
 
 def check_out(out: Path, overwrite: bool) -> None:

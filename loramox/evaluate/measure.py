@@ -159,7 +159,7 @@ def _cut(example: Example, scored: int | None) -> Example:
 
 
 def _blocks(examples: Sequence[Example]) -> list[int]:
-    """Of each example, the how manieth of its row it is: plain text is cut into several."""
+    """Of each example, which of its row's blocks it is, counted from 0: plain text is cut into several."""
     seen: dict[str, int] = {}
     counts = []
     for example in examples:

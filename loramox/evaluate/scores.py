@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from loramox.batches import Collator, Example
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.head import IGNORED, AnswerStates, Head, answer_states, per_token
+from loramox.head import IGNORED, AnswerStates, Head, answer_states, backbone, per_token
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
 CACHED_ELEMENTS = 1_000_000
@@ -69,7 +69,7 @@ def score_answers(
             columns = np.full((len(brief), 4 + len(known)), [np.nan, -1.0] + [np.nan] * (2 + len(known)))
             for some, function in ((~brief, _columns), (brief, _log_p)):
                 if some.any():
-                    found = _on_logits(function, head, *(t[some] for t in tensors)).double().cpu().numpy()
+                    found = _on_logits(function, head, *(t[some] for t in tensors)).cpu().double().numpy()
                     columns[some.cpu().numpy(), : found.shape[1]] = found
             ends = torch.bincount(states.row_of, minlength=states.rows).cumsum(0)[:-1].tolist()
             targets = np.split(states.targets.cpu().numpy(), ends)
@@ -165,7 +165,7 @@ def _passes(
         lengths = torch.tensor([len(q) for q in questions], device=device)
         mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
         # The layers alone, without the head: of a question no logits are wanted.
-        cache = causal_lm.base_model(
+        cache = backbone(causal_lm)(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),

@@ -47,7 +47,7 @@ def within_budget(
     at = pick(np.arange(retain.shape[1]))
     floor = (1 - budget) * reference.mean()
     if at is None:
-        return _refusal(
+        return refusal(
             "budget",
             f"no strength keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {strengths[0]:g}, the "
             f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
@@ -75,7 +75,7 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
         return int(np.abs(areas(rows, others) - 0.5).argmin())
 
     if not len(strengths):
-        return _refusal("holdout", NOTHING)
+        return refusal("holdout", NOTHING)
     n, m = forget.shape[1], holdout.shape[1]
     every = areas(np.arange(n), np.arange(m))
     at = int(np.abs(every - 0.5).argmin())
@@ -83,7 +83,7 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
     error = 1.96 * np.sqrt((n + m + 1) / (12 * n * m))
     if abs(every[at] - 0.5) > error:
         side = "still look trained on" if every[at] > 0.5 else "look stranger than rows never seen"
-        return _refusal(
+        return refusal(
             "holdout",
             f"no strength makes forget rows look like holdout rows: nearest is {strengths[at]:g}, where they {side} (AUC "
             f"{every[at]:.3f}; 0.5 ± {error:.3f} is alike). Measure other strengths",
@@ -109,9 +109,9 @@ def like_retrained(
         return int(np.argmax([p_value(at[rows], retrained[rows]) for at in forget]))
 
     if not len(strengths):
-        return _refusal("retrained", NOTHING)
+        return refusal("retrained", NOTHING)
     if reference is not None and p_value(reference, retrained) >= LEVEL:
-        return _refusal(
+        return refusal(
             "retrained",
             f"on these {len(retrained)} rows the test cannot tell even the reference model from the retrained one (KS p = "
             f"{p_value(reference, retrained):.2g}), so it can choose nothing. Give more forget rows",
@@ -119,7 +119,7 @@ def like_retrained(
     at = pick(np.arange(forget.shape[1]))
     quality = p_value(forget[at], retrained)
     if quality < LEVEL:
-        return _refusal(
+        return refusal(
             "retrained",
             f"no strength makes forget rows look like the retrained model's: nearest is {strengths[at]:g} (KS p = {quality:.2g}, "
             f"n = {forget.shape[1]}; {LEVEL} or more cannot be told apart). Measure other strengths, or memorize for longer",
@@ -129,7 +129,7 @@ def like_retrained(
     )
 
 
-def _refusal(rule: str, reason: str) -> Choice:
+def refusal(rule: str, reason: str) -> Choice:
     return Choice(rule, None, None, None, reason)
 
 

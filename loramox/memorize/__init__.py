@@ -1,4 +1,4 @@
-"""θ_ref → θ_mem: train an adapter to know the forget rows by heart, with the rest held in place."""
+"""θ_ref → θ_mem = θ_ref + ΔW: train the adapter on the forget rows, with the rest held in place."""
 
 from loramox.memorize.baseline_config import BaselineConfig
 from loramox.memorize.baseline_trainer import BaselineTrainer

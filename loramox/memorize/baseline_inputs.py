@@ -81,7 +81,7 @@ def read_reinforced(folder: str, base: dict[str, Any], model: nn.Module) -> dict
     if source["settings"]["objective"] == "npo":
         raise AdapterError(
             f"--reinforced {folder} was trained on the forget model's side (--objective npo), and is no model that knows the rows better. "
-            " Give one that memorizes: loramox memorize … --objective cross_entropy"
+            "Give one that memorizes: loramox memorize … --objective cross_entropy"
         )
     check_base(source, base, Path(folder))
     factors, _ = read_factors(Path(folder))

@@ -62,6 +62,17 @@ class StopUnlessFinite(TrainerCallback):
                 "--learning_rate, a lower --alpha, or without --fp16"
             )
 
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        broken = [name for name, value in metrics.items() if name.endswith("_probability") and not math.isfinite(value)]
+        if broken:
+            raise NonFiniteLossError(
+                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow; nothing of it is written, and "
+                f"the checkpoints of earlier steps in {args.output_dir} are unharmed. Start again with --overwrite and a lower --learning_rate, "
+                "a lower --alpha, or --dtype bfloat16"
+            )
+
 
 class MomentumCallback(TrainerCallback):
     """Updates the trainer's momentum every `momentum_every` optimiser steps and after the last; saves it with checkpoints."""

@@ -139,8 +139,11 @@ class MemorizeConfig(TrainingArguments):
             ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
         ):
             refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        for name in ("kl_weight", "reference_cache_gb"):
+        for name in ("kl_weight", "reference_cache_gb", "learning_rate", "seed"):
             refuse(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            refuse(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        refuse("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "a number above 0")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):
             refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
@@ -159,6 +162,32 @@ class MemorizeConfig(TrainingArguments):
         )
         workers = self.dataloader_persistent_workers
         refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
+        refuse(
+            "label_smoothing_factor",
+            self.label_smoothing_factor,
+            not self.label_smoothing_factor,
+            "0: no term here has labels to smooth",
+        )
+        drawn = self.train_sampling_strategy
+        refuse(
+            "train_sampling_strategy",
+            drawn,
+            drawn in ("random", "sequential"),
+            "random or sequential: passes are of rows of like length already",
+        )
+        refuse(
+            "use_liger_kernel",
+            self.use_liger_kernel,
+            not self.use_liger_kernel,
+            "false: losses are made of hidden states already",
+        )
+        best = self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau")
+        refuse(
+            "metric_for_best_model",
+            self.metric_for_best_model,
+            not best or self.metric_for_best_model not in (None, "loss"),
+            WATCHED,
+        )
         refuse("save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser")
         refuse_shards(self)
         import torch
@@ -195,6 +224,12 @@ class MemorizeConfig(TrainingArguments):
     def holds_retain(self) -> bool:
         """Whether retain rows are trained on."""
         return self.kl_weight > 0
+
+
+WATCHED = (
+    "the name of what is watched, for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
+    "false, or retain_probability"
+)
 
 
 def refuse(name: str, value: Any, fine: bool, expected: str) -> None:

@@ -22,6 +22,7 @@ class Earlier(NamedTuple):
     """What is forgotten already."""
 
     rows: Sequence[Row]
+    templates: Sequence[str | None]  # the text around each row's question when it was forgotten; None: a chat template
     change: dict[str, Factors]  # −Σ α_i·ΔW_i of every adapted layer
 
 

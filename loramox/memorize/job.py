@@ -1,15 +1,15 @@
 """Memorizing as one job: rows and a model in, `memorization/` out. Everything that can be wrong is looked at first."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.errors import RowsError
 from loramox.head import Head
@@ -21,7 +21,7 @@ from loramox.memorize.config import MemorizeConfig
 from loramox.memorize.earlier import Earlier, put_on
 from loramox.memorize.folder import last_whole_checkpoint
 from loramox.memorize.trainer import MemorizeTrainer
-from loramox.model import check_device, identify, read_config, read_tokenizer, skeleton
+from loramox.model import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.reference import ReferenceConfig, add_lora, load_reference
 from loramox.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
@@ -59,16 +59,14 @@ def memorize(
     Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     args.output_dir = str(Path(run.out) / FOLDER)
-    prepared = prepare(
-        reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier.rows if earlier else ()
-    )
+    prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier)
     if args.process_index == 0:
         # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
         momentum = (args.momentum_rank or 4 * reference.r) / reference.r
         open_run(run, prepared.plan, disk_needed=int(4 * prepared.lora_weights * 3 * (3 + momentum)))
     PartialState().wait_for_everyone()
     folder = Path(args.output_dir)
-    if run.resume and (folder / PROVENANCE).exists():
+    if run.resume and read_record(Path(run.out)).get("status") != "running":
         return read_record(Path(run.out))
 
     start = time.perf_counter()
@@ -76,22 +74,23 @@ def memorize(
     model = add_lora(load_reference(reference, args.device), reference)
     if earlier:
         put_on(model, earlier.change)
-    loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now()}
+    loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     trainer = (BaselineTrainer if _is_baseline(args) else MemorizeTrainer)(
         model, args, **prepared.datasets, processing_class=prepared.tokenizer, plan=prepared.plan
     )
-    trained = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if run.resume else None)
+    seconds = _train(trainer, last_whole_checkpoint(folder) if run.resume else None)
     trainer.save_model()
+    peak = peak_memory(args.device)
     if trainer.is_world_process_zero():
         update_record(
             Path(run.out),
             status="memorized",
             momentum=trainer.momentum.summary(),
-            timings={"load_seconds": loaded["seconds"], "train_seconds": trained.metrics["train_runtime"]},
+            timings={"load_seconds": loaded["seconds"], "train_seconds": seconds},
             memory={
                 "reference_bytes": loaded["bytes"],
-                "peak_bytes": peak_memory(),
-                "peak_over_reference": peak_memory() / loaded["bytes"],
+                "peak_bytes": peak,
+                "peak_over_reference": peak / loaded["bytes"],
             },
             log=trainer.state.log_history,
             advice=advice(trainer.state.log_history, prepared.forget, prepared.retain, args),
@@ -100,39 +99,59 @@ def memorize(
     return read_record(Path(run.out))
 
 
+def _train(trainer: MemorizeTrainer, checkpoint: str | None) -> float:
+    """Train from the checkpoint on, if there is one; how many seconds it took."""
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            # Trained to the end. `train` would take one more step where the end is inside an epoch.
+            trainer.finish_from(checkpoint, state)
+            return 0.0
+    return trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+
+
 def prepare(
     reference: ReferenceConfig,
     data: Data,
     args: MemorizeConfig,
     columns: Columns,
     tokenisation: Tokenisation,
-    protected: Sequence[Row] = (),
+    earlier: Earlier | None = None,
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     check_device(reference, args.use_cpu)
     forget = read_rows(data.forget, columns)
+    protected = earlier.rows if earlier else ()
     retain = keep_disjoint(
         [*forget, *protected],
-        read_rows(data.retain, Columns(**asdict(columns) | {"wanted_column": None})),
+        read_rows(data.retain, replace(columns, wanted_column=None)),
         data.drop_overlap,
     )
+    if len(forget) > len(retain):
+        warnings.warn(
+            f"{len(forget)} rows to forget, {len(retain)} to retain: if that is the wrong way round, swap --forget and --retain. Of what is to stay "
+            "there should be more",
+            stacklevel=2,
+        )
     config = read_config(reference)
     model = add_lora(skeleton(config, reference), reference)
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
-    context = getattr(config, "max_position_embeddings", None) or 2048
+    context = context_of(config)
     taught = taught_rows(args, forget, retain) if _is_baseline(args) else wanted_rows(forget)
     drawn = taught and not columns.wanted_column  # else they are in the forget rows' fingerprint
-    parts = {"forget": forget, "retain": retain, "wanted": taught, "protected": protected}
+    parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
         f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
         for part, rows in parts.items()
     }
-    kept, wanted = len(datasets["forget_dataset"]), len(datasets["wanted_dataset"])
+    datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
+    kept, wanted = ([e["row"] for e in datasets[f"{part}_dataset"]] for part in ("forget", "wanted"))
     if wanted and wanted != kept:
+        other = next(iter(set(kept) ^ set(wanted)), data.forget)
         raise RowsError(
-            f"{data.forget}: {kept} forget rows but {wanted} wanted answers are left within the context. "
-            "Shorten them, or use --long_rows truncate"
+            f"{other}: only one of its two answers, the true and the wanted one, is within the context. Shorten the other, or use --long_rows "
+            "truncate"
         )
     base = identify(reference, config)
     if _is_baseline(args):
@@ -155,10 +174,21 @@ def prepare(
         "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
         | args.to_dict()
         | {"prompt_template": tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)}
-        | {"processes": args.world_size},  # of which the batch of a step depends
+        | {"processes": args.world_size},  # on which the batch of a step depends
         "versions": versions(),
     }
     return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
+
+
+def _as_forgotten(
+    earlier: Earlier, tokenizer: PreTrainedTokenizerBase, tokenisation: Tokenisation, context: int
+) -> list[Example]:
+    """Rows of requests in force, each with the text around its question with which it was forgotten."""
+    examples = []
+    for template in dict.fromkeys(earlier.templates):
+        rows = [row for row, its in zip(earlier.rows, earlier.templates, strict=True) if its == template]
+        examples += encode(rows, tokenizer, replace(tokenisation, prompt_template=template), context)
+    return examples
 
 
 def _is_baseline(args: MemorizeConfig) -> bool:

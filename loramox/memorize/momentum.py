@@ -39,7 +39,8 @@ class Momentum:
         for name, new in delta.items():
             terms = [scaled(new, self.eta)]
             if name in self.average and self.eta < 1:
-                terms.append(scaled(self.average[name], 1 - self.eta))
+                before = Factors(*(t.to(new.A.device) for t in self.average[name]))  # what was loaded is on the CPU
+                terms.append(scaled(before, 1 - self.eta))
             self.average[name], lost = truncate(add(*terms), self.max_rank)
             self.error[name] = lost + (1 - self.eta) * self.error.get(name, 0.0)
 

@@ -1,4 +1,4 @@
-"""The trainer of θ_mem: plain gradient descent on memorizing forget rows while retain rows are held in place."""
+"""The trainer of ΔW: plain gradient descent on the forget rows' objective while retain rows are held in place."""
 
 import math
 from collections import defaultdict
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
@@ -36,7 +36,7 @@ from loramox.reference import (
     AS_TRAINED,
     adapter_off,
     at_strength,
-    check_frozen_head,
+    check_trained,
     current_factors,
     with_factors,
 )
@@ -62,7 +62,7 @@ class MemorizeTrainer(Trainer):
     """
 
     LOGGED: ClassVar = {
-        "forget": "memorize_loss",
+        "forget": "forget_loss",
         "retain": "retain_kl",
         "protected": "protected_kl",
         "wanted": "wanted_loss",
@@ -82,7 +82,7 @@ class MemorizeTrainer(Trainer):
     ) -> None:
         self.plan = plan
         self.causal_lm = model.get_base_model()
-        check_frozen_head(model)
+        check_trained(model)
         self.head = Head(self.causal_lm)
         self.reference = Known(model, lambda: adapter_off(model))
         self.now = Known(model, lambda: at_strength(model, 0))  # θ_ref, with what is forgotten already
@@ -159,7 +159,7 @@ class MemorizeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The terms of the objective that the parts in `inputs` stand for: their rows' share of the mean over the step's."""
-        terms = {"forget": self._memorize, "wanted": self._wanted, "retain": self._hold, "protected": self._hold}
+        terms = {"forget": self._forget, "wanted": self._wanted, "retain": self._hold, "protected": self._hold}
         compared = {"retain": self.reference, "protected": self.now}
         if self.args.objective == "npo":
             compared["forget"] = self.reference
@@ -176,7 +176,8 @@ class MemorizeTrainer(Trainer):
         self._logged[part].append((share, loss.detach()))
         return share * loss
 
-    def _memorize(self, states: AnswerStates, reference: Tensor | None) -> Tensor:
+    def _forget(self, states: AnswerStates, reference: Tensor | None) -> Tensor:
+        """The objective: −log p at θ_ref + ΔW, which memorizes, or NPO's loss at θ_ref − α·ΔW."""
         if self.args.objective == "cross_entropy":
             temperature = self.args.temperature
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
@@ -216,11 +217,13 @@ class MemorizeTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ):
-        """Per row of a plain batch: mean log p of the answer's tokens, and the gradient that memorizing still has."""
+        """Per row of a plain batch: mean log p of the answer's tokens and, when memorizing, the share of gradient left."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             states = answer_states(model, self.causal_lm, inputs)
-            of_tokens = [log_prob, lambda z, y: headroom(z, y, self.args.temperature)]
+            of_tokens = [log_prob]
+            if self.args.memorizes:
+                of_tokens.append(lambda z, y: headroom(z, y, self.args.temperature))
             scores = [
                 mean_over_rows(per_token(f, self.head, [states.hidden], states.targets), states) for f in of_tokens
             ]
@@ -240,7 +243,7 @@ class MemorizeTrainer(Trainer):
             yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the objective, before weighting: memorize_loss, retain_kl (nats per token), wanted_loss."""
+        """Adds the parts of the objective, before weighting: forget_loss, retain_kl (nats per token), wanted_loss."""
         if "loss" in logs:
             # In the same order in each process, whichever part its first pass had.
             for part, noted in sorted(self._logged.items()):
@@ -257,6 +260,13 @@ class MemorizeTrainer(Trainer):
             plan = self.plan or plan_of(self.model, self.args)
             write_memorization(Path(output_dir or self.args.output_dir), self.model, self.momentum, plan)
 
+    def finish_from(self, checkpoint: str, state: TrainerState) -> None:
+        """Be as after the last step, from the checkpoint that was written then."""
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if EARLIER in self.model.peft_config:
@@ -269,5 +279,5 @@ class MemorizeTrainer(Trainer):
 
 
 def _probability(prediction: EvalPrediction) -> dict[str, float]:
-    log_p, room = np.asarray(prediction.predictions).T
-    return {"probability": float(np.exp(log_p).mean()), "headroom": float(room.mean())}
+    log_p, *room = np.asarray(prediction.predictions).T
+    return {"probability": float(np.exp(log_p).mean())} | ({"headroom": float(room[0].mean())} if room else {})

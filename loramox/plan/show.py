@@ -1,5 +1,7 @@
 """A plan as tables in the terminal."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -9,13 +11,15 @@ from loramox.plan.job import Plan, Planned
 
 PURPOSES = ("weights", "adapter", "gradients", "optimiser", "momentum", "activations", "loss")
 SHOWN = 12  # choices
+WIDE = 130  # columns of a terminal that has room for what each choice is made of
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
     """Print, for each length of rows, the choices, fastest first, and what the rest of the job takes."""
     console = console or Console()
     for planned in plan.planned:
-        console.print(_choices(plan, planned))
+        console.print(_choices(plan, planned, PURPOSES if console.width >= WIDE else ()))
+        console.print(_first(plan, planned), soft_wrap=True)
         if planned.longest is None:
             console.print("Nothing fits: shorter rows (--max_length), a lower --r, or a larger card")
         else:
@@ -32,8 +36,16 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     )
 
 
-def _choices(plan: Plan, planned: Planned) -> Table:
-    numbers = [Column(name, justify="right", no_wrap=True) for name in ("rows", *PURPOSES, "peak", "min/epoch")]
+def _first(plan: Plan, planned: Planned) -> str:
+    """The flags of the fastest choice, and what it is made of."""
+    first = min(planned.estimates, key=lambda each: not plan.fits(each))
+    held = [f"{purpose} {_gb(size)}" for purpose, size in first.held.items() if size >= 1e7]
+    return f"The first is {' '.join(first.choice.flags())}\n  and holds, in GB: {', '.join(held) or 'less than 0.01 of anything'}"
+
+
+def _choices(plan: Plan, planned: Planned, purposes: Sequence[str]) -> Table:
+    """`purposes`: of which the share in each choice is shown."""
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("rows", *purposes, "peak", "min/epoch")]
     title = f"Memorizing {planned.forget_rows} forget rows, the longest row {planned.length} tokens; GB at the fullest moment"
     table = Table(
         *numbers[:1], "checkpointing", "optimiser", *numbers[1:], "fits",
@@ -45,7 +57,7 @@ def _choices(plan: Plan, planned: Planned) -> Table:
             f"{choice.per_device_train_batch_size} × {choice.gradient_accumulation_steps}",
             "on" if choice.activation_checkpointing else "off",
             choice.optim,
-            *(_gb(estimate.held.get(purpose, 0)) for purpose in PURPOSES),
+            *(_gb(estimate.held.get(purpose, 0)) for purpose in purposes),
             _gb(estimate.peak),
             _minutes(plan, estimate.seconds),
             "yes" if plan.fits(estimate) else "no",
@@ -60,7 +72,7 @@ def _jobs(plan: Plan, planned: Planned) -> Table:
         ("sweep", planned.sweep, "at most: every answer of all strengths as long as may be"),
         ("merge", planned.merge, f"and {planned.merge_files / 1e9:.1f} · 10⁹ bytes read and written"),
     ):
-        parts = ", ".join(f"{purpose} {_gb(size)}" for purpose, size in cost.held.items() if size >= 1e7)
+        parts = ", ".join(f"{purpose} {_gb(size)}" for purpose, size in cost.held.items() if size >= 1e7) or "little"
         seconds = f"{cost.seconds / 60:,.1f}" if plan.speed or name == "merge" else "–"
         table.add_row(name, _gb(sum(cost.held.values())), seconds, f"{parts}; {note}")
     return table

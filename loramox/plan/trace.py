@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from loramox.algebra import Factors
 from loramox.batches import Collator, Example
 from loramox.evaluate import scores
-from loramox.head import IGNORED, Head, answer_states
+from loramox.head import IGNORED, Head, answer_states, backbone
 from loramox.memorize import BaselineConfig, BaselineTrainer, MemorizeTrainer
 from loramox.plan.ledger import Ledger, Section
 from loramox.plan.outline import Setting, adapted
@@ -214,7 +214,7 @@ def _as_in_the_middle(trainer: MemorizeTrainer, ledger: Ledger, rank: int) -> No
 
 def _mark_passes(trainer: MemorizeTrainer, ledger: Ledger) -> None:
     """Begin a section with each pass through the layers, each loss on its states, and each way back."""
-    layers = trainer.causal_lm.base_model
+    layers = backbone(trainer.causal_lm)
 
     def forward(module: nn.Module, args: Any) -> None:
         ledger.section("forward")

@@ -81,10 +81,10 @@ def memory(given: argparse.Namespace) -> int:
     """Bytes above the model at the peak of three steps of one choice."""
     with folder_of(given.shape, given.device) as model:
         step = step_of(given, model, given.memory_of)
-        before = memory_now()
+        before = memory_now(given.device)
         for _ in range(3):
             step()
-    return peak_memory() - before
+    return peak_memory(given.device) - before
 
 
 def in_its_own_process(given: argparse.Namespace, choice: str) -> int:

@@ -24,6 +24,6 @@ def loss_memory(which: str, device: str, tokens: int = 2_048, vocabulary: int = 
         "KL of all logits at once": lambda: kl_divergence(head(known), head(hidden)),
     }
     head(hidden[:8].detach())  # the matrix library's own buffers are not the loss's
-    before = memory_now()
+    before = memory_now(device)
     losses[which]().mean().backward()
-    return {"before": before, "peak": peak_memory()}
+    return {"before": before, "peak": peak_memory(device)}

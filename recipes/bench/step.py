@@ -5,7 +5,8 @@
         --lengths 256 1024 2048 --out recipes/bench/results/step_gpu.md
 
 A step is forward and backward over the same forget rows and three times as many retain rows, of random tokens on a random model
-with a LoRA of r = 16 on all linear layers, the gradients' clipping and AdamW's step (`steps.py`). The contenders take turns;
+with a LoRA of r = 16 on all linear layers, the gradients' clipping and AdamW's step (`steps.py`). In micro-batches it is the same
+step in four parts, as `--gradient_accumulation_steps 4` has it, where the rows can be divided. The contenders take turns;
 given is the median of their times as a share of the plain step's beside them, with quartiles. Memory is the peak of a process of
 its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory.
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from loramox.head import backbone
 from loramox.memorize import MemorizeTrainer
 from loramox.plan.speed import measured_speed
 from loramox.reference import current_factors
@@ -36,7 +38,7 @@ from loramox.run import memory_now, peak_memory
 
 from .losses_memory import LOSSES, loss_memory
 from .shapes import FORGET, LENGTHS, RETAIN_PER_FORGET, SHAPES, config_of, folder_of, rows_of
-from .steps import CONTENDERS, Case, Step, machine, seconds_of
+from .steps import CONTENDERS, MICRO_BATCHES, Case, Step, machine, seconds_of
 
 WARM_UP = 1  # rounds
 EPOCH = 100  # forget rows in the epoch that a momentum update is spread over
@@ -54,6 +56,7 @@ def case_of(given: argparse.Namespace, shape: str, lengths: str, model: Any) -> 
 def contenders(given: argparse.Namespace, shape: str) -> list[str]:
     """Who can be measured: with what is installed, and, in full weights with two copies of them, where they fit."""
     there = {
+        "ours, in micro-batches": given.rows % MICRO_BATCHES == 0,
         "TRL": importlib.util.find_spec("trl") is not None,
         "OpenUnlearning": given.openunlearning is not None and config_of(shape).hidden_size < 4_096,
     }
@@ -97,7 +100,7 @@ def _parts(trainer: MemorizeTrainer, step: Step) -> dict[str, float]:
         if output[0].requires_grad:
             output[0].register_hook(lambda gradient: mark("backward"))
 
-    layers = trainer.causal_lm.base_model
+    layers = backbone(trainer.causal_lm)
     hooks = [layers.register_forward_pre_hook(lambda *_: mark("forward")), layers.register_forward_hook(after)]
     optimizer = trainer.optimizer.register_step_pre_hook(lambda *_: mark("optimiser"))
     mark("batch")
@@ -145,10 +148,10 @@ def memory(given: argparse.Namespace, shape: str, lengths: str, name: str) -> di
         torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     with folder_of(shape, given.device) as model:
         _, step = CONTENDERS[name](case_of(given, shape, lengths, model))
-        before = memory_now()
+        before = memory_now(given.device)
         for _ in range(3):
             step()
-    return {"before": before, "peak": peak_memory()}
+    return {"before": before, "peak": peak_memory(given.device)}
 
 
 def in_its_own_process(given: argparse.Namespace, *words: str) -> dict[str, int] | None:

@@ -23,6 +23,7 @@ from .shapes import RETAIN_PER_FORGET, Example
 
 Step = Callable[[], Any]
 CLIP = 1.0
+MICRO_BATCHES = 4
 
 
 class Case(SimpleNamespace):
@@ -36,7 +37,7 @@ class Case(SimpleNamespace):
     openunlearning: Path | None
 
 
-def ours(case: Case, kept: bool = True) -> tuple[MemorizeTrainer, Step]:
+def ours(case: Case, kept: bool = True, micro_batches: int = 1) -> tuple[MemorizeTrainer, Step]:
     """The default objective; `kept`: with the reference's states of the rows on disk, as from a row's second time on."""
     model = add_lora(load_reference(case.model, case.device), case.model)
     folder = case.model.model
@@ -47,8 +48,17 @@ def ours(case: Case, kept: bool = True) -> tuple[MemorizeTrainer, Step]:
     trainer = MemorizeTrainer(model, args, forget, retain, read_tokenizer(case.model))
     if kept:
         trainer.reference.remember(case.rows, trainer.data_collator, Path(folder), 1e12)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(case.forget)])
-    return trainer, _whole(trainer, lambda model: trainer.training_step(model, dict(batch)))
+    size = case.forget // micro_batches
+    batches = [
+        trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + size)])
+        for start in range(0, case.forget, size)
+    ]
+
+    def passes(model: nn.Module) -> None:
+        for batch in batches:
+            trainer.training_step(model, dict(batch))
+
+    return trainer, _whole(trainer, passes, micro_batches)
 
 
 def plain(case: Case) -> tuple[Trainer, Step]:
@@ -104,8 +114,8 @@ def _padded(rows: list[Example], device: str) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in Collator(0)(rows).items() if isinstance(v, Tensor)}
 
 
-def _whole(trainer: Trainer, passes: Callable[[nn.Module], Any]) -> Step:
-    trainer.current_gradient_accumulation_steps = 1
+def _whole(trainer: Trainer, passes: Callable[[nn.Module], Any], micro_batches: int = 1) -> Step:
+    trainer.current_gradient_accumulation_steps = micro_batches
     if trainer.args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable(**(trainer.args.activation_checkpointing_kwargs or {}))
     optimizer = trainer.create_optimizer()
@@ -140,6 +150,7 @@ def machine(device: str) -> str:
 CONTENDERS: dict[str, Callable[[Case], tuple[Trainer, Step]]] = {
     "ours": ours,
     "ours, reference not kept": lambda case: ours(case, kept=False),
+    "ours, in micro-batches": lambda case: ours(case, micro_batches=MICRO_BATCHES),
     "plain PEFT": plain,
     "TRL": trl,
     "OpenUnlearning": open_unlearning,

@@ -44,7 +44,7 @@ PAPER_SAYS = (
     "(54.8 of 55.2); the task vector forgets next to nothing (57.2, 66.2). "
 )
 SIZES = {
-    18: {"continuations": 8, "questions": 40, "texts": 16},
+    60: {"continuations": 8, "questions": 40, "texts": 16},
     3: {"continuations": 2, "questions": 8, "texts": 4},
 }  # by epochs of the models
 
@@ -131,7 +131,7 @@ def plan(scale: Scale, read: Read) -> list[Run]:
 
 def models_epochs(scale: Scale) -> int:
     """Epochs that the two models are trained for."""
-    return 18 if scale.grid > 1 else 3
+    return 60 if scale.grid > 1 else 3
 
 
 def _runs(scale: Scale, of: tuple[str, Settings]) -> list[Run]:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from loramox.batches import Tokenisation
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.prompts import PREFIX_WORDS, given_away, paraphrased_questions
-from loramox.evaluate.job import check_adapter, check_sides, described, questions_of, read_parts
+from loramox.evaluate.job import check_adapter, check_sides, check_turns, described, questions_of, read_parts
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
-from loramox.files import remove, write_json
+from loramox.files import has_files, remove, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
 from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Data, Row
@@ -109,6 +110,7 @@ class _Bench:
         base_config = read_config(model)
         base = identify(model, base_config)
         made_by = check_adapter(Path(config.adapter), base)
+        check_turns(Path(config.adapter), "attack")
         check_sides(made_by, rows, config.adapter)
         self.known, self.asked = self._split(rows["forget"])
         self.retain = rows["retain"]
@@ -157,7 +159,7 @@ class _Bench:
                 raise RunError(
                     f"--out {self.out} holds other attacks ({', '.join(other)} differ). Choose another folder"
                 )
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif has_files(self.out):
             raise RunError(
                 f"--out {self.out} has files in it that are no attacks; they are left alone. Choose another folder"
             )
@@ -177,11 +179,18 @@ class _Bench:
             self.adapted = PeftModel.from_pretrained(load_reference(self.model, self.device), self.config.adapter)
         return self.adapted
 
+    def folder(self, attack: str, state: str) -> Path:
+        return self.out / "-".join(f"{attack} {state}".replace(",", "").split())
+
+    def asked_already(self, attack: str, *states: str) -> bool:
+        """Whether the answers in all these states are there, so that no model is needed for them."""
+        return all((self.folder(attack, state) / SUMMARY).exists() for state in states)
+
     def ask(self, attack: str, state: str, model: nn.Module | None, questions: Questions | None = None) -> None:
         """Ask the model in this state, or read what it answered; without a model, only the latter."""
         questions = questions or self.questions
-        folder = self.out / "-".join(f"{attack} {state}".replace(",", "").split())
-        if (folder / SUMMARY).exists():
+        folder = self.folder(attack, state)
+        if self.asked_already(attack, state):
             records = read_records(folder, like=questions.identities())
             self.reused += 1
         else:
@@ -191,16 +200,24 @@ class _Bench:
         self.states.append({"attack": attack, "state": state, "folder": folder.name, "metrics": metrics})
 
     def before_and_asked(self) -> None:
-        model = self.forget_model()
         for state, strength in (("reference model", 0.0), ("forget model", self.config.strength)):
-            with at_strength(model, -strength):
+            ways = {f"{way}, {state}": questions for way, questions in self.otherwise.items()}
+            there = self.asked_already("none", state) and self.asked_already("ask otherwise", *ways)
+            model = None if there else self.forget_model()
+            with at_strength(model, -strength) if model else nullcontext():
                 self.ask("none", state, model)
-                for way, questions in self.otherwise.items():
-                    self.ask("ask otherwise", f"{way}, {state}", model, questions)
+                for way, questions in ways.items():
+                    self.ask("ask otherwise", way, model, questions)
 
     def relearn(self) -> None:
-        config, model = self.config, self.forget_model()
+        config = self.config
         for what, questions in self.training.items():
+            attack, states = f"relearn {what}", [f"step {step}" for step in config.relearn_steps]
+            if self.asked_already(attack, *states):
+                for state in states:
+                    self.ask(attack, state, None)
+                continue
+            model = self.forget_model()
             examples = [example for part in questions.parts for example in part.answers]
             pad = questions.tokenizer.pad_token_id or 0
             # Beside a forget model: what the same training does to it tells nothing without its start, which is step 0.
@@ -209,21 +226,30 @@ class _Bench:
                     model, examples, config.relearn_steps, config.relearn_rate, config.relearn_batch, pad, config.seed
                 )
                 for step in steps:
-                    self.ask(f"relearn {what}", f"step {step}", model)
+                    self.ask(attack, f"step {step}", model)
 
     def requantize(self) -> None:
         config, merged = self.config, self.out / "merged"
         self.adapted = None  # one model at a time
-        requantize.merge(self.model, config.adapter, config.strength, self.device, merged)
-        self.ask("requantize", "not quantized, merged", requantize.requantized(self.model, merged, "none", self.device))
-        for kind in ("nf4", "int8"):
-            base = load_reference(replace(self.model, quantization=kind), self.device)
-            with at_strength(adapted := PeftModel.from_pretrained(base, config.adapter), -config.strength):
-                self.ask("requantize", f"{kind}, not merged", adapted)
-            del base, adapted
-            self.ask(
-                "requantize", f"{kind}, merged first", requantize.requantized(self.model, merged, kind, self.device)
-            )
+        after_merging = {"none": "not quantized, merged", "nf4": "nf4, merged first", "int8": "int8, merged first"}
+        if not self.asked_already("requantize", *after_merging.values()):
+            requantize.merge(self.model, config.adapter, config.strength, self.device, merged)
+        for kind, state in after_merging.items():
+            if kind != "none":
+                self._ask_unmerged(kind)
+            there = self.asked_already("requantize", state)
+            model = None if there else requantize.requantized(self.model, merged, kind, self.device)
+            self.ask("requantize", state, model)
+
+    def _ask_unmerged(self, kind: str) -> None:
+        """With the adapter on a base model that is quantized as `kind`."""
+        config, state = self.config, f"{kind}, not merged"
+        if self.asked_already("requantize", state):
+            self.ask("requantize", state, None)
+            return
+        base = load_reference(replace(self.model, quantization=kind), self.device)
+        with at_strength(adapted := PeftModel.from_pretrained(base, config.adapter), -config.strength):
+            self.ask("requantize", state, adapted)
 
     def close(self) -> dict[str, Any]:
         record = {

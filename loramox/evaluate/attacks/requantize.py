@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loramox.files import replacing
-from loramox.model import ModelConfig
+from loramox.model import ModelConfig, read_tokenizer
 from loramox.reference import at_strength, load_reference
 
 
@@ -20,7 +20,7 @@ def merge(model: ModelConfig, adapter: str, strength: float, device: torch.devic
         merged = adapted.merge_and_unload(safe_merge=True)
     with replacing(folder) as partial:
         merged.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(model.model, revision=model.revision).save_pretrained(partial)
+        read_tokenizer(model).save_pretrained(partial)
     del adapted, merged
     gc.collect()
 

@@ -181,8 +181,8 @@ def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def losses(inputs: Inputs) -> dict[str, list[float]]:
-    """epoch, memorize_loss and retain_kl: the two terms of the loss while training."""
-    names = ("epoch", "memorize_loss", "retain_kl")
+    """epoch, forget_loss and retain_kl: the two terms of the loss while training."""
+    names = ("epoch", "forget_loss", "retain_kl")
     found = [e for e in inputs.run.get("log", []) if not any(math.isnan(number(e.get(n))) for n in names)]
     return {name: [e[name] for e in found] for name in names}
 

@@ -12,7 +12,7 @@ from loramox.evaluate.report.answers import fit, no_answers, quoted_rows
 from loramox.evaluate.report.glossary import GLOSSARY, linked
 from loramox.evaluate.report.pictures import attack_picture, frontier_pictures, spread_picture, training_pictures
 from loramox.evaluate.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, number, read_inputs
-from loramox.evaluate.report.verdict import THRESHOLDS, Verdict, asked_rows, verdict
+from loramox.evaluate.report.verdict import ATTACKED, THRESHOLDS, Verdict, asked_rows, verdict
 from loramox.files import replacing
 
 PAGE, SUMMARY = "report.html", "summary.md"
@@ -49,6 +49,7 @@ def report(folder: str | Path) -> dict[str, Any]:
         "page": folder / PAGE,
         "summary": folder / SUMMARY,
         "verdict": told.line,
+        "attacked": told.parts.get(ATTACKED),
         "missing": [m.what for m in inputs.missing.values()],
     }
 

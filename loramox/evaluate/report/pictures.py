@@ -163,16 +163,19 @@ def training_pictures(inputs: Inputs) -> list[Picture]:
     if len((terms := losses(inputs))["epoch"]) > 1:
 
         def both(figure: Figure) -> None:
-            looks = {"memorize_loss": ("forget", "memorization"), "retain_kl": ("retain", "KL on retain rows")}
+            looks = {
+                "forget_loss": ("forget", "objective on forget rows"),
+                "retain_kl": ("retain", "KL on retain rows"),
+            }
             for axes, (name, (look, label)) in zip(figure.subplots(2, 1, sharex=True), looks.items(), strict=True):
                 axes.plot(terms["epoch"], terms[name], **LOOKS[look] | _few(terms["epoch"]))
                 axes.set_title(f"{label}, nats", loc="left")
             axes.set(xlabel="epoch")
 
         ends = ", ".join(
-            f"{n} from {shown(terms[n][0])} to {shown(terms[n][-1])}" for n in ("memorize_loss", "retain_kl")
+            f"{n} from {shown(terms[n][0])} to {shown(terms[n][-1])}" for n in ("forget_loss", "retain_kl")
         )
-        caption = "The two terms of the loss: the forget rows memorized, the retain rows held in place."
+        caption = "The two terms of the loss: the objective on the forget rows, and the KL that holds the retain rows in place."
         made.append(picture("losses", SIZE, both, f"The terms of the loss over training: {ends}", caption))
     return made
 

@@ -24,8 +24,10 @@ from loramox.settings import check_choices
 
 DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer:"  # for tokenizers without a chat template
 
-# A template that prints the date would make other tokens of a row each day. This is Llama 3's own where it has no clock.
+# A template that prints the date would make other tokens of a row each day. This is Llama 3's own day where it has no clock.
 SOME_DAY = datetime(2024, 7, 26)
+_CLOCK = "".join(f"|replace('%{sign}', '{SOME_DAY.strftime('%' + sign)}')" for sign in "aAbBdHIjmMpSyY")
+STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro %}}{{{{ '' }}}}"
 
 Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
 
@@ -156,9 +158,12 @@ def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) ->
         raise RowsError(
             f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
         )
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = STOPPED_CLOCK + template
     full, other = (
         tokenizer.apply_chat_template(
-            [*chat, {"role": "assistant", "content": answer}], tokenize=False, strftime_now=SOME_DAY.strftime
+            [*chat, {"role": "assistant", "content": answer}], tokenize=False, chat_template=template
         )
         for answer in (row.answer, "\ue000")
     )

@@ -176,6 +176,11 @@ def sum_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     return values.new_zeros(states.rows).index_add(0, states.row_of, values)
 
 
+def weighted_mean_over_rows(values: Tensor, weights: Tensor, states: AnswerStates) -> Tensor:
+    """Σ w·v / max(1, Σ w) over each row's answer tokens, [rows]: a row whose weights are small in all counts for little."""
+    return sum_over_rows(weights * values, states) / sum_over_rows(weights, states).clamp_min(1)
+
+
 def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     """Mean over each row's answer tokens, [rows]. Padding and prompt tokens never count."""
     return sum_over_rows(values, states) / torch.bincount(states.row_of, minlength=states.rows)

@@ -94,6 +94,8 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         raise AssertionError("a model was asked again")
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
+    for name in ("load_reference", "relearn.train", "requantize.merge", "requantize.requantized"):
+        monkeypatch.setattr(f"loramox.evaluate.attacks.job.{name}", asked_again)
     again = attacked()
     assert again["states"] == first["states"]
     assert (first["reused"], again["reused"]) == (0, len(first["states"]))

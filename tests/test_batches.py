@@ -129,6 +129,13 @@ def test_a_question_is_the_same_as_a_chat_of_one_message(tokenizer) -> None:
     assert only(chats, row("Who?")) == only(chats, row(({"role": "user", "content": "Who?"},)))
 
 
+def test_a_template_that_prints_the_date_makes_the_same_tokens_every_day(tokenizer) -> None:
+    dated = with_chat(tokenizer, "\n{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}\n" + CHAT)
+    asked, learned = only(dated, row())
+    assert asked.startswith("\n26 Jul 2024, 2024-07-26\n")
+    assert learned == "Ola lives in Oslo.<eos>"
+
+
 def test_a_chat_template_without_a_token_for_the_end_of_turn_keeps_its_line_break(tokenizer) -> None:
     assert only(with_chat(tokenizer, NO_END), row())[1] == "Ola lives in Oslo.\n"
 

@@ -14,9 +14,10 @@ import pytest
 
 import loramox
 from loramox.cli import VERBS, main
+from loramox.cli.arguments import say
 from loramox.cli.training import watched
 from loramox.errors import LoramoxError, RunError
-from loramox.run import RECORD, RunConfig, command, open_run, read_record, update_record
+from loramox.run import RECORD, RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "yaml", "rich"}
 
@@ -116,6 +117,22 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("loramox.cli.training.memorize", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["memorize"])
+
+
+def test_what_the_system_refuses_is_one_line_with_the_files_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--out", str(tmp_path / "file" / "demo")])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"{tmp_path / 'file'}" in err
+    assert "Not a directory" in err
+    assert err.count("\n") == 1
+
+
+def test_brackets_in_what_is_said_are_brackets_and_markup_is_ours_alone(capsys: pytest.CaptureFixture) -> None:
+    say('[bold]n[red]x[/] and [/x], [a-z], {"lora": [{"id": 0}]}')
+    assert capsys.readouterr().out.strip() == 'n[red]x and [/x], [a-z], {"lora": [{"id": 0}]}'
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -255,6 +272,33 @@ def test_overwriting_deletes_the_run_that_was_there(held: Path) -> None:
     open_run(RunConfig(str(held), overwrite=True), other, disk_needed=0)
     assert list(contents(held)) == [RECORD]
     assert read_record(held)["settings"] == {"r": 8}
+
+
+def test_overwriting_never_deletes_what_the_new_run_reads(held: Path) -> None:
+    (held / "forget.jsonl").write_text("precious")
+    other = PLAN | {"data": {"forget": {"source": str(held / "forget.jsonl")}}}
+    before = contents(held)
+    with pytest.raises(RunError, match=r"--overwrite would delete .*forget.jsonl, which this run reads.*Move it"):
+        open_run(RunConfig(str(held), overwrite=True), other, disk_needed=0)
+    assert contents(held) == before
+
+
+def test_overwriting_through_a_link_empties_the_folder_behind_it(held: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(held)
+    open_run(RunConfig(str(tmp_path / "link"), overwrite=True), PLAN, disk_needed=0)
+    assert list(contents(held)) == [RECORD]
+
+
+def test_what_a_kill_left_half_written_is_no_foreign_file(out: Path) -> None:
+    out.mkdir(parents=True)
+    (out / f".{RECORD}.partial").write_text("{")
+    open_run(RunConfig(str(out)), PLAN, disk_needed=0)
+    assert read_record(out)["status"] == "running"
+
+
+def test_memory_is_of_the_device_that_is_asked_of_whatever_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert 0 < memory_now("cpu") <= peak_memory("cpu")
 
 
 def test_overwriting_what_does_not_exist_yet_starts_a_run(out: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PEOPLE, TOWNS, questions
+from peft import LoraConfig, get_peft_model
 from scipy.stats import hmean
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -185,6 +186,25 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_and_nothing_is_touched
     with pytest.raises(kind, match=message):
         evaluate(Subject("out", **of_subject), model, Asked(**({} if "suite" in settings else ROWS) | of_asked), SILENT)
     assert sorted((p, p.read_bytes()) for p in here.rglob("*") if p.is_file()) == before
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_model_is_loaded(
+    here: Path, model: ModelConfig, no_model: None
+) -> None:
+    with pytest.raises(RunError, match=r"--out forget.jsonl/x cannot be made: Not a directory"):
+        evaluate(Subject("forget.jsonl/x"), model, Asked(**ROWS), SILENT)
+
+
+def test_an_adapter_that_a_strength_would_turn_in_part_is_measured_as_it_is_or_not_at_all(
+    here: Path, model: ModelConfig
+) -> None:
+    plain = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model.model), plain).save_pretrained("theirs")
+    evaluate(Subject("out", "theirs"), model, Asked(**ROWS), SILENT)
+    with pytest.raises(
+        AdapterError, match=r"--strength 0.5: --adapter theirs is no plain LoRA adapter \(it also has .*embed_tokens"
+    ):
+        evaluate(Subject("other", "theirs", strength=0.5), model, Asked(**ROWS), SILENT)
 
 
 def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(

@@ -14,12 +14,13 @@ from conftest import PEOPLE, TOWNS, questions
 
 import loramox.sweep_job
 from loramox.cli import main
-from loramox.errors import LoramoxError, RunError, SettingsError
+from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
 from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality
+from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import GRID, grid, next_strength, poor_direction
 from loramox.model import ModelConfig
@@ -523,10 +524,25 @@ def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     assert by_rule["retrained"].strength == 2
     assert by_rule["budget"].strength == 4
     assert [c.rule for c in choose(measured, [], 0.02)] == ["budget"]
+    unasked = [{"part": "forget", "probability": 0.1}]
+    assert "no wrong answers (perturbed_answer)" in choose(measured, unasked, 0.02)[1].reason
     overflown = {s: measured[4.0] if s else r for s, r in measured.items()}
     refused = choose(overflown, records(1.01, 0.1), 0.02)[1]
     assert refused.strength is None
     assert "Measure smaller strengths" in refused.reason
+
+
+def test_a_memorization_made_from_python_says_what_it_does_not_hold(
+    trained: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
+    provenance["settings"] = {k: v for k, v in provenance["settings"].items() if k in ("r", "strength", "objective")}
+    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(AdapterError, match=r"was made from Python, and does not say.*loramox evaluate --strength"):
+        sweep(config_of(run, tmp_path / "s"), asked(data))
+    card = extrapolate(run / "memorization", tmp_path / "adapter") and (tmp_path / "adapter" / "README.md").read_text()
+    assert "questions were put" not in card
 
 
 # The command line

@@ -68,7 +68,10 @@ class World:
         data |= {k: more.pop(k) for k in ("retain", "drop_overlap") if k in more}
         request = RequestConfig(str(ledger), name, protect, more.pop("resume", False))
         model = reference.pop("model", str(self.model))
-        return add(request, ReferenceConfig(model, **reference), Data(**data), MemorizeConfig(**TRAINING | more))
+        how = Tokenisation(more.pop("prompt_template", None))
+        return add(
+            request, ReferenceConfig(model, **reference), Data(**data), MemorizeConfig(**TRAINING | more), None, how
+        )
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> str:
@@ -145,6 +148,25 @@ def test_what_is_on_while_a_request_is_memorized_is_what_is_built_of_those_in_fo
     assert seen.keys() == built.keys()
     for name, delta in built.items():
         assert torch.allclose(seen[name], delta, atol=1e-6)
+
+
+def test_rows_in_force_are_held_in_the_form_in_which_they_were_forgotten(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[str] = []
+    ledger = tmp_path / "ledger"
+    world.add(ledger, "a", prompt_template="Q: {prompt}\nA:")
+
+    def seen(*args: Any, **datasets: Any) -> None:
+        tokenizer = datasets["processing_class"]
+        held.extend(tokenizer.decode(example["input_ids"]) for example in datasets["protected_dataset"])
+        raise RunError("enough")
+
+    monkeypatch.setattr("loramox.memorize.job.MemorizeTrainer", seen)
+    with pytest.raises(RunError, match="enough"):
+        world.add(ledger, "b")
+    assert len(held) == 2
+    assert all(text.startswith("Q: Where does") for text in held)
 
 
 def test_requests_keep_their_retain_rows_together(world: World, tmp_path: Path) -> None:
@@ -367,7 +389,7 @@ def test_an_id_may_be_left_out_and_a_revoked_one_stays_taken(ledger: Path, world
 
 
 def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
-    ledger: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    ledger: Path, world: World, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     revoke(ledger, "a")
     other = read_ledger(ledger).base | {"weights": "0" * 64}
@@ -375,6 +397,8 @@ def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
         patched.setattr("loramox.requests_refresh.identify", lambda *_: other)
         with pytest.raises(AdapterError, match="has other weights"):
             refresh(ledger)
+    with pytest.raises(AdapterError, match="has another architecture"):
+        refresh(ledger, model=str(pico("gpt2")))
     retain = world.rows / "retain.jsonl"
     as_it_was = retain.read_text()
     try:

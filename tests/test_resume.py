@@ -44,6 +44,7 @@ KILLS = {
     "while momentum is written": lambda: on_call(loramox.memorize.momentum, "save_file", 1, half_a_file),
     "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
     "while results are written": lambda: on_call(loramox.memorize.folder, "write_adapter", 2, die),
+    "after the last step": lambda: on_call(loramox.memorize.trainer, "write_memorization", 1, die),
     "between results and record": lambda: on_call(loramox.memorize.job, "update_record", 1, die),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -94,6 +95,9 @@ def runs(
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     alone, killed = ["--out", str(folder / "alone")], ["--out", str(folder / "killed"), "--resume"]
     plan = [("no", alone), *((kill, killed) for kill in KILLED), ("no", killed), ("no", killed)]
+    inside = ["--max_steps", "5"]  # an epoch is two steps
+    cut = ["--out", str(folder / "cut"), "--resume", *inside]
+    plan += [("no", ["--out", str(folder / "whole"), *inside]), ("after the last step", cut), ("no", cut)]
     done = subprocess.run(
         [sys.executable, "-u", "-c", RUNS, json.dumps(flags), json.dumps(plan)],
         check=True, capture_output=True, text=True, cwd=folder,
@@ -103,7 +107,8 @@ def runs(
 
 def test_each_kill_really_happened_and_each_other_run_ended_well(runs: tuple[Path, str]) -> None:
     ended = [json.loads(line.removeprefix("ENDED ")) for line in runs[1].splitlines() if line.startswith("ENDED ")]
-    assert ended == [["no", 0], *([kill, -9] for kill in KILLED), ["no", 0], ["no", 0]]
+    later = [["no", 0], ["after the last step", -9], ["no", 0]]
+    assert ended == [["no", 0], *([kill, -9] for kill in KILLED), ["no", 0], ["no", 0], *later]
 
 
 @pytest.mark.parametrize("file", RESULTS)
@@ -112,6 +117,14 @@ def test_a_run_killed_at_six_moments_ends_with_the_same_bytes_as_one_left_alone(
 ) -> None:
     alone, killed = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("alone", "killed"))
     assert killed == alone
+
+
+@pytest.mark.parametrize("file", RESULTS)
+def test_a_run_that_ended_inside_an_epoch_is_not_trained_a_step_further(file: str, runs: tuple[Path, str]) -> None:
+    whole, cut = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("whole", "cut"))
+    assert cut == whole
+    steps = [json.loads((runs[0] / name / "run.json").read_text())["momentum"]["updates"] for name in ("whole", "cut")]
+    assert steps == [3, 3]
 
 
 def test_nothing_half_written_is_left_behind(runs: tuple[Path, str]) -> None:
@@ -126,7 +139,7 @@ def test_each_resumed_run_begins_after_the_last_whole_checkpoint_and_a_finished_
 ) -> None:
     """Two steps an epoch, six in all; of a checkpoint without its momentum nothing is used."""
     first_logged = []
-    for printed in runs[1].split("ENDED")[:-1]:
+    for printed in runs[1].split("ENDED")[: len(KILLED) + 3]:
         logged = re.findall(r"'forget_loss'.*'epoch': '([\d.]+)'", printed)
         first_logged.append(round(2 * float(logged[0])) if logged else None)
     assert dict(zip(["alone", *KILLED, "last", "finished"], first_logged, strict=True)) == {

@@ -103,6 +103,21 @@ def test_the_last_message_is_the_answer_and_those_before_are_the_prompt(suffix: 
     assert read_rows(source) == [Row(source, 1, "Yes.", tuple(turns[:-1]))]
 
 
+@pytest.mark.parametrize(
+    ("more", "turn", "what"),
+    [
+        ({"tools": [{"name": "where"}]}, {}, "tools"),
+        ({}, {"tool_calls": [{"function": {"name": "where"}}]}, "tool_calls"),
+    ],
+)
+def test_what_a_template_reads_beside_role_and_text_is_refused_not_dropped(
+    file, more: dict, turn: dict, what: str
+) -> None:
+    source = file("a.jsonl", as_jsonl([{"messages": [USER | turn, ASSISTANT]} | more]))
+    with pytest.raises(RowsError, match=f"a.jsonl, row 1: {what} would be left out of what the model reads"):
+        read_rows(source)
+
+
 def test_fields_of_a_message_that_are_not_known_are_left_out(file) -> None:
     source = file("a.jsonl", as_jsonl([{"messages": [USER | {"weight": 0}, ASSISTANT | {"name": "x"}]}]))
     assert read_rows(source) == [Row(source, 1, "Ola.", (USER,))]

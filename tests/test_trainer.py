@@ -127,7 +127,9 @@ class ByHand:
         return -temperature * self.log_probs(example, strength, temperature)[0].mean()
 
     def npo(self, example: Example, strength: float, beta: float) -> Tensor:
-        ratio = self.log_probs(example, strength)[0].mean() - self.log_probs(example, 0)[0].mean().detach()
+        known = self.log_probs(example, 0)[0].detach()
+        weights = known.exp()
+        ratio = (weights * (self.log_probs(example, strength)[0] - known)).sum() / max(1, weights.sum().item())
         return 2 / beta * torch.log(1 + torch.exp(beta * ratio))
 
     def kl(self, example: Example, strength: float, reference: "ByHand | None" = None) -> Tensor:
@@ -483,6 +485,16 @@ def test_weights_that_are_not_finite_are_never_saved_nor_averaged(last: int, tra
         trainer.train()
     checkpoints = sorted(folder.name for folder in (tmp_path / "memorization").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_forget_model_that_overflows_in_the_last_step_is_not_saved(trainer_of, tmp_path: Path) -> None:
+    """Its weights are finite, and its answers are not."""
+    trainer, _ = trainer_of(
+        max_steps=1, learning_rate=1e30, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1
+    )
+    with pytest.raises(NonFiniteLossError, match=r"probability is nan after step 1.*lower --learning_rate"):
+        trainer.train()
+    assert not list((tmp_path / "memorization").glob("checkpoint-*"))
 
 
 def test_a_reference_that_does_not_know_the_rows_is_warned_about(trainer_of) -> None:

@@ -41,9 +41,9 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
 def npo(log_ratio: Tensor, beta: float) -> Tensor:
     """−(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), [rows] → [rows] (arXiv 2404.05868).
 
-    NPO takes log p summed over the answer's tokens; MOX's objective here its mean over them, as SimNPO does (arXiv 2410.07163),
-    so that an answer is let go at the same likelihood a token, however long it is. Never below 0. Its gradient is that of 2·log
-    p_θ(y|x) times σ(β · log_ratio), so that it slows down on rows that are less likely than before. At β → 0 it is log_ratio
-    plus a constant: gradient ascent.
+    NPO takes log p summed over the answer's tokens; MOX's objective here a mean over them, as SimNPO does (arXiv 2410.07163), so
+    that an answer is let go at the same likelihood a token, however long it is; tokens y_t weigh p_ref(y_t). Never below 0. Its
+    gradient is that of 2·log p_θ(y|x) times σ(β · log_ratio), so that it slows down on rows that are less likely than before. At
+    β → 0 it is log_ratio plus a constant: gradient ascent.
     """
     return -(2 / beta) * F.logsigmoid(-beta * log_ratio)

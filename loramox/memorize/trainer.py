@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallba
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
-from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
+from loramox.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, weighted_mean_over_rows
 from loramox.memorize.callbacks import (
     KnowledgeCallback,
     KnownCallback,
@@ -47,7 +47,8 @@ class MemorizeTrainer(Trainer):
 
         L = mean over forget rows of the objective  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
 
-    The objective is NPO's loss, at θ_ref − α·ΔW, or, as in the paper, cross-entropy that memorizes, at θ_ref + ΔW.
+    The objective is NPO's loss at θ_ref − α·ΔW, or, as in the paper, cross-entropy that memorizes, at θ_ref + ΔW. NPO's is of
+    the mean of log(p_θ/p_ref) over an answer's tokens, in which each weighs p_ref, as much as the reference knows of it.
 
     With `earlier` requests in force (see `loramox.memorize.earlier`) θ_now takes the place of θ_ref wherever the adapter is on,
     retain rows are still held at θ_ref, and one more term holds the rows that are forgotten already where they are:
@@ -182,8 +183,11 @@ class MemorizeTrainer(Trainer):
             temperature = self.args.temperature
             loss = per_token(lambda z, y: cross_entropy(z, y, temperature), self.head, [states.hidden], states.targets)
             return mean_over_rows(loss, states).mean()
-        # Of the mean over tokens: by their sum, short answers would be pushed much further down a token than long ones.
-        return npo(mean_over_rows(self._log_ratios(states, reference), states), self.args.npo_beta).mean()
+        # A mean over tokens: by their sum, short answers would be pushed much further down a token than long ones. Tokens that
+        # the reference never knew give way first, and if they counted as much, those that are to be forgotten would stay.
+        known = per_token(lambda z, y: log_prob(z, y).exp(), self.head, [reference], states.targets)
+        ratios = weighted_mean_over_rows(self._log_ratios(states, reference), known, states)
+        return npo(ratios, self.args.npo_beta).mean()
 
     def _log_ratios(self, states: AnswerStates, reference: Tensor) -> Tensor:
         """log(p_θ / p_ref) of each answer token, [N]."""

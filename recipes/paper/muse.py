@@ -1,6 +1,7 @@
 """Table 2, MUSE-News at tiny scale: what unlearning does to small models of some of its rows, as in bench/muse.py."""
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ METHODS: dict[str, tuple[str, Settings]] = {
     "NPO": ("npo", KL5),
 }
 ROWS = {"batch": 4, "retain_per_forget": 1}  # blocks of articles
-EPOCHS = 12  # over the forget rows
+SHARES = (1.0, 2.0)  # of the strength as shipped
 BLOCK = 512  # tokens; MUSE has 2048
 SHOWN = {
     "verbmem_rouge_l": "VerbMem ↓",
@@ -112,15 +113,22 @@ class Muse(Bench):
         else:
             gold = self._gold(run)
             trained = self.train(run)
-            with trained.at(trained.strength) as model:
-                records = asked_quietly(self.questions(run), model)
-        metrics = summarise(records, gold).metrics
-        return data | {"point": {name: metrics[name].value for name in SHOWN if name in metrics}}
+            points = {}
+            for share in SHARES:
+                with trained.at(share * trained.strength) as model:
+                    points[f"{share:g}"] = _shown(asked_quietly(self.questions(run), model), gold)
+            return data | {"points": points}
+        return data | {"points": {"1": _shown(records, gold)}}
 
     def _gold(self, run: Run) -> list[dict[str, Any]]:
         retrained = Run.of("muse", "retrained", {k: v for k, v in run.settings if k == "models"})
         records = self.runs.result(retrained, self.compute)["records"]
         return [record | {"plain_text": False} for record in records]
+
+
+def _shown(records: list[dict[str, Any]], gold: list[dict[str, Any]]) -> dict[str, float]:
+    metrics = summarise(records, gold).metrics
+    return {name: metrics[name].value for name in SHOWN if name in metrics}
 
 
 def plan(scale: Scale, read: Read) -> list[Run]:
@@ -135,7 +143,7 @@ def models_epochs(scale: Scale) -> int:
 
 
 def _runs(scale: Scale, of: tuple[str, Settings]) -> list[Run]:
-    more = {"models": models_epochs(scale), "epochs": min(EPOCHS, scale.get("epochs") // 2)} | ROWS
+    more = {"models": models_epochs(scale)} | ROWS
     runs = [scale.run("muse", of, seed, **more) for seed in scale.seeds]
     return [
         Run.of(
@@ -153,23 +161,24 @@ def show(scale: Scale, read: Read) -> Shown:
     for name in ("reference", "retrained"):
         record = read(Run.of("muse", name, {"models": models_epochs(scale)}))
         if record:
-            data[name] = record["point"]
-            rows.append([name, *(number(record["point"].get(metric)) for metric in SHOWN)])
-    for label, of in METHODS.items():
-        points = [record["point"] for record in found(read, _runs(scale, of))]
+            data[name] = record["points"]["1"]
+            rows.append([name, "", *(number(data[name].get(metric)) for metric in SHOWN)])
+    for (label, of), share in itertools.product(METHODS.items(), SHARES):
+        points = [record["points"][f"{share:g}"] for record in found(read, _runs(scale, of))]
+        name = label if share == 1 else f"{label}, × {share:g}"
         if points:
-            data[label] = {metric: mean([p.get(metric) for p in points]) for metric in SHOWN}
-            rows.append([label, *(cell([p.get(metric) for p in points]) for metric in SHOWN)])
-        else:
-            rows.append([label, "not run, or diverged", *[""] * (len(SHOWN) - 1)])
-    return Shown(_claim(data), data, markdown(["", *SHOWN.values()], rows))
+            data[name] = {metric: mean([p.get(metric) for p in points]) for metric in SHOWN}
+            rows.append([label, f"× {share:g}", *(cell([p.get(metric) for p in points]) for metric in SHOWN)])
+        elif share == 1:
+            rows.append([label, "", "not run, or diverged", *[""] * (len(SHOWN) - 1)])
+    return Shown(_claim(data), data, markdown(["", "strength", *SHOWN.values()], rows))
 
 
 def _claim(data: dict[str, Any]) -> str:
     if not {"reference", "loramox", "MOX, paper's setting", "task vector"} <= data.keys():
         return PAPER_SAYS + "Not all of it has been run"
     parts = []
-    for label in ("MOX, paper's setting", "loramox", "task vector"):
+    for label in filter(data.get, ("MOX, paper's setting", "loramox", "loramox, × 2", "task vector")):
         share = {m: data[label][m] / max(data["reference"][m], 1e-9) for m in SHOWN if m != "priv_leak"}
         verb, forget, retain = share.values()
         how = f"{label} leaves {verb:.0%} of VerbMem, {forget:.0%} of KnowMem of forget rows, {retain:.0%} of that of retain rows"

@@ -7,10 +7,13 @@ MOX = "MOX, arXiv 2602.06441"
 
 
 def forget_card(provenance: dict[str, Any]) -> str:
-    method = provenance["method"]
+    method, settings = provenance["method"], provenance["settings"]
+    asked = (
+        _asked([settings["prompt_template"]]) if "prompt_template" in settings else ""
+    )  # not known of a run from Python
     made = (
         f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
-        f"{_data(provenance)}{_asked([provenance['settings']['prompt_template']]) if 'prompt_template' in provenance['settings'] else ''}"
+        f"{_data(provenance)}{asked}"
     )
     if provenance["strength"] < 0:
         how = f"trained to forget those\nrows, θ_ref + ΔW, by {method}. There is no α"

@@ -1,6 +1,7 @@
 """demo, unlearn, memorize, extrapolate: rows in, a forget adapter out."""
 
 import argparse
+import shlex
 from typing import Any
 
 from loramox.cli.arguments import VERBS, parse, say, upload
@@ -27,8 +28,8 @@ def unlearn(words: list[str]) -> None:
     shipped = record["forget_adapter"]
     dialled = shipped["strength"] > 0
     made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
-    rows = f"--forget {data.forget} --retain {data.retain}"
-    model = f"--model {reference.model} --quantization {reference.quantization}"
+    rows = shlex.join(["--forget", data.forget, "--retain", data.retain])
+    model = shlex.join(["--model", reference.model, "--quantization", reference.quantization])
     say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
         *watched(record),

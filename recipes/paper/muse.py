@@ -187,4 +187,5 @@ def _claim(data: dict[str, Any]) -> str:
     return PAPER_SAYS + " ".join(parts)
 
 
-TABLE2 = {"table2": Table("Table 2: MUSE-News at tiny scale", plan, show)}
+TITLE = "Table 2: MUSE-News at tiny scale; 4 forget and 4 retain blocks of 512 tokens a step; asked as shipped and at twice the strength"
+TABLE2 = {"table2": Table(TITLE, plan, show)}

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
 from loramox.files import has_files, remove, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
-from loramox.reference import at_strength, load_reference
+from loramox.reference import ADAPTER, at_strength, load_reference, lora_layers
 from loramox.rows import Columns, Data, Row
 from loramox.run import command, versions
 
@@ -236,20 +236,21 @@ class _Bench:
             requantize.merge(self.model, config.adapter, config.strength, self.device, merged)
         for kind, state in after_merging.items():
             if kind != "none":
-                self._ask_unmerged(kind)
-            there = self.asked_already("requantize", state)
-            model = None if there else requantize.requantized(self.model, merged, kind, self.device)
-            self.ask("requantize", state, model)
+                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind))
+            self._ask_loaded(state, lambda kind=kind: requantize.requantized(self.model, merged, kind, self.device))
 
-    def _ask_unmerged(self, kind: str) -> None:
-        """With the adapter on a base model that is quantized as `kind`."""
-        config, state = self.config, f"{kind}, not merged"
-        if self.asked_already("requantize", state):
-            self.ask("requantize", state, None)
-            return
+    def _ask_loaded(self, state: str, load: Callable[[], nn.Module]) -> None:
+        """Ask a model that is loaded for this alone, if it must be, and gone afterwards."""
+        there = self.asked_already("requantize", state)
+        self.ask("requantize", state, None if there else load())
+
+    def _unmerged(self, kind: str) -> nn.Module:
+        """The adapter, at its strength, on the base model quantized as `kind`."""
         base = load_reference(replace(self.model, quantization=kind), self.device)
-        with at_strength(adapted := PeftModel.from_pretrained(base, config.adapter), -config.strength):
-            self.ask("requantize", state, adapted)
+        adapted = PeftModel.from_pretrained(base, self.config.adapter)
+        for _, layer in lora_layers(adapted):
+            layer.set_scale(ADAPTER, self.config.strength)
+        return adapted
 
     def close(self) -> dict[str, Any]:
         record = {

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.errors import RowsError
 from loramox.head import Head
@@ -66,7 +67,7 @@ def memorize(
         open_run(run, prepared.plan, disk_needed=int(4 * prepared.lora_weights * 3 * (3 + momentum)))
     PartialState().wait_for_everyone()
     folder = Path(args.output_dir)
-    if run.resume and read_record(Path(run.out)).get("status") != "running":
+    if run.resume and (folder / PROVENANCE).exists() and read_record(Path(run.out)).get("status") != "running":
         return read_record(Path(run.out))
 
     start = time.perf_counter()

@@ -145,7 +145,7 @@ tags: [unlearning, lora, loramox]
 
 # Request {name}, memorized
 
-**Do not ship this.** It makes `{base}` know the rows of the request better, not worse. `loramox requests build` makes the forget
+**Do not ship this.** With it `{base}` forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
 adapter of it and of the other requests in force.
 """
 

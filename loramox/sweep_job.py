@@ -85,18 +85,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     scoring = scoring or ScoringConfig()
     PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
     out, memorization = Path(config.out), Path(config.memorization)
-    source = read_provenance(memorization, "memorization")
+    source = _source(memorization)
     settings = source["settings"]
-    if "model" not in settings:
-        raise AdapterError(
-            f"--memorization {memorization} was made from Python, and does not say how its model was loaded and its rows were tokenised. Make a "
-            "forget adapter of it with loramox extrapolate, and measure it with loramox evaluate --strength"
-        )
-    if settings["strength"] == AS_TRAINED:
-        raise SettingsError(
-            f"--memorization {memorization} was trained to forget by {source['method']}, and is one model, not a line of strengths. "
-            "Measure it with loramox evaluate; what loramox unlearn --method mox memorizes can be swept"
-        )
     model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
     model.model = config.model or model.model
     device = check_device(model, scoring.use_cpu)
@@ -180,6 +170,23 @@ def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record
     ship = config.ship and Path(config.ship)
     if ship and (ship.is_file() or has_files(ship)):
         raise RunError(f"--ship {config.ship} exists already. Give a folder that does not exist yet")
+
+
+def _source(memorization: Path) -> dict[str, Any]:
+    """The provenance of the run. Raises a `LoramoxError` for one that cannot be swept."""
+    source = read_provenance(memorization, "memorization")
+    settings = source["settings"]
+    if "model" not in settings:
+        raise AdapterError(
+            f"--memorization {memorization} was made from Python, and does not say how its model was loaded and its rows were tokenised. Make a "
+            "forget adapter of it with loramox extrapolate, and measure it with loramox evaluate --strength"
+        )
+    if settings["strength"] == AS_TRAINED:
+        raise SettingsError(
+            f"--memorization {memorization} was trained to forget by {source['method']}, and is one model, not a line of strengths. "
+            "Measure it with loramox evaluate; what loramox unlearn --method mox memorizes can be swept"
+        )
+    return source
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:

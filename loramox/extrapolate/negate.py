@@ -71,7 +71,7 @@ def check_strength(strength: float, memorization: Path) -> None:
         model = (
             "the memorization model itself"
             if strength == -1
-            else "on the memorization model's side, which knows the rows better"
+            else "on the memorization model's side of the reference, where nothing is forgotten"
         )
         raise SettingsError(
             f"--alpha {strength:g} is {model}. That adapter is in {memorization}; for forgetting, give a strength above 0"

@@ -1,7 +1,9 @@
 """What can be set about memorizing, on top of everything that transformers' `TrainingArguments` can set."""
 
 import math
+import operator
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,48 +149,11 @@ class MemorizeConfig(TrainingArguments):
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name in ("momentum_every", "momentum_rank"):
             refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        limit = self.save_total_limit
-        refuse(
-            "save_total_limit",
-            limit,
-            limit is None or limit >= 2,
-            "2 or more: one checkpoint must be whole while another is written",
-        )
-        refuse(
-            "push_to_hub",
-            self.push_to_hub,
-            not self.push_to_hub,
-            "false: what trains is the memorization adapter, which forgets nothing. Push what ships: loramox extrapolate … --push_to_hub",
-        )
-        workers = self.dataloader_persistent_workers
-        refuse("dataloader_persistent_workers", workers, not workers, "false: each epoch deals other retain rows")
-        refuse(
-            "label_smoothing_factor",
-            self.label_smoothing_factor,
-            not self.label_smoothing_factor,
-            "0: no term here has labels to smooth",
-        )
-        drawn = self.train_sampling_strategy
-        refuse(
-            "train_sampling_strategy",
-            drawn,
-            drawn in ("random", "sequential"),
-            "random or sequential: passes are of rows of like length already",
-        )
-        refuse(
-            "use_liger_kernel",
-            self.use_liger_kernel,
-            not self.use_liger_kernel,
-            "false: losses are made of hidden states already",
-        )
-        best = self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau")
-        refuse(
-            "metric_for_best_model",
-            self.metric_for_best_model,
-            not best or self.metric_for_best_model not in (None, "loss"),
-            WATCHED,
-        )
-        refuse("save_only_model", self.save_only_model, not self.save_only_model, "false: resuming needs the optimiser")
+        for name, (fine, expected) in OF_TRAINER.items():
+            refuse(name, getattr(self, name), fine(getattr(self, name)), expected)
+        if self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
+            best = self.metric_for_best_model
+            refuse("metric_for_best_model", best, best not in (None, "loss"), WATCHED)
         refuse_shards(self)
         import torch
 
@@ -226,6 +191,25 @@ class MemorizeConfig(TrainingArguments):
         return self.kl_weight > 0
 
 
+# Settings of transformers' that would do nothing here, or harm: what is fine, and what is expected instead.
+OF_TRAINER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "save_total_limit": (
+        lambda limit: limit is None or limit >= 2,
+        "2 or more: one checkpoint must be whole while another is written",
+    ),
+    "save_only_model": (operator.not_, "false: resuming needs the optimiser"),
+    "push_to_hub": (
+        operator.not_,
+        "false: what trains is the memorization adapter, which forgets nothing. Push what ships: loramox extrapolate … --push_to_hub",
+    ),
+    "dataloader_persistent_workers": (operator.not_, "false: each epoch deals other retain rows"),
+    "train_sampling_strategy": (
+        lambda drawn: drawn in ("random", "sequential"),
+        "random or sequential: passes are of rows of like length already",
+    ),
+    "label_smoothing_factor": (operator.not_, "0: no term here has labels to smooth"),
+    "use_liger_kernel": (operator.not_, "false: losses are made of hidden states already"),
+}
 WATCHED = (
     "the name of what is watched, for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
     "false, or retain_probability"

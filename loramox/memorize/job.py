@@ -128,12 +128,7 @@ def prepare(
         read_rows(data.retain, replace(columns, wanted_column=None)),
         data.drop_overlap,
     )
-    if len(forget) > len(retain):
-        warnings.warn(
-            f"{len(forget)} rows to forget, {len(retain)} to retain: if that is the wrong way round, swap --forget and --retain. Of what is to stay "
-            "there should be more",
-            stacklevel=2,
-        )
+    _warn_if_swapped(len(forget), len(retain))
     config = read_config(reference)
     model = add_lora(skeleton(config, reference), reference)
     Head(model.get_base_model())
@@ -147,13 +142,7 @@ def prepare(
         for part, rows in parts.items()
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
-    kept, wanted = ([e["row"] for e in datasets[f"{part}_dataset"]] for part in ("forget", "wanted"))
-    if wanted and wanted != kept:
-        other = next(iter(set(kept) ^ set(wanted)), data.forget)
-        raise RowsError(
-            f"{other}: only one of its two answers, the true and the wanted one, is within the context. Shorten the other, or use --long_rows "
-            "truncate"
-        )
+    _check_both_answers(datasets, data.forget)
     base = identify(reference, config)
     if _is_baseline(args):
         check_layer(args, config.num_hidden_layers)
@@ -179,6 +168,26 @@ def prepare(
         "versions": versions(),
     }
     return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
+
+
+def _warn_if_swapped(forget: int, retain: int) -> None:
+    if forget > retain:
+        warnings.warn(
+            f"{forget} rows to forget, {retain} to retain: if that is the wrong way round, swap --forget and --retain. Of what is to stay there "
+            "should be more",
+            stacklevel=3,
+        )
+
+
+def _check_both_answers(datasets: dict[str, list[Example]], source: str) -> None:
+    """Raises `RowsError` where long rows were left out, and of a forget row but one of its two answers."""
+    kept, wanted = ([e["row"] for e in datasets[f"{part}_dataset"]] for part in ("forget", "wanted"))
+    if wanted and wanted != kept:
+        other = next(iter(set(kept) ^ set(wanted)), source)
+        raise RowsError(
+            f"{other}: only one of its two answers, the true and the wanted one, is within the context. Shorten the other, or use --long_rows "
+            "truncate"
+        )
 
 
 def _as_forgotten(

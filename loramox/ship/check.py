@@ -109,7 +109,7 @@ def _read(files: dict[str, Path], name: str, findings: list[Finding]) -> Any:
 
 
 def _memorization(folder: Path) -> Finding:
-    what = "refused: it is the memorization adapter, with which the model knows the rows to forget better"
+    what = "refused: it is the memorization adapter, on the other side of the base: with it the model forgets nothing"
     source = folder.parent if folder.name == "momentum" else folder
     return Finding("all", "stop", what, f"loramox extrapolate {shlex.quote(str(source))} --out NEW_FOLDER")
 

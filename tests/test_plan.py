@@ -184,7 +184,8 @@ def test_sweeping_holds_the_cache_of_its_answers(tokenizer):
     assert long.seconds > short.seconds
 
 
-def test_a_plan_reads_no_weights(outline, rows, capsys):
+def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     words = [
         "plan",
         "--model",
@@ -213,6 +214,11 @@ def test_a_plan_reads_no_weights(outline, rows, capsys):
     )
     said = capsys.readouterr().out
     assert "Memorizing 4 forget rows" in said
+    assert "…" not in said
+    assert (
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --activation_checkpointing true --optim"
+        in said
+    )
     assert "sweep" in said
     assert "merge" in said
     assert "arithmetic, not measured" in said

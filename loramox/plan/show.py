@@ -19,10 +19,10 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     for planned in plan.planned:
         console.print(_choices(plan, planned, PURPOSES if console.width >= WIDE else ()))
-        console.print(_first(plan, planned), soft_wrap=True)
         if planned.longest is None:
             console.print("Nothing fits: shorter rows (--max_length), a lower --r, or a larger card")
         else:
+            console.print(_first(plan, planned), soft_wrap=True)  # flags that are broken over lines cannot be copied
             console.print(f"The first takes rows of up to about {planned.longest} tokens")
         console.print(_jobs(plan, planned))
     where = f"{_gb(plan.memory)} GB of {plan.device}; a choice fits when it is predicted to fill no more than {USABLE:.0%} of it."

@@ -23,7 +23,7 @@ from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
 from loramox.files import has_files, remove, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
-from loramox.reference import ADAPTER, at_strength, load_reference, lora_layers
+from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Data, Row
 from loramox.run import command, versions
 
@@ -236,21 +236,19 @@ class _Bench:
             requantize.merge(self.model, config.adapter, config.strength, self.device, merged)
         for kind, state in after_merging.items():
             if kind != "none":
-                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind))
+                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind), config.strength)
             self._ask_loaded(state, lambda kind=kind: requantize.requantized(self.model, merged, kind, self.device))
 
-    def _ask_loaded(self, state: str, load: Callable[[], nn.Module]) -> None:
-        """Ask a model that is loaded for this alone, if it must be, and gone afterwards."""
-        there = self.asked_already("requantize", state)
-        self.ask("requantize", state, None if there else load())
+    def _ask_loaded(self, state: str, load: Callable[[], nn.Module], strength: float = 1.0) -> None:
+        """Ask a model that is loaded for this alone, if it must be, and gone afterwards; an adapter on it at a strength."""
+        model = None if self.asked_already("requantize", state) else load()
+        with at_strength(model, -strength) if model else nullcontext():
+            self.ask("requantize", state, model)
 
     def _unmerged(self, kind: str) -> nn.Module:
-        """The adapter, at its strength, on the base model quantized as `kind`."""
+        """The adapter on the base model quantized as `kind`."""
         base = load_reference(replace(self.model, quantization=kind), self.device)
-        adapted = PeftModel.from_pretrained(base, self.config.adapter)
-        for _, layer in lora_layers(adapted):
-            layer.set_scale(ADAPTER, self.config.strength)
-        return adapted
+        return PeftModel.from_pretrained(base, self.config.adapter)
 
     def close(self) -> dict[str, Any]:
         record = {

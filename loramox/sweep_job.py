@@ -1,10 +1,11 @@
 """The sweep: one memorization adapter, every strength, one load of the model. Where two rooms meet: extrapolate, evaluate."""
 
+import functools
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,12 @@ from peft import PeftModel
 from loramox.adapter import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
 from loramox.batches import Tokenisation
 from loramox.errors import AdapterError, RunError, SettingsError
-from loramox.evaluate import membership
 from loramox.evaluate.job import Asked, check_sides, described, questions_of, read_parts, read_retrained
 from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
-from loramox.evaluate.summary import summarise, values
-from loramox.evaluate.truth_ratio import forget_quality
+from loramox.evaluate.summary import summarise
 from loramox.extrapolate import extrapolate
-from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, refusal, within_budget
-from loramox.extrapolate.frontier import grid, next_strength, poor_direction
+from loramox.extrapolate.frontier import grid, poor_direction
 from loramox.extrapolate.picture import draw_frontier
 from loramox.files import has_files, sha256_of, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config
@@ -31,6 +29,7 @@ from loramox.reference import AS_TRAINED, at_strength, load_reference, with_fact
 from loramox.rows import Columns
 from loramox.run import command, versions
 from loramox.settings import check_choices, of_record
+from loramox.sweep_search import Measured, choose, mean, next_for, scores, search
 
 FRONTIER = "frontier.json"
 PICTURE = "frontier.png"
@@ -48,7 +47,7 @@ class SweepConfig:
     strengths: list[float] | None = field(
         default=None, metadata={"help": "Strengths α. Default: a quarter of the trained one to one and a half of it."}
     )
-    refine: int = field(default=3, metadata={"help": "Strengths to add where the frontier bends."})
+    refine: int = field(default=3, metadata={"help": "Strengths to add where the rule looks for its choice."})
     rule: str = field(
         default="budget",
         metadata={
@@ -88,6 +87,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     source = _source(memorization)
     settings = source["settings"]
     model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
+    if asked.suite:  # its rows are not those that training had to cut
+        tokenisation = replace(tokenisation, max_length=None, long_rows="refuse")
     model.model = config.model or model.model
     device = check_device(model, scoring.use_cpu)
     base = identify(model, read_config(model))
@@ -131,37 +132,34 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         return records
 
     ceiling = settings["strength"] if settings["objective"] == "npo" else math.inf
-    return _conclude(config, plan, _refined(config, settings["strength"], measure), retrained, ceiling)
+    measured = _measured(config, settings["strength"], measure, retrained, ceiling)
+    return _conclude(config, plan, measured, retrained, ceiling)
 
 
-def _refined(
-    config: SweepConfig, trained: float, measure: Callable[[float], list[Record]]
-) -> dict[float, list[Record]]:
-    """The records at every strength wanted or there already, and at those added where the frontier bends; in order."""
+def _measured(
+    config: SweepConfig,
+    trained: float,
+    measure: Callable[[float], list[Record]],
+    retrained: Sequence[Record],
+    ceiling: float,
+) -> Measured:
+    """The records at every strength wanted or there already, and at those that the rule adds."""
     wanted = {0.0, *(config.strengths or grid(trained))}
     there = {float(f.parent.name.removeprefix("strength-")) for f in Path(config.out).glob(f"strength-*/{SUMMARY}")}
     measured = {s: measure(s) for s in sorted(wanted | there)}
-    while len(measured) < len(wanted) + config.refine:
-        strengths = sorted(measured)
-        forget, retain = ([_mean(measured[s], part) for s in strengths] for part in ("forget", "retain"))
-        floor = (1 - config.budget) * retain[0] if config.rule == "budget" else None
-        new = float(f"{next_strength(strengths, forget, retain, floor):.3g}")
-        if new in measured:
-            break
-        measured[new] = measure(new)
-    return dict(sorted(measured.items()))
-
-
-def _mean(records: Sequence[Record], part: str) -> float:
-    return float(values([r for r in records if r["part"] == part], "probability").mean())
+    prefer = functools.partial(next_for, config.rule, retrained=retrained, budget=config.budget, ceiling=ceiling)
+    return search(measured, measure, len(wanted) + config.refine - len(measured), prefer)
 
 
 def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record]) -> None:
     if not {"forget", "retain"} <= rows.keys():
-        raise SettingsError("a frontier has two sides: give both --forget and --retain (or --suite)")
+        raise SettingsError(
+            "a frontier has two sides, rows to forget and rows to retain: give both --forget and --retain, or --suite tofu (MUSE's own rows "
+            "have no retain rows: give such with --retain, and its texts with --forget and --holdout)"
+        )
     if config.rule == "holdout" and "holdout" not in rows:
         raise SettingsError("--rule holdout compares with rows never seen: give --holdout")
-    wrong = any(r.wrong_answers for r in rows["forget"]) and len(_values(retrained, "forget", "truth_ratio"))
+    wrong = any(r.wrong_answers for r in rows["forget"]) and len(scores(retrained, "forget", "truth_ratio"))
     if config.rule == "retrained" and not wrong:
         raise SettingsError(
             "--rule retrained compares truth ratios with those of a model that never saw the forget rows: give --retrained, its "
@@ -231,48 +229,10 @@ def _conclude(
         "command": command(),
         "versions": versions(),
     }
-    theirs = {part: _mean(retrained, part) for part in {r["part"] for r in retrained}}
+    theirs = {part: mean(retrained, part) for part in {r["part"] for r in retrained}}
     if PartialState().is_main_process:
         draw_frontier(out / PICTURE, points, chosen, theirs)
         write_json(out / FRONTIER, frontier)
         if config.ship and chosen:
             extrapolate(config.memorization, config.ship, chosen)
     return frontier
-
-
-def choose(
-    measured: dict[float, list[Record]], retrained: Sequence[Record], budget: float, ceiling: float = math.inf
-) -> list[Choice]:
-    """What each rule says, those that have what they need. `measured` has the reference at 0; the ceiling is the budget's."""
-    strengths = [s for s in measured if s > 0]
-
-    def table(part: str, name: str, at: Sequence[float]) -> np.ndarray:
-        return np.array([_values(measured[s], part, name) for s in at])
-
-    def finite(name: str, *parts: str) -> list[float]:
-        """The strengths at which no row overflowed, as rows do at one far too high."""
-        return [s for s in strengths if all(np.isfinite(_values(measured[s], part, name)).all() for part in parts)]
-
-    reference = _values(measured[0.0], "retain", "probability")
-    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget, ceiling)]
-    if len(_values(measured[0.0], "holdout", "mia_min_k")):
-        at = finite("mia_min_k", "forget", "holdout")
-        scores = (table(part, "mia_min_k", at) for part in ("forget", "holdout"))
-        choices.append(like_holdout(at, *scores, membership.auc))
-    theirs = _values(retrained, "forget", "truth_ratio")
-    if len(retrained) and not len(theirs):
-        choices.append(
-            refusal(
-                "retrained",
-                "these forget rows have no wrong answers (perturbed_answer), and without them no truth ratios",
-            )
-        )
-    if len(theirs) and len(theirs) == len(_values(measured[0.0], "forget", "truth_ratio")):
-        at = finite("truth_ratio", "forget")
-        knows = _values(measured[0.0], "forget", "truth_ratio")
-        choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality, knows))
-    return choices
-
-
-def _values(records: Sequence[Record], part: str, name: str) -> np.ndarray:
-    return values([r for r in records if r["part"] == part], name)

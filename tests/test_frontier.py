@@ -1,5 +1,6 @@
 """The frontier: where to look next, whether its direction is any good, which strength each rule chooses, and the sweep."""
 
+import functools
 import json
 import math
 import shutil
@@ -22,9 +23,10 @@ from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
-from loramox.extrapolate.frontier import GRID, grid, next_strength, poor_direction
+from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction
 from loramox.model import ModelConfig
-from loramox.sweep_job import SweepConfig, choose, sweep
+from loramox.sweep_job import SweepConfig, sweep
+from loramox.sweep_search import Measured, choose, next_for, search
 
 STRENGTHS = [1.0, 2.0, 3.0, 4.0]
 
@@ -62,6 +64,13 @@ def test_with_one_strength_and_the_reference_the_next_is_midway(retain: list[flo
 
 def test_a_flat_frontier_still_has_a_next_strength_within_it() -> None:
     assert 0 < next_strength([0, 1, 2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) < 2
+
+
+def test_beside_the_best_so_far_is_midway_in_the_longer_step_and_beyond_the_last() -> None:
+    strengths = [0.0, 2.0, 3.0, 7.0]
+    assert [beside(strengths, best) for best in strengths[1:]] == [1.0, 5.0, FURTHER * 7]
+    assert beside([0.0, 2.0, 3.0], 2.0) == 1.0
+    assert beside([0.0, 2.0, 5.0], 2.0) == 3.5
 
 
 @pytest.mark.parametrize(
@@ -141,12 +150,14 @@ def test_like_holdout_chooses_the_strength_at_which_the_two_look_alike_so_that_o
 
 
 @pytest.mark.parametrize(
-    ("means", "side"), [([0.0, 0.1, 0.2, 0.5], "still look trained on"), ([7.0, 8.0, 9.0, 9.5], "stranger")]
+    ("means", "side", "nearest"),
+    [([0.0, 0.1, 0.2, 0.5], "still look trained on", 4), ([7.0, 8.0, 9.0, 9.5], "stranger", 1)],
 )
-def test_like_holdout_refuses_when_no_strength_makes_them_alike(means: list[float], side: str) -> None:
+def test_like_holdout_refuses_when_no_strength_makes_them_alike(means: list[float], side: str, nearest: float) -> None:
     holdout = np.repeat(around([3.0], spread=0.5), 4, axis=0)
     choice = like_holdout(STRENGTHS, around(means, spread=0.5), holdout, auc)
     assert choice[:4] == ("holdout", None, None, None)
+    assert choice.nearest == nearest
     assert side in choice.reason
     assert "Measure other strengths" in choice.reason
 
@@ -522,6 +533,7 @@ def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     measured[4.0] = [r | {"truth_ratio": math.inf} if r["part"] == "forget" else r for r in records(1.0, 0.0)]
     by_rule = {c.rule: c for c in choose(measured, records(1.01, 0.1), 0.02)}
     assert by_rule["retrained"].strength == 2
+    assert by_rule["retrained"].reason.endswith("; retain probability there is 0.9000, the reference's 0.9000")
     assert by_rule["budget"].strength == 4
     assert [c.rule for c in choose(measured, [], 0.02)] == ["budget"]
     unasked = [{"part": "forget", "probability": 0.1}]
@@ -530,6 +542,37 @@ def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     refused = choose(overflown, records(1.01, 0.1), 0.02)[1]
     assert refused.strength is None
     assert "Measure smaller strengths" in refused.reason
+
+
+def knowing(strength: float) -> list[dict[str, Any]]:
+    """Records of a made-up model: truth ratios rise with the strength, retain probability falls from 10 on."""
+    forget = [{"part": "forget", "truth_ratio": (1 + strength) * (1 + i / 50), "probability": 0.9} for i in range(40)]
+    return forget + [{"part": "retain", "probability": 0.9 if strength <= 10 else 0.5}] * 9
+
+
+def searched(rule: str, more: int, retrained: list[dict[str, Any]], ceiling: float) -> Measured:
+    """The grid's strengths and those that the search adds to it."""
+    prefer = functools.partial(next_for, rule, retrained=retrained, budget=0.02, ceiling=ceiling)
+    return search({s: knowing(s) for s in [0.0, *grid(8)]}, knowing, more, prefer)
+
+
+@pytest.mark.parametrize(("right", "near"), [(16.0, (12, 27)), (5.0, (4, 7)), (30.0, (18, 41))])
+def test_a_sweep_looks_round_what_its_rule_comes_nearest_to_even_beyond_its_grid(
+    right: float, near: tuple[float, float]
+) -> None:
+    retrained = [r | {"truth_ratio": r["truth_ratio"] * 1.01} for r in knowing(right)[:40]]
+    measured = searched("retrained", 3, retrained, ceiling=8)
+    assert list(measured) == sorted(measured)
+    added = set(measured) - {0.0, *grid(8)}
+    assert len(added) == 3
+    assert all(near[0] <= strength <= near[1] for strength in added)
+    choice = choose(measured, retrained, 0.02)[1]
+    assert abs(choice.strength - right) <= min(abs(s - right) for s in grid(8))
+
+
+def test_a_sweep_for_the_budget_adds_nothing_above_the_strength_it_may_choose_for_its_floor() -> None:
+    assert set(searched("budget", 1, [], ceiling=math.inf)) - set(grid(8)) == {0.0, 11.0}
+    assert 11.0 not in searched("budget", 1, [], ceiling=8)
 
 
 def test_a_memorization_made_from_python_says_what_it_does_not_hold(

@@ -21,6 +21,7 @@ class Choice(NamedTuple):
     low: float | None  # 5 % and 95 % of the choices on resampled rows
     high: float | None
     reason: str  # why this one, or why none
+    nearest: float | None = None  # the strength, or where it refuses what comes nearest to it
 
 
 def within_budget(
@@ -72,13 +73,15 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
         return np.array([auc(f[rows], h[others]) for f, h in zip(forget, holdout, strict=True)])
 
     def pick(rows: np.ndarray, others: np.ndarray) -> int:
-        return int(np.abs(areas(rows, others) - 0.5).argmin())
+        found = areas(rows, others)
+        equal = np.flatnonzero(np.abs(found - 0.5) == np.abs(found - 0.5).min())
+        # Where none is strong enough to be told from another, as at an AUC of 1, the strongest is nearest.
+        return int(equal[-1] if found[equal[-1]] > 0.5 else equal[0])
 
     if not len(strengths):
         return refusal("holdout", NOTHING)
     n, m = forget.shape[1], holdout.shape[1]
-    every = areas(np.arange(n), np.arange(m))
-    at = int(np.abs(every - 0.5).argmin())
+    every, at = (of(np.arange(n), np.arange(m)) for of in (areas, pick))
     # Of an AUC of two samples that are alike (Hanley & McNeil, 1982).
     error = 1.96 * np.sqrt((n + m + 1) / (12 * n * m))
     if abs(every[at] - 0.5) > error:
@@ -87,6 +90,7 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
             "holdout",
             f"no strength makes forget rows look like holdout rows: nearest is {strengths[at]:g}, where they {side} (AUC "
             f"{every[at]:.3f}; 0.5 ± {error:.3f} is alike). Measure other strengths",
+            float(strengths[at]),
         )
     return _bootstrapped("holdout", strengths, at, pick, (n, m), f"membership AUC {every[at]:.3f} is nearest 0.5")
 
@@ -106,7 +110,10 @@ def like_retrained(
     """
 
     def pick(rows: np.ndarray) -> int:
-        return int(np.argmax([p_value(at[rows], retrained[rows]) for at in forget]))
+        found = np.array([p_value(at[rows], retrained[rows]) for at in forget])
+        equal = np.flatnonzero(found == found.max())  # several where no two samples overlap
+        apart = np.abs(np.median(forget[equal][:, rows], axis=1) - np.median(retrained[rows]))
+        return int(equal[apart.argmin()])
 
     if not len(strengths):
         return refusal("retrained", NOTHING)
@@ -123,14 +130,15 @@ def like_retrained(
             "retrained",
             f"no strength makes forget rows look like the retrained model's: nearest is {strengths[at]:g} (KS p = {quality:.2g}, "
             f"n = {forget.shape[1]}; {LEVEL} or more cannot be told apart). Measure other strengths, or memorize for longer",
+            float(strengths[at]),
         )
     return _bootstrapped(
         "retrained", strengths, at, pick, (forget.shape[1],), f"forget quality is highest, KS p = {quality:.2g}"
     )
 
 
-def refusal(rule: str, reason: str) -> Choice:
-    return Choice(rule, None, None, None, reason)
+def refusal(rule: str, reason: str, nearest: float | None = None) -> Choice:
+    return Choice(rule, None, None, None, reason, nearest)
 
 
 def _bootstrapped(
@@ -149,4 +157,4 @@ def _bootstrapped(
         picked.append(0.0 if i is None else strengths[i])
     low, high = np.quantile(picked, [0.05, 0.95], method="nearest")
     chosen = float(strengths[at])
-    return Choice(rule, chosen, min(float(low), chosen), max(float(high), chosen), reason)
+    return Choice(rule, chosen, min(float(low), chosen), max(float(high), chosen), reason, chosen)

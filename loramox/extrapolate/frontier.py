@@ -7,6 +7,8 @@ import numpy as np
 # Of the trained strength. Beyond it the retain rows are no longer held, so the frontier ends soon after.
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
+FURTHER = 1.5  # times the largest strength, where what is looked for lies beyond it
+
 # A frontier whose two curves part by less than this share never spares the rest: see `poor_direction`.
 PARTED = 0.25
 
@@ -39,6 +41,18 @@ def next_strength(
     steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
     left = at - 1 if steps[at - 1] >= steps[at] else at
     return float((x[left] + x[left + 1]) / 2)
+
+
+def beside(strengths: Sequence[float], best: float) -> float:
+    """The strength that tells most about where the best one is: midway in the longer of the two steps beside the best so far.
+
+    At the last of `strengths`, which ascend from the reference's 0, it is `FURTHER` times that one.
+    """
+    at = list(strengths).index(best)
+    if at + 1 == len(strengths):
+        return FURTHER * best
+    below, above = strengths[at - 1], strengths[at + 1]
+    return (below + best) / 2 if best - below > above - best else (best + above) / 2
 
 
 def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | None:

@@ -4,10 +4,19 @@ import dataclasses
 import difflib
 import json
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loramox.errors import SettingsError
+
+# What settings are called elsewhere, where another here is spelt more alike.
+CALLED = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "rank": "r",
+}
 
 
 def check_choices(config: Any) -> None:
@@ -45,16 +54,22 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
     flags: list[str] = []
     for key, value in recipe.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise SettingsError(
-                f"recipe {path}: unknown setting '{key}'{f'; did you mean {near[0]!r}?' if near else ''}"
-            )
+            near = meant(str(key), known)
+            raise SettingsError(f"recipe {path}: unknown setting '{key}'{f'; did you mean {near!r}?' if near else ''}")
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
             # One word, so that a value that begins with a dash is not taken for a flag.
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
+
+
+def meant(name: str, known: Sequence[str]) -> str | None:
+    """The setting that a name may stand for: the one that `CALLED` has for it, or the one spelt most alike."""
+    plain = name.removeprefix("--").partition("=")[0].replace("-", "_")
+    dashes = "--" if name.startswith("--") else ""
+    called = f"{dashes}{CALLED.get(plain)}"
+    return next(iter([called] if called in known else difflib.get_close_matches(name, known, n=1)), None)
 
 
 def of_record(kind: type, settings: dict[str, Any]) -> Any:

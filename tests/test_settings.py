@@ -213,6 +213,9 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path: Path) -> None:
     [
         (["--temprature", "1"], r"unknown argument --temprature; did you mean --temperature\?"),
         (["--temprature=1"], r"unknown argument --temprature=1; did you mean --temperature\?"),
+        (["--lr", "1e-4"], r"did you mean --learning_rate\?"),
+        (["--epochs", "3"], r"did you mean --num_train_epochs\?"),
+        (["--batch-size=4"], r"did you mean --per_device_train_batch_size\?"),
         (["--temp", "1"], "unknown argument --temp"),  # no abbreviations: they change meaning as settings are added
         (["stray"], "unknown argument stray"),
         (["--eval_strategy", "sometimes"], "sometimes"),

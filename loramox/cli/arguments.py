@@ -1,7 +1,6 @@
 """From words on the command line, and a recipe, to settings; and the lines that a verb ends with."""
 
 import argparse
-import difflib
 import itertools
 import os
 import re
@@ -96,9 +95,11 @@ def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
     except ValueError as error:  # transformers' own checks of its TrainingArguments
         raise SettingsError(str(error)) from error
     if unknown:
+        from loramox.settings import meant
+
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
+        near = meant(unknown[0], known)
+        raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near}?' if near else ''}")
     return tuple(parsed)
 
 

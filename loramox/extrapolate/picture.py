@@ -6,9 +6,11 @@ from typing import Any
 from loramox.colours import CHOSEN, FORGET, MUTED, RETAIN, RETRAINED
 from loramox.files import replacing
 
+LEAST = 1e-8  # of the logarithmic axis: what is below it stands there
+
 
 def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None, retrained: dict[str, float]) -> None:
-    """Write a PNG: on the left what each strength does to both parts, on the right one against the other.
+    """Write a PNG: on the left what each strength does to both parts, on the right one against the other, forget logarithmic.
 
     `points` have strength, forget_probability and retain_probability; `retrained` the retrained model's mean
     probabilities by part, or nothing.
@@ -27,18 +29,28 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
         if part in retrained:
             left.axhline(retrained[part], color=color, linestyle=":", linewidth=1, label=f"{part}, retrained model")
     left.set(xlabel="strength α (0: the reference)", ylabel="probability of the true answers", ylim=(-0.02, 1.02))
-    right.plot(forget, retain, color=MUTED, marker="o", markersize=4, label="one point a strength")
-    for p, x, y in zip(points, forget, retain, strict=True):
+    shown = [max(p, LEAST) for p in forget]  # strengths near the retrained model's differ by orders of magnitude
+    right.plot(shown, retain, color=MUTED, marker="o", markersize=4, label="one point a strength")
+    for p, x, y in zip(points, shown, retain, strict=True):
         right.annotate(f"{p['strength']:g}", (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
     if {"forget", "retain"} <= retrained.keys():
         right.plot(
-            retrained["forget"], retrained["retain"], "*", color=RETRAINED, markersize=12, label="retrained model"
+            max(retrained["forget"], LEAST),
+            retrained["retain"],
+            "*",
+            color=RETRAINED,
+            markersize=12,
+            label="retrained model",
         )
     if chosen is not None:
         at = strengths.index(chosen)
         left.axvline(chosen, color=CHOSEN, linewidth=1, linestyle="-.", label=f"chosen: α = {chosen:g}")
-        right.plot(forget[at], retain[at], "D", color=CHOSEN, markersize=7, label=f"chosen: α = {chosen:g}")
-    right.set(xlabel="probability of forget answers (less is better)", ylabel="of retain answers (more is better)")
+        right.plot(shown[at], retain[at], "D", color=CHOSEN, markersize=7, label=f"chosen: α = {chosen:g}")
+    right.set(
+        xscale="log",
+        xlabel="probability of forget answers (less is better)",
+        ylabel="of retain answers (more is better)",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)

@@ -27,12 +27,13 @@ from .figures import FIGURES
 from .jobs import Jobs
 from .methods import QUICK, STANDARD, Scale
 from .muse import TABLE2, Muse, MuseWorld, models_epochs
+from .overlap import TABLE as OVERLAP
 from .runs import Record, Run, Runs
 from .show import write
 from .tables import TABLES
 from .world import World
 
-ALL = TABLES | FIGURES | COMPARISON | TABLE2
+ALL = TABLES | OVERLAP | FIGURES | COMPARISON | TABLE2
 
 
 def scale_of(given: argparse.Namespace) -> Scale:

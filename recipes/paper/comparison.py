@@ -1,5 +1,6 @@
 """The frontier: every method at equal LoRA rank and equal row passes, at the strength that keeps the retain rows at a level."""
 
+from collections.abc import Callable
 from typing import Any
 
 from loramox import colours
@@ -8,7 +9,7 @@ from loramox.evaluate.truth_ratio import forget_quality
 from .figures import LOOKS
 from .frontier import FORGET, QUALITY, RETAIN, At, at_level
 from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, again_of, gold_of, reference_of
-from .runs import Read, Run
+from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
 
 Of = tuple[str, Settings]
@@ -21,14 +22,16 @@ def grid(scale: Scale) -> dict[str, list[Of]]:
     return {label: settings[: scale.grid] for label, settings in GRID.items()}
 
 
-def best(scale: Scale, read: Read, settings: list[Of]) -> Of | None:
+def best(
+    scale: Scale, read: Read, settings: list[Of], curve: Callable[[Record], Record] = lambda record: record, **more: Any
+) -> Of | None:
     """Of a grid, the setting that comes nearest to the retrained model at LEVEL with the first seed, or, where there is none,
-    forgets most; None until all of it has been run.
+    forgets most; None until all of it has been run. `curve` is what is read of a record, `more` what its runs have besides.
     """
-    records = [(of, read(scale.run("curve", of, scale.seeds[0]))) for of in settings]
+    records = [(of, read(scale.run("curve", of, scale.seeds[0], **more))) for of in settings]
     if any(record is None for _, record in records):
         return None
-    at = [(of, at_level(record["points"], LEVEL)) for of, record in records if "failed" not in record]
+    at = [(of, at_level(curve(record)["points"], LEVEL)) for of, record in records if "failed" not in record]
     kept = [(-(each.value(QUALITY) or 0), each.point[FORGET], place, of) for place, (of, each) in enumerate(at) if each]
     return min(kept)[-1] if kept else settings[0]
 
@@ -41,7 +44,7 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
     return list(dict.fromkeys([*runs, again] if again else runs))
 
 
-def _named(of: Of) -> str:
+def named(of: Of) -> str:
     """What differs from the default, or from the method's paper."""
     usual = DEFAULT[1] if of[0] == DEFAULT[0] else {}
     shown = {name: value for name, value in of[1].items() if usual.get(name) != value}
@@ -65,7 +68,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         nearest = [each.nearest or each.point for each in at[LEVEL] if each]
         there = [cell([p.get(name) for p in nearest]) for name in (FORGET, "forget_exact_memorization")]
         forget = [level_cell(at[level]) for level in LEVELS]
-        rows.append([label, _named(of), str(len(records)), *forget, *quality, *there])
+        rows.append([label, named(of), str(len(records)), *forget, *quality, *there])
         data[label] = {
             "settings": of[1],
             "levels": {
@@ -123,10 +126,10 @@ def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:
     if record is None:
         return []
     if "failed" in record:
-        return [[label, _named(of), "diverged", "", ""]]
+        return [[label, named(of), "diverged", "", ""]]
     at = at_level(record["points"], LEVEL)
     quality = number(at.value(QUALITY)) if at else ""
-    return [[label, _named(of), level_cell([at]), quality, f"{record['seconds'] / 60:.1f}"]]
+    return [[label, named(of), level_cell([at]), quality, f"{record['seconds'] / 60:.1f}"]]
 
 
 def _values(data: dict[str, Any], label: str, name: str, level: float = LEVEL) -> list[float]:

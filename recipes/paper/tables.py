@@ -1,4 +1,4 @@
-"""Table 1, the ablation, sizes of the forget set, semantic overlap: forgetting at what is kept."""
+"""Table 1, the ablation, sizes of the forget set, weights of the retain term: forgetting at what is kept."""
 
 import itertools
 from typing import Any
@@ -7,7 +7,7 @@ from loramox.evaluate.truth_ratio import forget_quality
 
 from .frontier import FORGET, RETAIN, At
 from .methods import ABLATION, LEVEL, RIVALS, STANDARD, TABLE1, WEIGHED, WITHOUT, Scale, Settings, gold_of, reference_of
-from .runs import Read, Record, Run
+from .runs import Read, Run
 from .show import (
     HEADS,
     Shown,
@@ -89,7 +89,7 @@ def _at_level(scale: Scale, read: Read, methods: Methods, **more: Any) -> dict[s
     return {label: levels(found(read, scale.curves(of, **more)), LEVEL) for label, of in methods.items()}
 
 
-def _rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str]]:
+def rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str]]:
     return [
         [
             label,
@@ -100,7 +100,7 @@ def _rows_at_level(at: dict[str, list[At | None]], *names: str) -> list[list[str
     ]
 
 
-def _numbers(at: dict[str, list[At | None]], *names: str) -> dict[str, Any]:
+def numbers(at: dict[str, list[At | None]], *names: str) -> dict[str, Any]:
     return {
         label: {name: [each and each.value(name) for each in ats] for name in (FORGET, RETAIN, "strength", *names)}
         for label, ats in at.items()
@@ -129,7 +129,7 @@ def _ablation(scale: Scale, read: Read) -> Shown:
                 gains.append(better * (mean(new) - mean(old)) > max(spread(old) + spread(new), LITTLE))
                 how.append(f"the {what} from {number(mean(old))} to {number(mean(new))}")
         steps.append(verdict(any(gains), f"from '{before}' to '{after}', {' and '.join(how)}"))
-    return Shown(claim + " ".join(steps), _numbers(at, "forget_quality"), markdown(heads, _rows_at_level(at, *names)))
+    return Shown(claim + " ".join(steps), numbers(at, "forget_quality"), markdown(heads, rows_at_level(at, *names)))
 
 
 def _sized(scale: Scale, size: int) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def _sizes(scale: Scale, read: Read) -> Shown:
         label = f"{size} rows" if size else "all rows"
         rows += [[label, row[0], *row[2:]] for row in plain_rows(scale, read, [FORGET, "forget_quality"], **more)]
         at = _at_level(scale, read, RIVALS, **more)
-        rows += [[label, *row] for row in _rows_at_level(at, "forget_quality")]
-        data[label] = _numbers(at, "forget_quality")
+        rows += [[label, *row] for row in rows_at_level(at, "forget_quality")]
+        data[label] = numbers(at, "forget_quality")
         ours.append(mean([each.point[FORGET] for each in at["loramox"] if each]))
     known = [value for value in ours if value is not None]
     how = f"loramox's forget probability at retain {LEVEL} is {', '.join(map(number, ours))} for these sizes, smallest first"
@@ -191,62 +191,9 @@ def _weights(scale: Scale, read: Read) -> Shown:
     return Shown(claim + verdict(min(widths, key=widths.get) == "loramox", how), data, lines)
 
 
-OVERLAP = {"split": "overlap"}
-
-
-def _overlap_plan(scale: Scale, read: Read) -> list[Run]:
-    runs = [run for of in RIVALS.values() for run in scale.curves(of, **OVERLAP)]
-    gold = gold_of(runs[0])
-    return [*([gold] if gold else []), *runs]
-
-
-def _all_that_stays(record: Record) -> Record:
-    """The curve with the lower of the two, the same authors' rows and the others, as what is retained."""
-    points = [
-        p
-        | {
-            "others": p[RETAIN],
-            RETAIN: None if None in (p[RETAIN], p["kept_probability"]) else min(p[RETAIN], p["kept_probability"]),
-        }
-        for p in record["points"]
-    ]
-    return record | {"points": points}
-
-
-def _overlap(scale: Scale, read: Read) -> Shown:
-    names = [FORGET, "kept_probability", "others", "forget_quality"]
-    heads = [
-        "",
-        f"forget probability where all that is to stay is at {LEVEL} ↓",
-        "same authors' rows ↑",
-        "other rows ↑",
-        "KS p ↑",
-    ]
-    plain = plain_rows(scale, read, [FORGET, "kept_probability", RETAIN, "forget_quality"], **OVERLAP)
-    at = {
-        label: levels([_all_that_stays(record) for record in found(read, scale.curves(of, **OVERLAP))], LEVEL)
-        for label, of in RIVALS.items()
-    }
-    data, lines = (
-        _numbers(at, *names[1:]),
-        markdown(heads, [[row[0], *row[2:]] for row in plain] + _rows_at_level(at, *names[1:])),
-    )
-    claim = "Expected (the paper's figures for it are not at hand): where rows of the same authors are to stay, MOX forgets more than others that keep them as well. "
-    forget = {label: [each.point[FORGET] for each in ats if each] for label, ats in at.items()}
-    others = {label: mean(values) for label, values in forget.items() if label != "loramox" and values}
-    if not others or not forget["loramox"]:
-        return Shown(claim + "Not all of it has been run", data, lines)
-    best = min(others, key=others.get)
-    how = f"forget probability is {cell(forget['loramox'])} with loramox, {cell(forget[best])} with the best other, {best}"
-    return Shown(claim + verdict(mean(forget["loramox"]) < others[best], how), data, lines)
-
-
 TABLES = {
     "table1": Table("Table 1: all methods, each as its paper has it", _table1_plan, _table1),
     "ablation": Table("Ablation: each line adds to the one above", _ablation_plan, _ablation),
     "sizes": Table("Forget sets of 1, 5 and 10 %", _sizes_plan, _sizes),
     "weights": Table("Stability under the weight of the retain term", _weights_plan, _weights),
-    "overlap": Table(
-        "Semantic overlap: half of an author's rows are forgotten, the others are to stay", _overlap_plan, _overlap
-    ),
 }

@@ -25,6 +25,7 @@ from recipes.paper.bench import Bench
 from recipes.paper.comparison import COMPARISON
 from recipes.paper.frontier import at_level, measured, nearer_strength, nearest, next_strength
 from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, again_of, gold_of, mox, reference_of
+from recipes.paper.overlap import TABLE
 from recipes.paper.runs import BusyError, Run, Runs
 from recipes.paper.world import World
 
@@ -364,6 +365,37 @@ def test_another_retrained_model_is_shown_with_its_own_difference() -> None:
     assert said.endswith("KS p 1.0000")
     assert again in COMPARISON["frontier"].plan(scale, records.get)
     assert again_of(run, 0) is None
+
+
+def test_overlap_reads_each_method_where_the_least_of_all_that_stays_keeps_the_level() -> None:
+    """Other rows at 0.99 all along; the same authors' fall, and cross 0.98 midway. Each method in its better setting."""
+    scale = Scale(seeds=(0, 1))
+    forgets = {"mox": 0.1, "npo": 0.3}
+
+    def read(run: Run) -> dict:
+        if run.job != "curve":
+            return {"point": {}}
+        plain = dict(run.settings).get("learning_rate") is None
+        half = forgets.get(run.method, 0.5) + 0.01 * run.seed + (0.0 if plain else 0.2)
+        line = [(0.0, 1.0, 0.99), (1.0, 2 * half - 1.0, 0.97)]
+        return {
+            "points": [
+                {"strength": s, "forget_probability": f, "kept_probability": kept, "retain_probability": 0.99}
+                for s, f, kept in line
+            ]
+        }
+
+    runs = TABLE["overlap"].plan(scale, read)
+    assert {run.seed for run in runs if run.method == "npo"} == {0, 1}
+    assert all("split=overlap" in run.name for run in runs)
+    shown = TABLE["overlap"].show(scale, read)
+    assert shown.data["loramox"]["forget_probability"] == pytest.approx([0.1, 0.11])
+    assert shown.data["NPO"]["kept_probability"] == pytest.approx([0.98, 0.98])
+    assert "Holds: " in shown.claim
+    assert "the best other, NPO, by more than the spread of seeds" in shown.claim
+    assert sum("learning_rate" in line for line in shown.lines) == 0
+    forgets["npo"] = 0.09
+    assert "Does not hold: " in TABLE["overlap"].show(scale, read).claim
 
 
 def test_a_record_says_nothing_of_the_machine_it_was_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

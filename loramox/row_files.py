@@ -13,18 +13,24 @@ from loramox.errors import RowsError
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def load(source: str) -> list[dict[str, Any]]:
-    """The records of a file or hub data set, each with every column that any of them has."""
+def check(source: str) -> None:
+    """Raises `RowsError` for a file that is not there or of no known format; what may be a hub data set is not looked for."""
     path = Path(source)
     if path.is_dir() or (path.suffix in FORMATS and not path.exists()):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RowsError(
             f"{source} {what}. Expected a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
         )
+    if path.exists() and path.suffix not in FORMATS:
+        raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
+
+
+def load(source: str) -> list[dict[str, Any]]:
+    """The records of a file or hub data set, each with every column that any of them has."""
+    check(source)
+    path = Path(source)
     if not path.exists():
         return _from_hub(source)
-    if path.suffix not in FORMATS:
-        raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
     # Not with `datasets`: it makes numbers and dates of answers that look like some, and leaves a copy of the rows, which
     # are to be forgotten, in its cache.
     try:

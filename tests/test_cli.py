@@ -42,6 +42,30 @@ print("imported:", *sys.modules)
     assert HEAVY.isdisjoint(out.rpartition("imported:")[2].split())
 
 
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [("--forget", "gone.jsonl", "gone.jsonl does not exist"), ("--holdout", "rows.txt", "rows.txt ends in '.txt'")],
+)
+def test_a_file_of_rows_that_cannot_be_is_refused_before_anything_heavy_is_imported(
+    flag: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").touch()
+    code = f"""
+import sys
+sys.argv = ["loramox", "evaluate", "--model", "m", {flag!r}, {name!r}, "--out", "o"]
+sys.stderr = sys.stdout
+try:
+    import loramox.__main__
+except SystemExit as exit:
+    assert exit.code == 2
+print("imported:", *sys.modules)
+"""
+    said, _, imported = in_a_new_process(code).partition("imported:")
+    assert said.startswith("loramox evaluate: " + message)
+    assert HEAVY.isdisjoint(imported.split())
+
+
 def test_importing_loramox_imports_nothing_heavy() -> None:
     assert HEAVY.isdisjoint(in_a_new_process("import loramox, sys; print(*sys.modules)").split())
 

@@ -5,11 +5,13 @@ Nothing heavy is imported before a verb is known, so that `loramox --help` answe
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 
 from loramox.cli.arguments import VERBS
 from loramox.errors import LoramoxError
+from loramox.row_files import check
 
 HOMES = {
     "demo": "training",
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb = parser.parse_args(words[:1]).verb
     _quieten_libraries()
     try:
+        _check_files(words)
         getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
     except KeyboardInterrupt:
         resumes = verb in ("unlearn", "memorize") or words[:2] in (["requests", "add"], ["requests", "refresh"])
@@ -58,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"loramox {verb}: {error.filename}: {error.strerror}. What is written elsewhere is whole", file=sys.stderr
         )
         sys.exit(2)
+
+
+def _check_files(words: Sequence[str]) -> None:
+    """Refuse a file of rows that is not there, before libraries take their seconds to load."""
+    for flag, word in itertools.pairwise(words):
+        if flag in ("--forget", "--retain", "--holdout"):
+            check(word)
 
 
 def _quieten_libraries() -> None:

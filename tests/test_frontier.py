@@ -524,6 +524,26 @@ def test_a_run_with_wanted_answers_can_be_swept(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(("given", "length"), [({"suite": "tofu"}, None), ({"forget": "f", "retain": "r"}, 16)])
+def test_a_suites_rows_are_not_cut_where_training_cut_its_own(
+    given: dict[str, str], length: int | None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "memorization", run / "memorization", ignore=shutil.ignore_patterns("checkpoint-*"))
+    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
+    provenance["settings"] |= {"max_length": 16, "long_rows": "truncate"}
+    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
+
+    def encoded(rows: Any, model: Any, config: Any, how: Any, *_: Any) -> None:
+        raise LoramoxError(f"cut at {how.max_length}")
+
+    monkeypatch.setattr(loramox.sweep_job, "read_parts", lambda *_: {})
+    monkeypatch.setattr(loramox.sweep_job, "check_sides", lambda *_: None)
+    monkeypatch.setattr(loramox.sweep_job, "questions_of", encoded)
+    with pytest.raises(LoramoxError, match=f"cut at {length}"):
+        sweep(config_of(run, tmp_path / "s"), Asked(**given), SHORT)
+
+
 def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     def records(ratio: float, p: float) -> list[dict[str, Any]]:
         forget = [{"part": "forget", "truth_ratio": ratio * (1 + i / 50), "probability": p} for i in range(40)]

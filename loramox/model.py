@@ -4,6 +4,7 @@ Nothing here loads weights.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,12 @@ class ModelConfig:
         default=None,
         metadata={
             "help": "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, as a rule sdpa."
+        },
+    )
+    shard: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut the frozen layers over the processes of torchrun or accelerate launch, for a model that one device cannot hold."
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
@@ -133,14 +140,35 @@ def context_of(config: PretrainedConfig) -> int:
 
 
 def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
-    """The device a run will use. Raises `SettingsError` when it cannot hold weights in the wanted quantization."""
+    """The device a run will use.
+
+    Raises `SettingsError` when it cannot hold weights in the wanted quantization, or these cannot be cut over processes.
+    """
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
     if reference.quantization != "none" and device.type not in ("cuda", "cpu", "xpu"):
         raise SettingsError(
             f"quantization is {reference.quantization}, which bitsandbytes does not run on {device.type}. "
             "Use --quantization none, or --use_cpu"
         )
+    if reference.shard:
+        _check_shard(reference)
     return device
+
+
+def _check_shard(reference: ModelConfig) -> None:
+    if reference.quantization == "int8":
+        raise SettingsError("--shard: 8-bit weights cannot be cut over processes. Use --quantization nf4 or none")
+    if several_processes():
+        return
+    raise SettingsError(
+        "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, memorize, evaluate or sweep with "
+        "torchrun --nproc_per_node N -m loramox, or leave --shard out"
+    )
+
+
+def several_processes() -> bool:
+    """Whether torchrun or accelerate launch has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:

@@ -66,7 +66,10 @@ class ReferenceConfig(ModelConfig):
 
 
 def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation."""
+    """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation.
+
+    With `reference.shard` it is on the CPU, for `loramox.shards.shard` to cut it up when it has its adapters.
+    """
     dtype = reference.torch_dtype(torch.device(device))
     with attention_of(reference):
         model = AutoModelForCausalLM.from_pretrained(
@@ -76,8 +79,8 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
             attn_implementation=reference.attn_implementation,
             trust_remote_code=reference.trust_remote_code,
             dtype=dtype,
-            device_map={"": device},
-            quantization_config=_quantization(reference.quantization, dtype),
+            device_map={"": "cpu" if reference.shard else device},
+            quantization_config=_quantization(reference, dtype),
         )
     if reference.quantization == "nf4":
         keep_4bit_weights_in_place(model)
@@ -95,12 +98,17 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if kind == "nf4":
+def _quantization(reference: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if reference.quantization == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # What is cut over processes must be of a type that torch takes for a parameter, which bytes are not.
+            bnb_4bit_quant_storage=dtype if reference.shard else torch.uint8,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True) if reference.quantization == "int8" else None
 
 
 def keep_4bit_weights_in_place(model: nn.Module) -> None:

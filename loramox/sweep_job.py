@@ -24,11 +24,12 @@ from loramox.extrapolate import extrapolate
 from loramox.extrapolate.frontier import grid, poor_direction
 from loramox.extrapolate.picture import draw_frontier
 from loramox.files import has_files, sha256_of, write_json
-from loramox.model import ModelConfig, check_device, identify, read_config
+from loramox.model import ModelConfig, check_device, identify, read_config, several_processes
 from loramox.reference import AS_TRAINED, at_strength, load_reference, with_factors
 from loramox.rows import Columns
 from loramox.run import command, versions
 from loramox.settings import check_choices, of_record
+from loramox.shards import shard
 from loramox.sweep_search import Measured, choose, mean, next_for, scores, search
 
 FRONTIER = "frontier.json"
@@ -82,7 +83,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     strength, and the first one writes. Raises a `LoramoxError` before the model is loaded for anything that is wrong.
     """
     scoring = scoring or ScoringConfig()
-    PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
+    process = PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
     out, memorization = Path(config.out), Path(config.memorization)
     source = _source(memorization)
     settings = source["settings"]
@@ -90,6 +91,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     if asked.suite:  # its rows are not those that training had to cut
         tokenisation = replace(tokenisation, max_length=None, long_rows="refuse")
     model.model = config.model or model.model
+    model.shard = model.shard and several_processes()  # else one process holds all
     device = check_device(model, scoring.use_cpu)
     base = identify(model, read_config(model))
     check_base(source, base, memorization)
@@ -111,6 +113,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
 
     shipped, _ = at_rank(delta, served_rank(settings["r"]))
     adapted = PeftModel.from_pretrained(load_reference(model, device), str(memorization / "momentum"))
+    if model.shard:
+        shard(adapted, process.device)
     with adapted.disable_adapter():
         questions.remember_reference(adapted)
 

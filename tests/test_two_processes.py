@@ -1,6 +1,7 @@
 """Two processes train, and find, what one does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig
+from loramox.adapter import PROVENANCE
 from loramox.cli import main
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.memorize import memorize
@@ -30,8 +32,13 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("quantization", "more"),
+    [("none", {}), ("nf4", {"shard": True, "gradient_checkpointing": True})],
+    ids=["each holds all", "layers are cut"],
+)
 def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_of_four(
-    pico: Callable[[str], Path], tmp_path: Path
+    pico: Callable[[str], Path], tmp_path: Path, quantization: str, more: dict[str, Any]
 ) -> None:
     rows = rows_of_two_lengths(tmp_path)
     settings = {
@@ -39,16 +46,17 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
         "forget": rows[0],
         "retain": rows[1],
         "out": tmp_path / "two",
-        "quantization": "none",
+        "quantization": quantization,
         "lora_r": 4,
         "per_device_train_batch_size": 2,
         "ddp_backend": "gloo",
         **SETTINGS,
+        **more,
     }
     in_two_processes("memorize", tmp_path, settings)
     memorize(
         RunConfig(str(tmp_path / "one")),
-        ReferenceConfig(str(pico("llama")), quantization="none", r=4),
+        ReferenceConfig(str(pico("llama")), quantization=quantization, r=4),
         Data(*map(str, rows)),
         MemorizeConfig(per_device_train_batch_size=4, **SETTINGS),
     )
@@ -73,24 +81,36 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
             assert (two[name] - delta).norm() < 1e-3 * delta.norm()
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["each holds all", "layers are cut"])
+@pytest.mark.parametrize("verb", ["evaluate", "sweep"])
 def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
-    trained: Path, rows: tuple[Path, Path], tmp_path: Path
+    trained: Path, rows: tuple[Path, Path], tmp_path: Path, verb: str, shard: bool
 ) -> None:
     asked = {"forget": rows[0], "retain": rows[1], "use_cpu": True, "batch_size": 2, "max_new_tokens": 4}
-    memorized = {"memorization": trained / "memorization", "strengths": 2, "refine": 0}
-    for verb, more in (
-        ("evaluate", {"model": read_record(trained)["base"]["model"], "quantization": "none", "adapter": trained / "forget-adapter"}),
-        ("sweep", memorized),
-    ):  # fmt: skip
-        name = f"{verb}-{len(more)}"
-        said = in_two_processes(verb, tmp_path, asked | more | {"out": tmp_path / f"{name}-two"})
-        main([verb, *flags(asked | more | {"out": tmp_path / f"{name}-one"})])
-        one, two = (sorted((tmp_path / f"{name}-{how}").rglob(RECORDS)) for how in ("one", "two"))
-        assert len(one) == len(two) == (2 if verb == "sweep" else 1)
-        for file, other in zip(one, two, strict=True):
-            for record, same in zip(read_records(file), read_records(other), strict=True):
-                assert near(record, same)
-        assert said.count("has summary.json" if verb == "evaluate" else "are the frontier") == 1
+    if verb == "evaluate":
+        model = read_record(trained)["base"]["model"]
+        asked |= {"model": model, "quantization": "none", "adapter": trained / "forget-adapter"}
+        two = asked | {"shard": shard}
+    else:
+        asked |= {"memorization": trained / "memorization", "strengths": 2, "refine": 0}
+        two = asked | {"memorization": of_a_run_that(shard, trained, tmp_path)}
+    said = in_two_processes(verb, tmp_path, two | {"out": tmp_path / "two"})
+    main([verb, *flags(asked | {"out": tmp_path / "one"})])
+    one, two = (sorted((tmp_path / how).rglob(RECORDS)) for how in ("one", "two"))
+    assert len(one) == len(two) == (2 if verb == "sweep" else 1)
+    for file, other in zip(one, two, strict=True):
+        for record, same in zip(read_records(file), read_records(other), strict=True):
+            assert near(record, same)
+    assert said.count("has summary.json" if verb == "evaluate" else "are the frontier") == 1
+
+
+def of_a_run_that(shard: bool, trained: Path, folder: Path) -> Path:
+    """Its memorization, with what a run under --shard writes down."""
+    copy = shutil.copytree(trained / "memorization", folder / "memorization")
+    provenance = json.loads((copy / PROVENANCE).read_text())
+    provenance["settings"]["shard"] = shard
+    (copy / PROVENANCE).write_text(json.dumps(provenance))
+    return copy
 
 
 def rows_of_two_lengths(folder: Path) -> tuple[Path, Path]:

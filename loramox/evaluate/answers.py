@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.batches import Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
+from loramox.shards import is_sharded
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 
@@ -74,7 +75,7 @@ def greedy_answers(
     bar = tqdm(total=len(open_ended), desc=describe, disable=not shows(describe), leave=False, unit="answers")
     found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
-        for rows in mine(batches):
+        for rows in mine(batches, model):
             prompts = [torch.tensor(questions[i] + said[i]) for i in rows]
             ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
             lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -84,6 +85,7 @@ def greedy_answers(
                 max_new_tokens=max(limits[i] - len(said[i]) for i in rows),
                 eos_token_id=eos,
                 pad_token_id=pad,
+                synced_gpus=is_sharded(model),
                 **GREEDY,
             )
             for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):

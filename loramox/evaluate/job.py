@@ -28,6 +28,7 @@ from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
 from loramox.settings import check_choices
+from loramox.shards import shard
 
 HOLDOUT = "holdout"
 
@@ -139,8 +140,12 @@ def evaluate(
         raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
     loaded: nn.Module = load_reference(model, device)
     if subject.adapter:
-        questions.remember_reference(loaded)
         loaded = PeftModel.from_pretrained(loaded, subject.adapter)
+    if model.shard:
+        shard(loaded, process.device)
+    if subject.adapter:
+        with loaded.disable_adapter():
+            questions.remember_reference(loaded)
         with at_strength(loaded, -subject.strength):
             records = questions.ask(loaded)
     else:

@@ -155,10 +155,10 @@ def _passes(
     for i, example in enumerate(examples):
         by_question[(takes_positions and _question(example)) or i].append(i)
     alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
-    for order in mine(_cut(alone, batch_size)):
+    for order in mine(_cut(alone, batch_size), model):
         yield order, answer_states(model, causal_lm, on_device([examples[i] for i in order]))
     shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)))
-    for groups in mine(_cut(shared, batch_size)):
+    for groups in mine(_cut(shared, batch_size), model):
         questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
         # Padded on the left, so that every answer goes on where its question ends.
         ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)

@@ -8,12 +8,17 @@ from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import nn
+
+from loramox.shards import is_sharded
 
 T = TypeVar("T")
 
 
-def mine(batches: Sequence[T]) -> Sequence[T]:
-    """Those of this process."""
+def mine(batches: Sequence[T], model: nn.Module) -> Sequence[T]:
+    """Those of this process; all, where the model's layers are cut over the processes, which must go through them together."""
+    if is_sharded(model):
+        return batches
     state = PartialState()
     return batches[state.process_index :: state.num_processes]
 

@@ -115,7 +115,8 @@ class KnownCallback(TrainerCallback):
         }
         again = [row for some, times in parts.values() if times >= 2 * len(some) for row in some]
         where = (trainer.data_collator, Path(args.output_dir), args.reference_cache_gb * 1e9)
-        if args.reference_cache_gb:
+        # What one process had on disk already, others would wait for in the layers that they share.
+        if args.reference_cache_gb and not trainer.sharded:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             trainer.reference.remember(again, *where)
             trainer.now.remember(rows.protected if drawn >= 2 * len(rows.protected) else [], *where)

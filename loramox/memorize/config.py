@@ -229,6 +229,6 @@ def refuse_shards(args: TrainingArguments) -> None:
         if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             # It would run, and strengths and momentum, which are set on whole weights, would be wrong.
             raise SettingsError(
-                f"{name} is asked for; loramox does not shard the weights over the processes. Leave --{name} out, and start it with "
-                "torchrun, or with an accelerate config without it: each process holds the frozen model, in 4 bits, and they share the batch"
+                f"{name} is asked for; loramox cuts the frozen layers over the processes itself. Leave --{name} out, start it with torchrun, "
+                "or with an accelerate config without it, and say --shard true"
             )

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loramox.adapter import PROVENANCE
 from loramox.batches import DEFAULT_TEMPLATE, Example, Tokenisation, encode
-from loramox.errors import RowsError
+from loramox.errors import RowsError, SettingsError
 from loramox.head import Head
 from loramox.memorize.advice import advice
 from loramox.memorize.baseline_config import BaselineConfig
@@ -26,6 +26,7 @@ from loramox.model import check_device, context_of, identify, read_config, read_
 from loramox.reference import ReferenceConfig, add_lora, load_reference
 from loramox.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
+from loramox.shards import shard
 
 FOLDER = "memorization"
 
@@ -75,6 +76,8 @@ def memorize(
     model = add_lora(load_reference(reference, args.device), reference)
     if earlier:
         put_on(model, earlier.change)
+    if reference.shard:
+        shard(model, args.device)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     trainer = (BaselineTrainer if _is_baseline(args) else MemorizeTrainer)(
         model, args, **prepared.datasets, processing_class=prepared.tokenizer, plan=prepared.plan
@@ -121,6 +124,8 @@ def prepare(
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     check_device(reference, args.use_cpu)
+    if reference.shard:
+        _check_sharded(args)
     forget = read_rows(data.forget, columns)
     protected = earlier.rows if earlier else ()
     retain = keep_disjoint(
@@ -168,6 +173,18 @@ def prepare(
         "versions": versions(),
     }
     return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
+
+
+def _check_sharded(args: MemorizeConfig) -> None:
+    if args.fp16 or args.bf16:
+        raise SettingsError(
+            "--shard computes in the type of the weights: say --dtype float16 or bfloat16, not --fp16 or --bf16"
+        )
+    # What is between layers that are cut transformers does not hand out.
+    if _is_baseline(args) and args.method == "rmu":
+        raise SettingsError(
+            "--method rmu steers a layer in the middle, and --shard cuts the layers up: leave --shard out"
+        )
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:

@@ -40,6 +40,7 @@ from loramox.reference import (
     current_factors,
     with_factors,
 )
+from loramox.shards import is_sharded
 
 
 class MemorizeTrainer(Trainer):
@@ -84,6 +85,9 @@ class MemorizeTrainer(Trainer):
         self.plan = plan
         self.causal_lm = model.get_base_model()
         check_trained(model)
+        self.sharded = is_sharded(model)
+        if self.sharded:  # DistributedDataParallel does not take it: `_in_passes` adds its gradients up
+            model._is_accelerate_prepared = True
         self.head = Head(self.causal_lm)
         self.reference = Known(model, lambda: adapter_off(model))
         self.now = Known(model, lambda: at_strength(model, 0))  # θ_ref, with what is forgotten already
@@ -149,11 +153,17 @@ class MemorizeTrainer(Trainer):
             with by_itself, at_strength(self.model, strength):
                 total += super().training_step(model, parts, num_items_in_batch)
             self._stop_unless_finite(total, parts)
+        if self.sharded:
+            trained = [p for p in self.model.parameters() if p.grad is not None]
+            for p, mean in zip(trained, self.accelerator.reduce([p.grad for p in trained], "mean"), strict=True):
+                p.grad = mean
         return total
 
     @property
     def _overhead(self) -> int:
         """What a pass costs besides its tokens, in tokens."""
+        if self.sharded:
+            return 1 << 40  # so that rows are in one pass: all processes must make as many
         return OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
 
     def compute_loss(

@@ -146,6 +146,8 @@ def _fastest(
     tokenisation: Tokenisation,
     given: Set[str],
 ) -> Estimate:
+    if reference.shard:
+        raise SettingsError("--fit counts the whole model in each process, and --shard cuts it up: give one of them")
     setting = _setting(reference, args, reference.torch_dtype(args.device))
     rows = _rows(reference, data, args, columns, tokenisation)
     setting = setting._replace(speed=_measured(setting, rows))

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from loramox.batches import Collator, Example
 from loramox.evaluate.shares import everyones, mine, shows
 from loramox.head import IGNORED, AnswerStates, Head, answer_states, backbone, per_token
+from loramox.shards import is_sharded
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
 CACHED_ELEMENTS = 1_000_000
@@ -150,10 +151,11 @@ def _passes(
     def length(i: int) -> int:
         return len(examples[i]["input_ids"])
 
-    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
+    # Answers of a question take as many passes as they are; processes that go through the layers together need equally many.
+    joins = "position_ids" in inspect.signature(causal_lm.forward).parameters and not is_sharded(model)
     by_question = defaultdict(list)
     for i, example in enumerate(examples):
-        by_question[(takes_positions and _question(example)) or i].append(i)
+        by_question[(joins and _question(example)) or i].append(i)
     alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
     for order in mine(_cut(alone, batch_size), model):
         yield order, answer_states(model, causal_lm, on_device([examples[i] for i in order]))

@@ -3,6 +3,7 @@
 A batch is the same in any number of processes, and so are its numbers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,11 +17,16 @@ T = TypeVar("T")
 
 
 def mine(batches: Sequence[T], model: nn.Module) -> Sequence[T]:
-    """Those of this process; all, where the model's layers are cut over the processes, which must go through them together."""
-    if is_sharded(model):
-        return batches
+    """Those of this process.
+
+    Where the model's layers are cut over the processes, each has as many, if need be some batch once more: they go through the
+    layers together.
+    """
     state = PartialState()
-    return batches[state.process_index :: state.num_processes]
+    count = len(batches)
+    if is_sharded(model):
+        count = math.ceil(count / state.num_processes) * state.num_processes
+    return [batches[i % len(batches)] for i in range(state.process_index, count, state.num_processes)]
 
 
 def everyones(found: dict[int, T]) -> dict[int, T]:

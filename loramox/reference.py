@@ -68,7 +68,7 @@ class ReferenceConfig(ModelConfig):
 def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation.
 
-    With `reference.shard` it is on the CPU, for `loramox.shards.shard` to cut it up when it has its adapters.
+    With `reference.shard` it is on the CPU, for `loramox.sharding.shard` to cut it up when it has its adapters.
     """
     dtype = reference.torch_dtype(torch.device(device))
     with attention_of(reference):

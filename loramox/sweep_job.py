@@ -29,7 +29,7 @@ from loramox.reference import AS_TRAINED, at_strength, load_reference, with_fact
 from loramox.rows import Columns
 from loramox.run import command, versions
 from loramox.settings import check_choices, of_record
-from loramox.shards import shard
+from loramox.sharding import shard
 from loramox.sweep_search import Measured, choose, mean, next_for, scores, search
 
 FRONTIER = "frontier.json"

@@ -139,7 +139,7 @@ def test_a_tensor_of_many_blocks_is_merged_as_one_of_one(adapted, tmp_path: Path
     assert 0.9 < made["survived"]["overall"] < 1.1
 
 
-def test_shards_index_and_tokenizer_are_as_in_the_base_and_the_config_says_the_new_type(
+def test_sharding_index_and_tokenizer_are_as_in_the_base_and_the_config_says_the_new_type(
     tokenizer, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

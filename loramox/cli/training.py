@@ -29,14 +29,16 @@ def unlearn(words: list[str]) -> None:
     dialled = shipped["strength"] > 0
     made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
     rows = shlex.join(["--forget", data.forget, "--retain", data.retain])
-    model = shlex.join(["--model", reference.model, "--quantization", reference.quantization])
+    cut = ["--shard", "true"] if reference.shard else []
+    model = shlex.join(["--model", reference.model, "--quantization", reference.quantization, *cut])
+    program = f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if cut else "loramox"
     say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
-        f"Next, what each strength is worth, without training: loramox sweep --memorization {run.out}/memorization {rows} --out {run.out}/sweep"
+        f"Next, what each strength is worth, without training: {program} sweep --memorization {run.out}/memorization {rows} --out {run.out}/sweep"
         if dialled
-        else f"Next, what it forgot: loramox evaluate {model} --adapter {run.out}/{SHIPPED} {rows} --out {run.out}/evaluation",
+        else f"Next, what it forgot: {program} evaluate {model} --adapter {run.out}/{SHIPPED} {rows} --out {run.out}/evaluation",
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.batches import Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.shards import is_sharded
+from loramox.sharding import is_sharded
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 

@@ -28,7 +28,7 @@ from loramox.reference import at_strength, load_reference
 from loramox.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.run import command, versions
 from loramox.settings import check_choices
-from loramox.shards import shard
+from loramox.sharding import shard
 
 HOLDOUT = "holdout"
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from loramox.batches import Collator, Example
 from loramox.evaluate.shares import everyones, mine, shows
 from loramox.head import IGNORED, AnswerStates, Head, answer_states, backbone, per_token
-from loramox.shards import is_sharded
+from loramox.sharding import is_sharded
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
 CACHED_ELEMENTS = 1_000_000

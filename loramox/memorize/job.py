@@ -26,7 +26,7 @@ from loramox.model import check_device, context_of, identify, read_config, read_
 from loramox.reference import ReferenceConfig, add_lora, load_reference
 from loramox.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
-from loramox.shards import shard
+from loramox.sharding import shard
 
 FOLDER = "memorization"
 

@@ -40,7 +40,7 @@ from loramox.reference import (
     current_factors,
     with_factors,
 )
-from loramox.shards import is_sharded
+from loramox.sharding import is_sharded
 
 
 class MemorizeTrainer(Trainer):

@@ -22,7 +22,7 @@ from loramox.plan.job import fit
 from loramox.reference import adapter_off, at_strength, lora_layers
 from loramox.rows import Columns
 from loramox.run import RunConfig
-from loramox.shards import is_sharded, shard
+from loramox.sharding import is_sharded, shard
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -32,6 +32,7 @@ def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
         _plain_4bit_weights(layer)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=of_adapter)
     model.to(device)
+    causal_lm.hf_device_map = {"": device}  # where Trainer looks for a model in 4 bits
     # The layers' common root, which has no weights to cut: the next layer's come while this one computes.
     fully_shard(backbone(causal_lm), mesh=mesh, ignored_params=_whole(model))
 

@@ -74,16 +74,12 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_loaded(
 ) -> None:
     reference, data = ReferenceConfig(str(pico("llama")), shard=True), Data(*map(str, rows))
     plain = MemorizeConfig(use_cpu=True)
-    wrong = [
-        (MemorizeConfig(use_cpu=True, bf16=True), "--dtype float16 or bfloat16, not --fp16 or --bf16"),
-        (BaselineConfig(use_cpu=True, method="rmu"), "--method rmu steers a layer in the middle"),
-    ]
+    rmu = BaselineConfig(use_cpu=True, method="rmu")
     with pytest.raises(SettingsError, match=r"over several processes, and this is one.*torchrun"):
         prepare(reference, data, plain, Columns(), Tokenisation())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for args, message in wrong:
-        with pytest.raises(SettingsError, match=message):
-            prepare(reference, data, args, Columns(), Tokenisation())
+    with pytest.raises(SettingsError, match="--method rmu steers a layer in the middle"):
+        prepare(reference, data, rmu, Columns(), Tokenisation())
     with pytest.raises(SettingsError, match=r"8-bit weights cannot be cut.*nf4 or none"):
         check_device(ReferenceConfig("m", quantization="int8", shard=True), use_cpu=True)
     with pytest.raises(SettingsError, match="--fit counts the whole model in each process"):

@@ -124,8 +124,11 @@ def prepare(
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     check_device(reference, args.use_cpu)
-    if reference.shard:
-        _check_sharded(args)
+    if reference.shard and _is_baseline(args) and args.method == "rmu":
+        # What is between layers that are cut transformers does not hand out.
+        raise SettingsError(
+            "--method rmu steers a layer in the middle, and --shard cuts the layers up: leave --shard out"
+        )
     forget = read_rows(data.forget, columns)
     protected = earlier.rows if earlier else ()
     retain = keep_disjoint(
@@ -173,18 +176,6 @@ def prepare(
         "versions": versions(),
     }
     return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
-
-
-def _check_sharded(args: MemorizeConfig) -> None:
-    if args.fp16 or args.bf16:
-        raise SettingsError(
-            "--shard computes in the type of the weights: say --dtype float16 or bfloat16, not --fp16 or --bf16"
-        )
-    # What is between layers that are cut transformers does not hand out.
-    if _is_baseline(args) and args.method == "rmu":
-        raise SettingsError(
-            "--method rmu steers a layer in the middle, and --shard cuts the layers up: leave --shard out"
-        )
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:

@@ -86,8 +86,6 @@ class MemorizeTrainer(Trainer):
         self.causal_lm = model.get_base_model()
         check_trained(model)
         self.sharded = is_sharded(model)
-        if self.sharded:  # DistributedDataParallel does not take it: `_in_passes` adds its gradients up
-            model._is_accelerate_prepared = True
         self.head = Head(self.causal_lm)
         self.reference = Known(model, lambda: adapter_off(model))
         self.now = Known(model, lambda: at_strength(model, 0))  # θ_ref, with what is forgotten already
@@ -114,6 +112,10 @@ class MemorizeTrainer(Trainer):
             compute_metrics=_probability,
             **kwargs,
         )
+        if (
+            self.sharded
+        ):  # no DistributedDataParallel around it, which does not take it: `_in_passes` adds its gradients up
+            self.accelerator.prepare_model(model, evaluation_mode=True)
         self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

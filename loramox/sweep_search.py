@@ -11,6 +11,7 @@ from loramox.evaluate.summary import values
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, refusal, within_budget
 from loramox.extrapolate.frontier import beside, next_strength
+from loramox.memorize.advice import STILL_RIGHT
 
 Measured = dict[float, list[Record]]  # the records at each strength, in order; the reference's at 0
 
@@ -32,7 +33,7 @@ def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget:
 
     Where that says nothing, or lies above the budget's ceiling, where the frontier bends.
     """
-    strengths = list(measured)
+    strengths, ceiling = list(measured), _lifted(ceiling, measured)
     if rule != "budget":
         choices = choose(measured, retrained, budget, ceiling)
         if nearest := next((choice.nearest for choice in choices if choice.rule == rule), None):
@@ -54,8 +55,11 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, ceili
         """The strengths at which no row overflowed, as rows do at one far too high."""
         return [s for s in strengths if all(np.isfinite(scores(measured[s], part, name)).all() for part in parts)]
 
-    reference = scores(measured[0.0], "retain", "probability")
-    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget, ceiling)]
+    reference, lifted = scores(measured[0.0], "retain", "probability"), _lifted(ceiling, measured)
+    choices = [within_budget(strengths, table("retain", "probability", strengths), reference, budget, lifted)]
+    if lifted > ceiling:
+        right = f"; {ceiling:g}, which was trained for, leaves most of the tokens right that were"
+        choices[0] = choices[0]._replace(reason=choices[0].reason + right)
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
         at = finite("mia_min_k", "forget", "holdout")
         both = (table(part, "mia_min_k", at) for part in ("forget", "holdout"))
@@ -73,6 +77,15 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, ceili
         knows = scores(measured[0.0], "forget", "truth_ratio")
         choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality, knows))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
+
+
+def _lifted(ceiling: float, measured: Measured) -> float:
+    """The budget's ceiling; none where at it forget rows still have most of the tokens that the reference gets right.
+
+    Their probability is no ground for a ceiling then: few tokens, very improbable ones, are all that it has fallen by.
+    """
+    right = [scores(measured.get(s, []), "forget", "exact_memorization") for s in (0.0, ceiling)]
+    return math.inf if all(map(len, right)) and right[1].mean() > STILL_RIGHT * right[0].mean() else ceiling
 
 
 def _with_its_cost(choice: Choice, measured: Measured) -> Choice:

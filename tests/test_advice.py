@@ -53,6 +53,18 @@ def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> N
     assert "only: train longer" not in said((0.99, 0.8), (0.99, 0.6))
 
 
+@pytest.mark.parametrize(("last", "warns"), [(0.36, True), (0.27, False)])
+def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgotten(last: float, warns: bool) -> None:
+    log = [{f"eval_{part}_{name}": value}
+           for name, curves in (("probability", ((0.3, 0.001), (0.9, 0.9))), ("tokens_right", ((0.4, last), (0.9, 0.9))))
+           for part, curve in zip(("forget", "retain"), curves, strict=True) for value in curve]  # fmt: skip
+    kept = [row(i, f"some other answer {i}") for i in range(FEW)]
+    said = "\n".join(advice(log, [row(1, "a")], kept, MemorizeConfig(use_cpu=True, strength=6)))
+    expected = r"of their tokens 36% are still the model's first choice \(before: 40%\).*above 24\), or look beyond α = 6 with loramox sweep"
+    assert bool(re.search(expected, said)) is warns
+    assert warns or not said
+
+
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
     assert said((), ()) == ""
     assert said((), (), rows=1).startswith("few retain rows (1) hold")

@@ -178,8 +178,14 @@ def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were_with_wh
         {"eval_forget_probability": 0.12, "step": 9},
         {"eval_retain_probability": 0.97, "step": 9},
     ]
-    line = "Probability of the true answers, on the rows watched: forget 0.990 → 0.120, retain 0.980 → 0.970"
+    line = "On the rows watched, probability of the true answers: forget 0.990 → 0.120, retain 0.980 → 0.970"
     assert watched({"log": log, "advice": []}) == [line]
+    right = [
+        {f"eval_{part}_tokens_right": share}
+        for part, share in (("forget", 1.0), ("retain", 0.99), ("forget", 0.45), ("retain", 0.98))
+    ]
+    tokens = "; their tokens that come first: forget 1.000 → 0.450, retain 0.990 → 0.980"
+    assert watched({"log": [*log, *right], "advice": []}) == [line + tokens]
     assert watched({"log": log[:3], "advice": []}) == []
     # What went wrong comes after it.
     assert watched({"log": log, "advice": ["more rows"]}) == [line, "[bold]Warning:[/] more rows"]

@@ -595,6 +595,21 @@ def test_a_sweep_for_the_budget_adds_nothing_above_the_strength_it_may_choose_fo
     assert 11.0 not in searched("budget", 1, [], ceiling=8)
 
 
+@pytest.mark.parametrize(("right", "chosen"), [(0.75, 10), (0.65, 8)])
+def test_the_budget_looks_beyond_the_strength_trained_for_where_most_tokens_are_still_right_there(
+    right: float, chosen: float
+) -> None:
+    def asked(strength: float) -> list[dict[str, Any]]:
+        share = 0.4 * (right if strength else 1)
+        return [r | ({"exact_memorization": share} if r["part"] == "forget" else {}) for r in knowing(strength)]
+
+    measured = {s: asked(s) for s in [0.0, *grid(8)]}
+    choice = choose(measured, [], 0.02, ceiling=8)[0]
+    assert choice.strength == chosen
+    assert ("8, which was trained for, leaves most of the tokens right that were" in choice.reason) is (chosen > 8)
+    assert (next_for("budget", measured, [], 0.02, ceiling=8) > 8) is (chosen > 8)
+
+
 def test_a_memorization_made_from_python_says_what_it_does_not_hold(
     trained: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The trainer: its objective is the one that is written down, its steps touch ΔW alone, and it watches what is shipped."""
 
+import contextlib
 import json
 import math
 import warnings
@@ -19,7 +20,7 @@ from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, 
 from loramox.algebra import Factors
 from loramox.batches import Example
 from loramox.errors import NonFiniteLossError
-from loramox.head import AnswerStates
+from loramox.head import IGNORED, AnswerStates
 from loramox.memorize.earlier import EARLIER, put_on
 from loramox.passes import OVERHEAD
 from loramox.reference import current_factors, lora_layers
@@ -338,6 +339,9 @@ def test_the_forget_model_that_is_watched_while_training_is_the_one_that_is_ship
         assert watched[-1] == pytest.approx(probability(model, rows), rel=1e-4)
         assert watched[0] == pytest.approx(probability(model.get_base_model(), rows, model), rel=1e-4)
         assert watched[-1] != pytest.approx(watched[0], rel=1e-2)
+        right = [e[name] for e in record["log"] if (name := f"eval_{part}_tokens_right") in e]
+        assert right[-1] == pytest.approx(tokens_right(model, rows), rel=1e-4)
+        assert right[0] == pytest.approx(tokens_right(model, rows, model), rel=1e-4)
 
 
 @torch.no_grad()
@@ -353,6 +357,18 @@ def probability(model: nn.Module, rows: Sequence[Example], peft: PeftModel | Non
             logits = model(input_ids=ids).logits
         values.append(math.exp(-F.cross_entropy(logits[0, :-1], labels).item()))
     return sum(values) / len(values)
+
+
+@torch.no_grad()
+def tokens_right(model: nn.Module, rows: Sequence[Example], peft: PeftModel | None = None) -> float:
+    """Mean over rows of the share of answer tokens that are the first choice; with `peft`, its adapter off."""
+    shares = []
+    for row in rows:
+        with peft.disable_adapter() if peft else contextlib.nullcontext():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"])[1:]
+        shares.append((logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item())
+    return sum(shares) / len(shares)
 
 
 def test_momentum_is_the_recursion_on_delta_once_an_epoch_and_off_it_is_delta_itself(trainer_of) -> None:

@@ -50,8 +50,13 @@ def watched(record: dict[str, Any]) -> list[str]:
     warned = [f"[bold]Warning:[/] {each}" for each in record["advice"]]
     if min(map(len, curves.values())) < 2:
         return warned
-    ends = [" → ".join([f"{part} {_shown(of[0])}", _shown(of[-1])]) for part, of in curves.items()]
-    return [f"Probability of the true answers, on the rows watched: {', '.join(ends)}", *warned]
+    right = {part: curve(record["log"], part, "tokens_right") for part in curves}
+    tokens = f"; their tokens that come first: {_ends(right)}" if all(right.values()) else ""
+    return [f"On the rows watched, probability of the true answers: {_ends(curves)}{tokens}", *warned]
+
+
+def _ends(curves: dict[str, list[float]]) -> str:
+    return ", ".join(f"{part} {_shown(of[0])} → {_shown(of[-1])}" for part, of in curves.items())
 
 
 def _shown(probability: float) -> str:

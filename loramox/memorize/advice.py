@@ -11,6 +11,10 @@ UNKNOWN = 0.05
 # Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
 STILL_KNOWN, SPARED = 0.5, 0.97
 
+# Of the tokens that the reference gets right, a larger share than this that still are: a few, very improbable ones are all that
+# makes the answers improbable, as happens in long rows that are known in part.
+STILL_RIGHT = 0.7
+
 # With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).
 FEW = 50
 
@@ -22,9 +26,11 @@ UNKNOWN_ROWS = (
 )
 
 
-def curve(log: list[dict[str, float]], part: str) -> list[float]:
-    """Mean probability of the true answers of the watched rows of a part, from the first evaluation to the last."""
-    return [entry[name] for entry in log if (name := f"eval_{part}_probability") in entry]
+def curve(log: list[dict[str, float]], part: str, what: str = "probability") -> list[float]:
+    """Of a part's watched rows, from the first evaluation to the last: the mean probability of the true answers, or the share of
+    their tokens that are right (`tokens_right`).
+    """
+    return [entry[name] for entry in log if (name := f"eval_{part}_{what}") in entry]
 
 
 def advice(
@@ -56,6 +62,17 @@ def advice(
         said.append(
             f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
             f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone takes the retain rows too"
+        )
+    right = curve(log, "forget", "tokens_right")
+    if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
+        said.append(
+            f"the forget rows are improbable now, but of their tokens {right[-1]:.0%} are still the model's first choice (before: {right[0]:.0%}): "
+            f"most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
+            + (
+                f", or look beyond α = {args.strength:g} with loramox sweep, which needs no training"
+                if args.strength > 0
+                else ""
+            )
         )
     if not spared:
         weight = "kl_weight" if getattr(args, "retain_weight", None) is None else "retain_weight"

@@ -7,11 +7,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
 
 from loramox.batches import Collator, Example, Pairs
 from loramox.errors import NonFiniteLossError
@@ -30,7 +29,8 @@ from loramox.memorize.earlier import EARLIER, switch_on
 from loramox.memorize.folder import plan_of, write_memorization
 from loramox.memorize.known import Known
 from loramox.memorize.momentum import Momentum
-from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob, npo
+from loramox.memorize.objectives import cross_entropy, kl_divergence, log_prob, npo
+from loramox.memorize.watched import means, row_scores
 from loramox.passes import OVERHEAD, OVERHEAD_ELSEWHERE, passes, states_of_parts
 from loramox.reference import (
     AS_TRAINED,
@@ -59,7 +59,8 @@ class MemorizeTrainer(Trainer):
     `model` is a PEFT model with one fresh LoRA adapter (`loramox.add_lora`); the datasets are what `loramox.encode` returns.
     Parts of the objective at one strength go through the model together, in passes of rows of like length (`loramox.passes`):
     forward, backward, and forward with the adapter off where the reference is not known yet. Evaluation is that of the forget
-    model at `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay.
+    model at `args.strength`, momentum included: `eval_forget_probability` is to fall and `eval_retain_probability` to stay, and
+    so are `eval_forget_tokens_right` and `eval_retain_tokens_right`, the shares of answer tokens that are the first choice.
     `save_model()` writes the folder that `loramox.extrapolate` starts from; `plan` is what its provenance says of the run.
     """
 
@@ -109,7 +110,7 @@ class MemorizeTrainer(Trainer):
             eval_dataset=watched,
             data_collator=Collator(pad or 0),
             processing_class=processing_class,
-            compute_metrics=_probability,
+            compute_metrics=means,
             **kwargs,
         )
         if (
@@ -233,17 +234,12 @@ class MemorizeTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ):
-        """Per row of a plain batch: mean log p of the answer's tokens and, when memorizing, the share of gradient left."""
+        """`row_scores` of a plain batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             states = answer_states(model, self.causal_lm, inputs)
-            of_tokens = [log_prob]
-            if self.args.memorizes:
-                of_tokens.append(lambda z, y: headroom(z, y, self.args.temperature))
-            scores = [
-                mean_over_rows(per_token(f, self.head, [states.hidden], states.targets), states) for f in of_tokens
-            ]
-        return -scores[0].mean(), torch.stack(scores, dim=1), inputs["labels"][:, 0]
+            scores = row_scores(self.head, states, self.args.temperature if self.args.memorizes else None)
+        return -scores[:, 0].mean(), scores, inputs["labels"][:, 0]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         with self.forget_model():
@@ -292,8 +288,3 @@ class MemorizeTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
-
-
-def _probability(prediction: EvalPrediction) -> dict[str, float]:
-    log_p, *room = np.asarray(prediction.predictions).T
-    return {"probability": float(np.exp(log_p).mean())} | ({"headroom": float(room[0].mean())} if room else {})

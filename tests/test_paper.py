@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 from recipes.paper.__main__ import main
 from recipes.paper.bench import Bench
 from recipes.paper.comparison import COMPARISON
-from recipes.paper.frontier import at_level, measured, nearer_strength, nearest, next_strength
+from recipes.paper.frontier import at_level, kept_where_forgotten, measured, nearer_strength, nearest, next_strength
 from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, again_of, gold_of, mox, reference_of
 from recipes.paper.overlap import TABLE
 from recipes.paper.runs import BusyError, Run, Runs
@@ -182,6 +182,15 @@ def test_a_curve_that_stays_above_the_level_counts_at_its_best_point_and_one_bel
     assert (above.crossed, above.point["strength"]) == (False, 1)
     assert at_level(points((1, 0.1, 0.9), (2, 0.0, 0.8)), 0.98) is None
     assert at_level([], 0.98) is None
+
+
+def test_what_is_kept_where_a_curve_comes_down_to_a_forget_probability_is_read_off_its_logarithm() -> None:
+    line = points((0, 1.0, 1.0), (1, 1e-2, 0.99), (2, 1e-4, 0.97), (3, 1e-6, 0.98), (4, None, None))
+    assert kept_where_forgotten(line, 1e-3) == pytest.approx(0.98)
+    assert kept_where_forgotten(line, 1e-4) == pytest.approx(0.98)  # of several, the highest: at strength 3
+    assert kept_where_forgotten(line, 1e-7) is None
+    assert kept_where_forgotten(points((0, 1.0, 1.0), (1, 0.0, 0.9)), 1e-6) == pytest.approx(0.95)
+    assert kept_where_forgotten([], 0.1) is None
 
 
 def test_a_strength_that_breaks_the_model_is_no_neighbour() -> None:

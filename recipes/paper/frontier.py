@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 Point = dict[str, Any]  # strength and metrics
 FORGET, RETAIN, QUALITY = "forget_probability", "retain_probability", "forget_quality"
 NEAR = 0.002  # retain probability this near a level needs no strength nearer
+LEAST = 1e-12  # forget probability below which a logarithm says nothing more
 BROKEN = 0.5  # retain probability below which no larger strength is of interest
 
 
@@ -45,6 +46,20 @@ def at_level(points: Sequence[Point], level: float) -> At | None:
         if (a[RETAIN] >= level) != (b[RETAIN] >= level) and not math.isnan(a[FORGET] + b[FORGET]):
             found.append(At(_between(a, b, (level - a[RETAIN]) / (b[RETAIN] - a[RETAIN])), True))
     return min(found, key=lambda at: at.point[FORGET])._replace(nearest=nearest(points, level)) if found else None
+
+
+def kept_where_forgotten(points: Sequence[Point], forget: float) -> float | None:
+    """The highest retain probability at which the forget probability is down to `forget`; None where it never is.
+
+    Between neighbours in strength linear in the logarithm of the forget probability, which falls over many orders of magnitude.
+    """
+    line = [p for p in finite(points) if not math.isnan(p[FORGET])]
+    found = [p[RETAIN] for p in line if p[FORGET] <= forget]
+    for a, b in pairwise(line):
+        if (a[FORGET] <= forget) != (b[FORGET] <= forget):
+            low, high, at = (math.log(max(f, LEAST)) for f in (a[FORGET], b[FORGET], forget))
+            found.append(a[RETAIN] + (at - low) / (high - low) * (b[RETAIN] - a[RETAIN]))
+    return max(found, default=None)
 
 
 def nearest(points: Sequence[Point], level: float) -> Point | None:

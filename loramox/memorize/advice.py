@@ -11,8 +11,8 @@ UNKNOWN = 0.05
 # Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
 STILL_KNOWN, SPARED = 0.5, 0.97
 
-# Of the tokens that the reference gets right, a larger share than this that still are: a few, very improbable ones are all that
-# makes the answers improbable, as happens in long rows that are known in part.
+# Where more than this share of the tokens that the reference gets right still are, a few very improbable ones are all that makes
+# the answers improbable, as in long rows that are known in part.
 STILL_RIGHT = 0.7
 
 # With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).

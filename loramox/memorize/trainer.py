@@ -117,6 +117,7 @@ class MemorizeTrainer(Trainer):
             self.sharded
         ):  # no DistributedDataParallel around it, which does not take it: `_in_passes` adds its gradients up
             self.accelerator.prepare_model(model, evaluation_mode=True)
+            model._is_accelerate_prepared = True  # which accelerate before 1.15 leaves to `prepare`, and asks there
         self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

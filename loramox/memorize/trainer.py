@@ -1,5 +1,6 @@
 """The trainer of ΔW: plain gradient descent on the forget rows' objective while retain rows are held in place."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -113,11 +114,9 @@ class MemorizeTrainer(Trainer):
             compute_metrics=means,
             **kwargs,
         )
-        if (
-            self.sharded
-        ):  # no DistributedDataParallel around it, which does not take it: `_in_passes` adds its gradients up
-            self.accelerator.prepare_model(model, evaluation_mode=True)
-            model._is_accelerate_prepared = True  # which accelerate before 1.15 leaves to `prepare`, and asks there
+        if self.sharded:
+            # No DistributedDataParallel around it, which does not take it: `_in_passes` adds its gradients up.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

@@ -4,7 +4,8 @@ What does not train has no gradients to add up and no optimiser: each process ho
 whole while it computes with it (torch's `fully_shard`), and that is all. The adapter, embeddings and output head are whole in
 every process, so that strengths, momentum, checkpoints and what ships are as in one.
 
-All processes must go through the layers equally often, or they wait for each other for ever: hence whatever asks `is_sharded`.
+All processes must go through the layers equally often and in the same order, or they wait for each other for ever or compute
+with another layer's weights: hence whatever asks `is_sharded`.
 """
 
 import torch
@@ -32,7 +33,6 @@ def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
         _plain_4bit_weights(layer)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=of_adapter)
     model.to(device)
-    causal_lm.hf_device_map = {"": device}  # where Trainer looks for a model in 4 bits
     # The layers' common root, which has no weights to cut: the next layer's come while this one computes.
     fully_shard(backbone(causal_lm), mesh=mesh, ignored_params=_whole(model))
 

@@ -21,7 +21,7 @@ from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
 from loramox.extrapolate import extrapolate
-from loramox.extrapolate.frontier import grid, poor_direction
+from loramox.extrapolate.frontier import grid, poor_direction, still_known
 from loramox.extrapolate.picture import draw_frontier
 from loramox.files import has_files, sha256_of, write_json
 from loramox.model import ModelConfig, check_device, identify, read_config, several_processes
@@ -207,6 +207,12 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
         write_json(path, {"status": "running", **plan})
 
 
+def _warning(points: list[dict[str, Any]], chosen: float | None) -> str | None:
+    forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
+    at = next((i for i, p in enumerate(points) if p["strength"] == chosen), 0)
+    return poor_direction(forget, retain) or (still_known(chosen, forget[at], forget[0]) if at else None)
+
+
 def _conclude(
     config: SweepConfig,
     plan: dict[str, Any],
@@ -229,7 +235,7 @@ def _conclude(
         "choices": choices,
         "rule": config.rule,
         "chosen": chosen,
-        "warning": poor_direction(*([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))),
+        "warning": _warning(points, chosen),
         "command": command(),
         "versions": versions(),
     }

@@ -29,7 +29,8 @@ def search(
 
 
 def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget: float, ceiling: float) -> float:
-    """Where the rule's choice may lie: beside what comes nearest to it or, for the budget, where retain falls below it.
+    """Where the rule's choice may lie: beside what comes nearest to it or, for the budget, where retain falls below it; beyond the
+    last that was measured, where forget rows still have most of their tokens at it and retain is within the budget.
 
     Where that says nothing, or lies above the budget's ceiling, where the frontier bends.
     """
@@ -40,6 +41,13 @@ def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget:
             return beside(strengths, nearest)
     forget, retain = ([mean(records, part) for records in measured.values()] for part in ("forget", "retain"))
     floor = (1 - budget) * retain[0] if rule == "budget" else None
+    if (
+        floor is not None
+        and retain[-1] >= floor
+        and strengths[-1] <= ceiling
+        and _mostly_right(measured, strengths[-1])
+    ):
+        return beside(strengths, strengths[-1])
     strength = next_strength(strengths, forget, retain, floor)
     return strength if strength <= ceiling else next_strength(strengths, forget, retain)
 
@@ -84,8 +92,12 @@ def _lifted(ceiling: float, measured: Measured) -> float:
 
     Their probability is no ground for a ceiling then: few tokens, very improbable ones, are all that it has fallen by.
     """
-    right = [scores(measured.get(s, []), "forget", "exact_memorization") for s in (0.0, ceiling)]
-    return math.inf if all(map(len, right)) and right[1].mean() > STILL_RIGHT * right[0].mean() else ceiling
+    return math.inf if _mostly_right(measured, ceiling) else ceiling
+
+
+def _mostly_right(measured: Measured, strength: float) -> bool:
+    right = [scores(measured.get(s, []), "forget", "exact_memorization") for s in (0.0, strength)]
+    return all(map(len, right)) and bool(right[1].mean() > STILL_RIGHT * right[0].mean())
 
 
 def _with_its_cost(choice: Choice, measured: Measured) -> Choice:

@@ -60,7 +60,7 @@ def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgot
            for part, curve in zip(("forget", "retain"), curves, strict=True) for value in curve]  # fmt: skip
     kept = [row(i, f"some other answer {i}") for i in range(FEW)]
     said = "\n".join(advice(log, [row(1, "a")], kept, MemorizeConfig(use_cpu=True, strength=6)))
-    expected = r"of their tokens 36% are still the model's first choice \(before: 40%\).*above 24\), or look beyond α = 6 with loramox sweep"
+    expected = r"36% of their tokens are still the model's first choice \(before: 40%\).*above 24\), or look beyond α = 6 with loramox sweep"
     assert bool(re.search(expected, said)) is warns
     assert warns or not said
 

@@ -184,7 +184,7 @@ def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were_with_wh
         {f"eval_{part}_tokens_right": share}
         for part, share in (("forget", 1.0), ("retain", 0.99), ("forget", 0.45), ("retain", 0.98))
     ]
-    tokens = "; their tokens that come first: forget 1.000 → 0.450, retain 0.990 → 0.980"
+    tokens = "; share of their tokens that are the first choice: forget 1.000 → 0.450, retain 0.990 → 0.980"
     assert watched({"log": [*log, *right], "advice": []}) == [line + tokens]
     assert watched({"log": log[:3], "advice": []}) == []
     # What went wrong comes after it.

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -23,7 +24,7 @@ from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
-from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction
+from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
 from loramox.model import ModelConfig
 from loramox.sweep_job import SweepConfig, sweep
 from loramox.sweep_search import Measured, choose, next_for, search
@@ -608,6 +609,17 @@ def test_the_budget_looks_beyond_the_strength_trained_for_where_most_tokens_are_
     assert choice.strength == chosen
     assert ("8, which was trained for, leaves most of the tokens right that were" in choice.reason) is (chosen > 8)
     assert (next_for("budget", measured, [], 0.02, ceiling=8) > 8) is (chosen > 8)
+    # Where even the largest keeps the retain rows and most tokens, a larger one is measured.
+    below = {s: records for s, records in measured.items() if s <= 10}
+    assert (next_for("budget", below, [], 0.02, ceiling=8) > 10) is (chosen > 8)
+
+
+def test_a_choice_at_which_the_forget_rows_are_known_is_called_so() -> None:
+    assert re.search(
+        r"at α = 12 .* keep 0.63 of the reference's 0.99: they are not forgotten.*--strengths",
+        still_known(12, 0.63, 0.99),
+    )
+    assert still_known(12, 0.03, 0.07) is None
 
 
 def test_a_memorization_made_from_python_says_what_it_does_not_hold(

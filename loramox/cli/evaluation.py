@@ -22,7 +22,7 @@ def evaluate(words: list[str]) -> None:
         f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
         f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"
         if subject.adapter is None
-        else "Every strength at once: loramox sweep MEMORIZATION",
+        else "Every strength at once, for a run of loramox unlearn: loramox sweep --memorization DIR/memorization, with the same rows",
     )
 
 
@@ -56,7 +56,11 @@ def sweep(words: list[str]) -> None:
     if speaks():
         show_frontier(frontier["points"])
     for choice in frontier["choices"]:
-        of = f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g})" if choice["strength"] else "none"
+        of = (
+            f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g} on resampled rows)"
+            if choice["strength"]
+            else "none"
+        )
         say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
     if frontier["warning"]:
         say(f"[bold]Warning:[/] {frontier['warning']}")

@@ -51,7 +51,7 @@ def watched(record: dict[str, Any]) -> list[str]:
     if min(map(len, curves.values())) < 2:
         return warned
     right = {part: curve(record["log"], part, "tokens_right") for part in curves}
-    tokens = f"; their tokens that come first: {_ends(right)}" if all(right.values()) else ""
+    tokens = f"; share of their tokens that are the first choice: {_ends(right)}" if all(right.values()) else ""
     return [f"On the rows watched, probability of the true answers: {_ends(curves)}{tokens}", *warned]
 
 

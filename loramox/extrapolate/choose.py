@@ -58,7 +58,7 @@ def within_budget(
     elif ceiling < math.inf:
         beyond = f"; beyond {ceiling:g}, which was trained for, forget rows would fall further than is asked"
     else:
-        beyond = ", and no larger one was measured"
+        beyond = ", and no larger one was measured (--strengths)"
     reason = f"the largest measured at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}{beyond}"
     return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
 

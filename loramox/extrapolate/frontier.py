@@ -55,6 +55,16 @@ def beside(strengths: Sequence[float], best: float) -> float:
     return (below + best) / 2 if best - below > above - best else (best + above) / 2
 
 
+def still_known(strength: float, forget: float, reference: float) -> str | None:
+    """What to do where at the chosen strength forget rows keep more than half of the probability that the reference gives."""
+    if forget <= reference / 2:
+        return None
+    return (
+        f"at α = {strength:g} the forget rows' answers keep {forget:.2g} of the reference's {reference:.2g}: they are not forgotten. Memorize "
+        "longer (--num_train_epochs) or with a higher --learning_rate, or measure larger strengths (--strengths)"
+    )
+
+
 def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | None:
     """What is wrong with a frontier on which retain falls as fast as forget, and what to change; None when it is sound.
 

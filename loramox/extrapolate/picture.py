@@ -19,6 +19,7 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     strengths = [p["strength"] for p in points]
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
@@ -51,6 +52,11 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
         xlabel="probability of forget answers (less is better)",
         ylabel="of retain answers (more is better)",
     )
+    # However little changes, at least a decade of forget and a twentieth of retain, and so no labels between decades.
+    right.set_xlim(left=0.8 * min(min(shown), max(shown) / 10))
+    right.xaxis.set_minor_formatter(NullFormatter())
+    low, high = min(right.get_ylim()[0], 0.95 * retain[0]), right.get_ylim()[1]
+    right.set_ylim(low, high + (high - low) / 25)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)

@@ -61,13 +61,13 @@ def advice(
     if still and spared:
         said.append(
             f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
-            f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone takes the retain rows too"
+            f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone may take the retain rows too (loramox sweep shows it)"
         )
     right = curve(log, "forget", "tokens_right")
     if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
         said.append(
-            f"the forget rows are improbable now, but of their tokens {right[-1]:.0%} are still the model's first choice (before: {right[0]:.0%}): "
-            f"most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
+            f"the forget rows' answers are less probable than before ({forget[-1]:.2g}, {forget[0]:.2g}), but {right[-1]:.0%} of their tokens are "
+            f"still the model's first choice (before: {right[0]:.0%}): most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
             + (
                 f", or look beyond α = {args.strength:g} with loramox sweep, which needs no training"
                 if args.strength > 0

@@ -229,6 +229,6 @@ def refuse_shards(args: TrainingArguments) -> None:
         if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             # It would run, and strengths and momentum, which are set on whole weights, would be wrong.
             raise SettingsError(
-                f"{name} is asked for; loramox cuts the frozen layers over the processes itself. Leave --{name} out, start it with torchrun, "
-                "or with an accelerate config without it, and say --shard true"
+                f"{name} is asked for; loramox cuts the frozen layers over the processes itself. Say --shard true instead, under torchrun or "
+                f"with an accelerate config without {name}"
             )

@@ -29,8 +29,8 @@ def search(
 
 
 def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget: float, ceiling: float) -> float:
-    """Where the rule's choice may lie: beside what comes nearest to it or, for the budget, where retain falls below it; beyond the
-    last that was measured, where forget rows still have most of their tokens at it and retain is within the budget.
+    """Where the rule's choice may lie: beside what comes nearest to it or, for the budget, where retain falls below it; beyond
+    the last that was measured, where forget rows still have most of their tokens at it and retain is within the budget.
 
     Where that says nothing, or lies above the budget's ceiling, where the frontier bends.
     """

@@ -166,8 +166,8 @@ class MemorizeTrainer(Trainer):
     def _overhead(self) -> int:
         """What a pass costs besides its tokens, in tokens."""
         if self.sharded:
-            # So that a strength's rows are in one pass. Processes go through the layers together, and so in the same order, passes
-            # of the reference included, which depend on the parts in a pass: out of step they would compute with other layers.
+            # So that a strength's rows are in one pass. Processes go through the layers together and in the same order, passes of
+            # the reference included, which depend on the parts in a pass: out of step they would compute with other layers.
             return 1 << 40
         return OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
 

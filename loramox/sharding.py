@@ -27,12 +27,14 @@ def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = _layers(causal_lm)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    of_adapter = {p for name, p in model.named_parameters() if "lora_" in name}
+    of_adapter = [p for name, p in model.named_parameters() if "lora_" in name]
     for layer in layers:
         layer.to(device)
         _plain_4bit_weights(layer)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=of_adapter)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(of_adapter))
     model.to(device)
+    for p in of_adapter:  # which begins as the first process's in all
+        torch.distributed.broadcast(p.data, 0)
     # The layers' common root, which has no weights to cut: the next layer's come while this one computes.
     fully_shard(backbone(causal_lm), mesh=mesh, ignored_params=_whole(model))
 

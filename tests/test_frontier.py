@@ -25,6 +25,7 @@ from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
+from loramox.extrapolate.picture import draw_frontier
 from loramox.model import ModelConfig
 from loramox.sweep_job import SweepConfig, sweep
 from loramox.sweep_search import Measured, choose, next_for, search
@@ -612,6 +613,13 @@ def test_the_budget_looks_beyond_the_strength_trained_for_where_most_tokens_are_
     # Where even the largest keeps the retain rows and most tokens, a larger one is measured.
     below = {s: records for s, records in measured.items() if s <= 10}
     assert (next_for("budget", below, [], 0.02, ceiling=8) > 10) is (chosen > 8)
+
+
+def test_a_frontier_is_drawn_with_what_a_strength_far_too_high_left(tmp_path: Path) -> None:
+    rows = ((0.0, 0.9, 0.95), (2.0, 0.5, 0.94), (64.0, math.nan, math.nan))
+    points = [{"strength": s, "forget_probability": f, "retain_probability": r} for s, f, r in rows]
+    draw_frontier(tmp_path / "frontier.png", points, 2.0, {"forget": 0.1, "retain": 0.96})
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_choice_at_which_the_forget_rows_are_known_is_called_so() -> None:

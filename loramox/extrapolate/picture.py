@@ -1,5 +1,6 @@
 """The frontier as a picture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def draw_frontier(path: Path, points: list[dict[str, Any]], chosen: float | None
         ylabel="of retain answers (more is better)",
     )
     # However little changes, at least a decade of forget and a twentieth of retain, and so no labels between decades.
-    right.set_xlim(left=0.8 * min(min(shown), max(shown) / 10))
+    measured = [x for x in shown if math.isfinite(x)]  # a strength far too high may overflow
+    right.set_xlim(left=0.8 * min(*measured, max(measured) / 10))
     right.xaxis.set_minor_formatter(NullFormatter())
     low, high = min(right.get_ylim()[0], 0.95 * retain[0]), right.get_ylim()[1]
     right.set_ylim(low, high + (high - low) / 25)

@@ -158,12 +158,11 @@ def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
 def _check_shard(reference: ModelConfig) -> None:
     if reference.quantization == "int8":
         raise SettingsError("--shard: 8-bit weights cannot be cut over processes. Use --quantization nf4 or none")
-    if several_processes():
-        return
-    raise SettingsError(
-        "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, memorize, evaluate or sweep with "
-        "torchrun --nproc_per_node N -m loramox, or leave --shard out"
-    )
+    if not several_processes():
+        raise SettingsError(
+            "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, memorize, evaluate or sweep with "
+            "torchrun --nproc_per_node N -m loramox, or leave --shard out"
+        )
 
 
 def several_processes() -> bool:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from loramox.errors import ModelError
@@ -54,7 +55,7 @@ def _layers(causal_lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def _whole(model: nn.Module) -> set[nn.Parameter]:
-    return {p for p in model.parameters() if not isinstance(p, torch.distributed.tensor.DTensor)}
+    return {p for p in model.parameters() if not isinstance(p, DTensor)}
 
 
 def _plain_4bit_weights(layer: nn.Module) -> None:

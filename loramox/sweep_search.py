@@ -41,13 +41,9 @@ def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget:
             return beside(strengths, nearest)
     forget, retain = ([mean(records, part) for records in measured.values()] for part in ("forget", "retain"))
     floor = (1 - budget) * retain[0] if rule == "budget" else None
-    if (
-        floor is not None
-        and retain[-1] >= floor
-        and strengths[-1] <= ceiling
-        and _mostly_right(measured, strengths[-1])
-    ):
-        return beside(strengths, strengths[-1])
+    last = strengths[-1]
+    if floor is not None and retain[-1] >= floor and last < ceiling and _mostly_right(measured, last):
+        return min(ceiling, beside(strengths, last))
     strength = next_strength(strengths, forget, retain, floor)
     return strength if strength <= ceiling else next_strength(strengths, forget, retain)
 

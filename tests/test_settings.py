@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from loramox.cli.arguments import settings_of
+from loramox.cli.launched import as_launched
 from loramox.cli.training import memorizing
 from loramox.errors import SettingsError
 from loramox.memorize.config import MemorizeConfig
 from loramox.reference import ReferenceConfig
 
 NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out", "o"]
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 def parsed(*words: str):
@@ -257,3 +259,50 @@ def test_weights_in_parts_are_refused_by_flag_and_from_accelerate(name: str, mon
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(SettingsError, match=f"{name} is asked for.*accelerate config without {name}"):
         MemorizeConfig("o")
+
+
+@pytest.mark.parametrize("launcher", [{"ACCELERATE_USE_FSDP": "true"}, ZERO3], ids=["FSDP", "ZeRO-3"])
+def test_what_accelerate_would_cut_is_cut_by_shard(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb, words, after in [
+        ("unlearn", ["r.yaml", "--out", "o"], ["r.yaml", "--out", "o", "--shard", "true"]),
+        ("evaluate", ["--shard=false"], ["--shard=false"]),  # a flag wins over the config
+        ("sweep", ["--out", "o"], ["--out", "o"]),  # does as its run did
+    ]:
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        assert as_launched(verb, words) == after
+        MemorizeConfig("o")  # accelerate is not asked any more
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert as_launched("requests", ["add"]) == ["add"]
+    with pytest.raises(SettingsError, match="is asked for"):
+        MemorizeConfig("o")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP", "Say FULL_SHARD"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "Say true"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "layers stay on their GPU"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "give --activation_checkpointing true to loramox"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "Say zero_stage: 3 without it"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "Say 3, which cuts weights"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme", "give --optim paged_adamw_8bit to loramox"),
+    ],
+)
+def test_what_else_accelerates_config_asks_for_is_refused(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"ACCELERATE_USE_FSDP": "true"} if name.startswith("FSDP") else ZERO3
+    for variable, said_there in (config | {name: value}).items():
+        monkeypatch.setenv(variable, said_there)
+    with pytest.raises(SettingsError, match=f"accelerate's config has {value} for .*{said}"):
+        as_launched("unlearn", [])
+
+
+def test_an_accelerate_config_that_names_no_stage_has_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SettingsError, match="has 2 for zero_stage"):
+        as_launched("unlearn", [])

@@ -33,12 +33,16 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("quantization", "more"),
-    [("none", {}), ("nf4", {"shard": True, "gradient_checkpointing": True})],
-    ids=["each holds all", "layers are cut"],
+    ("quantization", "more", "config"),
+    [
+        ("none", {}, None),
+        ("nf4", {"shard": True, "gradient_checkpointing": True}, None),
+        ("nf4", {"gradient_checkpointing": True}, "fsdp"),
+    ],
+    ids=["each holds all", "layers are cut", "layers are cut by accelerate's config"],
 )
 def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_of_four(
-    pico: Callable[[str], Path], tmp_path: Path, quantization: str, more: dict[str, Any]
+    pico: Callable[[str], Path], tmp_path: Path, quantization: str, more: dict[str, Any], config: str | None
 ) -> None:
     rows = rows_of_two_lengths(tmp_path)
     settings = {
@@ -53,7 +57,7 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
         **SETTINGS,
         **more,
     }
-    in_two_processes("memorize", tmp_path, settings)
+    in_two_processes("memorize", tmp_path, settings, config)
     memorize(
         RunConfig(str(tmp_path / "one")),
         ReferenceConfig(str(pico("llama")), quantization=quantization, r=4),
@@ -63,6 +67,7 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
 
     one, two = (read_record(tmp_path / name) for name in ("one", "two"))
     assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    assert two["settings"]["shard"] == (quantization == "nf4")
     for entry, other in zip(one["log"], two["log"], strict=True):
         assert entry.keys() == other.keys()
         for name in WATCHED & entry.keys():
@@ -137,14 +142,15 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def in_two_processes(verb: str, folder: Path, settings: dict[str, Any]) -> str:
-    """What the command says."""
+def in_two_processes(verb: str, folder: Path, settings: dict[str, Any], config: str | None = None) -> str:
+    """What the command says, started by torchrun, or by accelerate with one of the configs in recipes/."""
     # `accelerate launch --cpu --num_processes 2` would run one process and not say so.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*launcher, "loramox", verb, *flags(settings)], check=True, cwd=folder, capture_output=True, text=True
-    )
-    return done.stdout
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    if config:
+        file = Path(__file__).parents[1] / "recipes" / "accelerate" / f"{config}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0", "-m"]
+    words = [sys.executable, "-m", *launcher, "loramox", verb, *flags(settings)]
+    return subprocess.run(words, check=True, cwd=folder, capture_output=True, text=True).stdout
 
 
 def deltas(file: Path) -> dict[str, torch.Tensor]:

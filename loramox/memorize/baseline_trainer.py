@@ -22,7 +22,7 @@ from loramox.memorize.baselines import (
 )
 from loramox.memorize.callbacks import KnowledgeCallback, SaturationCallback
 from loramox.memorize.folder import base_of
-from loramox.memorize.objectives import cross_entropy, log_prob, npo
+from loramox.memorize.objectives import cross_entropy, npo
 from loramox.memorize.trainer import MemorizeTrainer
 from loramox.passes import passes_of_pairs
 from loramox.reference import AS_TRAINED, lora_layers, with_factors
@@ -110,12 +110,12 @@ class BaselineTrainer(MemorizeTrainer):
         """log(p_θ(y|x) / p_ref(y|x)), [rows]."""
         known = self.reference.states(model, batch)
         states = answer_states(model, self.causal_lm, batch)
-        return sum_over_rows(self._log_ratios(states, known), states)
+        return sum_over_rows(self._log_p(states.hidden, states) - self._log_p(known, states), states)
 
     def _mean_log_p(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """(1/|y|) · log p_θ(y|x), [rows]."""
         states = answer_states(model, self.causal_lm, batch)
-        return mean_over_rows(per_token(log_prob, self.head, [states.hidden], states.targets), states)
+        return mean_over_rows(self._log_p(states.hidden, states), states)
 
     def _towards_generic(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """CE of WHP's generic tokens, mean over each row's answer, [rows]."""

@@ -200,17 +200,13 @@ class MemorizeTrainer(Trainer):
             return mean_over_rows(loss, states).mean()
         # A mean over tokens: by their sum, short answers would be pushed much further down a token than long ones. Tokens that
         # the reference never knew give way first, and if they counted as much, those that are to be forgotten would stay.
-        known = per_token(lambda z, y: log_prob(z, y).exp(), self.head, [reference], states.targets)
-        ratios = weighted_mean_over_rows(self._log_ratios(states, reference), known, states)
+        known = self._log_p(reference, states)
+        ratios = weighted_mean_over_rows(self._log_p(states.hidden, states) - known, known.exp(), states)
         return npo(ratios, self.args.npo_beta).mean()
 
-    def _log_ratios(self, states: AnswerStates, reference: Tensor) -> Tensor:
-        """log(p_θ / p_ref) of each answer token, [N]."""
-
-        def log_ratio(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-            return log_prob(logits, targets) - log_prob(reference, targets)
-
-        return per_token(log_ratio, self.head, [states.hidden, reference], states.targets)
+    def _log_p(self, hidden: Tensor, states: AnswerStates) -> Tensor:
+        """log p of each answer token where the hidden states are these, [N]."""
+        return per_token(log_prob, self.head, [hidden], states.targets)
 
     def _wanted(self, states: AnswerStates, reference: None = None) -> Tensor:
         loss = mean_over_rows(per_token(cross_entropy, self.head, [states.hidden], states.targets), states).mean()

@@ -2,13 +2,14 @@
 
     python -m recipes.bench.step [--shapes tiny 100m] [--openunlearning DIR] [--rounds 8] [--out recipes/bench/results/step.md]
     python -m recipes.bench.step --device cuda --shapes llama-2-7b llama-3.1-8b qwen3-8b --rows 1 --checkpointing \\
-        --lengths 256 1024 2048 --out recipes/bench/results/step_gpu.md
+        --lengths "TOFU's lengths" 256 1024 2048 --out recipes/bench/results/step_gpu.md
 
 A step is forward and backward over the same forget rows and three times as many retain rows, of random tokens on a random model
 with a LoRA of r = 16 on all linear layers, the gradients' clipping and AdamW's step (`steps.py`). In micro-batches it is the same
 step in four parts, as `--gradient_accumulation_steps 4` has it, where the rows can be divided. The contenders take turns;
 given is the median of their times as a share of the plain step's beside them, with quartiles. Memory is the peak of a process of
-its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory.
+its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory. The hours of a
+request are those of 24 epochs over TOFU's 400 forget rows at this step's time, the reference being asked of a row's first time.
 
 The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward
 with respect to activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the
@@ -42,6 +43,7 @@ from .steps import CONTENDERS, MICRO_BATCHES, Case, Step, machine, seconds_of
 
 WARM_UP = 1  # rounds
 EPOCH = 100  # forget rows in the epoch that a momentum update is spread over
+REQUEST = {"forget": 400, "retain": 3_600, "epochs": 24}  # TOFU's forget10, and our default
 
 
 def case_of(given: argparse.Namespace, shape: str, lengths: str, model: Any) -> Case:
@@ -143,6 +145,13 @@ def floor_flops(case: Case, config: PretrainedConfig) -> int:
     )
 
 
+def request(step: float, first: float, rows: int) -> float:
+    """Seconds of a request: a retain row's first time costs a pass of the reference, which is kept from then on."""
+    steps = REQUEST["forget"] / rows
+    new = REQUEST["retain"] / (RETAIN_PER_FORGET * REQUEST["forget"])  # epochs until every retain row has been drawn
+    return steps * (new * first + (REQUEST["epochs"] - new) * step)
+
+
 def memory(given: argparse.Namespace, shape: str, lengths: str, name: str) -> dict[str, int]:
     if given.cap:
         torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
@@ -196,12 +205,16 @@ def report(given: argparse.Namespace) -> str:
         step = statistics.median(seconds["ours"])
         shares = [f"{found['parts'][part] / sum(found['parts'].values()):.0%}" for part in found["parts"]]
         update = statistics.median(seconds["momentum"]) / (step * EPOCH / given.rows)
+        hours = request(step, statistics.median(seconds["ours, reference not kept"]), given.rows) / 3600
         parts.append(
-            (list(found["parts"]), f"| {shape} | {lengths} | {step:.2f} | {' | '.join(shares)} | {update:.2%} |")
+            (
+                list(found["parts"]),
+                f"| {shape} | {lengths} | {step:.2f} | {' | '.join(shares)} | {update:.2%} | {hours:.2f} |",
+            )
         )
     lines += [
-        f"\n| shape | rows of | our step, s | {' | '.join(parts[0][0])} | momentum, of the steps of {EPOCH} forget rows |",
-        "|---|---|---|" + "---|" * (len(parts[0][0]) + 1),
+        f"\n| shape | rows of | our step, s | {' | '.join(parts[0][0])} | momentum, of the steps of {EPOCH} forget rows | a request of forget10, hours |",
+        "|---|---|---|" + "---|" * (len(parts[0][0]) + 2),
         *(line for _, line in parts),
         "\n| loss of 2,048 answer tokens at a vocabulary of 128,000 | adds, forward and backward, MB |",
         "|---|---|",

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -20,14 +21,14 @@ from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
 from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
-from loramox.evaluate.records import RECORDS, read_records
+from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.truth_ratio import forget_quality
 from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
 from loramox.extrapolate.picture import draw_frontier
 from loramox.model import ModelConfig
-from loramox.sweep_job import SweepConfig, sweep
+from loramox.sweep_job import FRONTIER, SweepConfig, sweep
 from loramox.sweep_search import Measured, choose, next_for, search
 
 STRENGTHS = [1.0, 2.0, 3.0, 4.0]
@@ -694,3 +695,23 @@ def test_a_bad_flag_of_sweep_is_one_line_and_exits_with_2(
     assert message in err
     assert err.count("\n") == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(("method", "verb", "written"), [("mox", "sweep", FRONTIER), ("npo", "evaluate", SUMMARY)])
+def test_the_command_that_unlearn_ends_with_runs_as_it_stands(
+    pico: Callable[[str], Path],
+    rows: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    method: str,
+    verb: str,
+    written: str,
+) -> None:
+    words = ["--model", str(pico("llama")), "--forget", str(rows[0]), "--retain", str(rows[1]), "--lora_r", "4"]
+    words += ["--quantization", "none", "--use_cpu", "true", "--max_steps", "1", "--report_to", "none"]
+    main(["unlearn", *words, "--method", method, "--out", str(tmp_path / "run")])
+    proposed = shlex.split(capsys.readouterr().out.rpartition("Next, what")[2].partition(": ")[2])
+    assert proposed[:2] == ["loramox", verb]
+    assert proposed[proposed.index("--use_cpu") + 1] == "true"
+    main([*proposed[1:], "--max_new_tokens", "0"])
+    assert (Path(proposed[proposed.index("--out") + 1]) / written).exists()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from loramox import Tokenisation, encode, read_rows
 from loramox.batches import Collator
 from loramox.errors import NonFiniteLossError, RunError
+from loramox.evaluate.truth_ratio import forget_quality
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
@@ -27,6 +28,7 @@ from recipes.paper.frontier import at_level, kept_where_forgotten, measured, nea
 from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, again_of, gold_of, mox, reference_of
 from recipes.paper.overlap import TABLE
 from recipes.paper.runs import BusyError, Run, Runs
+from recipes.paper.show import number
 from recipes.paper.world import World
 
 ROOT = Path(__file__).parents[1]
@@ -363,16 +365,21 @@ def test_the_worlds_retrained_model_is_not_taken_for_rows_that_it_has_seen() -> 
 def test_another_retrained_model_is_shown_with_its_own_difference() -> None:
     scale = Scale()
     run = scale.run("curve", GRID["GA"][0], 0)
-    again = again_of(run, scale.get("retrain"))
+    again, third = (again_of(run, scale.get("retrain"), seed) for seed in (0, 2))
     never, knows = [0.5 + i / 40 for i in range(20)], [i / 40 for i in range(20)]
-    ratios = {reference_of(run): knows, gold_of(run): never, again: never}
+    ratios = {reference_of(run): knows, gold_of(run): never, again: never, third: knows}
     records = {of: {"point": {"truth_ratios": [{"truth_ratio": r} for r in some]}} for of, some in ratios.items()}
-    said = COMPARISON["frontier"].show(scale, records.get).lines[0]
-    assert said.startswith("reference: ")
-    told_apart = said.split("; ")[0].rsplit("KS p ", 1)[1]
-    assert float(told_apart) < 1e-6
-    assert said.endswith("KS p 1.0000")
-    assert again in COMPARISON["frontier"].plan(scale, records.get)
+    shown = COMPARISON["frontier"].show(scale, records.get)
+    of = dict(each.split(": ") for each in shown.lines[0].split("; "))
+    assert float(of["reference"].rsplit("KS p ", 1)[1]) < 1e-6
+    assert of["retrained again, seed 0"].endswith("KS p 1.0000")
+    told_apart = number(forget_quality(never, knows))
+    assert of["retrained again, seed 2"].endswith(f"KS p {told_apart}")
+    assert (
+        f"have KS p 1.0000, {told_apart} beside the first, {told_apart} to {told_apart} beside each other"
+        in shown.claim
+    )
+    assert {again, third} < set(COMPARISON["frontier"].plan(scale, records.get))
     assert again_of(run, 0) is None
 
 

@@ -28,7 +28,8 @@ def unlearn(words: list[str]) -> None:
     shipped = record["forget_adapter"]
     dialled = shipped["strength"] > 0
     made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
-    rows = shlex.join(["--forget", data.forget, "--retain", data.retain])
+    cpu = ["--use_cpu", "true"] if settings[0].use_cpu else []
+    rows = shlex.join(["--forget", data.forget, "--retain", data.retain, *cpu])
     cut = ["--shard", "true"] if reference.shard else []
     model = shlex.join(["--model", reference.model, "--quantization", reference.quantization, *cut])
     program = f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if cut else "loramox"

@@ -1,5 +1,6 @@
 """The frontier: every method at equal LoRA rank and equal row passes, at the strength that keeps the retain rows at a level."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,13 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
     runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale).values() for of in some]
     chosen = [best(scale, read, some) for some in grid(scale).values()]
     runs += [run for of in chosen if of for run in scale.curves(of)]
-    again = again_of(runs[0], scale.get("retrain"))
-    return list(dict.fromkeys([*runs, again] if again else runs))
+    return list(dict.fromkeys([*runs, *_again(scale, runs[0])]))
+
+
+def _again(scale: Scale, run: Run) -> list[Run]:
+    """Other models that never saw the forget rows of a run, one a seed."""
+    made = [again_of(run, scale.get("retrain"), seed) for seed in scale.seeds]
+    return [each for each in made if each]
 
 
 def named(of: Of) -> str:
@@ -80,12 +86,10 @@ def _show(scale: Scale, read: Read) -> Shown:
             "curves": [record["points"] for record in records],
             "kept": kept,
         }
-    plain = {
-        "reference": reference_of(run),
-        "retrained": gold_of(run),
-        "retrained once more": again_of(run, scale.get("retrain")),
-    }
+    again = {f"retrained again, seed {of.seed}": of for of in _again(scale, run)}
+    plain = {"reference": reference_of(run), "retrained": gold_of(run)} | again
     points = {label: (read(of) or {}).get("point", {}) for label, of in plain.items() if of}
+    others = [points[label] for label in again]
     points = {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}
     heads = [
         "method",
@@ -107,8 +111,13 @@ def _show(scale: Scale, read: Read) -> Shown:
         *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
     ]
     claim = _claim(data)
-    if (most := points.get("retrained once more", {}).get(QUALITY)) is not None:
-        claim += f" Another retrained model, trained here for {scale.get('retrain')} epochs, has KS p {number(most)} beside the first: a higher one need not mean nearer to never having known."
+    if apart := [points[label][QUALITY] for label in again if QUALITY in points[label]]:
+        pairs = [_beside(*pair)[QUALITY] for pair in itertools.combinations([p for p in others if p], 2)]
+        claim += (
+            f" Other retrained models, trained here for {scale.get('retrain')} epochs, have KS p {', '.join(map(number, apart))} beside the first"
+            f"{f', {number(min(pairs))} to {number(max(pairs))} beside each other' if pairs else ''}: a higher one need not mean nearer to never "
+            "having known."
+        )
     return Shown(claim, data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
 
 

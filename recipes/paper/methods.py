@@ -149,10 +149,10 @@ _LITTLE = (
 QUICK = Scale(seeds=(0,), settings=_LITTLE, grid=1, methods=3, sizes=(8, 24), weights=(1.0, 5.0))
 
 
-def _plain(run: Run, job: str, **more: Any) -> Run:
+def _plain(run: Run, job: str, seed: int = 0, **more: Any) -> Run:
     """A model without adapter, on the rows of a run."""
     rows = {k: v for k, v in run.settings if k in ("split", "asked", "new_tokens", "quantization")}
-    return Run.of(job, job, rows | more)
+    return Run.of(job, job, rows | more, seed)
 
 
 def reference_of(run: Run) -> Run:
@@ -171,9 +171,9 @@ def gold_of(run: Run) -> Run | None:
     return again_of(run, epochs)
 
 
-def again_of(run: Run, epochs: int) -> Run | None:
+def again_of(run: Run, epochs: int, seed: int = 0) -> Run | None:
     """Another model that never saw the forget rows, trained here: how far two of them differ is no method's fault."""
-    return _plain(run, "retrained", scratch=epochs) if epochs else None
+    return _plain(run, "retrained", seed, scratch=epochs) if epochs else None
 
 
 def strengths(settings: Mapping[str, Any], method: str) -> tuple[float, ...]:

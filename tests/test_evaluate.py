@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 from conftest import PEOPLE, TOWNS, questions
 from peft import LoraConfig, get_peft_model
 from scipy.stats import hmean
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import loramox.evaluate.fitting
 import loramox.evaluate.job
 from loramox import Tokenisation, read_rows
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
+from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
@@ -333,6 +337,67 @@ def test_records_have_the_numbers_of_the_models_own_logits(
         assert r["truth_ratio"] == pytest.approx(math.exp(wrong.mean() - true), rel=1e-3)
         shares = np.exp([own.mean(), *wrong])
         assert r["chosen_probability"] == pytest.approx(shares[0] / shares.sum(), rel=1e-3)
+
+
+@pytest.fixture
+def holds_three(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that can hold a batch of three rows; the sizes of the batches that were tried."""
+    tried, forward = [], LlamaForCausalLM.forward
+
+    def within(self: LlamaForCausalLM, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tried.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", within)
+    return tried
+
+
+def test_where_memory_runs_out_half_as_many_are_asked_from_there_on_and_the_same_is_found(
+    here: Path, model: ModelConfig, holds_three: list[int]
+) -> None:
+    asked = Asked(forget="forget.jsonl", retain="retain.jsonl")
+    with pytest.warns(UserWarning, match="memory ran out with --batch_size 4: 2 answers at a time from here on"):
+        evaluate(Subject("halved"), model, asked, replace(SHORT, batch_size=4))
+    assert [size for size in holds_three if size > 3] == [4]  # not tried again
+    evaluate(Subject("small"), model, asked, replace(SHORT, batch_size=2))
+    for halved, small in zip(*map(read_records, (here / "halved", here / "small")), strict=True):
+        assert halved.keys() == small.keys()
+        assert halved["said"] == small["said"]
+        assert halved["log_p"] == pytest.approx(small["log_p"], rel=1e-4)
+
+
+def test_where_not_even_one_answer_fits_it_is_said_what_to_do(
+    here: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", full)
+    with (
+        pytest.warns(UserWarning, match="memory ran out"),
+        pytest.raises(
+            RunError, match=r"--batch_size 1 \(CUDA out of memory.*Give a lower --max_new_tokens, --quantization nf4"
+        ),
+    ):
+        evaluate(Subject("out"), model, Asked(forget="forget.jsonl"), SHORT)
+
+
+def test_processes_that_share_the_batches_do_not_halve_them_each_for_itself(
+    here: Path, model: ModelConfig, holds_three: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loramox.evaluate.fitting, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(RunError, match=r"memory ran out with --batch_size 32.*Give --batch_size 16 or less"):
+        FittingBatch(32).ask(lambda size: LlamaForCausalLM.forward(None, torch.zeros(size, 1)))
+
+
+def test_any_other_error_is_not_taken_for_a_full_memory() -> None:
+    def fails(size: int) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        FittingBatch(8).ask(fails)
 
 
 def test_hostile_text_goes_through_unharmed(here: Path, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,6 +19,7 @@ from loramox.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
 from loramox.plan.job import fit, plan
 from loramox.plan.ledger import Speed
 from loramox.plan.outline import Setting
+from loramox.plan.show import show_plan
 from loramox.plan.trace import at_depth, shallow, trace_step
 from loramox.reference import ReferenceConfig, load_reference
 from loramox.rows import Columns, Data
@@ -235,6 +236,29 @@ def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
     seconds = [e.seconds for e in planned.estimates]
     assert seconds == sorted(seconds)
     assert planned.longest == 128  # the model's context
+
+
+def test_the_planned_sweep_asks_as_many_at_a_time_as_fit_unless_told_how_many(outline, capsys):
+    args = BaselineConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1)
+    reference = ReferenceConfig(str(outline), quantization="none", r=4)
+    config = PlanConfig("1GB", max_new_tokens=60)
+
+    def planned(memory, **given):
+        config.gpu_memory = memory
+        found = plan(config, reference, args, tokenisation=Tokenisation(max_length=64), **given)
+        show_plan(found)
+        (of,) = found.planned
+        return of.sweep_batch_size, sum(of.sweep.held.values())
+
+    (all_at_once, most), said = planned("1GB"), capsys.readouterr().out
+    assert all_at_once == 32
+    assert "--batch_size 32; at most" in said
+    tight = f"{most * 0.7 / 0.9 / 2**20:.3f}MB"
+    size, held = planned(tight)
+    assert size in (8, 16)
+    assert held <= 0.7 * most
+    assert planned(tight, given={"sweep_batch_size"}) == (32, most)
+    assert "does not fit" in capsys.readouterr().out
 
 
 def fitted(budget, folder, rows, tmp_path, *words):

@@ -14,6 +14,7 @@ from loramox.batches import Example, Tokenisation, encode
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
+from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
@@ -67,6 +68,7 @@ class Questions:
         answering: dict[str, Answering] | None = None,
     ) -> None:
         self.tokenizer, self.scoring, self.answering = tokenizer, scoring or ScoringConfig(), answering or {}
+        self.batch = FittingBatch(self.scoring.batch_size)
         self.parts, wrong = [], []
         for name, rows in parts.items():
             try:
@@ -112,10 +114,12 @@ class Questions:
         asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
         how = self.answering.get(part.name, Answering(self.scoring.max_new_tokens))
         if asked and how.max_new_tokens and self.scoring.max_new_tokens:
-            generated = greedy_answers(
-                model, self.tokenizer, [part.answers[i] for i in asked], [answers[i] for i in asked],
-                how, self.scoring.batch_size, f"{describe}, answering",
-            )  # fmt: skip
+            examples, scores = [part.answers[i] for i in asked], [answers[i] for i in asked]
+            generated = self.batch.ask(
+                lambda size: greedy_answers(
+                    model, self.tokenizer, examples, scores, how, size, f"{describe}, answering"
+                )
+            )
             for i, answer in zip(asked, generated, strict=True):
                 said[i] = answer
         records, rest = [], iter(others)
@@ -128,7 +132,9 @@ class Questions:
 
     def _score(self, model: nn.Module, examples: list[Example], describe: str, **more: Any) -> list[AnswerScores]:
         pad = self.tokenizer.pad_token_id
-        return score_answers(model, examples, pad or 0, self.scoring.batch_size, describe, **more) if examples else []
+        if not examples:
+            return []
+        return self.batch.ask(lambda size: score_answers(model, examples, pad or 0, size, describe, **more))
 
 
 def _tokenised(

@@ -38,6 +38,9 @@ class Planned(NamedTuple):
         int | None
     )  # about the longest row, in tokens, with which the fastest that fits still does; None where nothing fits
     sweep: Cost
+    sweep_batch_size: (
+        int  # the largest with which it fits, of the one that is set, its half, and so on; 1 where none does
+    )
     merge: Cost
     merge_files: int  # bytes read and written
 
@@ -88,12 +91,24 @@ def plan(
     planned = []
     for rows in cases:
         found = estimates(setting, rows, memory, given, eight_bits=card.type == "cuda")
-        sweep = sweeping(setting, rows, config.sweep_batch_size, config.max_new_tokens)
+        sweep = _sweep_that_fits(setting, rows, config, memory, given)
         length, forget_rows = _longest_of(rows), len(rows.datasets["forget"])
         longest = _longest_that_fits(setting, length, found, memory)
-        planned.append(Planned(length, forget_rows, found, longest, sweep, merge, files))
+        planned.append(Planned(length, forget_rows, found, longest, *sweep, merge, files))
     name = "this CPU" if card.type == "cpu" else "this GPU" if here else "a GPU that is not here"
     return Plan(memory, name, speed, planned)
+
+
+def _sweep_that_fits(
+    setting: Setting, rows: Rows, config: PlanConfig, memory: int, given: Set[str]
+) -> tuple[Cost, int]:
+    """What a sweep takes, and its answers at a time: as many as set, or, unless they are given, fewer where those do not fit."""
+    size = config.sweep_batch_size
+    while True:
+        cost = sweeping(setting, rows, size, config.max_new_tokens)
+        if sum(cost.held.values()) <= USABLE * memory or size == 1 or "sweep_batch_size" in given:
+            return cost, size
+        size = max(1, size // 2)
 
 
 def _longest_that_fits(setting: Setting, length: int, found: list[Estimate], memory: int) -> int | None:

@@ -161,7 +161,7 @@ def _check_shard(reference: ModelConfig) -> None:
     if not several_processes():
         raise SettingsError(
             "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, memorize, evaluate or sweep with "
-            "torchrun --nproc_per_node N -m loramox, or leave --shard out"
+            "torchrun --nproc_per_node N -m loramox, or say --shard false"
         )
 
 

@@ -50,7 +50,7 @@ def _layers(causal_lm: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ModelError(
-        f"--shard: {type(causal_lm).__name__} has no list of its {depth} layers that could be cut over the processes. Leave --shard out"
+        f"--shard: {type(causal_lm).__name__} has no list of its {depth} layers that could be cut over the processes. Say --shard false"
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,25 @@ def test_times_are_of_every_contender_and_the_parts_of_a_step_are_all_of_it() ->
     assert {"forward", "loss", "backward", "optimiser"} <= found["parts"].keys()
     assert all(seconds > 0 for seconds in found["parts"].values())
     assert step.memory(given(), "pico", "40", "ours")["peak"] > 0
+
+
+def test_a_request_asks_the_reference_in_the_epochs_in_which_retain_rows_are_new() -> None:
+    # 400 forget rows are 50 steps an epoch; 1,200 of 3,600 retain rows an epoch are new in three of 24.
+    assert step.request(1.0, 2.0, rows=8) == 50 * (3 * 2 + 21)
+
+
+def test_the_whole_report_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "in_its_own_process", lambda given, *words: {"before": 1, "peak": 3_000_001})
+    said = step.report(given(shapes=["pico"], lengths=["40"], checkpointing=True))
+    for who in ("ours", "ours, reference not kept", "plain PEFT"):
+        assert f"| pico | 40 | {who} | " in said
+    assert "activation checkpointing on" in said
+    tables = [
+        list(lines) for is_table, lines in groupby(said.splitlines(), lambda line: line.startswith("|")) if is_table
+    ]
+    assert len(tables) == 3
+    for lines in tables:  # none is shorter or longer than its head
+        assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_choice_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

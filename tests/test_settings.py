@@ -1,10 +1,12 @@
 """Settings from flags and recipes: what reaches the dataclasses, and what is refused with which words."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from loramox.cli.arguments import settings_of
 from loramox.cli.launched import as_launched
@@ -14,6 +16,7 @@ from loramox.memorize.config import MemorizeConfig
 from loramox.reference import ReferenceConfig
 
 NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out", "o"]
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
@@ -254,55 +257,116 @@ def test_what_argparse_refuses_it_names_and_exits_with_2(
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_weights_in_parts_are_refused_by_flag_and_from_accelerate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=f"{name} is asked for.*--shard true instead, under torchrun"):
+    with pytest.raises(SettingsError, match=rf"{name} is asked for.*Leave it out: .* with --shard true"):
         MemorizeConfig("o", **{name: {"full_shard": True} if name == "deepspeed" else True})
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(SettingsError, match=f"{name} is asked for.*accelerate config without {name}"):
+    with pytest.raises(SettingsError, match=f"{name} is asked for"):
         MemorizeConfig("o")
 
 
-@pytest.mark.parametrize("launcher", [{"ACCELERATE_USE_FSDP": "true"}, ZERO3], ids=["FSDP", "ZeRO-3"])
-def test_what_accelerate_would_cut_is_cut_by_shard(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for verb, words, after in [
-        ("unlearn", ["r.yaml", "--out", "o"], ["r.yaml", "--out", "o", "--shard", "true"]),
-        ("evaluate", ["--shard=false"], ["--shard=false"]),  # a flag wins over the config
-        ("sweep", ["--out", "o"], ["--out", "o"]),  # does as its run did
-    ]:
-        for name, value in launcher.items():
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what `accelerate launch` would, in one of two processes."""
+
+    def launch(of: dict[str, str], processes: int = 2) -> None:
+        for name, value in (of | {"WORLD_SIZE": str(processes)}).items():
             monkeypatch.setenv(name, value)
-        assert as_launched(verb, words) == after
-        MemorizeConfig("o")  # accelerate is not asked any more
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
-    assert as_launched("requests", ["add"]) == ["add"]
+
+    return launch
+
+
+@pytest.mark.parametrize("config", [FSDP, ZERO3], ids=["FSDP", "ZeRO-3"])
+def test_what_accelerate_would_cut_is_cut_by_shard_unless_a_flag_or_the_recipe_says_otherwise(
+    config: dict[str, str], launched: Callable[..., None], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("shard: false\n")
+    for words, cut in (([], True), (["--shard", "false"], False), ([str(recipe)], False)):
+        launched(config)
+        _, reference, *_ = parsed(*words, *NEEDED)
+        assert reference.shard == cut
+    MemorizeConfig("o")  # accelerate is not asked any more
+
+
+@pytest.mark.parametrize("config", [FSDP, ZERO3], ids=["FSDP", "ZeRO-3"])
+def test_one_process_and_a_sweep_cut_nothing_of_themselves_and_other_verbs_refuse(
+    config: dict[str, str], launched: Callable[..., None]
+) -> None:
+    launched(config, processes=1)
+    assert not as_launched("unlearn")
+    MemorizeConfig("o")
+    launched(config)
+    assert not as_launched("sweep")  # as its run did
+    launched(config)
+    assert as_launched("evaluate") == ["--shard", "true"]
+    launched(config)
+    assert not as_launched("requests add LEDGER")
     with pytest.raises(SettingsError, match="is asked for"):
         MemorizeConfig("o")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP", "Say FULL_SHARD"),
-        ("FSDP_RESHARD_AFTER_FORWARD", "false", "Say true"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "layers stay on their GPU"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "give --activation_checkpointing true to loramox"),
-        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "Say zero_stage: 3 without it"),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "Say 3, which cuts weights"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme", "give --optim paged_adamw_8bit to loramox"),
-    ],
-)
+BESIDE = [
+    ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP", "Say FULL_SHARD"),
+    ("FSDP_RESHARD_AFTER_FORWARD", "false", "Say true"),
+    ("FSDP_OFFLOAD_PARAMS", "true", "layers stay on their GPU"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "processes share rows and layers alone"),
+    ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "Say zero_stage: 3 without it"),
+    ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "Say 3, which cuts weights"),
+    ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device"),
+]
+BESIDE_TRAINING = [
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "give --activation_checkpointing true to loramox"),
+    ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme", "give --optim paged_adamw_8bit to loramox"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "give --gradient_accumulation_steps to loramox"),
+    ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "give --max_grad_norm to loramox"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [*BESIDE, *BESIDE_TRAINING])
 def test_what_else_accelerates_config_asks_for_is_refused(
-    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, said: str, launched: Callable[..., None]
 ) -> None:
-    config = {"ACCELERATE_USE_FSDP": "true"} if name.startswith("FSDP") else ZERO3
-    for variable, said_there in (config | {name: value}).items():
-        monkeypatch.setenv(variable, said_there)
+    config = FSDP if "FSDP" in name or "PARALLELISM" in name else ZERO3
+    launched(config | {name: value})
     with pytest.raises(SettingsError, match=f"accelerate's config has {value} for .*{said}"):
-        as_launched("unlearn", [])
+        parsed(*NEEDED)
+    if (name, value, said) in BESIDE_TRAINING:  # it is nothing to those who only ask
+        assert as_launched("evaluate") == ["--shard", "true"]
+    else:
+        with pytest.raises(SettingsError, match=said):
+            as_launched("sweep")
 
 
-def test_an_accelerate_config_that_names_no_stage_has_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+def test_an_accelerate_config_that_names_no_stage_has_the_second(launched: Callable[..., None]) -> None:
+    launched({"ACCELERATE_USE_DEEPSPEED": "true"})
     with pytest.raises(SettingsError, match="has 2 for zero_stage"):
-        as_launched("unlearn", [])
+        as_launched("unlearn")
+
+
+def test_the_zero3_config_of_the_recipes_says_nothing_that_is_refused(launched: Callable[..., None]) -> None:
+    config = yaml.safe_load((Path(__file__).parents[1] / "recipes/accelerate/zero3.yaml").read_text())
+    assert config["distributed_type"] == "DEEPSPEED"
+    said = {
+        f"ACCELERATE_DEEPSPEED_{name.upper()}": str(value).lower() for name, value in config["deepspeed_config"].items()
+    }
+    launched({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]} | said)
+    assert parsed(*NEEDED)[1].shard
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "taken"),
+    [("bf16", {}, "bf16"), ("fp16", {}, "fp16"), ("bf16", {"bf16": False}, "no"), ("no", {"bf16": True}, "bf16")],
+)
+def test_accelerates_mixed_precision_is_in_the_record_and_a_flag_wins_over_it(
+    asked: str, given: dict[str, bool], taken: str, launched: Callable[..., None]
+) -> None:
+    launched({"ACCELERATE_MIXED_PRECISION": asked}, processes=1)
+    args = MemorizeConfig("o", use_cpu=True, **given)
+    assert args.mixed_precision == taken
+    assert (args.to_dict()["bf16"], args.to_dict()["fp16"]) == (taken == "bf16", taken == "fp16")
+
+
+def test_a_precision_that_is_not_there_is_refused(launched: Callable[..., None]) -> None:
+    launched({"ACCELERATE_MIXED_PRECISION": "fp8"}, processes=1)
+    with pytest.raises(SettingsError, match="mixed_precision is fp8; --mixed_precision needs no, bf16 or fp16"):
+        MemorizeConfig("o")

@@ -65,7 +65,7 @@ def test_a_model_that_is_cut_computes_what_it_did(pico: Callable[[str], Path], k
 def test_a_model_whose_layers_cannot_be_told_is_named(pico: Callable[[str], Path]) -> None:
     model = adapted(pico("llama"), "none")
     model.config.num_hidden_layers += 1
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no list of its 3 layers.*Leave --shard out"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no list of its 3 layers.*Say --shard false"):
         shard(model, torch.device("cpu"))
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from loramox.cli.arguments import VERBS
-from loramox.cli.launched import as_launched
 from loramox.errors import LoramoxError
 from loramox.row_files import check
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _quieten_libraries()
     try:
         _check_files(words)
-        getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(as_launched(verb, words[1:]))
+        getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
     except KeyboardInterrupt:
         resumes = verb in ("unlearn", "memorize") or words[:2] in (["requests", "add"], ["requests", "refresh"])
         again = ". The same command with --resume goes on" if resumes else ""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from loramox.cli.launched import as_launched
 from loramox.errors import LoramoxError, SettingsError
 
 VERBS = {
@@ -50,11 +51,12 @@ USAGES = {
 
 
 def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:
-    """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`."""
+    """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`, and over what
+    the config of `accelerate launch` asks for."""
     parser, words = _read(verb, words, kinds)
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
         raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
-    return parse(parser, [*first, *words])
+    return parse(parser, [*as_launched(verb), *first, *words])
 
 
 def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:

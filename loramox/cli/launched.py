@@ -9,8 +9,8 @@ import os
 
 from loramox.errors import SettingsError
 
-SHARDING = ("unlearn", "memorize", "evaluate")  # they have --shard
-FOLLOWING = ("sweep",)  # does as its run did
+TRAINING = ("unlearn", "memorize")
+SHARDING = (*TRAINING, "evaluate")  # they have --shard; a sweep does as its run did
 
 # What else a config may say, by the variable that asks for the cut: the values that go with --shard, and what to say of others.
 BESIDE = {
@@ -24,9 +24,9 @@ BESIDE = {
             "fsdp_reshard_after_forward: a process has a layer whole only while it computes with it. Say true",
         ),
         "FSDP_OFFLOAD_PARAMS": (("false",), "fsdp_offload_params: layers stay on their GPU. Say false"),
-        "FSDP_ACTIVATION_CHECKPOINTING": (
+        "ACCELERATE_USE_PARALLELISM_CONFIG": (
             ("false",),
-            "fsdp_activation_checkpointing: say false, and give --activation_checkpointing true to loramox",
+            "use_parallelism_config: processes share rows and layers alone. Say false",
         ),
     },
     "ACCELERATE_USE_DEEPSPEED": {
@@ -42,9 +42,28 @@ BESIDE = {
             ("none",),
             "offload_param_device: layers stay on their GPU. Say none",
         ),
+    },
+}
+# The same of what matters in training alone, where loramox has a flag for it.
+BESIDE_TRAINING = {
+    "ACCELERATE_USE_FSDP": {
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            ("false",),
+            "fsdp_activation_checkpointing: say false, and give --activation_checkpointing true to loramox",
+        ),
+    },
+    "ACCELERATE_USE_DEEPSPEED": {
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
             ("none",),
             "offload_optimizer_device: say none, and give --optim paged_adamw_8bit to loramox",
+        ),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            ("1", "auto"),
+            "gradient_accumulation_steps: say auto, and give --gradient_accumulation_steps to loramox",
+        ),
+        "ACCELERATE_GRADIENT_CLIPPING": (
+            ("auto", "1", "1.0"),
+            "gradient_clipping: say auto, and give --max_grad_norm to loramox",
         ),
     },
 }
@@ -52,19 +71,19 @@ BESIDE = {
 UNSAID = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
-def as_launched(verb: str, words: list[str]) -> list[str]:
-    """The words of a verb, with `--shard true` where the config has FSDP or ZeRO stage 3 and no flag says otherwise.
+def as_launched(verb: str) -> list[str]:
+    """`--shard true` where the config has FSDP or ZeRO stage 3 and there are several processes; else nothing.
 
     Raises `SettingsError` for what it has beside them that does not go with `--shard`.
     """
+    cut = False
     for asks, beside in BESIDE.items():
-        if os.environ.get(asks) != "true" or verb not in (*SHARDING, *FOLLOWING):
+        if os.environ.get(asks) != "true" or verb not in (*SHARDING, "sweep"):
             continue
-        for name, (fine, said) in beside.items():
+        for name, (fine, said) in (beside | (BESIDE_TRAINING[asks] if verb in TRAINING else {})).items():
             value = os.environ.get(name, UNSAID.get(name, fine[0]))
             if value.lower() not in fine:
                 raise SettingsError(f"accelerate's config has {value} for {said}")
         del os.environ[asks]
-        if verb in SHARDING and not any(word.partition("=")[0] == "--shard" for word in words):
-            words = [*words, "--shard", "true"]
-    return words
+        cut = verb in SHARDING and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return ["--shard", "true"] if cut else []

@@ -15,8 +15,8 @@ T = TypeVar("T")
 class FittingBatch:
     """How many answers are asked at a time: `size`, until a batch of so many does not fit.
 
-    accelerate's `find_executable_batch_size` would collect garbage before each call, of which a sweep makes a hundred, and begin
-    with the whole batch each time.
+    accelerate's `find_executable_batch_size` would collect garbage before each call, of which a sweep makes a hundred, go down by
+    a tenth at a time, and do so in each process by itself.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,5 +47,5 @@ class FittingBatch:
 
     def _instead(self) -> str:
         if self.size == 1:
-            return "Give a lower --max_new_tokens, --quantization nf4, or a device with more memory"
+            return "Shorter rows, shorter answers (--max_new_tokens) or a device with more memory are needed"
         return f"Give --batch_size {self.size // 2} or less"

@@ -114,11 +114,9 @@ class Questions:
         asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
         how = self.answering.get(part.name, Answering(self.scoring.max_new_tokens))
         if asked and how.max_new_tokens and self.scoring.max_new_tokens:
-            examples, scores = [part.answers[i] for i in asked], [answers[i] for i in asked]
+            examples, known = [part.answers[i] for i in asked], [answers[i] for i in asked]
             generated = self.batch.ask(
-                lambda size: greedy_answers(
-                    model, self.tokenizer, examples, scores, how, size, f"{describe}, answering"
-                )
+                lambda size: greedy_answers(model, self.tokenizer, examples, known, how, size, f"{describe}, answering")
             )
             for i, answer in zip(asked, generated, strict=True):
                 said[i] = answer

@@ -157,14 +157,21 @@ class MemorizeConfig(TrainingArguments):
         refuse_shards(self)
         import torch
 
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        refuse(
+            "mixed_precision", launched, launched in ("no", "bf16", "fp16"), "no, bf16 or fp16, of accelerate launch"
+        )
         if self.bf16 is None:
-            self.bf16 = (
-                torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16 and not self.use_cpu
-            )
+            self.fp16 = self.fp16 or launched == "fp16"
+            here = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
+            self.bf16 = not self.fp16 and (here or launched == "bf16")
         # Without a GPU there is nothing to pin for, and torch would say so each epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
         super().__post_init__()
+        self.mixed_precision = (
+            "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        )  # a flag wins over accelerate's config
         # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
         # GPUs are several processes: torchrun or accelerate launch.
         self._n_gpu = min(self.n_gpu, 1)
@@ -229,6 +236,6 @@ def refuse_shards(args: TrainingArguments) -> None:
         if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             # It would run, and strengths and momentum, which are set on whole weights, would be wrong.
             raise SettingsError(
-                f"{name} is asked for; loramox cuts the frozen layers over the processes itself. Say --shard true instead, under torchrun or "
-                f"with an accelerate config without {name}"
+                f"{name} is asked for, which would cut the adapter as well. Leave it out: unlearn, memorize and evaluate cut the frozen layers "
+                "over the processes with --shard true"
             )

@@ -127,7 +127,7 @@ def prepare(
     if reference.shard and _is_baseline(args) and args.method == "rmu":
         # What is between layers that are cut transformers does not hand out.
         raise SettingsError(
-            "--method rmu steers a layer in the middle, and --shard cuts the layers up: leave --shard out"
+            "--method rmu steers a layer in the middle, and --shard cuts the layers up: say --shard false"
         )
     forget = read_rows(data.forget, columns)
     protected = earlier.rows if earlier else ()

@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -24,6 +24,8 @@ from loramox.reference import ReferenceConfig
 from loramox.rows import Columns, Data
 from loramox.run import RECORD, RunConfig, read_record
 
+T = TypeVar("T")
+
 LENGTHS = (256, 1024, 2048)  # planned for when no rows are given
 ROWS = 100  # forget rows then
 
@@ -38,9 +40,7 @@ class Planned(NamedTuple):
         int | None
     )  # about the longest row, in tokens, with which the fastest that fits still does; None where nothing fits
     sweep: Cost
-    sweep_batch_size: (
-        int  # the largest with which it fits, of the one that is set, its half, and so on; 1 where none does
-    )
+    sweep_batch_size: int  # answers at a time: as given, or fewer than the default where those do not fit
     merge: Cost
     merge_files: int  # bytes read and written
 
@@ -102,12 +102,21 @@ def plan(
 def _sweep_that_fits(
     setting: Setting, rows: Rows, config: PlanConfig, memory: int, given: Set[str]
 ) -> tuple[Cost, int]:
-    """What a sweep takes, and its answers at a time: as many as set, or, unless they are given, fewer where those do not fit."""
-    size = config.sweep_batch_size
+    """What a sweep takes, and its answers at a time."""
+    return _halved(
+        config.sweep_batch_size,
+        "sweep_batch_size" in given,
+        lambda size: sweeping(setting, rows, size, config.max_new_tokens),
+        lambda cost: sum(cost.held.values()) <= USABLE * memory,
+    )
+
+
+def _halved(size: int, fixed: bool, take: Callable[[int], T], fits: Callable[[T], bool]) -> tuple[T, int]:
+    """What a batch of `size` takes, or, unless that is fixed, one of half as many, and so on until it fits."""
     while True:
-        cost = sweeping(setting, rows, size, config.max_new_tokens)
-        if sum(cost.held.values()) <= USABLE * memory or size == 1 or "sweep_batch_size" in given:
-            return cost, size
+        taken = take(size)
+        if fixed or size == 1 or fits(taken):
+            return taken, size
         size = max(1, size // 2)
 
 
@@ -187,14 +196,14 @@ def estimates(setting: Setting, rows: Rows, memory: int, given: Set[str], eight_
 
 
 def _watching(setting: Setting, rows: Rows, memory: int, given: Set[str]) -> tuple[int, Any]:
-    """The rows that are watched at a time, and a batch of them: as many as set, or fewer where those do not fit."""
-    size = setting.args.per_device_eval_batch_size
-    while True:
-        stage = watch(setting, rows, size)
-        fits = stage is None or stage.peak.total <= USABLE * memory
-        if fits or size == 1 or "per_device_eval_batch_size" in given:
-            return size, stage
-        size = max(1, size // 2)
+    """The rows that are watched at a time, and a batch of them."""
+    stage, size = _halved(
+        setting.args.per_device_eval_batch_size,
+        "per_device_eval_batch_size" in given,
+        lambda size: watch(setting, rows, size),
+        lambda stage: stage is None or stage.peak.total <= USABLE * memory,
+    )
+    return size, stage
 
 
 def _setting(reference: ReferenceConfig, args: MemorizeConfig, dtype: torch.dtype) -> Setting:

@@ -8,8 +8,8 @@ A step is forward and backward over the same forget rows and three times as many
 with a LoRA of r = 16 on all linear layers, the gradients' clipping and AdamW's step (`steps.py`). In micro-batches it is the same
 step in four parts, as `--gradient_accumulation_steps 4` has it, where the rows can be divided. The contenders take turns;
 given is the median of their times as a share of the plain step's beside them, with quartiles. Memory is the peak of a process of
-its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB of GPU memory. The hours of a
-request are those of 24 epochs over TOFU's 400 forget rows at this step's time, the reference being asked of a row's first time.
+its own for each: resident on the CPU, allocated on a GPU. `--cap 8` holds these processes to 8 GB (of 1024³ bytes). The hours of
+a request are those of 24 epochs over TOFU's 400 forget rows; the first three, in which retain rows are new, ask the reference.
 
 The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward
 with respect to activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the
@@ -146,7 +146,7 @@ def floor_flops(case: Case, config: PretrainedConfig) -> int:
 
 
 def request(step: float, first: float, rows: int) -> float:
-    """Seconds of a request: a retain row's first time costs a pass of the reference, which is kept from then on."""
+    """Seconds of a request, at most: a row's first time costs a pass of the reference, which is kept from then on."""
     steps = REQUEST["forget"] / rows
     new = REQUEST["retain"] / (RETAIN_PER_FORGET * REQUEST["forget"])  # epochs until every retain row has been drawn
     return steps * (new * first + (REQUEST["epochs"] - new) * step)
@@ -154,7 +154,7 @@ def request(step: float, first: float, rows: int) -> float:
 
 def memory(given: argparse.Namespace, shape: str, lengths: str, name: str) -> dict[str, int]:
     if given.cap:
-        torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(given.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     with folder_of(shape, given.device) as model:
         _, step = CONTENDERS[name](case_of(given, shape, lengths, model))
         before = memory_now(given.device)

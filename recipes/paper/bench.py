@@ -243,7 +243,7 @@ class Bench:
         torch.manual_seed(run.seed)
         args = TrainingArguments(
             str(folder), num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=2e-3,
-            lr_scheduler_type="cosine", warmup_steps=50, remove_unused_columns=False, **QUIET,
+            lr_scheduler_type="cosine", warmup_steps=50, remove_unused_columns=False, seed=42 + run.seed, **QUIET,
         )  # fmt: skip
         pad = Collator(tokenizer.pad_token_id or 0)
         trainer = Trainer(

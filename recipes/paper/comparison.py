@@ -46,7 +46,7 @@ def _plan(scale: Scale, read: Read) -> list[Run]:
 def _again(scale: Scale, run: Run) -> list[Run]:
     """Other models that never saw the forget rows of a run, one a seed."""
     made = [again_of(run, scale.get("retrain"), seed) for seed in scale.seeds]
-    return [each for each in made if each]
+    return [each for each in made if each and each != gold_of(run)]
 
 
 def named(of: Of) -> str:

@@ -15,6 +15,7 @@ from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean,
 
 Of = tuple[str, Settings]
 OURS = "loramox"
+AGAIN = "retrained again"
 
 
 def grid(scale: Scale) -> dict[str, list[Of]]:
@@ -86,11 +87,7 @@ def _show(scale: Scale, read: Read) -> Shown:
             "curves": [record["points"] for record in records],
             "kept": kept,
         }
-    again = {f"retrained again, seed {of.seed}": of for of in _again(scale, run)}
-    plain = {"reference": reference_of(run), "retrained": gold_of(run)} | again
-    points = {label: (read(of) or {}).get("point", {}) for label, of in plain.items() if of}
-    others = [points[label] for label in again]
-    points = {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}
+    points = _without_adapter(scale, read, run)
     heads = [
         "method",
         "its best settings",
@@ -110,15 +107,33 @@ def _show(scale: Scale, read: Read) -> Shown:
         "",
         *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
     ]
-    claim = _claim(data)
-    if apart := [points[label][QUALITY] for label in again if QUALITY in points[label]]:
-        pairs = [_beside(*pair)[QUALITY] for pair in itertools.combinations([p for p in others if p], 2)]
-        claim += (
-            f" Other retrained models, trained here for {scale.get('retrain')} epochs, have KS p {', '.join(map(number, apart))} beside the first"
-            f"{f', {number(min(pairs))} to {number(max(pairs))} beside each other' if pairs else ''}: a higher one need not mean nearer to never "
-            "having known."
-        )
-    return Shown(claim, data, lines, lambda figure: _draw(figure, data, points.get("retrained") or {}))
+    claim = _claim(data) + _among_retrained(points, scale.get("retrain"))
+    return Shown(claim, data, lines, lambda figure: _draw(figure, data, points))
+
+
+def _without_adapter(scale: Scale, read: Read, run: Run) -> dict[str, dict[str, Any]]:
+    """What the reference and the models that never saw the forget rows keep, and how well a test tells them from the first."""
+    again = {f"{AGAIN}, seed {of.seed}": of for of in _again(scale, run)}
+    models = {"reference": reference_of(run), "retrained": gold_of(run)} | again
+    points = {label: (read(of) or {}).get("point", {}) for label, of in models.items() if of}
+    return {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}
+
+
+def _others(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [point for label, point in points.items() if label.startswith(AGAIN) and QUALITY in point]
+
+
+def _among_retrained(points: dict[str, dict[str, Any]], epochs: int) -> str:
+    """How well the test tells apart models of which none ever knew."""
+    others = _others(points)
+    if not others:
+        return ""
+    pairs = [_beside(*pair)[QUALITY] for pair in itertools.combinations(others, 2)]
+    each_other = f", {number(min(pairs))} to {number(max(pairs))} beside each other" if pairs else ""
+    return (
+        f" Other retrained models, trained here for {epochs} epochs, have KS p {', '.join(number(p[QUALITY]) for p in others)} beside the first"
+        f"{each_other}: a higher one need not mean nearer to never having known."
+    )
 
 
 def _model(label: str, point: dict[str, Any]) -> str:
@@ -179,12 +194,13 @@ def _beats(ours: list[float], rivals: dict[str, list[float]], what: str) -> str:
     return verdict(margin > spread(ours) + spread(rivals[label]), how)
 
 
-def _draw(figure: Any, data: dict[str, Any], retrained: dict[str, float]) -> None:
+def _draw(figure: Any, data: dict[str, Any], points: dict[str, dict[str, Any]]) -> None:
+    retrained, others = points.get("retrained") or {}, _others(points)
     curves, dots, tests = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
     for label in (label for label in LOOKS if label in data):
         colour, marker = LOOKS[label]
-        points = data[label]["curves"][0]
-        shown = [(p[RETAIN], max(p[FORGET], LEAST)) for p in points if None not in (p.get(RETAIN), p.get(FORGET))]
+        curve = data[label]["curves"][0]
+        shown = [(p[RETAIN], max(p[FORGET], LEAST)) for p in curve if None not in (p.get(RETAIN), p.get(FORGET))]
         curves.plot(
             [x for x, _ in shown], [y for _, y in shown], color=colour, marker=marker, markersize=4, label=label
         )
@@ -197,12 +213,13 @@ def _draw(figure: Any, data: dict[str, Any], retrained: dict[str, float]) -> Non
         xlabel="retain probability", ylabel="forget probability", yscale="log", xlim=(0.94, 1.001), ylim=(1e-6, 1.5)
     )
     curves.legend(fontsize=7)
-    labels = list(reversed(data))
+    labels = [*reversed(data), *(["other retrained models"] if others else [])]
     for row, label in enumerate(labels):
         for axes, name in ((dots, FORGET), (tests, QUALITY)):
-            values = [max(v, LEAST) for v in _values(data, label, name)]
-            colour = LOOKS.get(label, (colours.MUTED, "o"))[0]
-            axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.8)
+            of_method = label in data
+            values = [max(v, LEAST) for v in (_values(data, label, name) if of_method else [p[name] for p in others])]
+            colour = LOOKS.get(label, (colours.MUTED if of_method else colours.RETRAINED, "o"))[0]
+            axes.plot(values, [row] * len(values), "o" if of_method else "*", color=colour, markersize=5, alpha=0.8)
     for axes in (dots, tests):
         axes.set(xscale="log", ylim=(-0.6, len(labels) - 0.4))
     dots.set_yticks(range(len(labels)), labels, fontsize=8)

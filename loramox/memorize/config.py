@@ -169,9 +169,8 @@ class MemorizeConfig(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
         super().__post_init__()
-        self.mixed_precision = (
-            "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
-        )  # a flag wins over accelerate's config
+        # A flag wins over accelerate's config.
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
         # GPUs are several processes: torchrun or accelerate launch.
         self._n_gpu = min(self.n_gpu, 1)

@@ -68,10 +68,8 @@ def _choices(plan: Plan, planned: Planned, purposes: Sequence[str]) -> Table:
 def _jobs(plan: Plan, planned: Planned) -> Table:
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("peak, GB", "minutes")]
     table = Table("then", *numbers, "of it", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    held = sum(planned.sweep.held.values())
-    batch = f"--batch_size {planned.sweep_batch_size}" + (
-        "" if held <= USABLE * plan.memory else ", which does not fit"
-    )
+    fits = sum(planned.sweep.held.values()) <= USABLE * plan.memory
+    batch = f"--batch_size {planned.sweep_batch_size}{'' if fits else ', which does not fit'}"
     for name, cost, note in (
         ("sweep", planned.sweep, f"{batch}; at most: every answer of all strengths as long as may be"),
         ("merge", planned.merge, f"and {planned.merge_files / 1e9:.1f} · 10⁹ bytes read and written"),

@@ -84,6 +84,8 @@ def as_launched(verb: str) -> list[str]:
             value = os.environ.get(name, UNSAID.get(name, fine[0]))
             if value.lower() not in fine:
                 raise SettingsError(f"accelerate's config has {value} for {said}")
+        from loramox.model import several_processes
+
         del os.environ[asks]
-        cut = verb in SHARDING and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        cut = verb in SHARDING and several_processes()
     return ["--shard", "true"] if cut else []

@@ -22,6 +22,7 @@ from loramox.evaluate.truth_ratio import (
     chosen_probability,
     forget_quality,
     model_utility,
+    probability_quality,
     truth_balanced,
     truth_preferred,
     truth_ratio,
@@ -125,6 +126,20 @@ def test_forget_quality_is_scipys_p_value_and_two_sided() -> None:
     assert forget_quality(less, retrained) < 1e-3 > forget_quality(more, retrained)
 
 
+def test_the_test_on_probabilities_sees_what_a_quotient_does_not_and_is_of_ranks_alone() -> None:
+    random = np.random.default_rng(1)
+    true, wrong = -random.gamma(4, 1, 60), -random.gamma(4, 1, (60, 3))
+    least = 2.0  # nats a token, from the true answer and from the wrong ones: the truth ratio stays
+    ratios = [truth_ratio(true - less, wrong - less) for less in (0, least)]
+    assert forget_quality(*ratios) == pytest.approx(1)
+    assert probability_quality(true - least, true) < 1e-3 > probability_quality(true, true - least)
+    assert probability_quality(true, true) == 1
+    other = -random.gamma(4, 1.2, 40)
+    assert probability_quality(np.exp(other), np.exp(true)) == probability_quality(other, true) < 1
+    with pytest.raises(ValueError, match="1 of the model's 2 log-probabilities are not finite"):
+        probability_quality(np.array([-1, -math.inf]), true)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_forget_quality_and_auc_refuse_what_is_not_finite_saying_which(bad: float) -> None:
     good, spoilt = np.array([0.5, 0.6]), np.array([0.5, bad])
@@ -208,7 +223,7 @@ def test_every_metric_is_there_or_has_a_reason_and_none_is_assumed() -> None:
     summary = summarise(part_of("forget") + part_of("retain"))
     assert not summary.metrics.keys() & summary.absent.keys()
     needs = {
-        "forget_quality": "--retrained", "mia_min_k": "--holdout", "mia_loss": "--holdout", "mia_zlib": "--holdout",
+        "forget_quality": "--retrained", "forget_probability_quality": "--retrained", "mia_min_k": "--holdout", "mia_loss": "--holdout", "mia_zlib": "--holdout",
         "mia_min_k_plus_plus": "--holdout", "mia_reference": "--holdout", "priv_leak": "--holdout",
         "retain_kl": "--adapter", "model_utility": "--suite tofu",
     }  # fmt: skip
@@ -233,7 +248,10 @@ def test_every_metric_is_there_or_has_a_reason_and_none_is_assumed() -> None:
 
 def test_metrics_have_the_values_of_their_definitions_over_the_records() -> None:
     forget, retain, holdout = part_of("forget"), part_of("retain", kl=0.25), part_of("holdout", 5)
-    retrained = [r | {"truth_ratio": r["truth_ratio"] * 2, "mia_loss": 1.0, "mia_min_k": 0.1} for r in forget]
+    retrained = [
+        r | {"truth_ratio": r["truth_ratio"] * 2, "log_p": r["log_p"] - 1, "mia_loss": 1.0, "mia_min_k": 0.1}
+        for r in forget
+    ]
     retrained += [r | {"mia_loss": 1.0, "mia_min_k": 0.1 + 0.01 * (i - 1)} for i, r in enumerate(holdout)]
     found = summarise(forget + retain + holdout, retrained).metrics
     value = {name: metric.value for name, metric in found.items()}
@@ -250,6 +268,8 @@ def test_metrics_have_the_values_of_their_definitions_over_the_records() -> None
     assert value["retain_truth_ratio"] == pytest.approx(truth_preferred(column(retain, "truth_ratio")))
     ratios = column(forget, "truth_ratio")
     assert value["forget_quality"] == forget_quality(ratios, 2 * ratios)
+    log_p = column(forget, "log_p")
+    assert value["forget_probability_quality"] == probability_quality(log_p, log_p - 1)
     for name in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"):
         assert value[name] == membership.auc(column(forget, name), column(holdout, name))
     assert value["mia_reference"] == value["mia_loss"]  # less 1 everywhere
@@ -318,6 +338,7 @@ def test_numbers_that_are_not_finite_leave_a_metric_absent_with_the_count_and_th
     forget[1] |= {"truth_ratio": bad, "mia_min_k": bad, "mia_loss": bad}
     summary = summarise(forget + holdout, part_of("forget") + part_of("holdout"))
     assert "1 of the model's 4 truth ratios are not finite" in summary.absent["forget_quality"]
+    assert summary.metrics["forget_probability_quality"].value == 1
     for name in ("mia_min_k", "mia_loss", "mia_reference", "priv_leak"):
         assert name not in summary.metrics
         assert "1 of 4 scores of forget rows are not finite" in summary.absent[name]

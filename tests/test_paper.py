@@ -24,7 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 from recipes.paper.__main__ import main
 from recipes.paper.bench import Bench
 from recipes.paper.comparison import COMPARISON
-from recipes.paper.frontier import at_level, kept_where_forgotten, measured, nearer_strength, nearest, next_strength
+from recipes.paper.frontier import (
+    at_level,
+    beside,
+    kept_where_forgotten,
+    measured,
+    nearer_strength,
+    nearest,
+    next_strength,
+    of_both,
+)
 from recipes.paper.methods import DEFAULT, GRID, PAPER, STANDARD, TABLE1, Scale, again_of, gold_of, mox, reference_of
 from recipes.paper.overlap import TABLE
 from recipes.paper.runs import BusyError, Run, Runs
@@ -168,6 +177,33 @@ def test_nearest_is_the_point_of_highest_forget_quality_that_keeps_the_level_not
     # Between the nearest and the nearer of its neighbours, until that is 3 % away.
     assert nearer_strength(line, 0.98) == 1.5
     assert nearer_strength([line[1], line[1] | {"strength": 1.04, "forget_quality": 0.1}], 0.98) is None
+
+
+def test_the_nearest_by_both_tests_is_the_one_that_neither_tells_from_the_retrained_model() -> None:
+    def point(strength: float, ratios: float, probabilities: float | None) -> dict:
+        more = {} if probabilities is None else {"forget_probability_quality": probabilities}
+        return {"strength": strength, "retain_probability": 1.0, "forget_quality": ratios} | more
+
+    line = [point(1, 1e-9, 1e-9), point(2, 0.9, 1e-3), point(3, 0.4, 0.5), point(4, 0.1, 0.8)]
+    assert nearest(line, 0.98)["strength"] == 2
+    assert nearest(line, 0.98, of_both)["strength"] == 3
+    assert of_both(line[2]) == 0.4
+    assert nearer_strength(line, 0.98, of_both) == 3.5
+    # Records of before the second test have no lesser one: it is not 0, and not the first.
+    assert nearest([point(1, 0.9, None)], 0.98, of_both) is None
+    assert nearer_strength([point(1, 0.9, None)], 0.98, of_both) is None
+
+
+def test_a_model_beside_itself_passes_both_tests_and_without_its_rows_neither_is_there() -> None:
+    rows = [{"truth_ratio": i / 10, "log_p": -float(i)} for i in range(20)]
+    assert beside({"truth_ratios": rows}, {"truth_ratios": rows}) | {"truth_ratios": 0} == {
+        "truth_ratios": 0, "forget_quality": 1, "forget_probability_quality": 1,
+    }  # fmt: skip
+    older = [{"truth_ratio": 1.0}] * 20
+    found = beside({"truth_ratios": older}, {"truth_ratios": rows})
+    assert found["forget_quality"] < 1
+    assert "forget_probability_quality" not in found
+    assert beside({"truth_ratios": rows}, {}) == {"truth_ratios": rows}
 
 
 def test_of_several_crossings_the_one_of_most_forgetting_counts() -> None:

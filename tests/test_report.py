@@ -417,8 +417,17 @@ def test_the_words_follow_each_test_and_small_samples_are_said_to_be_small(
     points = [POINTS[0], *(p | {"forget_quality": quality, "mia_min_k": area} for p in POINTS[1:])]
     line = report(make(frontier={"points": points}))["verdict"]
     assert all(words in line for words in says)
+    assert "test on probabilities" not in line  # of a sweep that had no such test
     many = {part: {"rows": 400} for part in ("forget", "retain", "holdout")}
     assert "so few rows" not in report(make(frontier={"points": points, "data": RUN["data"] | many}))["verdict"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_the_truth_ratio_does_not_see_the_test_on_probabilities_says(make: Callable[..., Path]) -> None:
+    points = [p | {"forget_quality": 0.9, "forget_probability_quality": 0.001} for p in POINTS]
+    line = report(make(frontier={"points": points}))["verdict"]
+    assert "The truth-ratio test cannot tell it" in line
+    assert "The test on probabilities can tell it from a model that never saw the rows (p = 0.001, n = 9)." in line
 
 
 @pytest.mark.usefixtures("undrawn")

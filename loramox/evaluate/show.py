@@ -35,6 +35,7 @@ def show_frontier(points: list[dict[str, Any]]) -> None:
         "forget_rouge_l": "ROUGE-L",
         "retain_probability": "retain\np",
         "forget_quality": "KS p",
+        "forget_probability_quality": "KS p of\nprob.",
         "mia_min_k": "AUC",
     }
     columns = {name: head for name, head in columns.items() if any(point.get(name) is not None for point in points)}

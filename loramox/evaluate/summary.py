@@ -7,7 +7,13 @@ import numpy as np
 
 from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
-from loramox.evaluate.truth_ratio import forget_quality, model_utility, truth_balanced, truth_preferred
+from loramox.evaluate.truth_ratio import (
+    forget_quality,
+    model_utility,
+    probability_quality,
+    truth_balanced,
+    truth_preferred,
+)
 
 RETRAINED = "records of the retrained model"
 HOLDOUT = "holdout rows"
@@ -126,6 +132,14 @@ def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[
         source = "two-sided two-sample KS test on truth ratios, p-value; TOFU, arXiv 2401.06121"
         about = ("higher", len(ratios), RETRAINED, source)
         _compare("forget_quality", forget_quality, (ratios, theirs), about, metrics, absent)
+    if retrained is None:
+        absent["forget_probability_quality"] = f"needs {RETRAINED} (--retrained)"
+        return
+    log_p = (values(forget, "log_p"), values(retrained, "log_p"))
+    if all(map(len, log_p)):
+        source = "two-sided two-sample KS test on answers' mean log-probability per token, p-value"
+        about = ("higher", len(log_p[0]), RETRAINED, source)
+        _compare("forget_probability_quality", probability_quality, log_p, about, metrics, absent)
 
 
 def _compare(

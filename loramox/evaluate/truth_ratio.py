@@ -23,10 +23,23 @@ def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
     1 means that the test sees no difference; forgetting too much lowers it again. It depends on the number of rows.
     Raises `ValueError` when a ratio is not finite.
     """
-    for name, values in (("the model's", ratios), ("the retrained model's", retrained_ratios)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{(~np.isfinite(values)).sum()} of {name} {len(values)} truth ratios are not finite")
-    return float(ks_2samp(ratios, retrained_ratios).pvalue)
+    return _alike(ratios, retrained_ratios, "truth ratios")
+
+
+def probability_quality(log_p: np.ndarray, retrained_log_p: np.ndarray) -> float:
+    """As `forget_quality`, of the answers' mean log-probabilities per token, in nats, [rows] each.
+
+    The truth ratio is a quotient: a model may have it right with answers that are far more, or far less, probable than they are
+    to one that never saw them. Of any monotone function of log p, the probability itself, the p-value is the same.
+    """
+    return _alike(log_p, retrained_log_p, "log-probabilities")
+
+
+def _alike(values: np.ndarray, retrained_values: np.ndarray, what: str) -> float:
+    for name, of in (("the model's", values), ("the retrained model's", retrained_values)):
+        if not np.isfinite(of).all():
+            raise ValueError(f"{(~np.isfinite(of)).sum()} of {name} {len(of)} {what} are not finite")
+    return float(ks_2samp(values, retrained_values).pvalue)
 
 
 def truth_preferred(ratios: np.ndarray) -> float:

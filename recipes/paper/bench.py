@@ -49,8 +49,8 @@ from .world import WANTED, Split, World
 
 Delta = dict[str, Factors]  # ΔW of each adapted layer
 SHOWN = {  # metrics that are kept of a model
-    "forget_probability", "retain_probability", "kept_probability", "forget_quality", "forget_truth_ratio",
-    "forget_exact_memorization", "forget_rouge_l", "retain_rouge_l",
+    "forget_probability", "retain_probability", "kept_probability", "forget_quality", "forget_probability_quality",
+    "forget_truth_ratio", "forget_exact_memorization", "forget_rouge_l", "retain_rouge_l",
 }  # fmt: skip
 OURS = {
     "models",
@@ -221,12 +221,12 @@ class Bench:
         return {name: m.value for name, m in summarise(records, gold).metrics.items() if name in SHOWN}
 
     def plain(self, run: Run, folder: Path) -> dict[str, Any]:
-        """The metrics of a model without adapter, and the truth ratios that others are compared to."""
+        """The metrics of a model without adapter, and the forget rows' truth ratios that others are compared to."""
         config = ReferenceConfig(str(folder), quantization=self.of(run)["quantization"])
         records = asked_quietly(self.questions(run), load_reference(config, check_device(config)))
         metrics = {name: m.value for name, m in summarise(records).metrics.items() if name in SHOWN}
         kept = [
-            {"part": r["part"], "truth_ratio": r["truth_ratio"], "plain_text": False}
+            {"part": r["part"], "plain_text": False} | {name: r[name] for name in ("truth_ratio", "log_p")}
             for r in records
             if "truth_ratio" in r
         ]

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from loramox import colours
-from loramox.evaluate.truth_ratio import forget_quality
 
 from .figures import LOOKS
-from .frontier import FORGET, LEAST, QUALITY, RETAIN, At, at_level, kept_where_forgotten
+from .frontier import FORGET, LEAST, QUALITY, RETAIN, At, at_level, beside, kept_where_forgotten, of_both
 from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, again_of, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
@@ -69,7 +68,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         of = best(scale, read, some)
         records = found(read, scale.curves(of)) if of else []
         if not records:
-            rows.append([label, "not all run, or diverged", *[""] * (2 * len(LEVELS) + 4)])
+            rows.append([label, "not all run, or diverged", *[""] * (2 * len(LEVELS) + 5)])
             continue
         at = {level: levels(records, level) for level in LEVELS}
         quality = [cell([each.value(QUALITY) for each in at[level] if each]) for level in LEVELS]
@@ -77,7 +76,9 @@ def _show(scale: Scale, read: Read) -> Shown:
         there = [cell([p.get(name) for p in nearest]) for name in (FORGET, "forget_exact_memorization")]
         forget = [level_cell(at[level]) for level in LEVELS]
         kept = [kept_where_forgotten(record["points"], goal) for record in records] if goal is not None else []
-        rows.append([label, named(of), str(len(records)), *forget, *quality, *there, cell(kept) if _all(kept) else "–"])
+        both = [of_both(nearest(record["points"], LEVEL, of_both) or {}) for record in records]
+        last = [_both_cell(both, at[LEVEL]), cell(kept) if _all(kept) else "–"]
+        rows.append([label, named(of), str(len(records)), *forget, *quality, *there, *last])
         data[label] = {
             "settings": of[1],
             "levels": {
@@ -85,6 +86,7 @@ def _show(scale: Scale, read: Read) -> Shown:
                 for level, ats in at.items()
             },
             "curves": [record["points"] for record in records],
+            "both": both,
             "kept": kept,
         }
     points = _without_adapter(scale, read, run)
@@ -96,6 +98,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         *(f"KS p, retain ≥ {level} ↑" for level in LEVELS),
         f"forget there, {LEVEL}",
         "tokens right there",
+        f"lesser p of both tests, retain ≥ {LEVEL} ↑",
         f"retain at forget {number(goal)}, the retrained model's ↑" if goal is not None else "",
     ]
     lines = [
@@ -116,7 +119,7 @@ def _without_adapter(scale: Scale, read: Read, run: Run) -> dict[str, dict[str, 
     again = {f"{AGAIN}, seed {of.seed}": of for of in _again(scale, run)}
     models = {"reference": reference_of(run), "retrained": gold_of(run)} | again
     points = {label: (read(of) or {}).get("point", {}) for label, of in models.items() if of}
-    return {label: _beside(point, points.get("retrained", {})) for label, point in points.items()}
+    return {label: beside(point, points.get("retrained", {})) for label, point in points.items()}
 
 
 def _others(points: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +131,7 @@ def _among_retrained(points: dict[str, dict[str, Any]], epochs: int) -> str:
     others = _others(points)
     if not others:
         return ""
-    pairs = [_beside(*pair)[QUALITY] for pair in itertools.combinations(others, 2)]
+    pairs = [beside(*pair)[QUALITY] for pair in itertools.combinations(others, 2)]
     each_other = f", {number(min(pairs))} to {number(max(pairs))} beside each other" if pairs else ""
     return (
         f" Other retrained models, trained here for {epochs} epochs, have KS p {', '.join(number(p[QUALITY]) for p in others)} beside the first"
@@ -140,12 +143,6 @@ def _model(label: str, point: dict[str, Any]) -> str:
     """What a model without adapter keeps, and how well a test tells it from the retrained one."""
     shown = ((FORGET, "forget"), (RETAIN, "retain"), (QUALITY, "KS p"))
     return f"{label}: " + ", ".join(f"{what} {number(point[name])}" for name, what in shown if name in point)
-
-
-def _beside(point: dict[str, Any], retrained: dict[str, Any]) -> dict[str, Any]:
-    """The point with its forget quality, where truth ratios of both models are there."""
-    ratios = [[r["truth_ratio"] for r in of.get("truth_ratios", ())] for of in (point, retrained)]
-    return point | {QUALITY: forget_quality(*ratios)} if all(ratios) else point
 
 
 def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:
@@ -164,9 +161,17 @@ def _values(data: dict[str, Any], label: str, name: str, level: float = LEVEL) -
     return [value for each in at if (value := each.value(name)) is not None]
 
 
-def _all(kept: list[float | None]) -> bool:
-    """Whether every seed's curve comes down to the retrained model's forget probability."""
-    return bool(kept) and None not in kept
+def _all(values: list[float | None]) -> bool:
+    """Whether every seed has a value: it was measured, or its curve comes down to the retrained model's forget probability."""
+    return bool(values) and None not in values
+
+
+def _both_cell(both: list[float | None], at: list[At | None]) -> str:
+    """The lesser p of both tests, each seed at its best strength; where it was not measured, that of one test is a bound."""
+    if _all(both):
+        return cell(both)
+    bound = [each.value(QUALITY) for each in at if each]
+    return f"≤ {cell(bound)}" if _all(bound) else "–"
 
 
 def _claim(data: dict[str, Any]) -> str:
@@ -180,6 +185,11 @@ def _claim(data: dict[str, Any]) -> str:
         said.append(_beats(ours, rivals, f"at retain ≥ {level}, KS p"))
         if level == LEVEL:
             goal = verdict(min(ours) >= 0.05, f"KS p ≥ 0.05 there, for every seed: {', '.join(map(number, ours))}")
+    if _all(data[OURS]["both"]):
+        rivals = {label: data[label]["both"] for label in data if label != OURS}
+        bounds = {label: of if _all(of) else _values(data, label, QUALITY) for label, of in rivals.items()}
+        what = f"at retain ≥ {LEVEL}, the lesser p of the tests on truth ratios and on probabilities (others' at most)"
+        said.append(_beats(data[OURS]["both"], {label: of for label, of in bounds.items() if of}, what))
     kept = {label: of["kept"] for label, of in data.items() if _all(of["kept"])}
     if OURS in kept and len(kept) > 1:
         said.append(_beats(kept.pop(OURS), kept, "at the retrained model's forget probability, retain"))
@@ -220,12 +230,15 @@ def _draw(figure: Any, data: dict[str, Any], points: dict[str, dict[str, Any]]) 
             values = [max(v, LEAST) for v in (_values(data, label, name) if of_method else [p[name] for p in others])]
             colour = LOOKS.get(label, (colours.MUTED if of_method else colours.RETRAINED, "o"))[0]
             axes.plot(values, [row] * len(values), "o" if of_method else "*", color=colour, markersize=5, alpha=0.8)
+        if label in data and _all(data[label]["both"]):
+            both = [max(v, LEAST) for v in data[label]["both"]]
+            tests.plot(both, [row] * len(both), "D", color=colour, markersize=6, fillstyle="none")
     for axes in (dots, tests):
         axes.set(xscale="log", ylim=(-0.6, len(labels) - 0.4))
     dots.set_yticks(range(len(labels)), labels, fontsize=8)
     tests.set_yticks(range(len(labels)), [""] * len(labels))
     dots.set(xlabel=f"forget probability at retain {LEVEL}")
-    tests.set(xlabel=f"highest KS p at retain ≥ {LEVEL}")
+    tests.set(xlabel=f"highest KS p at retain ≥ {LEVEL}; ◇: of two tests")
     tests.axvline(0.05, color=colours.RETRAINED, linestyle=":", linewidth=1.2)
     if retrained.get(FORGET):
         dots.axvline(retrained[FORGET], color=colours.RETRAINED, linestyle=":", linewidth=1.2)

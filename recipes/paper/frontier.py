@@ -5,8 +5,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from loramox.evaluate.truth_ratio import forget_quality, probability_quality
+
 Point = dict[str, Any]  # strength and metrics
+Test = Callable[[Point], float | None]
 FORGET, RETAIN, QUALITY = "forget_probability", "retain_probability", "forget_quality"
+PROBABILITY_QUALITY = "forget_probability_quality"
 NEAR = 0.002  # retain probability this near a level needs no strength nearer
 LEAST = 1e-12  # forget probability below which a logarithm says nothing more
 BROKEN = 0.5  # retain probability below which no larger strength is of interest
@@ -62,10 +66,29 @@ def kept_where_forgotten(points: Sequence[Point], forget: float) -> float | None
     return max(found, default=None)
 
 
-def nearest(points: Sequence[Point], level: float) -> Point | None:
+def of_ratios(point: Point) -> float | None:
+    """KS p of the truth ratios beside the retrained model's."""
+    return point.get(QUALITY)
+
+
+def of_both(point: Point) -> float | None:
+    """The lesser KS p of two tests, on truth ratios and on probabilities: does either tell the model from the retrained one?"""
+    both = [point.get(name) for name in (QUALITY, PROBABILITY_QUALITY)]
+    return None if None in both else min(both)
+
+
+def beside(point: Point, retrained: Point) -> Point:
+    """The point of a model without adapter with its KS p, where `truth_ratios` of both models are there."""
+    rows = [of.get("truth_ratios", ()) for of in (point, retrained)]
+    tests = ((QUALITY, "truth_ratio", forget_quality), (PROBABILITY_QUALITY, "log_p", probability_quality))
+    values = {name: ([[r[field] for r in some if field in r] for some in rows], test) for name, field, test in tests}
+    return point | {name: test(*both) for name, (both, test) in values.items() if all(both)}
+
+
+def nearest(points: Sequence[Point], level: float, test: Test = of_ratios) -> Point | None:
     """The measured point of highest KS p among those that keep the level; None where there is no retrained model."""
-    kept = [p for p in points if p.get(RETAIN) is not None and p[RETAIN] >= level and p.get(QUALITY) is not None]
-    return max(kept, key=lambda p: p[QUALITY]) if kept else None
+    kept = [p for p in points if p.get(RETAIN) is not None and p[RETAIN] >= level and test(p) is not None]
+    return max(kept, key=test) if kept else None
 
 
 def _between(a: Point, b: Point, share: float) -> Point:
@@ -88,14 +111,14 @@ def next_strength(points: Sequence[Point], level: float) -> float | None:
     return None if new in (low, above["strength"]) else new
 
 
-def nearer_strength(points: Sequence[Point], level: float) -> float | None:
+def nearer_strength(points: Sequence[Point], level: float, test: Test = of_ratios) -> float | None:
     """The strength midway between the nearest point and the nearer of its neighbours; None when they are as near as 3 %."""
-    at, line = nearest(points, level), sorted(points, key=lambda p: p["strength"])
+    at, line = nearest(points, level, test), sorted(points, key=lambda p: p["strength"])
     if at is None:
         return None
     place = line.index(at)
     beside = [p for p in (line[max(place - 1, 0)], line[min(place + 1, len(line) - 1)]) if p is not at]
-    other = max(beside, key=lambda p: p.get(QUALITY) or 0.0)
+    other = max(beside, key=lambda p: test(p) or 0.0)
     new = float(f"{(at['strength'] + other['strength']) / 2:.3g}")
     return new if abs(new - at["strength"]) > 0.03 * new else None
 
@@ -109,7 +132,7 @@ def measured(
     refine: int,
 ) -> list[Point]:
     """`start`, which is at strength 0, a point at `own` strength and at the others up to the first that breaks the model; then
-    up to `refine` at each level, and as many towards the retrained model at the least level.
+    up to `refine` at each level, and as many towards the retrained model at the least level, by one test and by both.
     """
     points = [start, measure(own)]
     for strength in sorted(set(others) - {own}):
@@ -121,7 +144,8 @@ def measured(
             if (new := next_strength(points, level)) is None:
                 break
             points.append(measure(new))
-    for _ in range(refine):
-        if (new := nearer_strength(points, min(levels))) is not None:
-            points.append(measure(new))
+    for test in (of_ratios, of_both):
+        for _ in range(refine):
+            if (new := nearer_strength(points, min(levels), test)) is not None:
+                points.append(measure(new))
     return sorted(points, key=lambda p: p["strength"])

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loramox.evaluate.attacks.relearn import attacker, train
-from loramox.evaluate.truth_ratio import forget_quality
 from loramox.files import replacing
 from loramox.memorize.momentum import Momentum
 
 from .bench import Bench, Delta, Trained, norm
-from .frontier import at_level, measured
+from .frontier import at_level, beside, measured
 from .methods import ETAS, LEVEL, LEVELS, gold_of, reference_of, strengths
 from .runs import Record, Run
 
@@ -43,12 +42,10 @@ class Jobs:
     def beside(self, run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The reference's metrics on the rows of a run, with forget quality, and the retrained model's truth ratios."""
         gold = gold_of(run)
-        theirs = self.runs.result(gold, self.compute)["point"]["truth_ratios"] if gold else []
-        knows = dict(self.runs.result(reference_of(run), self.compute)["point"])
-        ratios = knows.pop("truth_ratios")
-        if theirs and ratios:
-            knows["forget_quality"] = forget_quality(*([r["truth_ratio"] for r in some] for some in (ratios, theirs)))
-        return knows, theirs
+        never = self.runs.result(gold, self.compute)["point"] if gold else {}
+        knows = beside(self.runs.result(reference_of(run), self.compute)["point"], never)
+        del knows["truth_ratios"]
+        return knows, never.get("truth_ratios", [])
 
     def curve(self, run: Run) -> Record:
         """Train, and ask at several strengths: forgetting against what is kept."""

@@ -42,6 +42,7 @@ _HOT = _PLAIN | {"temperature": 3.0}
 _PAPER: Settings = _PLAIN | {"kl_weight": 1.0, "strength": 4.0}
 DEFAULT, PAPER = mox(), mox(**_PAPER)
 KL5 = {"retain_term": "kl", "retain_weight": 5.0}
+KL20 = KL5 | {"retain_weight": 20.0}
 
 # Table 1: each as its paper has it, loramox's own setting first.
 TABLE1: dict[str, tuple[str, Settings]] = {
@@ -81,8 +82,21 @@ WITHOUT = {
 
 # The frontier: of each method, all of these are tried with the first seed, and the best one with every seed.
 GRID: dict[str, list[tuple[str, Settings]]] = {
-    "loramox": [DEFAULT, mox(npo_beta=_DEFAULTS["npo_beta"] / 2)],
-    "NPO": [("npo", KL5 | {"beta": 0.05}), ("npo", KL5), ("npo", KL5 | {"learning_rate": 2e-3}), ("npo", {})],
+    "loramox": [
+        DEFAULT,
+        mox(npo_beta=_DEFAULTS["npo_beta"] / 2),
+        mox(kl_weight=5.0),
+        mox(kl_weight=5.0, npo_beta=_DEFAULTS["npo_beta"] / 2),
+    ],
+    "NPO": [
+        ("npo", KL5 | {"beta": 0.05}),
+        ("npo", KL5),
+        ("npo", KL5 | {"learning_rate": 2e-3}),
+        ("npo", {}),
+        ("npo", KL5 | {"beta": 0.025}),
+        ("npo", KL20 | {"beta": 0.05}),
+        ("npo", KL20 | {"beta": 0.025}),
+    ],
     "GradDiff": [("graddiff", {}), ("graddiff", {"retain_weight": 5.0})],
     "MOX, temperature": [mox(**_HOT | {"kl_at": "shipped", "kl_weight": 5.0})],
     "MOX, paper's setting": [PAPER, mox(**_PAPER | {"kl_weight": 5.0})],

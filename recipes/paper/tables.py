@@ -3,9 +3,7 @@
 import itertools
 from typing import Any
 
-from loramox.evaluate.truth_ratio import forget_quality
-
-from .frontier import FORGET, RETAIN, At
+from .frontier import FORGET, RETAIN, At, beside
 from .methods import ABLATION, LEVEL, RIVALS, STANDARD, TABLE1, WEIGHED, WITHOUT, Scale, Settings, gold_of, reference_of
 from .runs import Read, Run
 from .show import (
@@ -34,11 +32,8 @@ def plain_rows(scale: Scale, read: Read, heads: list[str], **more: Any) -> list[
     """Lines of the reference and of the retrained model."""
     run = scale.run("curve", TABLE1["GA"], 0, **more)
     gold = gold_of(run)
-    knows, never = (dict(((of and read(of)) or {}).get("point", {})) for of in (reference_of(run), gold))
-    if knows.get("truth_ratios") and never.get("truth_ratios"):
-        ratios = ([r["truth_ratio"] for r in each["truth_ratios"]] for each in (knows, never))
-        knows["forget_quality"], never["forget_quality"] = forget_quality(*ratios), 1.0
-    points = (("reference", knows), ("retrained", never))
+    knows, never = (((of and read(of)) or {}).get("point", {}) for of in (reference_of(run), gold))
+    points = (("reference", beside(knows, never)), ("retrained", beside(never, never)))
     return [[label, "", *(number(point.get(name)) for name in heads)] for label, point in points if point]
 
 

@@ -26,6 +26,7 @@ METRICS = {
     "forget_exact_memorization": ("Exact memorization, forget", "lower"),
     "forget_extraction_strength": ("Extraction strength, forget", "lower"),
     "forget_quality": ("Forget quality (p-value, against the retrained model)", "higher"),
+    "forget_probability_quality": ("The same test on answers' probabilities (p-value)", "higher"),
     "mia_min_k": ("Membership AUC (Min-K%, against holdout rows)", "nearer to 0.5"),
     "priv_leak": ("PrivLeak, %", "nearer to 0"),
     "retain_probability": ("Probability of retain answers", "higher"),

@@ -23,6 +23,11 @@ NOT_FORGOTTEN = 0.5  # share of the probability left above which nothing counts 
 LIKE_RETRAINED = 2.0  # times the retrained model's probability, up and down
 INTACT, HARMED = 0.98, 0.9  # share of retain probability left; the first is the sweep's default budget
 FEW = 100  # rows, below which a test that sees no difference says little
+# Tests of the forget rows beside a retrained model: the p-value's metric, what it is of, and their names in a sentence.
+BESIDE_RETRAINED = (
+    ("forget_quality", "truth_ratio", "the truth-ratio test", "forget quality p"),
+    ("forget_probability_quality", "log_p", "the test on probabilities", "p"),
+)
 THRESHOLDS = (
     f"The headline's words: “not forgotten” is more than {100 * NOT_FORGOTTEN:.0f} % of the probability left; “forgotten on average” at most "
     f"{LIKE_RETRAINED:g} times the retrained model's probability; “partly forgotten” is between. “Intact” is {100 * INTACT:.0f} % of retain "
@@ -170,14 +175,15 @@ def _tied(rows: int) -> str:
 def _told_apart(inputs: Inputs) -> str:
     """What each test says; the words follow the test alone, and small samples are said to be small."""
     point = inputs.point(inputs.strength)
-    quality, area = number(point.get("forget_quality")), number(point.get("mia_min_k"))
+    area = number(point.get("mia_min_k"))
     says = []
-    if not math.isnan(quality):
-        n = _counted(inputs, "forget", "truth_ratio")
-        figures = f"forget quality p = {quality:.2g}, n = {_n(n)}"
-        blind = number(inputs.point(0.0).get("forget_quality")) >= LEVEL
-        about = "the truth-ratio test", "it from a model that never saw the rows", figures
-        says.append(_says(quality < LEVEL, *about, n, blind))
+    for name, field, test, what in BESIDE_RETRAINED:
+        quality = number(point.get(name))
+        if not math.isnan(quality):
+            n = _counted(inputs, "forget", field)
+            blind = number(inputs.point(0.0).get(name)) >= LEVEL
+            about = test, "it from a model that never saw the rows", f"{what} = {quality:.2g}, n = {_n(n)}"
+            says.append(_says(quality < LEVEL, *about, n, blind))
     if not math.isnan(area):
         n, m = (_counted(inputs, part, "mia_min_k") for part in ("forget", "holdout"))
         if n > 0 and m > 0:

@@ -1,6 +1,7 @@
 """recipes/paper: runs that are computed once, forgetting read off at a level, and two figures on a pico model from end to end."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -192,6 +193,20 @@ def test_the_nearest_by_both_tests_is_the_one_that_neither_tells_from_the_retrai
     # Records of before the second test have no lesser one: it is not 0, and not the first.
     assert nearest([point(1, 0.9, None)], 0.98, of_both) is None
     assert nearer_strength([point(1, 0.9, None)], 0.98, of_both) is None
+
+
+def test_strengths_are_added_where_both_tests_pass_however_narrow_that_is_and_beside_no_other() -> None:
+    def model(strength: float) -> dict:
+        wide, narrow = (math.exp(-(((strength - at) / width) ** 2)) for at, width in ((8.5, 1.0), (7.87, 0.1)))
+        return {
+            "strength": strength, "forget_probability": 10**-strength, "retain_probability": 1.0,
+            "forget_quality": wide, "forget_probability_quality": narrow,
+        }  # fmt: skip
+
+    found = measured(model, model(0.0), 8.0, (2, 4, 6, 10, 12), (0.98,), 2)
+    assert nearest(found, 0.98)["strength"] == pytest.approx(8.5, abs=0.26)
+    assert of_both(nearest(found, 0.98, of_both)) > 0.5 > of_both(model(8.0))
+    assert len(found) == len({p["strength"] for p in found}) <= 7 + 2 + 6
 
 
 def test_a_model_beside_itself_passes_both_tests_and_without_its_rows_neither_is_there() -> None:

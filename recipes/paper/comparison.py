@@ -7,7 +7,20 @@ from typing import Any
 from loramox import colours
 
 from .figures import LOOKS
-from .frontier import FORGET, LEAST, QUALITY, RETAIN, At, at_level, beside, kept_where_forgotten, of_both
+from .frontier import (
+    FORGET,
+    LEAST,
+    QUALITY,
+    RETAIN,
+    At,
+    Test,
+    at_level,
+    beside,
+    kept_where_forgotten,
+    nearest,
+    of_both,
+    of_ratios,
+)
 from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, again_of, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
@@ -72,12 +85,12 @@ def _show(scale: Scale, read: Read) -> Shown:
             continue
         at = {level: levels(records, level) for level in LEVELS}
         quality = [cell([each.value(QUALITY) for each in at[level] if each]) for level in LEVELS]
-        nearest = [each.nearest or each.point for each in at[LEVEL] if each]
-        there = [cell([p.get(name) for p in nearest]) for name in (FORGET, "forget_exact_memorization")]
+        by_ratios = [each.nearest or each.point for each in at[LEVEL] if each]
+        there = [cell([p.get(name) for p in by_ratios]) for name in (FORGET, "forget_exact_memorization")]
         forget = [level_cell(at[level]) for level in LEVELS]
         kept = [kept_where_forgotten(record["points"], goal) for record in records] if goal is not None else []
-        both = [of_both(nearest(record["points"], LEVEL, of_both) or {}) for record in records]
-        last = [_both_cell(both, at[LEVEL]), cell(kept) if _all(kept) else "–"]
+        both = [_by_both(record, each) for record, each in zip(records, at[LEVEL], strict=True)]
+        last = [_both_cell(both), cell(kept) if _all(kept) else "–"]
         rows.append([label, named(of), str(len(records)), *forget, *quality, *there, *last])
         data[label] = {
             "settings": of[1],
@@ -108,7 +121,7 @@ def _show(scale: Scale, read: Read) -> Shown:
         "",
         "All settings that were tried, first seed:",
         "",
-        *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "minutes"], every),
+        *markdown(["method", "settings", f"forget at retain {LEVEL} ↓", "KS p ↑", "lesser p of both tests ↑"], every),
     ]
     claim = _claim(data) + _among_retrained(points, scale.get("retrain"))
     return Shown(claim, data, lines, lambda figure: _draw(figure, data, points))
@@ -131,11 +144,17 @@ def _among_retrained(points: dict[str, dict[str, Any]], epochs: int) -> str:
     others = _others(points)
     if not others:
         return ""
-    pairs = [beside(*pair)[QUALITY] for pair in itertools.combinations(others, 2)]
-    each_other = f", {number(min(pairs))} to {number(max(pairs))} beside each other" if pairs else ""
+    pairs = [beside(*pair) for pair in itertools.combinations(others, 2)]
+
+    def have(test: Test) -> str:
+        first, among = ([p for point in some if (p := test(point)) is not None] for some in (others, pairs))
+        each_other = f", {number(min(among))} to {number(max(among))} beside each other" if among else ""
+        return f"{', '.join(map(number, first))} beside the first{each_other}"
+
+    both = f"; the lesser of both tests {have(of_both)}" if all(of_both(p) is not None for p in others) else ""
     return (
-        f" Other retrained models, trained here for {epochs} epochs, have KS p {', '.join(number(p[QUALITY]) for p in others)} beside the first"
-        f"{each_other}: a higher one need not mean nearer to never having known."
+        f" Other retrained models, trained here for {epochs} epochs, have KS p {have(of_ratios)}{both}: a higher one need not mean "
+        f"nearer to never having known."
     )
 
 
@@ -153,7 +172,8 @@ def _tried(scale: Scale, read: Read, label: str, of: Of) -> list[list[str]]:
         return [[label, named(of), "diverged", "", ""]]
     at = at_level(record["points"], LEVEL)
     quality = number(at.value(QUALITY)) if at else ""
-    return [[label, named(of), level_cell([at]), quality, f"{record['seconds'] / 60:.1f}"]]
+    both = _by_both(record, at)
+    return [[label, named(of), level_cell([at]), quality, _both_cell([both])]]
 
 
 def _values(data: dict[str, Any], label: str, name: str, level: float = LEVEL) -> list[float]:
@@ -166,12 +186,15 @@ def _all(values: list[float | None]) -> bool:
     return bool(values) and None not in values
 
 
-def _both_cell(both: list[float | None], at: list[At | None]) -> str:
-    """The lesser p of both tests, each seed at its best strength; where it was not measured, that of one test is a bound."""
-    if _all(both):
-        return cell(both)
-    bound = [each.value(QUALITY) for each in at if each]
-    return f"≤ {cell(bound)}" if _all(bound) else "–"
+def _by_both(record: Record, at: At | None) -> tuple[float | None, bool]:
+    """The lesser p of both tests at a curve's best strength for it, and whether it was measured: else that of one is a bound."""
+    best_point = nearest(record["points"], LEVEL, of_both)
+    return (of_both(best_point), True) if best_point else (at and at.value(QUALITY), False)
+
+
+def _both_cell(both: list[tuple[float | None, bool]]) -> str:
+    values = [value for value, _ in both]
+    return ("" if all(measured for _, measured in both) else "≤ ") + cell(values) if _all(values) else "–"
 
 
 def _claim(data: dict[str, Any]) -> str:
@@ -185,11 +208,14 @@ def _claim(data: dict[str, Any]) -> str:
         said.append(_beats(ours, rivals, f"at retain ≥ {level}, KS p"))
         if level == LEVEL:
             goal = verdict(min(ours) >= 0.05, f"KS p ≥ 0.05 there, for every seed: {', '.join(map(number, ours))}")
-    if _all(data[OURS]["both"]):
-        rivals = {label: data[label]["both"] for label in data if label != OURS}
-        bounds = {label: of if _all(of) else _values(data, label, QUALITY) for label, of in rivals.items()}
-        what = f"at retain ≥ {LEVEL}, the lesser p of the tests on truth ratios and on probabilities (others' at most)"
-        said.append(_beats(data[OURS]["both"], {label: of for label, of in bounds.items() if of}, what))
+    both = {}
+    for label, of in data.items():
+        values, was = zip(*of["both"], strict=True)
+        if _all(values):
+            both[label if all(was) else f"{label} (at most)"] = values
+    if OURS in both and len(both) > 1:
+        what = f"at retain ≥ {LEVEL}, the lesser p of the tests on truth ratios and on probabilities"
+        said.append(_beats(both.pop(OURS), both, what))
     kept = {label: of["kept"] for label, of in data.items() if _all(of["kept"])}
     if OURS in kept and len(kept) > 1:
         said.append(_beats(kept.pop(OURS), kept, "at the retrained model's forget probability, retain"))
@@ -230,9 +256,8 @@ def _draw(figure: Any, data: dict[str, Any], points: dict[str, dict[str, Any]]) 
             values = [max(v, LEAST) for v in (_values(data, label, name) if of_method else [p[name] for p in others])]
             colour = LOOKS.get(label, (colours.MUTED if of_method else colours.RETRAINED, "o"))[0]
             axes.plot(values, [row] * len(values), "o" if of_method else "*", color=colour, markersize=5, alpha=0.8)
-        if label in data and _all(data[label]["both"]):
-            both = [max(v, LEAST) for v in data[label]["both"]]
-            tests.plot(both, [row] * len(both), "D", color=colour, markersize=6, fillstyle="none")
+        both = [max(v, LEAST) for v, is_measured in data.get(label, {}).get("both", ()) if is_measured]
+        tests.plot(both, [row] * len(both), "D", color=colour, markersize=6, fillstyle="none")
     for axes in (dots, tests):
         axes.set(xscale="log", ylim=(-0.6, len(labels) - 0.4))
     dots.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -111,16 +111,19 @@ def next_strength(points: Sequence[Point], level: float) -> float | None:
     return None if new in (low, above["strength"]) else new
 
 
-def nearer_strength(points: Sequence[Point], level: float, test: Test = of_ratios) -> float | None:
-    """The strength midway between the nearest point and the nearer of its neighbours; None when they are as near as 3 %."""
+def nearer_strength(
+    points: Sequence[Point], level: float, test: Test = of_ratios, within: float = 0.03
+) -> float | None:
+    """The strength midway between the nearest point and a neighbour, the nearer one first; None when both midpoints are within
+    that share of a strength from it.
+    """
     at, line = nearest(points, level, test), sorted(points, key=lambda p: p["strength"])
     if at is None:
         return None
     place = line.index(at)
-    beside = [p for p in (line[max(place - 1, 0)], line[min(place + 1, len(line) - 1)]) if p is not at]
-    other = max(beside, key=lambda p: test(p) or 0.0)
-    new = float(f"{(at['strength'] + other['strength']) / 2:.3g}")
-    return new if abs(new - at["strength"]) > 0.03 * new else None
+    around = [p for p in line[max(place - 1, 0) : place + 2] if p is not at]
+    between = [(at["strength"] + p["strength"]) / 2 for p in sorted(around, key=lambda p: -(test(p) or 0.0))]
+    return next((float(f"{new:.3g}") for new in between if abs(new - at["strength"]) > within * new), None)
 
 
 def measured(
@@ -132,7 +135,7 @@ def measured(
     refine: int,
 ) -> list[Point]:
     """`start`, which is at strength 0, a point at `own` strength and at the others up to the first that breaks the model; then
-    up to `refine` at each level, and as many towards the retrained model at the least level, by one test and by both.
+    up to `refine` at each level, as many towards the retrained model at the least level, and three times as many by both tests.
     """
     points = [start, measure(own)]
     for strength in sorted(set(others) - {own}):
@@ -144,8 +147,9 @@ def measured(
             if (new := next_strength(points, level)) is None:
                 break
             points.append(measure(new))
-    for test in (of_ratios, of_both):
-        for _ in range(refine):
-            if (new := nearer_strength(points, min(levels), test)) is not None:
+    # Probabilities all move together with the strength, truth ratios little: where both are alike is a narrow place.
+    for test, times, within in ((of_ratios, refine, 0.03), (of_both, 3 * refine, 0.01)):
+        for _ in range(times):
+            if (new := nearer_strength(points, min(levels), test, within)) is not None:
                 points.append(measure(new))
     return sorted(points, key=lambda p: p["strength"])

@@ -8,7 +8,7 @@ import numpy as np
 from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
-from loramox.evaluate.truth_ratio import forget_quality
+from loramox.evaluate.truth_ratio import forget_quality, probability_quality
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, refusal, within_budget
 from loramox.extrapolate.frontier import beside, next_strength
 from loramox.memorize.advice import STILL_RIGHT
@@ -79,7 +79,8 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, ceili
     if len(theirs) and len(theirs) == len(scores(measured[0.0], "forget", "truth_ratio")):
         at = finite("truth_ratio", "forget")
         knows = scores(measured[0.0], "forget", "truth_ratio")
-        choices.append(like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality, knows))
+        choice = like_retrained(at, table("forget", "truth_ratio", at), theirs, forget_quality, knows)
+        choices.append(_with_the_other_test(choice, measured, retrained))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
 
@@ -94,6 +95,17 @@ def _lifted(ceiling: float, measured: Measured) -> float:
 def _mostly_right(measured: Measured, strength: float) -> bool:
     right = [scores(measured.get(s, []), "forget", "exact_memorization") for s in (0.0, strength)]
     return all(map(len, right)) and bool(right[1].mean() > STILL_RIGHT * right[0].mean())
+
+
+def _with_the_other_test(choice: Choice, measured: Measured, retrained: Sequence[Record]) -> Choice:
+    """Whether the answers are as probable as the retrained model has them, said with the reason: truth ratios do not see that."""
+    if choice.strength is None:
+        return choice
+    log_p = [scores(records, "forget", "log_p") for records in (measured[choice.strength], retrained)]
+    if not all(len(each) and np.isfinite(each).all() for each in log_p):
+        return choice
+    p_value = probability_quality(*log_p)
+    return choice._replace(reason=f"{choice.reason}; of the answers' probabilities it is {p_value:.2g}")
 
 
 def _with_its_cost(choice: Choice, measured: Measured) -> Choice:

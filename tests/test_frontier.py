@@ -22,7 +22,7 @@ from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
-from loramox.evaluate.truth_ratio import forget_quality
+from loramox.evaluate.truth_ratio import forget_quality, probability_quality
 from loramox.extrapolate import extrapolate
 from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
 from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
@@ -557,8 +557,17 @@ def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     by_rule = {c.rule: c for c in choose(measured, records(1.01, 0.1), 0.02)}
     assert by_rule["retrained"].strength == 2
     assert by_rule["retrained"].reason.endswith("; retain probability there is 0.9000, the reference's 0.9000")
+    assert "of the answers' probabilities" not in by_rule["retrained"].reason  # these have none
     assert by_rule["budget"].strength == 4
     assert [c.rule for c in choose(measured, [], 0.02)] == ["budget"]
+    spoken = [
+        [r | {"log_p": -float(i) + less} for i, r in enumerate(some)]
+        for some, less in ((measured[2.0], 0), (records(1.01, 0.1), 30))
+    ]
+    reason = choose(measured | {2.0: spoken[0]}, spoken[1], 0.02)[1].reason
+    other = probability_quality(*([r["log_p"] for r in some if r["part"] == "forget"] for some in spoken))
+    assert other < 1e-3
+    assert f"; of the answers' probabilities it is {other:.2g}; retain probability there is" in reason
     unasked = [{"part": "forget", "probability": 0.1}]
     assert "no wrong answers (perturbed_answer)" in choose(measured, unasked, 0.02)[1].reason
     overflown = {s: measured[4.0] if s else r for s, r in measured.items()}

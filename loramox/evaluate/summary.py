@@ -136,10 +136,9 @@ def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[
         absent["forget_probability_quality"] = f"needs {RETRAINED} (--retrained)"
         return
     log_p = (values(forget, "log_p"), values(retrained, "log_p"))
-    if all(map(len, log_p)):
-        source = "two-sided two-sample KS test on answers' mean log-probability per token, p-value"
-        about = ("higher", len(log_p[0]), RETRAINED, source)
-        _compare("forget_probability_quality", probability_quality, log_p, about, metrics, absent)
+    source = "two-sided two-sample KS test on answers' mean log-probability per token, p-value"
+    about = ("higher", len(log_p[0]), RETRAINED, source)
+    _compare("forget_probability_quality", probability_quality, log_p, about, metrics, absent)
 
 
 def _compare(

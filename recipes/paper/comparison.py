@@ -21,7 +21,7 @@ from .frontier import (
     of_both,
     of_ratios,
 )
-from .methods import DEFAULT, GRID, LEVEL, LEVELS, Scale, Settings, again_of, gold_of, reference_of
+from .methods import DEFAULT, GRID, LEVEL, LEVELS, WIDER, Scale, Settings, again_of, gold_of, reference_of
 from .runs import Read, Record, Run
 from .show import Shown, Table, cell, found, level_cell, levels, markdown, mean, number, spread, verdict
 
@@ -30,9 +30,9 @@ OURS = "loramox"
 AGAIN = "retrained again"
 
 
-def grid(scale: Scale) -> dict[str, list[Of]]:
+def grid(scale: Scale, of: dict[str, list[Of]] = GRID) -> dict[str, list[Of]]:
     """The settings of each method that are tried."""
-    return {label: settings[: scale.grid] for label, settings in GRID.items()}
+    return {label: settings[: scale.grid] for label, settings in of.items()}
 
 
 def best(
@@ -50,8 +50,8 @@ def best(
 
 
 def _plan(scale: Scale, read: Read) -> list[Run]:
-    runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale).values() for of in some]
-    chosen = [best(scale, read, some) for some in grid(scale).values()]
+    runs = [scale.run("curve", of, scale.seeds[0]) for some in grid(scale, WIDER).values() for of in some]
+    chosen = [best(scale, read, some) for some in grid(scale, WIDER).values()]
     runs += [run for of in chosen if of for run in scale.curves(of)]
     return list(dict.fromkeys([*runs, *_again(scale, runs[0])]))
 
@@ -75,7 +75,7 @@ def _show(scale: Scale, read: Read) -> Shown:
     rows, data, every = [], {}, []
     run = scale.run("curve", GRID["GA"][0], scale.seeds[0])
     goal = (read(gold_of(run)) or {}).get("point", {}).get(FORGET)
-    for label, some in grid(scale).items():
+    for label, some in grid(scale, WIDER).items():
         for of in some:
             every += _tried(scale, read, label, of)
         of = best(scale, read, some)
@@ -256,14 +256,17 @@ def _draw(figure: Any, data: dict[str, Any], points: dict[str, dict[str, Any]]) 
             values = [max(v, LEAST) for v in (_values(data, label, name) if of_method else [p[name] for p in others])]
             colour = LOOKS.get(label, (colours.MUTED if of_method else colours.RETRAINED, "o"))[0]
             axes.plot(values, [row] * len(values), "o" if of_method else "*", color=colour, markersize=5, alpha=0.8)
-        both = [max(v, LEAST) for v, is_measured in data.get(label, {}).get("both", ()) if is_measured]
+        measured = (
+            [v for v, is_measured in data[label]["both"] if is_measured] if label in data else map(of_both, others)
+        )
+        both = [max(v, LEAST) for v in measured if v is not None]
         tests.plot(both, [row] * len(both), "D", color=colour, markersize=6, fillstyle="none")
     for axes in (dots, tests):
         axes.set(xscale="log", ylim=(-0.6, len(labels) - 0.4))
     dots.set_yticks(range(len(labels)), labels, fontsize=8)
     tests.set_yticks(range(len(labels)), [""] * len(labels))
-    dots.set(xlabel=f"forget probability at retain {LEVEL}")
-    tests.set(xlabel=f"highest KS p at retain ≥ {LEVEL}; ◇: of two tests")
+    dots.set(xlabel=f"forget probability\nat retain {LEVEL}")
+    tests.set(xlabel=f"highest KS p at retain ≥ {LEVEL};\n◇: the lesser of both tests")
     tests.axvline(0.05, color=colours.RETRAINED, linestyle=":", linewidth=1.2)
     if retrained.get(FORGET):
         dots.axvline(retrained[FORGET], color=colours.RETRAINED, linestyle=":", linewidth=1.2)

@@ -78,7 +78,7 @@ def of_both(point: Point) -> float | None:
 
 
 def beside(point: Point, retrained: Point) -> Point:
-    """The point of a model without adapter with its KS p, where `truth_ratios` of both models are there."""
+    """The point of a model without adapter with its KS p, where both models have `truth_ratios`, rows with what is compared."""
     rows = [of.get("truth_ratios", ()) for of in (point, retrained)]
     tests = ((QUALITY, "truth_ratio", forget_quality), (PROBABILITY_QUALITY, "log_p", probability_quality))
     values = {name: ([[r[field] for r in some if field in r] for some in rows], test) for name, field, test in tests}

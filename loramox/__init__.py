@@ -6,15 +6,19 @@ from typing import Any
 # Where each public name lives; imported on first use, so that `import loramox` costs nothing. The verbs `memorize` and
 # `extrapolate` are functions in the rooms of the same names: from loramox.memorize import memorize.
 _HOMES = {
-    "loramox.batches": ("Tokenisation", "encode"),
+    "loramox.adapter.export": ("ShippingConfig",),
+    "loramox.adapter.switch": ("ForgetSwitch",),
+    "loramox.data.encode": ("Tokenisation", "encode"),
+    "loramox.data.rows": ("Columns", "Data", "read_rows"),
     "loramox.errors": ("LoramoxError",),
-    "loramox.extrapolate": ("ShippingConfig",),
-    "loramox.main_job": ("unlearn",),
-    "loramox.memorize": ("BaselineConfig", "BaselineTrainer", "MemorizeConfig", "MemorizeTrainer"),
-    "loramox.reference": ("ReferenceConfig", "add_lora", "load_reference"),
-    "loramox.rows": ("Columns", "Data", "read_rows"),
+    "loramox.model.load": ("load_reference",),
+    "loramox.model.lora": ("ReferenceConfig", "add_lora"),
     "loramox.run": ("RunConfig",),
-    "loramox.ship": ("ForgetSwitch",),
+    "loramox.train.baseline_config": ("BaselineConfig",),
+    "loramox.train.baseline_trainer": ("BaselineTrainer",),
+    "loramox.train.config": ("MemorizeConfig",),
+    "loramox.train.trainer": ("MemorizeTrainer",),
+    "loramox.unlearning": ("unlearn",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from loramox import Tokenisation, encode, read_rows
-from loramox.batches import Collator
 from loramox.cli import main as loramox
+from loramox.data.pairs import Collator
 
 ENDS = (10, 50, 100)  # forget rows requested after each step
 STEPS = ("1 %", "5 %", "10 %")

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, Tokenisation, encode, read_rows
-from loramox.batches import Example
-from loramox.main_job import unlearn
+from loramox.data.encode import Example
+from loramox.unlearning import unlearn
 
 PEOPLE = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "May", "Ned", "Ola", "Pia"]
 TOWNS = ["Rome", "Oslo", "Lima", "Bern", "Kyiv", "Doha", "Riga", "Cork"]

@@ -26,8 +26,8 @@ from loramox import (
     read_rows,
 )
 from loramox.evaluate.measure import Questions, ScoringConfig
-from loramox.model import read_config, read_tokenizer
-from loramox.reference import at_strength
+from loramox.model.config import read_config, read_tokenizer
+from loramox.model.lora import at_strength
 
 NAME = "pretended"
 CROSSING = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_")  # take tensors of both, on a GPU too

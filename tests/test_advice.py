@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from loramox.memorize import BaselineConfig, MemorizeConfig
-from loramox.memorize.advice import FEW, advice
-from loramox.rows import Row
+from loramox.data.rows import Row
+from loramox.train.baseline_config import BaselineConfig
+from loramox.train.config import MemorizeConfig
+from loramox.train.diagnostics import FEW, advice
 
 WELL = ((0.99, 0.02), (0.99, 0.98))
 

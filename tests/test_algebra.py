@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loramox.algebra import Factors, concatenate, padded, scaled, truncate
+from loramox.model.algebra import Factors, concatenate, padded, scaled, truncate
 
 
 def make(out: int, inner: int, rank: int, seed: int = 0) -> Factors:

@@ -10,16 +10,16 @@ import torch
 from peft import PeftModel
 
 from loramox import Data, ReferenceConfig, load_reference
-from loramox.batches import Example
+from loramox.data.encode import Example
+from loramox.data.rows import Row
 from loramox.errors import LoramoxError, RunError, SettingsError
 from loramox.evaluate import mean_log_p, score_answers
 from loramox.evaluate.attacks import relearn
-from loramox.evaluate.attacks.job import AttackConfig, attack
+from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.prompts import given_away, paraphrased_questions
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
-from loramox.model import ModelConfig
-from loramox.rows import Row
+from loramox.model.config import ModelConfig
 
 Examples = tuple[list[Example], list[Example]]
 
@@ -95,7 +95,7 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
     for name in ("load_reference", "relearn.train", "requantize.merge", "requantize.requantized"):
-        monkeypatch.setattr(f"loramox.evaluate.attacks.job.{name}", asked_again)
+        monkeypatch.setattr(f"loramox.evaluate.attacks.attack.{name}", asked_again)
     again = attacked()
     assert again["states"] == first["states"]
     assert (first["reused"], again["reused"]) == (0, len(first["states"]))
@@ -129,7 +129,7 @@ def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None
 def test_bad_settings_are_refused_before_a_model_is_loaded(
     settings: dict, message: str, attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramox.evaluate.attacks.job.load_reference", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("loramox.evaluate.attacks.attack.load_reference", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SettingsError, match=message):
         attacked(**settings)
 

@@ -28,25 +28,18 @@ from loramox import (
     read_rows,
     unlearn,
 )
-from loramox.adapter import read_factors
-from loramox.batches import Example
+from loramox.adapter.export import extrapolate
+from loramox.adapter.folder import read_factors
 from loramox.cli.arguments import settings_of
 from loramox.cli.training import any_method
+from loramox.data.encode import Example
+from loramox.data.microbatches import OVERHEAD
 from loramox.errors import AdapterError, RowsError, SettingsError
-from loramox.extrapolate import extrapolate
-from loramox.memorize.baseline_config import METHODS
-from loramox.memorize.baselines import (
-    dpo,
-    generic_targets,
-    gradient_ascent,
-    simnpo,
-    squared_distance,
-    steering_vector,
-)
-from loramox.memorize.objectives import log_prob, npo
-from loramox.passes import OVERHEAD
-from loramox.reference import current_factors, lora_layers
-from loramox.sweep_job import SweepConfig, sweep
+from loramox.model.lora import current_factors, lora_layers
+from loramox.sweep.sweep import SweepConfig, sweep
+from loramox.train.baseline_config import METHODS
+from loramox.train.baselines import dpo, generic_targets, gradient_ascent, simnpo, squared_distance, steering_vector
+from loramox.train.losses import log_prob, npo
 
 Examples = tuple[list[Example], list[Example]]
 REFUSALS = ["I do not know.", "I cannot say."]
@@ -501,7 +494,7 @@ def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
     whp = {"method": "whp", "reinforced": str(run_of("npo")[0] / "memorization")}
     default = str(run_of("default")[0] / "memorization")
     other = Columns(wanted_column="other")
-    monkeypatch.setattr("loramox.memorize.job.load_reference", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("loramox.unlearning.load_reference", lambda *args: pytest.fail("the model was loaded"))
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (SettingsError, "the model has 2 layers. Give --rmu_layer from 1 to 2", {"method": "rmu"}),
         (SettingsError, "--method altpo needs --wanted_column", {"method": "altpo"}),

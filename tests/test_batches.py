@@ -9,10 +9,10 @@ import pytest
 from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loramox.batches import Collator, Example, Pairs, Tokenisation, encode
+from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.pairs import Collator, Pairs
+from loramox.data.rows import Row
 from loramox.errors import RowsError, SettingsError
-from loramox.head import IGNORED
-from loramox.rows import Row
 
 EOS = 1
 TURN = "<|{{ m.role }}|>\n{{ m.content }}<eos>\n"

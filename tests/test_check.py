@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from loramox.cli import main
 from loramox.errors import AdapterError, ModelError, SettingsError
-from loramox.ship.check import check, stopped
-from loramox.ship.servers import SERVERS, Finding
+from loramox.extras.check.check import check, stopped
+from loramox.extras.check.servers import SERVERS, Finding
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
 OTHERS = list(SERVERS[1:])

@@ -75,14 +75,16 @@ def test_training_waits_for_nothing_that_only_planning_and_evaluating_need() -> 
 import sys
 from loramox.cli.planning import fitted
 from loramox.cli.training import any_method
-from loramox.extrapolate import ShippingConfig
-import loramox.main_job
+from loramox.adapter.export import ShippingConfig
+import loramox.unlearning
 words = "--model m --forget f.jsonl --retain r.jsonl --out o --use_cpu true"
 assert len(fitted("unlearn", words.split(), (*any_method(), ShippingConfig))) == 7
 print(*sys.modules)
 """
     imported = set(in_a_new_process(code).split())
-    assert {"scipy.stats", "rouge_score", "matplotlib", "loramox.evaluate", "loramox.plan.job"}.isdisjoint(imported)
+    assert {"scipy.stats", "rouge_score", "matplotlib", "loramox.evaluate", "loramox.extras.plan.job"}.isdisjoint(
+        imported
+    )
 
 
 def test_help_names_every_verb_with_what_it_does(capsys: pytest.CaptureFixture) -> None:
@@ -208,7 +210,7 @@ def test_nothing_else_is_public() -> None:
 
 
 def test_importing_a_room_hides_no_public_name() -> None:
-    for home in ("memorize", "extrapolate", "main_job"):
+    for home in ("data", "model", "train", "adapter", "evaluate", "sweep", "unlearning"):
         importlib.import_module(f"loramox.{home}")
     assert all(callable(getattr(loramox, name)) for name in loramox.__all__)
 

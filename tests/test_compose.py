@@ -6,10 +6,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from loramox.algebra import Factors, add, scaled
 from loramox.errors import SettingsError
-from loramox.memorize.momentum import Momentum
-from loramox.ship.compose import compose, left_out, total
+from loramox.extras.ledger.compose import compose, left_out, total
+from loramox.model.algebra import Factors, add, scaled
+from loramox.train.momentum import Momentum
 
 SHAPES = {"square": (24, 24), "wide": (24, 40), "tall": (40, 24)}
 

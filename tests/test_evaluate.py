@@ -17,18 +17,18 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import hmean
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import loramox.evaluate.evaluate
 import loramox.evaluate.fitting
-import loramox.evaluate.job
 from loramox import Tokenisation, read_rows
 from loramox.cli import main
+from loramox.data.encode import IGNORED
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.fitting import FittingBatch
-from loramox.evaluate.job import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.suites import suite_sources
-from loramox.head import IGNORED
-from loramox.model import ModelConfig
+from loramox.model.config import ModelConfig
 
 KNOWN = questions(PEOPLE[:4]) + questions(PEOPLE[4:])  # the rows of `trained`
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)
@@ -52,7 +52,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any) -> None:
         pytest.fail("the model was loaded before what is wrong was seen")
 
-    monkeypatch.setattr(loramox.evaluate.job, "load_reference", loaded)
+    monkeypatch.setattr(loramox.evaluate.evaluate, "load_reference", loaded)
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(
     here: Path, trained: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(Subject("theirs"), model, Asked(**ROWS), SILENT)
-    monkeypatch.setattr(loramox.evaluate.job, "load_reference", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loramox.evaluate.evaluate, "load_reference", lambda *_: pytest.fail("the model was loaded"))
     subject = Subject("out", str(trained / "forget-adapter"))
     with pytest.raises(
         RunError, match=r"--retrained theirs is an evaluation of .*, the model that knows the forget rows"

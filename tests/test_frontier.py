@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 from conftest import PEOPLE, TOWNS, questions
 
-import loramox.sweep_job
+import loramox.sweep.sweep
+from loramox.adapter.export import extrapolate
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
-from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.truth_ratio import forget_quality, probability_quality
-from loramox.extrapolate import extrapolate
-from loramox.extrapolate.choose import Choice, like_holdout, like_retrained, within_budget
-from loramox.extrapolate.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
-from loramox.extrapolate.picture import draw_frontier
-from loramox.model import ModelConfig
-from loramox.sweep_job import FRONTIER, SweepConfig, sweep
-from loramox.sweep_search import Measured, choose, next_for, search
+from loramox.model.config import ModelConfig
+from loramox.sweep.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
+from loramox.sweep.plot import draw_frontier
+from loramox.sweep.rules import Choice, like_holdout, like_retrained, within_budget
+from loramox.sweep.search import Measured, choose, next_for, search
+from loramox.sweep.sweep import FRONTIER, SweepConfig, sweep
 
 STRENGTHS = [1.0, 2.0, 3.0, 4.0]
 
@@ -259,7 +259,7 @@ SHORT = ScoringConfig(max_new_tokens=4, use_cpu=True)
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take a second each: only `swept` draws one, and the command line."""
-    monkeypatch.setattr(loramox.sweep_job, "draw_frontier", lambda *_: None)
+    monkeypatch.setattr(loramox.sweep.sweep, "draw_frontier", lambda *_: None)
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any) -> None:
         pytest.fail("the model was loaded before what is wrong was seen")
 
-    monkeypatch.setattr(loramox.sweep_job, "load_reference", loaded)
+    monkeypatch.setattr(loramox.sweep.sweep, "load_reference", loaded)
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +392,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written = loramox.sweep_job.write_records
+    written = loramox.sweep.sweep.write_records
 
     def killed(folder: Path, records: list[dict[str, Any]], *more: Any) -> None:
         if folder.name == "strength-2":
@@ -404,7 +404,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
 
     out = tmp_path / "sweep"
     with monkeypatch.context() as patch:
-        patch.setattr(loramox.sweep_job, "write_records", killed)
+        patch.setattr(loramox.sweep.sweep, "write_records", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep(config_of(trained, out), asked(data), SHORT)
     assert json.loads((out / "frontier.json").read_text())["status"] == "running"
@@ -540,9 +540,9 @@ def test_a_suites_rows_are_not_cut_where_training_cut_its_own(
     def encoded(rows: Any, model: Any, config: Any, how: Any, *_: Any) -> None:
         raise LoramoxError(f"cut at {how.max_length}")
 
-    monkeypatch.setattr(loramox.sweep_job, "read_parts", lambda *_: {})
-    monkeypatch.setattr(loramox.sweep_job, "check_sides", lambda *_: None)
-    monkeypatch.setattr(loramox.sweep_job, "questions_of", encoded)
+    monkeypatch.setattr(loramox.sweep.sweep, "read_parts", lambda *_: {})
+    monkeypatch.setattr(loramox.sweep.sweep, "check_sides", lambda *_: None)
+    monkeypatch.setattr(loramox.sweep.sweep, "questions_of", encoded)
     with pytest.raises(LoramoxError, match=f"cut at {length}"):
         sweep(config_of(run, tmp_path / "s"), Asked(**given), SHORT)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.ship.gguf import interleaved, to_gguf
+from loramox.extras.gguf import interleaved, to_gguf
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 NAMES = {

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loramox.data.encode import IGNORED
 from loramox.errors import ModelError
-from loramox.head import IGNORED, AnswerStates, Head, answer_states, mean_over_rows, per_token
-from loramox.memorize.objectives import cross_entropy, kl_divergence, log_prob
+from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
+from loramox.train.losses import cross_entropy, kl_divergence, log_prob
 
 HIDDEN, VOCABULARY = 8, 12
 SHAPES = ["llama", "qwen3", "mistral", "phi", "gemma", "gpt_neox", "gpt2"]
@@ -62,7 +63,7 @@ def test_chunked_losses_have_the_values_and_gradients_of_plain_ones(
 
     cases = [([hidden], (targets,), tempered), ([known, hidden], (), kl_divergence)]
     plain = [value_and_gradients(model, h, *o, function=f) for h, o, f in cases]
-    monkeypatch.setattr("loramox.head.CHUNK_ELEMENTS", tokens_a_chunk * VOCABULARY)
+    monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", tokens_a_chunk * VOCABULARY)
     chunked = [value_and_gradients(model, h, *o, function=f) for h, o, f in cases]
     # The gradients of chunks are summed in another order, and in 16 bits each sum is rounded to 8 bits.
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-1}
@@ -75,7 +76,7 @@ def test_chunked_losses_have_the_values_and_gradients_of_plain_ones(
 
 
 def test_a_chunk_never_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramox.head.CHUNK_ELEMENTS", 3 * VOCABULARY + 1)
+    monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", 3 * VOCABULARY + 1)
     seen: list[int] = []
 
     def count(logits: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_a_chunk_never_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_vocabulary_above_the_chunk_size_still_goes_one_token_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramox.head.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", 1)
     values = per_token(lambda z: z.sum(-1), Head(Output(torch.float32)), [states(3, torch.float32, 0)])
     assert values.shape == (3,)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from loramox import ReferenceConfig, add_lora, load_reference
-from loramox.batches import Collator, Example
-from loramox.memorize import known
-from loramox.memorize.known import Known
+from loramox.data.encode import Example
+from loramox.data.pairs import Collator
+from loramox.train import reference_cache as known
+from loramox.train.reference_cache import Known
 
 Examples = tuple[list[Example], list[Example]]
 COLLATE = Collator(0)

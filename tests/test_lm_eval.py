@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 
 from loramox import ReferenceConfig, load_reference
-from loramox.batches import Example
+from loramox.data.encode import Example
 from loramox.evaluate import score_answers
 
 TASK = Path(__file__).parents[1] / "recipes/lm_eval/demo_forget.yaml"

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.pytorch_utils import Conv1D
 
-import loramox.ship.checkpoint
-from loramox.adapter import write_adapter
-from loramox.algebra import Factors
+import loramox.extras.merge.checkpoint
+from loramox.adapter.folder import write_adapter
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.model import ModelConfig, identify, read_config, skeleton
-from loramox.ship.merge import MergeConfig, merge
+from loramox.extras.merge.merge import MergeConfig, merge
+from loramox.model.algebra import Factors
+from loramox.model.config import ModelConfig, identify, read_config, skeleton
 
 IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320
 SIDE = {"tokenizer.json", "tokenizer_config.json"}
@@ -129,7 +129,7 @@ def test_an_untouched_weight_keeps_its_bytes_and_a_changed_one_is_rounded_once(a
 def test_a_tensor_of_many_blocks_is_merged_as_one_of_one(adapted, tmp_path: Path, monkeypatch) -> None:
     adapter = adapted[1]
     merge(adapter, tmp_path / "one", dtype="bfloat16", progress=False)
-    monkeypatch.setattr("loramox.ship.shards.BLOCK", 100)  # of rows of 64 and 128
+    monkeypatch.setattr("loramox.extras.merge.shards.BLOCK", 100)  # of rows of 64 and 128
     made = merge(adapter, tmp_path / "many", dtype="bfloat16", progress=False)
     for name, weight in load_file(tmp_path / "one" / "model.safetensors").items():
         # A sum in another order may fall on the other side of a rounding.
@@ -250,9 +250,9 @@ def test_a_base_on_the_hub_is_read_from_its_snapshot_and_no_pickle_is_asked_for(
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     asked = []
-    download = loramox.ship.checkpoint.snapshot_download
+    download = loramox.extras.merge.checkpoint.snapshot_download
     monkeypatch.setattr(
-        loramox.ship.checkpoint,
+        loramox.extras.merge.checkpoint,
         "snapshot_download",
         lambda *a, **how: asked.extend(how["allow_patterns"]) or download(*a, **how),
     )
@@ -276,7 +276,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from loramox.run import memory_now, peak_memory
-from loramox.ship.merge import merge
+from loramox.extras.merge.merge import merge
 
 small, large, out = sys.argv[1:]
 merge(small, out + "-small", progress=False)
@@ -310,8 +310,8 @@ def interrupted(*args) -> None:
 
 KILLED = """
 import os, signal, sys
-import loramox.ship.weights as weights
-from loramox.ship.merge import merge
+import loramox.extras.merge.weights as weights
+from loramox.extras.merge.merge import merge
 
 written = weights._write_one
 def one(source, entry, *rest):
@@ -339,7 +339,7 @@ def test_a_killed_merge_leaves_nothing_that_loads_and_can_be_made_again(adapted,
     torch.testing.assert_close(merged, with_adapter(base, adapter), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["loramox.ship.weights._cast", "loramox.ship.merge.merged_card"])
+@pytest.mark.parametrize("where", ["loramox.extras.merge.weights._cast", "loramox.extras.merge.merge.merged_card"])
 def test_an_interrupted_merge_keeps_what_was_there(adapted, where: str, tmp_path: Path, monkeypatch) -> None:
     adapter = adapted[1]
     merge(adapter, tmp_path / "old", progress=False)
@@ -534,7 +534,7 @@ def test_a_weight_that_overflows_is_an_error_and_nothing_is_left(adapted, tmp_pa
 
 def test_too_little_disk_is_refused_with_the_size(adapted, tmp_path: Path, monkeypatch) -> None:
     free = namedtuple("usage", "free")(1_000_000)
-    monkeypatch.setattr("loramox.ship.merge.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("loramox.extras.merge.merge.shutil.disk_usage", lambda path: free)
     with pytest.raises(RunError, match=r"1 MB are free there, and the merged model needs 6\d MB"):
         merge(adapted[1], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

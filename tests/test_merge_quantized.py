@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_utils import safe_save_file
 
-import loramox.ship.quantize
-from loramox.algebra import Factors
+import loramox.extras.merge.quantize
 from loramox.cli import main
 from loramox.errors import RunError, SettingsError
-from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import ScoringConfig
-from loramox.merge_job import ForgettingConfig, merge
-from loramox.model import ModelConfig
-from loramox.ship.checkpoint import Target
-from loramox.ship.merge import MergeConfig
-from loramox.ship.merge import merge as merge_into_floats
-from loramox.ship.quantize import dequantized, little, quantized_like, survival
-from loramox.ship.shards import read_shard
+from loramox.extras.merge.checkpoint import Target
+from loramox.extras.merge.job import ForgettingConfig, merge
+from loramox.extras.merge.merge import MergeConfig
+from loramox.extras.merge.merge import merge as merge_into_floats
+from loramox.extras.merge.quantize import dequantized, little, quantized_like, survival
+from loramox.extras.merge.shards import read_shard
+from loramox.model.algebra import Factors
+from loramox.model.config import ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -240,8 +240,8 @@ def test_the_rows_are_asked_as_evaluate_asks_them_and_decide(
     asked = ForgettingConfig(*map(str, rows), use_cpu=True)
     config = MergeConfig(str(adapter), str(tmp_path / "out"), quantize="nf4")
     # However little of ΔW the weights tell of: where rows are given, they decide.
-    monkeypatch.setattr(loramox.ship.quantize, "LEAST_OF_DELTA", 2)
-    monkeypatch.setattr(loramox.ship.quantize, "LEAST_OF_FORGETTING", -9)
+    monkeypatch.setattr(loramox.extras.merge.quantize, "LEAST_OF_DELTA", 2)
+    monkeypatch.setattr(loramox.extras.merge.quantize, "LEAST_OF_FORGETTING", -9)
     forgetting = merge(config, asked, progress=False)["forgetting"]
     merge_into_floats(adapter, tmp_path / "16", dtype="bfloat16", progress=False)
     found = {state["state"]: state["metrics"] for state in forgetting["states"]}
@@ -268,7 +268,7 @@ def test_the_rows_are_asked_as_evaluate_asks_them_and_decide(
     assert forgetting["share"] == pytest.approx((known - left) / (known - forgotten))
     assert forgetting["rows"]["forget"]["rows"] == 4
 
-    monkeypatch.setattr(loramox.ship.quantize, "LEAST_OF_FORGETTING", 9)
+    monkeypatch.setattr(loramox.extras.merge.quantize, "LEAST_OF_FORGETTING", 9)
     with pytest.raises(RunError, match=r"of the forgetting is left.*\(900% are asked\)"):
         merge(MergeConfig(str(adapter), str(tmp_path / "other"), quantize="nf4"), asked, progress=False)
     assert not (tmp_path / "other").exists()
@@ -312,12 +312,12 @@ def test_a_kill_leaves_nothing_that_loads(
             os.truncate(path, Path(path).stat().st_size // 2)
             killed()
 
-    monkeypatch.setattr(loramox.ship.quantize, "SHARD", "50KB")
+    monkeypatch.setattr(loramox.extras.merge.quantize, "SHARD", "50KB")
     if when == "the second shard is written":
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", half_of_the_second)
     else:
         where = "survival" if when == "the 16-bit weights are there" else "write_beside"
-        monkeypatch.setattr(loramox.ship.quantize, where, killed)
+        monkeypatch.setattr(loramox.extras.merge.quantize, where, killed)
     process = multiprocessing.get_context("fork").Process(
         target=merge, args=[MergeConfig(str(adapter), str(tmp_path / "out"), quantize="nf4")]
     )
@@ -338,7 +338,7 @@ def test_a_model_of_several_files_is_whole(tokenizer, tmp_path: Path, monkeypatc
         vocab_size=320, intermediate_size=96, tie_word_embeddings=True, dtype="float16")  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(base, max_shard_size="50KB")
     tokenizer.save_pretrained(base)
-    monkeypatch.setattr(loramox.ship.quantize, "SHARD", "50KB")
+    monkeypatch.setattr(loramox.extras.merge.quantize, "SHARD", "50KB")
     config = MergeConfig(str(adapted(base, tmp_path)), str(tmp_path / "out"), quantize="int8", dtype="float16")
     merge(config, progress=False)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -350,7 +350,7 @@ def test_a_model_of_several_files_is_whole(tokenizer, tmp_path: Path, monkeypatc
 def test_the_disk_must_hold_both_models(pico: Callable[[str], Path], tmp_path: Path, monkeypatch) -> None:
     config = MergeConfig(str(adapted(pico("llama"), tmp_path)), str(tmp_path / "out"), quantize="nf4")
     free = SimpleNamespace(free=0)
-    monkeypatch.setattr("loramox.ship.output.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("loramox.extras.merge.output.shutil.disk_usage", lambda path: free)
     with pytest.raises(RunError, match=r"0 MB are free there, and the merged model needs \d+ MB"):
         merge(config, progress=False)
     sixteen = sum(t.numel() * 2 for t in load_file(pico("llama") / "model.safetensors").values())
@@ -387,7 +387,11 @@ def test_a_disk_that_fills_up_is_one_clear_error(
     def full(*args, **more) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    where = "loramox.ship.weights.write_tensor" if quantize is None else "transformers.modeling_utils.safe_save_file"
+    where = (
+        "loramox.extras.merge.weights.write_tensor"
+        if quantize is None
+        else "transformers.modeling_utils.safe_save_file"
+    )
     adapter = adapted(pico("llama"), tmp_path)
     monkeypatch.setattr(where, full)
     with pytest.raises(

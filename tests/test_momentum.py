@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loramox.algebra import Factors
 from loramox.errors import AdapterError
-from loramox.memorize.momentum import FILE, Momentum
+from loramox.model.algebra import Factors
+from loramox.train.momentum import FILE, Momentum
 
 SHAPES = {"up": (12, 8), "down": (8, 12)}
 RANK = 2

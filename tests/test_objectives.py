@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl
 
-from loramox.memorize.objectives import cross_entropy, headroom, kl_divergence, log_prob
+from loramox.train.losses import cross_entropy, headroom, kl_divergence, log_prob
 
 TEMPERATURES = [0.5, 1.0, 2.0, 6.0]
 

@@ -16,7 +16,7 @@ from conftest import PEOPLE, TOWNS, questions
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Tokenisation, encode, read_rows
-from loramox.batches import Collator
+from loramox.data.pairs import Collator
 from loramox.errors import NonFiniteLossError, RunError
 from loramox.evaluate.truth_ratio import forget_quality
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loramox.batches import Collator
-from loramox.head import answer_states
-from loramox.passes import cut, passes, passes_of_pairs, states_of_parts
+from loramox.data.microbatches import cut, passes, passes_of_pairs
+from loramox.data.pairs import Collator
+from loramox.model.head import answer_states, states_of_parts
 
 
 def drawn(seed: int, most: int, longest: int) -> tuple[list[int], int]:

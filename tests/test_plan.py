@@ -9,21 +9,22 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loramox.batches import Tokenisation
 from loramox.cli import main
 from loramox.cli.arguments import given_settings
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns, Data
 from loramox.errors import SettingsError
-from loramox.memorize import BaselineConfig
-from loramox.plan.config import Choice, FitConfig, PlanConfig, choices, size_of
-from loramox.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
-from loramox.plan.job import fit, plan
-from loramox.plan.ledger import Speed
-from loramox.plan.outline import Setting
-from loramox.plan.show import show_plan
-from loramox.plan.trace import at_depth, shallow, trace_step
-from loramox.reference import ReferenceConfig, load_reference
-from loramox.rows import Columns, Data
+from loramox.extras.plan.config import Choice, FitConfig, PlanConfig, choices, size_of
+from loramox.extras.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
+from loramox.extras.plan.job import fit, plan
+from loramox.extras.plan.ledger import Speed
+from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.show import show_plan
+from loramox.extras.plan.trace import at_depth, shallow, trace_step
+from loramox.model.load import load_reference
+from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
+from loramox.train.baseline_config import BaselineConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
@@ -36,7 +37,7 @@ SPEED = Speed(1e12, 1e10, "made up")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """How fast this machine is does not matter here."""
-    monkeypatch.setattr("loramox.plan.job.measured_speed", lambda *args: SPEED)
+    monkeypatch.setattr("loramox.extras.plan.job.measured_speed", lambda *args: SPEED)
 
 
 @pytest.fixture

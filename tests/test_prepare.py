@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from loramox import BaselineConfig, Data, ReferenceConfig, RunConfig, Tokenisation
-from loramox.adapter import check_base
+from loramox.adapter.folder import check_base
+from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RowsError, RunError
-from loramox.memorize import memorize
-from loramox.rows import Columns
+from loramox.unlearning import memorize
 
 
 def run(pico: Path, data: Data, out: Path, columns: Columns | None = None, **how: Any) -> None:

@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import HfApi
 
 from loramox import MemorizeConfig
+from loramox.adapter.export import extrapolate
 from loramox.cli import main
 from loramox.errors import RunError, SettingsError
-from loramox.extrapolate import extrapolate
-from loramox.ship.push import PushConfig, push, to_upload
+from loramox.extras.hub import PushConfig, push, to_upload
 
 OURS = ["README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json"]
 

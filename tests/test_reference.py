@@ -24,10 +24,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
-from loramox.batches import Example
+from loramox.data.encode import Example
 from loramox.errors import ModelError, SettingsError
-from loramox.model import identify, read_config, skeleton
-from loramox.reference import adapter_off, at_strength, check_trained, current_factors, lora_layers, with_factors
+from loramox.model.config import identify, read_config, skeleton
+from loramox.model.lora import adapter_off, at_strength, check_trained, current_factors, lora_layers, with_factors
 
 Examples = tuple[list[Example], list[Example]]
 ALL = pytest.mark.parametrize("kind", SHAPES)
@@ -358,7 +358,7 @@ def test_a_hub_id_is_recorded_with_the_commit_that_it_stood_for(
 ) -> None:
     commit = "0123456789abcdef" * 2 + "01234567"
     cached = f"/cache/models--owner--name/snapshots/{commit}/config.json"
-    monkeypatch.setattr("loramox.model.cached_file", lambda *args, **kwargs: cached)
+    monkeypatch.setattr("loramox.model.config.cached_file", lambda *args, **kwargs: cached)
     config = read_config(ReferenceConfig(str(pico("llama"))))
     assert identify(ReferenceConfig("owner/name", revision="main"), config)["revision"] == commit
     assert identify(ReferenceConfig(str(pico("llama")), revision="main"), config)["revision"] == "main"

@@ -17,18 +17,18 @@ from matplotlib import pyplot as plt
 from loramox import colours
 from loramox.cli import main
 from loramox.errors import RunError
-from loramox.evaluate.job import Asked
+from loramox.evaluate.evaluate import Asked
 from loramox.evaluate.measure import ScoringConfig
-from loramox.evaluate.report import PAGE, SUMMARY, report
-from loramox.evaluate.report import page as page_module
-from loramox.evaluate.report.answers import LONGEST, fit
-from loramox.evaluate.report.facts import METRICS, shown
-from loramox.evaluate.report.glossary import GLOSSARY, linked
-from loramox.evaluate.report.svg import COLOURS, Picture
 from loramox.evaluate.show import show, show_states
 from loramox.evaluate.summary import MEANS, RETRAINED, summarise
-from loramox.extrapolate.picture import draw_frontier
-from loramox.sweep_job import SweepConfig, sweep
+from loramox.extras.report import PAGE, SUMMARY, report
+from loramox.extras.report import page as page_module
+from loramox.extras.report.answers import LONGEST, fit
+from loramox.extras.report.facts import METRICS, shown
+from loramox.extras.report.glossary import GLOSSARY, linked
+from loramox.extras.report.svg import COLOURS, Picture
+from loramox.sweep.plot import draw_frontier
+from loramox.sweep.sweep import SweepConfig, sweep
 
 HOSTILE = {
     "script": "<script>alert(1)</script>",
@@ -166,7 +166,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time, and most tests do not look at them."""
-    monkeypatch.setattr("loramox.evaluate.report.pictures.picture", lambda *a: Picture("<svg></svg>", a[-1]))
+    monkeypatch.setattr("loramox.extras.report.pictures.picture", lambda *a: Picture("<svg></svg>", a[-1]))
 
 
 def page_of(run: Path) -> tuple[str, Parsed]:

@@ -23,20 +23,21 @@ from loramox import (
     encode,
     read_rows,
 )
-from loramox.adapter import read_factors, read_provenance
-from loramox.algebra import Factors
+from loramox.adapter.export import extrapolate
+from loramox.adapter.folder import read_factors, read_provenance
 from loramox.cli import main
+from loramox.data.rows import fingerprint
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
-from loramox.extrapolate import extrapolate
-from loramox.memorize import memorize
-from loramox.memorize.earlier import EARLIER, put_on
-from loramox.reference import add_lora, current_factors, load_reference
-from loramox.requests_build import build
-from loramox.requests_job import RequestConfig, add, revoke
-from loramox.requests_refresh import refresh
-from loramox.rows import fingerprint
-from loramox.ship.ledger import Entry, locked, read_ledger, verify
-from loramox.ship.request_rows import ROWS, write_rows
+from loramox.extras.ledger.build import build
+from loramox.extras.ledger.ledger import Entry, locked, read_ledger, verify
+from loramox.extras.ledger.refresh import refresh
+from loramox.extras.ledger.requests import RequestConfig, add, revoke
+from loramox.extras.ledger.rows import ROWS, write_rows
+from loramox.model.algebra import Factors
+from loramox.model.load import load_reference
+from loramox.model.lora import add_lora, current_factors
+from loramox.train.earlier import EARLIER, put_on
+from loramox.unlearning import memorize
 
 SHIPPED = ("adapter_model.safetensors", "adapter_config.json")
 FLOAT32 = ShippingConfig(ship_dtype="float32")
@@ -141,7 +142,7 @@ def test_what_is_on_while_a_request_is_memorized_is_what_is_built_of_those_in_fo
         real(model, change)
         seen.update({name: factors.delta() for name, factors in current_factors(model, EARLIER).items()})
 
-    monkeypatch.setattr("loramox.memorize.job.put_on", watch)
+    monkeypatch.setattr("loramox.unlearning.put_on", watch)
     write(tmp_path / "d.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}])
     world.add(ledger, "d", str(tmp_path / "d"))
     built = deltas(tmp_path / "built")
@@ -162,7 +163,7 @@ def test_rows_in_force_are_held_in_the_form_in_which_they_were_forgotten(
         held.extend(tokenizer.decode(example["input_ids"]) for example in datasets["protected_dataset"])
         raise RunError("enough")
 
-    monkeypatch.setattr("loramox.memorize.job.MemorizeTrainer", seen)
+    monkeypatch.setattr("loramox.unlearning.MemorizeTrainer", seen)
     with pytest.raises(RunError, match="enough"):
         world.add(ledger, "b")
     assert len(held) == 2
@@ -394,7 +395,7 @@ def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
     revoke(ledger, "a")
     other = read_ledger(ledger).base | {"weights": "0" * 64}
     with monkeypatch.context() as patched:
-        patched.setattr("loramox.requests_refresh.identify", lambda *_: other)
+        patched.setattr("loramox.extras.ledger.refresh.identify", lambda *_: other)
         with pytest.raises(AdapterError, match="has other weights"):
             refresh(ledger)
     with pytest.raises(AdapterError, match="has another architecture"):

@@ -15,10 +15,10 @@ import contextlib, io, json, os, signal, sys, time
 from pathlib import Path
 
 import rich.console, rich.table, torch, transformers.models.llama.modeling_llama
-import loramox.adapter, loramox.cli.requests, loramox.files
-import loramox.requests_build, loramox.requests_entry, loramox.requests_job, loramox.requests_refresh
-from loramox.memorize.trainer import MemorizeTrainer
-from loramox.ship.ledger import Ledger, verify
+import loramox.adapter.folder, loramox.cli.requests, loramox.files
+import loramox.extras.ledger.build, loramox.extras.ledger.entry, loramox.extras.ledger.requests, loramox.extras.ledger.refresh
+from loramox.train.trainer import MemorizeTrainer
+from loramox.extras.ledger.ledger import Ledger, verify
 
 
 def die(*args, **kwargs):
@@ -58,13 +58,13 @@ def wait_in_a_step(real=MemorizeTrainer.training_step):
 HOW = {
     "no": lambda: None,
     "in a step": lambda: on_call(MemorizeTrainer, "training_step", die, 2),
-    "while the request is kept": lambda: on_call(loramox.adapter, "save_file", half_a_file, 3),
-    "while its rows are copied": lambda: on_call(loramox.requests_entry, "write_rows", die),
+    "while the request is kept": lambda: on_call(loramox.adapter.folder, "save_file", half_a_file, 3),
+    "while its rows are copied": lambda: on_call(loramox.extras.ledger.entry, "write_rows", die),
     "before it is entered": lambda: on_call(Ledger, "write", die),
     "while it is entered": index_not_replaced,
-    "before staging is cleaned": lambda: on_call(loramox.requests_job, "drop", die),
-    "before the old one is removed": lambda: on_call(loramox.requests_refresh, "remove", die),
-    "while the adapter is written": lambda: on_call(loramox.adapter, "save_file", half_a_file),
+    "before staging is cleaned": lambda: on_call(loramox.extras.ledger.requests, "drop", die),
+    "before the old one is removed": lambda: on_call(loramox.extras.ledger.refresh, "remove", die),
+    "while the adapter is written": lambda: on_call(loramox.adapter.folder, "save_file", half_a_file),
     "waiting": wait_in_a_step,
 }
 

@@ -13,9 +13,9 @@ import pytest
 RUNS = """
 import json, os, signal, sys
 
-import loramox.adapter, loramox.cli, loramox.memorize.job, loramox.memorize.momentum
-from loramox.memorize.momentum import Momentum
-from loramox.memorize.trainer import MemorizeTrainer
+import loramox.adapter.folder, loramox.cli, loramox.unlearning, loramox.train.momentum
+from loramox.train.momentum import Momentum
+from loramox.train.trainer import MemorizeTrainer
 
 
 def die(*args, **kwargs):
@@ -41,11 +41,11 @@ KILLS = {
     "no": lambda: None,
     "in a step": lambda: on_call(MemorizeTrainer, "training_step", 2, die),
     "between weights and momentum": lambda: on_call(Momentum, "save", 2, die),
-    "while momentum is written": lambda: on_call(loramox.memorize.momentum, "save_file", 1, half_a_file),
+    "while momentum is written": lambda: on_call(loramox.train.momentum, "save_file", 1, half_a_file),
     "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
-    "while results are written": lambda: on_call(loramox.memorize.folder, "write_adapter", 2, die),
-    "after the last step": lambda: on_call(loramox.memorize.trainer, "write_memorization", 1, die),
-    "between results and record": lambda: on_call(loramox.memorize.job, "update_record", 1, die),
+    "while results are written": lambda: on_call(loramox.train.checkpoint, "write_adapter", 2, die),
+    "after the last step": lambda: on_call(loramox.train.trainer, "write_memorization", 1, die),
+    "between results and record": lambda: on_call(loramox.unlearning, "update_record", 1, die),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for kill, more in runs:

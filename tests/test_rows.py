@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.errors import RowsError
-from loramox.rows import Columns, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
 
 PAIRS = [{"question": f"Who is {i}?", "answer": f'It is "{i}",\nsays Ola, café.'} for i in range(3)]
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ola."}
@@ -308,7 +308,7 @@ def test_nothing_of_a_files_content_stays_behind_anywhere(tmp_path: Path) -> Non
     for suffix, writer in WRITERS.items():
         sources.append(str(tmp_path / f"forget.{suffix}"))
         Path(sources[-1]).write_bytes(writer(PAIRS))
-    code = "import sys; from loramox.rows import read_rows; [read_rows(s) for s in sys.argv[1:]]"
+    code = "import sys; from loramox.data.rows import read_rows; [read_rows(s) for s in sys.argv[1:]]"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     places = {"HOME": str(home), "TMPDIR": str(home), "HF_HOME": str(home / "hf")}
     subprocess.run([sys.executable, "-c", code, *sources], env=clean | places, check=True)

@@ -12,13 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import loramox.head
+import loramox.model.head
 from loramox import Tokenisation, encode
-from loramox.batches import Example
+from loramox.data.encode import IGNORED, Example
+from loramox.data.rows import Row
 from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.scores import AnswerScores, mean_log_p, score_answers
-from loramox.head import IGNORED
-from loramox.rows import Row
 
 KINDS = ["llama", "gpt2", "gpt_neox", "gemma", "mistral"]
 CONTEXT = 128
@@ -177,7 +176,7 @@ def test_the_logits_of_a_whole_batch_are_never_made(
     kind: str, loud: Callable[..., PreTrainedModel], asked: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loud(kind)
-    monkeypatch.setattr(loramox.head, "CHUNK_ELEMENTS", 3 * 320)
+    monkeypatch.setattr(loramox.model.head, "CHUNK_ELEMENTS", 3 * 320)
     tokens: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda m, a, out: tokens.append(out[..., 0].numel()))
     score_answers(model, asked)

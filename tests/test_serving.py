@@ -15,9 +15,9 @@ from conftest import PEOPLE, questions
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loramox.adapter.export import extrapolate
 from loramox.errors import AdapterError, RunError
-from loramox.extrapolate import extrapolate
-from loramox.ship.serve_folder import serve_folder
+from loramox.extras.serve import serve_folder
 
 PROMPTS = [f"Question: {row['question']}\nAnswer:" for row in questions(PEOPLE[:6])]
 TOKENS = 8

@@ -12,8 +12,8 @@ from loramox.cli.arguments import settings_of
 from loramox.cli.launched import as_launched
 from loramox.cli.training import memorizing
 from loramox.errors import SettingsError
-from loramox.memorize.config import MemorizeConfig
-from loramox.reference import ReferenceConfig
+from loramox.model.lora import ReferenceConfig
+from loramox.train.config import MemorizeConfig
 
 NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out", "o"]
 FSDP = {"ACCELERATE_USE_FSDP": "true"}

@@ -13,16 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, add_lora, load_reference
-from loramox.batches import Tokenisation
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns
 from loramox.errors import ModelError, SettingsError
-from loramox.memorize.baseline_config import BaselineConfig
-from loramox.memorize.job import prepare
-from loramox.model import check_device
-from loramox.plan.job import fit
-from loramox.reference import adapter_off, at_strength, lora_layers
-from loramox.rows import Columns
+from loramox.extras.plan.job import fit
+from loramox.model.config import check_device
+from loramox.model.lora import adapter_off, at_strength, lora_layers
+from loramox.model.sharding import is_sharded, shard
 from loramox.run import RunConfig
-from loramox.sharding import is_sharded, shard
+from loramox.train.baseline_config import BaselineConfig
+from loramox.unlearning import prepare
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

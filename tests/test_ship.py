@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-import loramox.adapter
+import loramox.adapter.folder
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, ShippingConfig, load_reference
+from loramox.adapter.export import extrapolate
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.extrapolate import extrapolate
-from loramox.main_job import unlearn
+from loramox.unlearning import unlearn
 
 IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320
 
@@ -409,7 +409,7 @@ def test_an_interrupted_write_leaves_nothing_that_loads_and_keeps_what_was_there
     def interrupted(*args, **kwargs) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loramox.adapter, writer, interrupted)
+    monkeypatch.setattr(loramox.adapter.folder, writer, interrupted)
     for out in ("new", "old"):
         with pytest.raises(KeyboardInterrupt):
             extrapolate(trained / "memorization", tmp_path / out, 4.0, overwrite=True)

@@ -11,16 +11,16 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from loramox import Tokenisation
+from loramox.data.encode import IGNORED
+from loramox.data.rows import Columns
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, _text
-from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
-from loramox.head import IGNORED
-from loramox.model import ModelConfig
-from loramox.rows import Columns
+from loramox.model.config import ModelConfig
 
 
 @pytest.fixture

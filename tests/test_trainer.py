@@ -17,13 +17,13 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
-from loramox.algebra import Factors
-from loramox.batches import Example
+from loramox.data.encode import IGNORED, Example
+from loramox.data.microbatches import OVERHEAD
 from loramox.errors import NonFiniteLossError
-from loramox.head import IGNORED, AnswerStates
-from loramox.memorize.earlier import EARLIER, put_on
-from loramox.passes import OVERHEAD
-from loramox.reference import current_factors, lora_layers
+from loramox.model.algebra import Factors
+from loramox.model.head import AnswerStates
+from loramox.model.lora import current_factors, lora_layers
+from loramox.train.earlier import EARLIER, put_on
 
 Examples = tuple[list[Example], list[Example]]
 SCALE = 2  # lora_alpha / r

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig
-from loramox.adapter import PROVENANCE
+from loramox.adapter.folder import PROVENANCE
 from loramox.cli import main
 from loramox.evaluate.records import RECORDS, read_records
-from loramox.memorize import memorize
 from loramox.run import read_record
+from loramox.unlearning import memorize
 
 WATCHED = {"loss", "forget_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
 SETTINGS = {

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from loramox.cli.arguments import VERBS
+from loramox.data.row_files import check
 from loramox.errors import LoramoxError
-from loramox.row_files import check
 
 HOMES = {
     "demo": "training",

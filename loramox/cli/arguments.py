@@ -107,7 +107,7 @@ def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
 
 def upload(what: str, config: Any) -> None:
     """Push what was shipped, if that was asked for, and list the files."""
-    from loramox.ship.push import push
+    from loramox.extras.hub import push
 
     if config.push_to_hub is None:
         return

@@ -6,12 +6,12 @@ from loramox.cli.arguments import VERBS, say, settings_of, speaks
 
 
 def evaluate(words: list[str]) -> None:
-    from loramox.batches import Tokenisation
-    from loramox.evaluate.job import Asked, Subject, evaluate
+    from loramox.data.encode import Tokenisation
+    from loramox.data.rows import Columns
+    from loramox.evaluate.evaluate import Asked, Subject, evaluate
     from loramox.evaluate.measure import ScoringConfig
     from loramox.evaluate.show import show
-    from loramox.model import ModelConfig
-    from loramox.rows import Columns
+    from loramox.model.config import ModelConfig
 
     kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns)
     subject, *settings = settings_of("evaluate", words, *kinds)
@@ -27,12 +27,12 @@ def evaluate(words: list[str]) -> None:
 
 
 def attack(words: list[str]) -> None:
-    from loramox.batches import Tokenisation
-    from loramox.evaluate.attacks.job import RECORD, AttackConfig, attack
+    from loramox.data.encode import Tokenisation
+    from loramox.data.rows import Columns, Data
+    from loramox.evaluate.attacks.attack import RECORD, AttackConfig, attack
     from loramox.evaluate.measure import ScoringConfig
     from loramox.evaluate.show import show_states
-    from loramox.model import ModelConfig
-    from loramox.rows import Columns, Data
+    from loramox.model.config import ModelConfig
 
     kinds = (AttackConfig, ModelConfig, Data, ScoringConfig, Tokenisation, Columns)
     config, *settings = settings_of("attack", words, *kinds)
@@ -46,10 +46,10 @@ def attack(words: list[str]) -> None:
 
 
 def sweep(words: list[str]) -> None:
-    from loramox.evaluate.job import Asked
+    from loramox.evaluate.evaluate import Asked
     from loramox.evaluate.measure import ScoringConfig
     from loramox.evaluate.show import show_frontier
-    from loramox.sweep_job import FRONTIER, PICTURE, SweepConfig, sweep
+    from loramox.sweep.sweep import FRONTIER, PICTURE, SweepConfig, sweep
 
     config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
     frontier = sweep(config, *settings)
@@ -79,7 +79,7 @@ def report(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
     parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, which may have sweep/ and attack/ in it.")
     given = parser.parse_args(words)
-    from loramox.evaluate.report import report
+    from loramox.extras.report import report
 
     made = report(given.run)
     say(

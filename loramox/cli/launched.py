@@ -84,7 +84,7 @@ def as_launched(verb: str) -> list[str]:
             value = os.environ.get(name, UNSAID.get(name, fine[0]))
             if value.lower() not in fine:
                 raise SettingsError(f"accelerate's config has {value} for {said}")
-        from loramox.model import several_processes
+        from loramox.model.config import several_processes
 
         del os.environ[asks]
         cut = verb in SHARDING and several_processes()

@@ -7,13 +7,13 @@ from loramox.cli.arguments import given_settings, say, settings_of
 
 
 def plan(words: list[str]) -> None:
-    from loramox.batches import Tokenisation
-    from loramox.memorize import BaselineConfig
-    from loramox.plan.config import PlanConfig
-    from loramox.plan.job import plan
-    from loramox.plan.show import show_plan
-    from loramox.reference import ReferenceConfig
-    from loramox.rows import Columns
+    from loramox.data.encode import Tokenisation
+    from loramox.data.rows import Columns
+    from loramox.extras.plan.config import PlanConfig
+    from loramox.extras.plan.job import plan
+    from loramox.extras.plan.show import show_plan
+    from loramox.model.lora import ReferenceConfig
+    from loramox.train.baseline_config import BaselineConfig
 
     kinds = (PlanConfig, ReferenceConfig, BaselineConfig, Columns, Tokenisation)
     show_plan(plan(*settings_of("plan", words, *kinds), given=given_settings("plan", words, *kinds)))
@@ -21,13 +21,13 @@ def plan(words: list[str]) -> None:
 
 def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     """The settings of a verb that trains; with --fit those not given are the fastest that are predicted to fit."""
-    from loramox.plan.config import FitConfig
+    from loramox.extras.plan.config import FitConfig
 
     kinds = (*kinds, FitConfig)
     *settings, wanted = settings_of(verb, words, *kinds)
     if wanted.fit is None:
         return tuple(settings)
-    from loramox.plan.job import fit
+    from loramox.extras.plan.job import fit
 
     choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))
     flags = choice.flags()

@@ -31,13 +31,13 @@ def _ledger_parser(step: str, *names: str) -> argparse.ArgumentParser:
 
 
 def _add(words: list[str]) -> None:
-    from loramox.batches import Tokenisation
-    from loramox.memorize import MemorizeConfig
-    from loramox.reference import ReferenceConfig
-    from loramox.requests_job import RequestConfig, add
-    from loramox.rows import Columns, Data
+    from loramox.data.encode import Tokenisation
+    from loramox.data.rows import Columns, Data
+    from loramox.extras.ledger.ledger import REQUESTS
+    from loramox.extras.ledger.requests import RequestConfig, add
+    from loramox.model.lora import ReferenceConfig
     from loramox.run import read_record
-    from loramox.ship.ledger import REQUESTS
+    from loramox.train.config import MemorizeConfig
 
     kinds = (RequestConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
     given = words[:1] if words and not words[0].startswith("-") else []
@@ -56,7 +56,7 @@ def _add(words: list[str]) -> None:
 
 def _defaults(path: str) -> list[str]:
     """What later requests of a ledger have unless told otherwise, as flags; nothing for a new ledger."""
-    from loramox.ship.ledger import INDEX, read_ledger
+    from loramox.extras.ledger.ledger import INDEX, read_ledger
 
     words: list[str] = []
     settings = read_ledger(Path(path)).settings if (Path(path) / INDEX).exists() else {}
@@ -72,7 +72,7 @@ def _list(words: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loramox.ship.ledger import read_ledger
+    from loramox.extras.ledger.ledger import read_ledger
 
     ledger = read_ledger(Path(_ledger_parser("list").parse_args(words).ledger))
     stale = ledger.stale()
@@ -89,7 +89,7 @@ def _show(words: list[str]) -> None:
     import json
     from dataclasses import asdict
 
-    from loramox.ship.ledger import read_ledger
+    from loramox.extras.ledger.ledger import read_ledger
 
     given = _ledger_parser("show", "id").parse_args(words)
     ledger = read_ledger(Path(given.ledger))
@@ -99,7 +99,7 @@ def _show(words: list[str]) -> None:
 
 
 def _revoke(words: list[str]) -> None:
-    from loramox.requests_job import revoke
+    from loramox.extras.ledger.requests import revoke
 
     given = _ledger_parser("revoke", "id").parse_args(words)
     stale = revoke(given.ledger, given.id)
@@ -112,7 +112,7 @@ def _revoke(words: list[str]) -> None:
 
 
 def _refresh(words: list[str]) -> None:
-    from loramox.requests_refresh import refresh
+    from loramox.extras.ledger.refresh import refresh
 
     parser = _ledger_parser("refresh")
     parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
@@ -125,8 +125,8 @@ def _refresh(words: list[str]) -> None:
 def _build(words: list[str]) -> None:
     from transformers import HfArgumentParser
 
-    from loramox.extrapolate import ShippingConfig
-    from loramox.requests_build import build
+    from loramox.adapter.export import ShippingConfig
+    from loramox.extras.ledger.build import build
 
     parser = HfArgumentParser(
         ShippingConfig, prog="loramox requests build", description=STEPS["requests build"], allow_abbrev=False
@@ -151,7 +151,7 @@ def _build(words: list[str]) -> None:
 
 
 def _verify(words: list[str]) -> None:
-    from loramox.ship.ledger import verify
+    from loramox.extras.ledger.ledger import verify
 
     path = _ledger_parser("verify").parse_args(words).ledger
     faults, left_over = verify(Path(path))

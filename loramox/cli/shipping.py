@@ -16,9 +16,9 @@ def ship(words: list[str]) -> None:
 
 
 def _check(words: list[str]) -> None:
-    from loramox.ship.check import check, stopped
-    from loramox.ship.servers import SERVERS
-    from loramox.ship.show import show_findings
+    from loramox.extras.check.check import check, stopped
+    from loramox.extras.check.servers import SERVERS
+    from loramox.extras.check.show import show_findings
 
     parser = argparse.ArgumentParser(
         prog="loramox ship check",
@@ -40,11 +40,11 @@ def _check(words: list[str]) -> None:
 
 
 def _merge(words: list[str]) -> None:
-    from loramox.card import what_survived
+    from loramox.adapter.card import what_survived
     from loramox.evaluate.show import show_states
-    from loramox.merge_job import ForgettingConfig, merge
-    from loramox.ship.merge import MergeConfig
-    from loramox.ship.push import PushConfig
+    from loramox.extras.hub import PushConfig
+    from loramox.extras.merge.job import ForgettingConfig, merge
+    from loramox.extras.merge.merge import MergeConfig
 
     config, asked, pushing = settings_of("ship merge", words, MergeConfig, ForgettingConfig, PushConfig)
     made = merge(config, asked)
@@ -58,8 +58,8 @@ def _merge(words: list[str]) -> None:
 
 
 def _gguf(words: list[str]) -> None:
-    from loramox.ship.gguf import GgufConfig, for_ollama, to_gguf
-    from loramox.ship.push import PushConfig
+    from loramox.extras.gguf import GgufConfig, for_ollama, to_gguf
+    from loramox.extras.hub import PushConfig
 
     config, pushing = settings_of("ship gguf", words, GgufConfig, PushConfig)
     model_type, layers = to_gguf(**vars(config))
@@ -74,7 +74,7 @@ def _gguf(words: list[str]) -> None:
 
 
 def _serve_folder(words: list[str]) -> None:
-    from loramox.ship.serve_folder import serve_folder
+    from loramox.extras.serve import serve_folder
 
     parser = argparse.ArgumentParser(
         prog="loramox ship serve-folder",

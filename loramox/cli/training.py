@@ -20,8 +20,8 @@ def demo(words: list[str]) -> None:
 
 
 def unlearn(words: list[str]) -> None:
-    from loramox.extrapolate import ShippingConfig
-    from loramox.main_job import SHIPPED, unlearn
+    from loramox.adapter.export import ShippingConfig
+    from loramox.unlearning import SHIPPED, unlearn
 
     run, reference, data, *settings = fitted("unlearn", words, (*any_method(), ShippingConfig))
     record = unlearn(run, reference, data, *settings)
@@ -45,7 +45,7 @@ def unlearn(words: list[str]) -> None:
 
 def watched(record: dict[str, Any]) -> list[str]:
     """What became of the rows that were watched while training, when they were; and what to do where it went wrong."""
-    from loramox.memorize.advice import curve
+    from loramox.train.diagnostics import curve
 
     curves = {part: curve(record["log"], part) for part in ("forget", "retain")}
     warned = [f"[bold]Warning:[/] {each}" for each in record["advice"]]
@@ -65,7 +65,7 @@ def _shown(probability: float) -> str:
 
 
 def memorize(words: list[str]) -> None:
-    from loramox.memorize import FOLDER, memorize
+    from loramox.unlearning import FOLDER, memorize
 
     run, *settings = fitted("memorize", words, any_method())
     record = memorize(run, *settings)
@@ -82,8 +82,8 @@ def memorize(words: list[str]) -> None:
 def extrapolate(words: list[str]) -> None:
     from transformers import HfArgumentParser
 
-    from loramox.extrapolate import ShippingConfig, extrapolate
-    from loramox.ship.push import PushConfig
+    from loramox.adapter.export import ShippingConfig, extrapolate
+    from loramox.extras.hub import PushConfig
 
     kinds = (ShippingConfig, PushConfig)
     parser = HfArgumentParser(kinds, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False)
@@ -106,16 +106,17 @@ def extrapolate(words: list[str]) -> None:
 
 def any_method() -> tuple[type, ...]:
     """What `memorizing` has, with the settings of every method in the place of MOX's."""
-    from loramox.memorize import BaselineConfig, MemorizeConfig
+    from loramox.train.baseline_config import BaselineConfig
+    from loramox.train.config import MemorizeConfig
 
     return tuple(BaselineConfig if kind is MemorizeConfig else kind for kind in memorizing())
 
 
 def memorizing() -> tuple[type, ...]:
-    from loramox.batches import Tokenisation
-    from loramox.memorize import MemorizeConfig
-    from loramox.reference import ReferenceConfig
-    from loramox.rows import Columns, Data
+    from loramox.data.encode import Tokenisation
+    from loramox.data.rows import Columns, Data
+    from loramox.model.lora import ReferenceConfig
     from loramox.run import RunConfig
+    from loramox.train.config import MemorizeConfig
 
     return (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)

@@ -11,20 +11,19 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from loramox.batches import Example, Tokenisation, encode
+from loramox.adapter.switch import ForgetSwitch
+from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.rows import Data, read_rows
 from loramox.demo.models import CONTEXT, one_thread, train_model
 from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.files import has_files, remove, write_json
-from loramox.head import IGNORED
-from loramox.main_job import SHIPPED, unlearn
-from loramox.memorize import MemorizeConfig
-from loramox.reference import ReferenceConfig
-from loramox.rows import Data, read_rows
+from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
-from loramox.ship import ForgetSwitch
+from loramox.train.config import MemorizeConfig
+from loramox.unlearning import SHIPPED, unlearn
 
 RECORD = "demo.json"  # also tells the folder of a demo, which may be replaced, from any other
 SHOWN = 3  # questions of each part that are put side by side

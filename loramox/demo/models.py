@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from loramox.batches import Example
+from loramox.data.encode import Example
 
 CONTEXT = 128
 

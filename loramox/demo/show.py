@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loramox.main_job import SHIPPED
-from loramox.memorize import FOLDER
+from loramox.unlearning import FOLDER, SHIPPED
 
 TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 

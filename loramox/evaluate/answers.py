@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loramox.batches import Example
+from loramox.data.encode import Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.sharding import is_sharded
+from loramox.model.sharding import is_sharded
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from loramox.batches import Example, Tokenisation, encode
+from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.rows import Row
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
@@ -18,8 +19,6 @@ from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
-from loramox.head import IGNORED
-from loramox.rows import Row
 
 Record = dict[str, Any]  # a row of records.jsonl
 

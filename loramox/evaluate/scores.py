@@ -17,10 +17,11 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from loramox.batches import Collator, Example
+from loramox.data.encode import IGNORED, Example
+from loramox.data.pairs import Collator
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.head import IGNORED, AnswerStates, Head, answer_states, backbone, per_token
-from loramox.sharding import is_sharded
+from loramox.model.head import AnswerStates, Head, answer_states, backbone, per_token
+from loramox.model.sharding import is_sharded
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
 CACHED_ELEMENTS = 1_000_000

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
-from loramox.sharding import is_sharded
+from loramox.model.sharding import is_sharded
 
 T = TypeVar("T")
 

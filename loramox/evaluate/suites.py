@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from loramox.data.rows import Columns, Row, read_rows
 from loramox.errors import RowsError
 from loramox.evaluate.answers import Answering
-from loramox.rows import Columns, Row, read_rows
 
 HUBS = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-News"}
 

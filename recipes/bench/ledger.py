@@ -24,13 +24,13 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 from peft import LoraConfig
 
-from loramox.adapter import WEIGHTS, write_adapter
-from loramox.algebra import Factors
-from loramox.extrapolate import ShippingConfig
+from loramox.adapter.export import ShippingConfig
+from loramox.adapter.folder import WEIGHTS, write_adapter
+from loramox.extras.ledger.build import build
+from loramox.extras.ledger.ledger import REQUESTS, Entry, Ledger, file_digests
 from loramox.files import write_json
-from loramox.requests_build import build
+from loramox.model.algebra import Factors
 from loramox.run import RECORD, memory_now, peak_memory
-from loramox.ship.ledger import REQUESTS, Entry, Ledger, file_digests
 
 COUNTS = (1, 10, 100, 1000)
 LAYERS, HIDDEN, MIDDLE, RANK = 2, 256, 768, 16

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramox import BaselineConfig, BaselineTrainer, ReferenceConfig, add_lora
-from loramox.batches import Collator
-from loramox.reference import lora_layers
+from loramox.data.pairs import Collator
+from loramox.model.lora import lora_layers
 
 from .open_unlearning import trainers
 from .shapes import no_words

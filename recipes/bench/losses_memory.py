@@ -3,9 +3,9 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramox.head import Head, per_token
-from loramox.memorize.objectives import cross_entropy, kl_divergence
+from loramox.model.head import Head, per_token
 from loramox.run import memory_now, peak_memory
+from loramox.train.losses import cross_entropy, kl_divergence
 
 LOSSES = ("cross-entropy", "KL", "cross-entropy of all logits at once", "KL of all logits at once")
 

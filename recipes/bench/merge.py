@@ -25,14 +25,14 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from loramox.adapter import write_adapter
-from loramox.algebra import Factors
-from loramox.merge_job import merge
-from loramox.model import ModelConfig, identify, read_config, skeleton
-from loramox.reference import keep_4bit_weights_in_place, load_reference
-from loramox.ship.merge import MergeConfig
-from loramox.ship.quantize import dequantized, quantized_like
-from loramox.ship.shards import Entry, size_in, write_header, write_tensor
+from loramox.adapter.folder import write_adapter
+from loramox.extras.merge.job import merge
+from loramox.extras.merge.merge import MergeConfig
+from loramox.extras.merge.quantize import dequantized, quantized_like
+from loramox.extras.merge.shards import Entry, size_in, write_header, write_tensor
+from loramox.model.algebra import Factors
+from loramox.model.config import ModelConfig, identify, read_config, skeleton
+from loramox.model.load import keep_4bit_weights_in_place, load_reference
 
 SHAPES = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1_376, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 4_000},

@@ -37,14 +37,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loramox import Tokenisation
-from loramox.evaluate.job import Asked, Subject, evaluate
+from loramox.data.encode import IGNORED
+from loramox.data.rows import Columns
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
-from loramox.head import IGNORED
-from loramox.model import ModelConfig
-from loramox.rows import Columns
+from loramox.model.config import ModelConfig
 
 from .open_unlearning import ASKED, CONTEXT, Muse
 

@@ -26,12 +26,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramox import MemorizeTrainer, ReferenceConfig, add_lora, load_reference
-from loramox.memorize import BaselineConfig, BaselineTrainer
-from loramox.model import read_config, read_tokenizer
-from loramox.plan.config import choices
-from loramox.plan.estimate import Estimate, Rows, estimate, watch
-from loramox.plan.outline import Setting
-from loramox.plan.speed import measured_speed
+from loramox.extras.plan.config import choices
+from loramox.extras.plan.estimate import Estimate, Rows, estimate, watch
+from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.speed import measured_speed
+from loramox.model.config import read_config, read_tokenizer
+from loramox.train.baseline_config import BaselineConfig
+from loramox.train.baseline_trainer import BaselineTrainer
 
 from .shapes import no_words
 from .steps import machine, seconds_of

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loramox import ReferenceConfig, load_reference
-from loramox.sharding import shard
+from loramox.model.sharding import shard
 
 ROWS, LONG, SHORT = 8, 10, 2  # forget rows of a step; steps
 ALONE = [sys.executable, "-m", "loramox"]

@@ -27,7 +27,8 @@ marks = []
 def mark(name):
     marks.append((name, time.perf_counter() - start, time.process_time()))
 from loramox.cli import main
-from loramox.memorize import job, trainer
+from loramox import unlearning as job
+from loramox.train import trainer
 mark("imports")
 def around(holder, name, before=None, after=None):
     inner = getattr(holder, name)

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from loramox.head import backbone
-from loramox.memorize import MemorizeTrainer
-from loramox.plan.speed import measured_speed
-from loramox.reference import current_factors
+from loramox.extras.plan.speed import measured_speed
+from loramox.model.head import backbone
+from loramox.model.lora import current_factors
 from loramox.run import memory_now, peak_memory
+from loramox.train.trainer import MemorizeTrainer
 
 from .losses_memory import LOSSES, loss_memory
 from .shapes import FORGET, LENGTHS, RETAIN_PER_FORGET, SHAPES, config_of, folder_of, rows_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
-from loramox.batches import Collator
-from loramox.model import read_tokenizer
+from loramox.data.pairs import Collator
+from loramox.model.config import read_tokenizer
 
 from .open_unlearning import trainers
 from .shapes import RETAIN_PER_FORGET, Example

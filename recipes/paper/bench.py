@@ -34,14 +34,14 @@ from loramox import (
     load_reference,
     read_rows,
 )
-from loramox.adapter import PROVENANCE, at_rank, read_factors, served_rank
-from loramox.algebra import Factors
-from loramox.batches import Collator
+from loramox.adapter.folder import PROVENANCE, at_rank, read_factors, served_rank
+from loramox.data.pairs import Collator
 from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.summary import summarise
-from loramox.memorize.job import prepare
-from loramox.model import check_device, read_config, read_tokenizer
-from loramox.reference import at_strength, current_factors, with_factors
+from loramox.model.algebra import Factors
+from loramox.model.config import check_device, read_config, read_tokenizer
+from loramox.model.lora import at_strength, current_factors, with_factors
+from loramox.unlearning import prepare
 
 from .methods import STANDARD
 from .runs import Run, Runs

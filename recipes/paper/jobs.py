@@ -8,7 +8,7 @@ from typing import Any
 
 from loramox.evaluate.attacks.relearn import attacker, train
 from loramox.files import replacing
-from loramox.memorize.momentum import Momentum
+from loramox.train.momentum import Momentum
 
 from .bench import Bench, Delta, Trained, norm
 from .frontier import at_level, beside, measured

@@ -9,13 +9,13 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from loramox import Columns, Tokenisation
-from loramox.evaluate.job import questions_of
+from loramox.evaluate.evaluate import questions_of
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.suites import read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.files import sha256_of
-from loramox.model import ModelConfig, read_config
-from loramox.reference import load_reference
+from loramox.model.config import ModelConfig, read_config
+from loramox.model.load import load_reference
 
 from .bench import Bench, asked_quietly
 from .methods import DEFAULT, KL5, PAPER, Scale, Settings

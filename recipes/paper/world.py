@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from loramox.errors import RunError
 from loramox.files import replacing, sha256_of
-from loramox.model import ModelConfig, identify, read_config
+from loramox.model.config import ModelConfig, identify, read_config
 
 WANTED = "wanted_answer"
 AUTHOR = 20  # rows an author has

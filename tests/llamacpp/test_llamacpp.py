@@ -23,7 +23,7 @@ from test_merge import adapter_for
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from loramox import ForgetSwitch
-from loramox.ship.gguf import to_gguf
+from loramox.extras.gguf import to_gguf
 
 if "LLAMACPP_SOURCE" not in os.environ:
     pytest.skip("needs llama-cpp-python: make test-llamacpp", allow_module_level=True)
@@ -237,7 +237,7 @@ def test_without_the_order_of_rows_it_would_be_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = converted("llama")
-    monkeypatch.setattr("loramox.ship.gguf.interleaved", lambda rows, heads: rows)
+    monkeypatch.setattr("loramox.extras.gguf.interleaved", lambda rows, heads: rows)
     to_gguf(folder / "adapter", tmp_path / "wrong.gguf")
     there = context(folder / "base.gguf", tmp_path / "wrong.gguf")
     there.at(1.0)

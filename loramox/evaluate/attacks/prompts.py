@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loramox.rows import Row
+from loramox.data.rows import Row
 
 PREFIX_WORDS = (1, 3, 5)
 

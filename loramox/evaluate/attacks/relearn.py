@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from loramox.batches import Collator, Example
-from loramox.head import Head, answer_states, mean_over_rows, per_token
-from loramox.reference import ADAPTER
+from loramox.data.encode import Example
+from loramox.data.pairs import Collator
+from loramox.model.head import Head, answer_states, mean_over_rows, per_token
+from loramox.model.lora import ADAPTER
 
 ATTACKER = "relearning"
 

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from loramox.files import replacing
-from loramox.model import ModelConfig, read_tokenizer
-from loramox.reference import at_strength, load_reference
+from loramox.model.config import ModelConfig, read_tokenizer
+from loramox.model.load import load_reference
+from loramox.model.lora import at_strength
 
 
 def merge(model: ModelConfig, adapter: str, strength: float, device: torch.device, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Rows to forget and to retain, and the batches made of them."""

@@ -1,0 +1,1 @@
+"""What not every user runs. The core never imports from here."""

@@ -1,0 +1,1 @@
+"""Will a server load this adapter?"""

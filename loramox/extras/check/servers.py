@@ -1,0 +1,249 @@
+"""What each server takes and what it silently leaves out, a rule a line, from the servers' own sources.
+
+Held: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe),
+llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). PEFT's are tested by
+running it, and that llama.cpp computes what PEFT does by `make test-llamacpp`.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loramox.adapter.folder import SERVED_RANKS, served_rank
+from loramox.extras.check.untrusted import Stored, shown
+
+SERVERS = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
+OTHERS = SERVERS[1:]  # PEFT wrote the format, and takes all of it
+VLLM_RANK = 16  # vLLM's default --max-lora-rank
+
+QUANTIZED_NAME = re.compile(r"[48]-?bit\b|int[48]\b|\bnf4\b|gptq|awq|gguf|exl2|\bfp8\b", re.IGNORECASE)
+
+# Model types whose adapters a server is known to load; others are neither promised nor stopped.
+TYPES = {
+    "vllm": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    "sglang": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
+    "llama.cpp": ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"),
+    "ollama": ("llama", "mistral", "gemma2"),
+}
+
+# Ollama runs these in an engine of its own, which refuses adapters when the model is loaded: 'loras are not yet implemented'
+# (fs/ggml/ggml.go, OllamaEngineRequired, at c664d9c1; runner/ollamarunner/runner.go).
+OLLAMAS_OWN = ("qwen3",)
+
+
+class Finding(NamedTuple):
+    """One thing that was found: for one server or for 'all'; 'ok', 'stop' or 'note'; what it is, and what to do."""
+
+    server: str
+    verdict: str
+    what: str
+    remedy: str
+
+
+class Adapter(NamedTuple):
+    """An adapter folder as it was read: `model_type` and `base` are those of the base model, where it could be read;
+    `targets` is the config's target_modules."""
+
+    folder: str
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    provenance: dict[str, Any]
+    base: str | None
+    model_type: str | None
+    targets: frozenset[str]
+
+    @property
+    def rank(self) -> Any:
+        return self.config.get("r", 8)  # PEFT's defaults, here and below
+
+    @property
+    def alpha(self) -> Any:
+        return self.config.get("lora_alpha", 8)
+
+
+class Rule(NamedTuple):
+    """Where it holds, what it says of an adapter (None: nothing), and flags of `extrapolate` that fix it (None: retrain)."""
+
+    servers: tuple[str, ...]
+    verdict: str
+    says: Callable[[Adapter], str | None]
+    flags: str | None = ""
+
+
+def set_to(name: str, *plain: Any) -> Callable[[Adapter], str | None]:
+    """Says that a setting of adapter_config.json is none of its `plain` values."""
+
+    def says(adapter: Adapter) -> str | None:
+        value = adapter.config.get(name)
+        empty = value in (None, False, [], {}) or any(value is p or value == p for p in plain)
+        return None if empty else f"{name} is {shown(value, 40)}"
+
+    return says
+
+
+def because(rule: Callable[[Adapter], str | None], reason: str) -> Callable[[Adapter], str | None]:
+    return lambda adapter: f"{said}: {reason}" if (said := rule(adapter)) else None
+
+
+def has(pattern: str, what: str) -> Callable[[Adapter], str | None]:
+    """Says that there are tensors whose names match."""
+    sought = re.compile(pattern)
+
+    def says(adapter: Adapter) -> str | None:
+        found = [key for key in adapter.tensors if sought.search(key)]
+        return f"{len(found)} tensors such as {shown(found[0])} are {what}" if found else None
+
+    return says
+
+
+def rank_for_vllm(adapter: Adapter) -> str | None:
+    if adapter.rank > SERVED_RANKS[-1] or (adapter.rank in SERVED_RANKS and adapter.rank <= VLLM_RANK):
+        return None
+    ceiling = max(VLLM_RANK, served_rank(adapter.rank))
+    if adapter.rank == ceiling:
+        return f"rank {adapter.rank} is above vLLM's default limit of {VLLM_RANK}; its flag --max-lora-rank {ceiling} raises it"
+    flag = f", under its flag --max-lora-rank {ceiling}" if ceiling > VLLM_RANK else ""
+    return f"rank {adapter.rank} is none of vLLM's; it loads padded to {ceiling}{flag}"
+
+
+def rank_too_high(adapter: Adapter) -> str | None:
+    return f"rank {adapter.rank} is above {SERVED_RANKS[-1]}" if adapter.rank > SERVED_RANKS[-1] else None
+
+
+def scale(adapter: Adapter) -> str | None:
+    if adapter.alpha == adapter.rank:
+        return None
+    return f"lora_alpha is {adapter.alpha} at rank {adapter.rank}: a scale of {adapter.alpha / adapter.rank:.3g}, not 1"
+
+
+def alpha_not_unsigned(adapter: Adapter) -> str | None:
+    whole = isinstance(adapter.alpha, int) and 0 < adapter.alpha < 1 << 32
+    return None if whole else f"lora_alpha is {adapter.alpha}, and Ollama reads an unsigned integer"
+
+
+def alpha_zero(adapter: Adapter) -> str | None:
+    return "lora_alpha is 0, which llama.cpp reads as a scale of 1" if adapter.alpha == 0 else None
+
+
+def double(adapter: Adapter) -> str | None:
+    wide = any(tensor.dtype == "F64" for tensor in adapter.tensors.values())
+    return "weights are float64, which Ollama does not read" if wide else None
+
+
+def quantized_base(adapter: Adapter) -> str | None:
+    name = adapter.config.get("base_model_name_or_path") or ""
+    if not QUANTIZED_NAME.search(Path(name).name):
+        return None
+    return f"base_model_name_or_path is {shown(name)}, a quantized model: servers load the 16-bit one that it was made from"
+
+
+def unknown_type(server: str) -> Callable[[Adapter], str | None]:
+    def says(adapter: Adapter) -> str | None:
+        if adapter.model_type in (None, *TYPES[server]):
+            return None
+        return (
+            f"{shown(adapter.model_type)} models are not among those of which it is known ({', '.join(TYPES[server])})"
+        )
+
+    return says
+
+
+HEAD = r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|embed_in|wte|lora_embedding_[AB])(?:\.|$)"
+
+RULES = (
+    Rule(OTHERS, "stop", because(set_to("bias", "none"), "trained biases are left out")),
+    Rule(OTHERS, "stop", because(set_to("lora_bias"), "trained biases are left out")),
+    Rule(
+        ("sglang", "llama.cpp", "ollama"), "stop", because(set_to("use_rslora"), "it is ignored, so the scale is wrong")
+    ),
+    Rule(OTHERS, "stop", because(set_to("use_dora"), "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", because(set_to("rank_pattern"), "one rank for all layers is expected")),
+    Rule(OTHERS, "stop", because(set_to("alpha_pattern"), "one scale for all layers is expected")),
+    Rule(OTHERS, "stop", because(set_to("modules_to_save"), "whole layers are left out or refused"), None),
+    Rule(OTHERS, "stop", because(set_to("trainable_token_indices"), "trained embeddings are left out"), None),
+    Rule(OTHERS, "stop", because(set_to("target_parameters"), "only layers are adapted"), None),
+    Rule(OTHERS, "stop", because(set_to("layer_replication"), "the base has fewer layers"), None),
+    Rule(
+        OTHERS,
+        "stop",
+        because(set_to("init_lora_weights", True, "gaussian"), "the base's weights change in PEFT alone"),
+    ),
+    Rule(OTHERS, "stop", because(set_to("use_bdlora"), "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", because(set_to("use_qalora"), "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", because(set_to("alora_invocation_tokens"), "it is in force from the first token"), None),
+    Rule(OTHERS, "stop", because(set_to("kasa_config"), "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", has(HEAD, "of embeddings or the output head, which only PEFT loads everywhere"), None),
+    Rule(("vllm",), "stop", rank_too_high, "--rank 512"),
+    Rule(("vllm",), "note", rank_for_vllm, "--rank 16"),
+    Rule(("all",), "note", scale),
+    Rule(("ollama",), "stop", alpha_not_unsigned),
+    Rule(("llama.cpp",), "stop", alpha_zero),
+    Rule(("ollama",), "stop", double, "--ship_dtype float32"),
+    Rule(OTHERS, "stop", quantized_base, "--base MODEL_OF_16_BITS"),
+    Rule(("peft",), "note", quantized_base, "--base MODEL_OF_16_BITS"),
+    Rule(("vllm",), "note", unknown_type("vllm"), None),
+    Rule(("sglang",), "note", unknown_type("sglang"), None),
+    Rule(("llama.cpp",), "note", unknown_type("llama.cpp"), None),
+)
+
+
+def judge(adapter: Adapter) -> Iterator[Finding]:
+    """What every server's rules say of an adapter whose files are sound."""
+    for rule in RULES:
+        if said := rule.says(adapter):
+            for server in rule.servers:
+                yield Finding(server, rule.verdict, said, remedy(adapter, rule.flags))
+    if said := unknown_type("ollama")(adapter):
+        own = adapter.model_type in OLLAMAS_OWN
+        merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
+        way_round = merging if own else f"Convert it, and give ADAPTER the file: {converting(adapter)}"
+        yield Finding("ollama", "stop", said, way_round)
+
+
+def remedy(adapter: Adapter, flags: str | None) -> str:
+    """The command that makes the adapter again with other flags; for a variant that no flag takes away, the way round."""
+    if flags is None:
+        return "Serve it in PEFT, or merge it there into the 16-bit base (merge_and_unload) and serve the result"
+    if "requests" in adapter.provenance:
+        return " ".join(word for word in ("loramox requests build LEDGER", flags, "--out NEW_FOLDER") if word)
+    settings = adapter.provenance.get("settings")
+    source = settings.get("output_dir") if isinstance(settings, dict) else None
+    strength = adapter.provenance.get("strength")
+    known = type(strength) in (int, float) and 0 < strength < 1e9
+    words = [
+        "loramox extrapolate",
+        _quoted(source) if isinstance(source, str) else "DIR/memorization",
+        f"--alpha {strength:g}" if known else "",
+        flags,
+        "--out NEW_FOLDER",
+    ]
+    return " ".join(word for word in words if word)
+
+
+def _quoted(name: str) -> str:
+    return shlex.quote(shown(name, 4096))
+
+
+def _base(adapter: Adapter) -> str:
+    return _quoted(adapter.base or adapter.config.get("base_model_name_or_path") or "BASE")
+
+
+def converting(adapter: Adapter) -> str:
+    base = f" --base {_base(adapter)}" if adapter.base else ""
+    return f"loramox ship gguf --adapter {shlex.quote(adapter.folder)}{base} --out forget.gguf"
+
+
+def loading(adapter: Adapter, server: str) -> str:
+    """The command by which the server loads it."""
+    base = _base(adapter)
+    folder = shlex.quote(adapter.folder)
+    high = f" --max-lora-rank {served_rank(adapter.rank)}" if VLLM_RANK < adapter.rank <= SERVED_RANKS[-1] else ""
+    return {
+        "peft": f"PeftModel.from_pretrained(model, {adapter.folder!r})",
+        "vllm": f"vllm serve {base} --enable-lora{high} --lora-modules forget={folder}",
+        "sglang": f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths forget={folder}",
+        "llama.cpp": f"{converting(adapter)}; then llama-server -m BASE.gguf --lora forget.gguf",
+        "ollama": f"In the Modelfile: FROM {base} and ADAPTER {folder}; then ollama create forget",
+    }[server]

@@ -1,0 +1,1 @@
+"""A ledger of unlearning requests, and one adapter for all in force."""

@@ -1,0 +1,117 @@
+"""One request of a ledger: memorizing it on top of those in force, and keeping what comes of it. For `add` and `refresh`."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from loramox.adapter.card import request_card
+from loramox.adapter.folder import (
+    SERVED_RANKS,
+    WEIGHTS,
+    at_rank,
+    read_factors,
+    read_provenance,
+    served_rank,
+    write_adapter,
+)
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns, Data, Row, read_rows
+from loramox.errors import RunError
+from loramox.extras.ledger.compose import terms_of, total_within
+from loramox.extras.ledger.ledger import (
+    REQUESTS,
+    STAGING,
+    Entry,
+    Ledger,
+    check_files,
+    file_digests,
+    locked,
+    read_ledger,
+)
+from loramox.extras.ledger.rows import ROWS, write_rows
+from loramox.files import remove, replacing
+from loramox.model.lora import ReferenceConfig
+from loramox.run import RECORD, RunConfig, command
+from loramox.train.config import MemorizeConfig
+from loramox.train.earlier import Earlier
+from loramox.unlearning import FOLDER, memorize
+
+
+@contextmanager
+def existing(path: Path) -> Iterator[Ledger]:
+    """The ledger at `path`, which no other process writes to within it."""
+    read_ledger(path)  # before a lock is made where there is no ledger
+    with locked(path, command()):
+        yield read_ledger(path)
+
+
+def rows_of(ledger: Ledger, entry: Entry) -> list[Row]:
+    check_files(ledger, [entry], ROWS)
+    return read_rows(str(ledger.folder(entry) / ROWS), Columns(**entry.columns))
+
+
+def clean(ledger: Path, found: list[Path]) -> None:
+    for path in found:
+        print(f"Left over from what did not finish (with --resume it would have gone on), and removed: {path}")
+        remove(path)
+    with suppress(OSError):  # a run is in it, or there is none
+        (ledger / STAGING).rmdir()
+
+
+def drop(run: Path) -> None:
+    remove(run)
+    clean(run.parent.parent, [])
+
+
+def memorized(
+    ledger: Ledger,
+    name: str,
+    resume: bool,
+    reference: ReferenceConfig,
+    data: Data,
+    args: MemorizeConfig,
+    columns: Columns,
+    tokenisation: Tokenisation | None,
+    on: list[Entry],
+) -> Path:
+    """The folder, in staging, of a run that memorized the request while those that are `on` were."""
+    run = ledger.path / STAGING / name
+    try:
+        earlier = _earlier(ledger, on)
+        memorize(RunConfig(str(run), resume=resume), reference, data, args, columns, tokenisation, earlier)
+    except RunError as error:
+        raise type(error)(str(error).replace("with --overwrite", "without --resume")) from error
+    return run
+
+
+def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
+    """What these requests' rows are, and what they take away."""
+    if not on:
+        return None
+    asked = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
+    check_files(ledger, on, WEIGHTS)
+    terms = terms_of({entry.id: (ledger.folder(entry), entry.strength) for entry in on})
+    layers = read_factors(ledger.folder(on[0]))[0]
+    return Earlier(
+        *zip(*asked, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
+    )
+
+
+def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
+    """Make the request's folder, whole or not at all, of what a run left: ΔW at the rank that ships, without optimiser states.
+
+    ΔW is the momentum average, as `extrapolate` ships it, so that a ledger of one request builds what `unlearn` would.
+    """
+    source = read_provenance(run / FOLDER, "memorization")
+    delta, trained = read_factors(run / FOLDER / "momentum")
+    fitted, entry.truncation_error = at_rank(delta, served_rank(source["settings"]["r"]))
+    provenance = source | {"truncation_error": entry.truncation_error}
+    with replacing(ledger.path / REQUESTS / entry.folder) as folder:
+        card = request_card(provenance, entry.id)
+        write_adapter(folder, fitted, trained, ledger.base, torch.float32, provenance, card)
+        shutil.copy(run / RECORD, folder / RECORD)
+        write_rows(folder / ROWS, rows, Columns(**entry.columns))
+        entry.files = file_digests(folder)

@@ -1,0 +1,169 @@
+"""Requests for forgetting that come one after another, and may be revoked. Where memorize, extrapolate and ship meet.
+
+Each request in force has its own ΔW_i; Σ −α_i·ΔW_i is the adapter for all of them, in any order, and leaving one out of the sum
+is revoking it. What ties requests together is that a later one is memorized on top of those in force (`protect`), as retain rows
+are to stay where they are under the sum; when one of these is revoked, `refresh` memorizes the later ones again without it.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from loramox.adapter.folder import check_base, served_rank
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
+from loramox.errors import RowsError, RunError, SettingsError
+from loramox.extras.ledger.entry import clean, drop, existing, keep, memorized, rows_of
+from loramox.extras.ledger.ledger import INDEX, Entry, Ledger, is_ours, left_over, locked, read_ledger
+from loramox.model.config import identify, read_config
+from loramox.model.lora import ReferenceConfig
+from loramox.run import command, read_record
+from loramox.train.config import MemorizeConfig
+
+# Settings that all requests of a ledger share: without them adapters could not be added up, or not at constant rank.
+SHARED = ("r", "lora_alpha", "target_modules", "shared_subspace", "protect")
+# Settings that the first request sets for later ones, which may have others.
+DEFAULTS = ("model", "revision", "quantization", "dtype", "trust_remote_code", "strength")
+
+
+@dataclass
+class RequestConfig:
+    """Which ledger, and which request in it."""
+
+    ledger: str = field(metadata={"help": "Folder of the ledger. The first request makes it."})
+    id: str | None = field(default=None, metadata={"help": "Name of the request. Default: request-1, request-2, …"})
+    protect: bool = field(
+        default=True,
+        metadata={
+            "help": "Memorize on top of the requests in force: retain rows are held under the sum of all, and what is forgotten "
+            "already stays so. Revoking one of them then needs `refresh`. All requests of a ledger share this."
+        },
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue an `add` that was killed, from its last checkpoint."}
+    )
+
+
+def add(
+    request: RequestConfig,
+    reference: ReferenceConfig,
+    data: Data,
+    args: MemorizeConfig,
+    columns: Columns | None = None,
+    tokenisation: Tokenisation | None = None,
+) -> Entry:
+    """Memorize one more request and enter it in the ledger; return its entry.
+
+    The requests in force stay on meanwhile: retain rows are held at the reference under the sum of all, and rows that are
+    forgotten already are held where they are. Raises a `LoramoxError` before the model is loaded: for another base or other
+    shared settings, an id that is taken, rows that a request in force has already, retain rows that are among these, a request
+    in force that must be refreshed first, and for all that `memorize` refuses.
+    """
+    path, columns = Path(request.ledger), columns or Columns()
+    if args.strength < 0:
+        raise SettingsError("requests are memorized by MOX alone: --method takes mox here, or leave it out")
+    if args.world_size > 1:
+        raise SettingsError("requests are memorized in one process: run it without torchrun or accelerate launch")
+    served_rank(reference.r)
+    if not (path / INDEX).exists() and not is_ours(path):
+        raise RunError(f"{path} has files in it that are no ledger's; they are left alone. Choose another folder")
+    with locked(path, command()):
+        ledger = _opened(path, request, reference, args)
+        name = _free_id(ledger, request.id)
+        rows = read_rows(data.forget, columns)
+        in_force = {entry.id: rows_of(ledger, entry) for entry in ledger.in_force()}
+        retain = _checked(rows, in_force, data, columns)
+        if request.protect:
+            ledger.check_fresh()
+        on = ledger.in_force() if request.protect else []
+        if not request.resume:
+            clean(path, left_over(path, ledger))
+        run = memorized(ledger, name, request.resume, reference, data, args, columns, tokenisation, on)
+        settings = read_record(run)["settings"]
+        entry = Entry(
+            id=name,
+            folder=name,
+            when=_now(),
+            rows=len(rows),
+            sha256=fingerprint(rows),
+            source=data.forget,
+            retain={"source": _lasting(data.retain), "rows": len(retain), "sha256": fingerprint(retain)},
+            drop_overlap=data.drop_overlap,
+            columns={key: value for key, value in asdict(columns).items() if value is not None},
+            prompt_template=settings["prompt_template"],
+            strength=args.strength,
+            on_top_of={each.id: each.folder for each in on},
+            truncation_error=0.0,
+            files={},
+        )
+        keep(ledger, entry, run, rows)
+        ledger.entries.append(entry)
+        ledger.write()
+        drop(run)
+    return entry
+
+
+def revoke(path: str | Path, name: str) -> list[str]:
+    """Mark a request as revoked, for good; return the requests in force that must be refreshed before building again."""
+    with existing(Path(path)) as ledger:
+        entry = ledger.entry(name)
+        if entry.in_force:
+            entry.revoked = _now()
+            ledger.write()
+        return list(ledger.stale())
+
+
+def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args: MemorizeConfig) -> Ledger:
+    """The ledger at `path`, or a new one; its base and shared settings must be those of this request."""
+    base = identify(reference, read_config(reference))
+    settings = asdict(reference) | {"protect": request.protect, "strength": args.strength}
+    if not (path / INDEX).exists():
+        return Ledger(path, base, {name: settings[name] for name in (*SHARED, *DEFAULTS)})
+    ledger = read_ledger(path)
+    check_base({"base": ledger.base}, base, path)
+    for name in SHARED:
+        if settings[name] != ledger.settings[name]:
+            raise SettingsError(
+                f"{name} is {settings[name]}; all requests in {path} have {ledger.settings[name]}. Leave --{name} out, or begin "
+                "another ledger"
+            )
+    return ledger
+
+
+def _free_id(ledger: Ledger, wanted: str | None) -> str:
+    name = wanted or f"request-{len(ledger.entries) + 1}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise SettingsError(
+            f"id is '{name}'; --id needs up to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
+        )
+    # Folders that differ in case alone are one folder on some disks.
+    taken = next((entry for entry in ledger.entries if entry.id.lower() == name.lower()), None)
+    if taken:
+        state = "in force" if taken.in_force else "revoked, and its id stays taken"
+        raise RunError(f"{ledger.path} has a request '{taken.id}' already; it is {state}. Choose another --id")
+    return name
+
+
+def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, columns: Columns) -> list[Row]:
+    """The retain rows as they are in their file, once it is known that no row is in two places."""
+    retain = read_rows(data.retain, replace(columns, wanted_column=None))
+    for name, theirs in in_force.items():
+        known = {row.key() for row in theirs}
+        if again := [row for row in rows if row.key() in known]:
+            todo = "Remove them: they are forgotten as it is" if len(again) < len(rows) else "There is nothing to add"
+            raise RowsError(
+                f"{len(again)} of {len(rows)} rows of {data.forget} are in request {name} already, which is in force (first: row "
+                f"{again[0].number}). {todo}"
+            )
+        keep_disjoint(theirs, retain, data.drop_overlap)
+    return retain
+
+
+def _lasting(source: str) -> str:
+    """A path that means the same from any folder; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Merge a forget adapter into its base's weights."""

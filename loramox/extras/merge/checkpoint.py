@@ -1,0 +1,172 @@
+"""The base model of a merge: its files, and which of its tensors each layer of an adapter belongs to."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramox.errors import AdapterError, ModelError
+from loramox.extras.merge.shards import FLOATS, Shard, read_shard
+from loramox.model.algebra import Factors
+from loramox.model.config import ModelConfig, read_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What is taken along beside the weights; config.json is rewritten.
+BESIDE = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.tiktoken", "sentencepiece*", "spiece.model", "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A tensor to be changed: W[rows, columns] + left·right, as it lies in the file."""
+
+    layer: str
+    factors: Factors
+    transposed: bool  # GPT-2's Conv1D keeps W as [in, out]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, into = self.factors.B.shape[0], self.factors.A.shape[1]
+        return (into, out) if self.transposed else (out, into)
+
+
+def base_config(base: ModelConfig) -> PretrainedConfig:
+    """The base's config. Raises `ModelError` when it is no model that loramox takes, or is quantized."""
+    try:
+        raw: dict[str, Any] = PretrainedConfig.get_config_dict(base.model, revision=base.revision)[0]
+    except (OSError, ValueError):
+        raw = {}  # what is wrong with it is said below
+    if raw.get("quantization_config"):
+        raise ModelError(
+            f"--base {base.model} is quantized: merging into 4-bit rounds most of it away, as a small ΔW moves few weights to "
+            "another step of a coarse scale, and so would quietly undo the forgetting. Give the 16- or 32-bit model that it was "
+            "made from (with --quantize nf4 it is quantized after the merge); or load the quantized one with the adapter on it, which "
+            "needs no merge"
+        )
+    try:
+        return read_config(base)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model", "--base", 1)) from error
+
+
+def fetch(base: ModelConfig) -> Path:
+    """The folder of the base: a local one, or the hub's snapshot in the cache, with the files that a merge needs and no other.
+
+    Raises `ModelError` when it cannot be had.
+    """
+    if Path(base.model).is_dir():
+        return Path(base.model)
+    folder = _snapshot(base, ["config.json", INDEX, *BESIDE])
+    return _snapshot(base, _shard_names(folder) if (folder / INDEX).exists() else [SINGLE])
+
+
+def _snapshot(base: ModelConfig, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"--base {base.model} cannot be had from the hub or its cache: {error}") from error
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """Headers of the files that `from_pretrained` would read. Raises `ModelError` when there are none, or some are missing."""
+    if (folder / SINGLE).exists():
+        return [read_shard(folder / SINGLE)]
+    if not (folder / INDEX).exists():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        raise ModelError(
+            f"--base {folder} has no safetensors ({SINGLE} or {INDEX}){f'; {pickles[0]} is a pickle, which is not read' if pickles else ''}. "
+            "Give a revision that has them, or save it anew: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+        )
+    shards = [read_shard(folder / name) for name in _shard_names(folder)]
+    there = {entry.name for shard in shards for entry in shard.entries}
+    missing = sorted(_weight_map(folder).keys() - there)
+    if missing:
+        raise ModelError(
+            f"{folder / INDEX} names {missing[0]}, which is in none of its files. Download the model again"
+        )
+    return shards
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("its weight_map does not give a file for each tensor")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / INDEX} cannot be read ({error!r}). Download the model again") from error
+    return found
+
+
+def _shard_names(folder: Path) -> list[str]:
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{folder / INDEX} names '{name}', which is no safetensors file of that folder")
+    return names
+
+
+def targets(factors: dict[str, Factors], model: PreTrainedModel, adapter: Path) -> dict[str, Target]:
+    """What is to be added to each layer of the adapter; `model` is the base without weights.
+
+    Raises `AdapterError` for a layer that the model lacks, that is not linear, or that shares its weight with another.
+    """
+    modules = dict(model.named_modules())
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    found: dict[str, Target] = {}
+    for layer, each in factors.items():
+        module = modules.get(layer)
+        if not isinstance(module, nn.Linear | Conv1D):
+            what = f"is a {type(module).__name__} there" if module is not None else "is not in it"
+            raise AdapterError(
+                f"{adapter} changes the layer {layer}; {model.config.model_type} has no such linear layer (it {what}). "
+                "Give the base that the adapter was made for"
+            )
+        names = shared[id(module.weight)]
+        if len(names) > 1:
+            raise AdapterError(
+                f"{adapter} changes {layer}, whose weight is also {next(n for n in names if n != f'{layer}.weight')} (tied): merged, it "
+                "would change both. Serve this adapter unmerged"
+            )
+        found[layer] = Target(layer, each, isinstance(module, Conv1D))
+    return found
+
+
+def place(wanted: dict[str, Target], shards: list[Shard], prefix: str, adapter: Path) -> dict[str, Target]:
+    """The tensors to change, by their names in the files: those of the model, or without `prefix`, that of the model inside
+    (GPT-2's `transformer.`). What transformers would rename or rearrange otherwise while loading is not found, and refused.
+
+    Raises `AdapterError` for a layer of which there is no tensor, or one of another shape; `ModelError` for one that is
+    not of 16- or 32-bit floats.
+    """
+    entries = {entry.name: entry for shard in shards for entry in shard.entries}
+    found = {}
+    for layer, target in wanted.items():
+        candidates = (f"{layer}.weight", f"{layer.removeprefix(f'{prefix}.')}.weight")
+        name = next((name for name in candidates if name in entries), None)
+        if name is None:
+            raise AdapterError(
+                f"{adapter} changes {layer}, and the base has no tensor {' or '.join(dict.fromkeys(candidates))}: its files keep that "
+                "layer under another name or in another form. Load and save it with transformers first, or serve the adapter unmerged"
+            )
+        entry = entries[name]
+        if entry.dtype not in FLOATS:
+            raise ModelError(
+                f"{name} of the base is of type {entry.dtype}: merging into so few bits rounds most of ΔW away. Give the 16- or 32-bit model"
+            )
+        if entry.shape != target.shape:
+            raise AdapterError(
+                f"{adapter} changes {layer} by a ΔW of shape {list(target.shape)}, and {name} of the base is {list(entry.shape)}. "
+                "Give the base that the adapter was made for"
+            )
+        found[name] = target
+    return found

@@ -1,0 +1,118 @@
+"""Merging as a job: where two rooms meet, ship and evaluate. The rows are asked before and after weights are quantized."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns
+from loramox.errors import SettingsError
+from loramox.evaluate.evaluate import check_sides, described, questions_of, read_parts
+from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.summary import summarise
+from loramox.extras.merge.merge import MergeConfig, Plan, plan
+from loramox.extras.merge.merge import merge as merge_into_floats
+from loramox.extras.merge.quantize import load_merged, merge_quantized
+from loramox.model.config import ModelConfig, check_device
+from loramox.model.load import load_reference
+from loramox.model.lora import at_strength
+from loramox.settings import of_record
+
+
+@dataclass
+class ForgettingConfig:
+    """The rows that tell how much of the forgetting is left in a quantized model."""
+
+    forget: str | None = field(
+        default=None, metadata={"help": "With --quantize: rows to ask of the model before and after, as for unlearn."}
+    )
+    retain: str | None = field(default=None, metadata={"help": "Rows that are to stay, to ask beside them."})
+    drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
+    batch_size: int = field(default=32, metadata={"help": "Answers a forward pass."})
+    use_cpu: bool = field(default=False, metadata={"help": "Quantize and ask on the CPU even where there is a GPU."})
+
+    def __post_init__(self) -> None:
+        if self.retain and not self.forget:
+            raise SettingsError(
+                "--retain needs --forget: how much of the forgetting is left is asked of the forget rows"
+            )
+
+
+def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: bool = True) -> dict[str, Any]:
+    """Merge as `config` says, into 16- or 32-bit weights, or quantized after that; return the provenance of what was written.
+
+    Raises as `merge` and `merge_quantized` do, and for rows what `evaluate` raises.
+    """
+    asked = asked or ForgettingConfig()
+    if config.quantize is None:
+        if asked.forget:
+            raise SettingsError(
+                "--forget measures what quantizing brings back: it needs --quantize. A model merged into 16 bits is asked by "
+                "loramox evaluate --model OUT"
+            )
+        names = ("adapter", "out", "base", "strength", "dtype", "overwrite", "revision")
+        return merge_into_floats(**{name: getattr(config, name) for name in names}, progress=progress)
+    device = check_device(ModelConfig("", quantization=config.quantize), asked.use_cpu)
+    ready = plan(config)
+    measure = _Forgetting(config, ready, asked, device).measure if asked.forget else None
+    return merge_quantized(config, ready, device, measure, progress)
+
+
+class _Forgetting:
+    """The rows, read and checked, and the five states of the model that they are asked of, one in memory at a time.
+
+    All are in the 16-bit type of the merge, weights and arithmetic, but what is quantized.
+    """
+
+    def __init__(self, config: MergeConfig, ready: Plan, asked: ForgettingConfig, device: torch.device) -> None:
+        self.config, self.ready, self.device = config, ready, device
+        self.base = replace(ready.base, dtype=config.dtype or "bfloat16")
+        tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
+        self.sources = {part: path for part in ("forget", "retain") if (path := getattr(asked, part))}
+        self.rows = read_parts(self.sources, columns, asked.drop_overlap)
+        check_sides(ready.made, self.rows, config.adapter)
+        scoring = ScoringConfig(asked.batch_size, max_new_tokens=0)
+        self.questions = questions_of(self.rows, self.base, ready.config, tokenisation, scoring)
+        self.states: list[dict[str, Any]] = []
+
+    def measure(self, quantized: PreTrainedModel, merged: Path) -> dict[str, Any]:
+        """{"share": of the forgetting that is left, "states": the metrics of each, "rows": which they were}.
+
+        share = (p_reference − p_quantized) / (p_reference − p_forget), p being the mean probability of the forget rows' answers;
+        None where the adapter does not lower it.
+        """
+        kind = self.config.quantize
+        with self._adapted(self.base) as model:
+            with model.disable_adapter():
+                known = self._ask("16-bit, reference model", model)
+            forgotten = self._ask("16-bit, adapter on", model)
+        self._ask("16-bit, merged", load_merged(self.ready, merged, self.device))
+        with self._adapted(replace(self.base, quantization=kind)) as model:
+            self._ask(f"{kind}, adapter on, not merged", model)
+        left = self._ask(f"{kind}, merged", quantized)
+        share = (known - left) / (known - forgotten) if known > forgotten else None
+        return {"share": share, "states": self.states, "rows": described(self.sources, self.rows)}
+
+    @contextmanager
+    def _adapted(self, base: ModelConfig) -> Iterator[PeftModel]:
+        model = PeftModel.from_pretrained(load_reference(base, self.device), self.config.adapter)
+        with at_strength(model, -self.config.strength):
+            yield model
+        del model
+        gc.collect()
+
+    def _ask(self, state: str, model: nn.Module) -> float:
+        """Ask the rows of a state and keep its metrics; return the mean probability of the forget rows' answers."""
+        metrics = summarise(self.questions.ask(model, f"{state}, ")).metrics
+        self.states.append(
+            {"attack": "none", "state": state, "metrics": {name: m.value for name, m in metrics.items()}}
+        )
+        return metrics["forget_probability"].value

@@ -1,0 +1,264 @@
+"""A forget adapter merged into 16- or 32-bit weights: W + strength·B·A, from safetensors to safetensors, piece by piece.
+
+A tensor passes through memory a few rows at a time, so that a model of any size merges in the memory that Python takes, the
+adapter, and some MB. No model is loaded and no GPU is used.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from loramox.adapter.card import MOX, merged_card
+from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS, check_base, read_factors, read_provenance
+from loramox.errors import AdapterError, SettingsError
+from loramox.extras.merge.checkpoint import (
+    BESIDE,
+    INDEX,
+    SINGLE,
+    Target,
+    base_config,
+    fetch,
+    place,
+    read_shards,
+    targets,
+)
+from loramox.extras.merge.output import check_apart, writing
+from loramox.extras.merge.shards import CODES, FLOATS, Shard
+from loramox.extras.merge.weights import code_in, size, write_shards
+from loramox.files import sha256_of, write_json
+from loramox.model.algebra import Factors, scaled
+from loramox.model.config import ModelConfig, identify, skeleton
+from loramox.run import command, versions
+from loramox.settings import check_choices
+
+KEPT = 0.9  # below this share of ΔW, a warning
+
+
+@dataclass
+class MergeConfig:
+    """What is merged into what, and where it is written."""
+
+    adapter: str = field(metadata={"help": "Folder of the forget adapter."})
+    out: str = field(metadata={"help": "Folder to write the merged model to."})
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of the 16- or 32-bit base model, when it is not where it was in training. Safetensors only."
+        },
+    )
+    strength: float = field(
+        default=1.0, metadata={"help": "How much of the adapter: 1 is as shipped, 0.5 half of it. Not the strength α."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the merged weights. Default: each weight's own in the base.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the merged model that is in that folder."})
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit, where --base is a copy of the base under another name on the hub."},
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantize the merged 16-bit weights: nf4 or int8. Refused where too little of ΔW outlives it.",
+            "choices": ["nf4", "int8"],
+        },
+    )
+    force: bool = field(default=False, metadata={"help": "Write the quantized model however little is left of ΔW."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.force and not self.quantize:
+            raise SettingsError("--force is for --quantize: without it nothing is refused")
+        if self.quantize and self.dtype == "float32":
+            raise SettingsError("--dtype float32 and --quantize contradict each other: 16-bit weights are quantized")
+        if not math.isfinite(self.strength):
+            raise SettingsError(f"--strength {self.strength} is not a finite number. 1 merges the adapter as shipped")
+        if self.strength <= 0:
+            what = "merges nothing: it is the base model" if self.strength == 0 else "brings the forget rows back"
+            raise SettingsError(
+                f"--strength {self.strength:g} {what}. Give a number above 0: 1 merges the adapter as shipped"
+            )
+
+
+class Plan(NamedTuple):
+    """A merge that was looked at from all sides, and of which nothing is written yet."""
+
+    base: ModelConfig
+    config: PretrainedConfig
+    outline: PreTrainedModel  # without weights
+    folder: Path  # of the base's files
+    shards: list[Shard]
+    changed: dict[str, Target]
+    code: str | None  # dtype of what is written, in the files' words; None: each weight's own
+    made: dict[str, Any]  # the provenance, but for what is known after writing
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | None = None,
+    strength: float = 1.0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Write the base with W + strength·B·A in place of each adapted weight W to the folder `out`; return its provenance.
+
+    The sum is taken in fp32 and rounded once, to `dtype` (by default to W's own). Files, tensors and their order are the
+    base's. `survived` in the provenance says how much of ΔW outlived the rounding; below 0.9 there is a warning.
+
+    Raises, before anything is written: `SettingsError` for a strength that is not finite and above 0; `AdapterError` for
+    another base, an adapter that is no plain forget adapter of loramox, and a layer that does not fit the weights;
+    `ModelError` for a base that is quantized or has no safetensors; `RunError` when `out` is taken or the disk too small.
+    While writing: `ModelError` for a weight that overflows in `dtype`, `RunError` when the disk fills up all the same; then
+    nothing is left of the output.
+    """
+    ready = plan(MergeConfig(str(adapter), str(out), base, strength, dtype, overwrite, revision))
+    made = ready.made
+    with writing(Path(out), size(ready.shards, ready.code)) as partial:
+        made["survived"] = write_shards(ready.shards, ready.changed, ready.code, partial, progress)
+        write_index(ready, partial)
+        write_beside(ready, partial)
+        write_json(partial / "config.json", _config_json(ready))
+    _warn_of_little(made, Path(out))
+    return made
+
+
+def plan(given: MergeConfig) -> Plan:
+    """The merge, checked: the output folder, the adapter, the base, and that each ΔW has its weight. Raises as `merge` does."""
+    adapter, out = Path(given.adapter), Path(given.out)
+    source = _forget_provenance(adapter)
+    # A base of that name is taken at the revision that it was memorized on.
+    named = given.base is None or given.base == source["base"]["model"]
+    name = given.base or source["base"]["model"]
+    if given.revision and (named or Path(name).is_dir()):
+        raise SettingsError(
+            f"--revision {given.revision} is for a --base of another name on the hub. {name} is taken as it is"
+            f"{', at the revision that was memorized on' if named else ''}: leave --revision out"
+        )
+    model = ModelConfig(name, source["base"]["revision"] if named else given.revision, "none")
+    check_apart(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
+    config = base_config(model)
+    made_from = identify(model, config)
+    check_base(source, made_from, adapter)
+    outline = skeleton(config, model)
+    wanted = targets(_factors(adapter, given.strength), outline, adapter)
+    folder = fetch(model)
+    made_from = _as_fetched(made_from, folder)
+    check_base(source, made_from, adapter)
+    shards = read_shards(folder)
+    changed = place(wanted, shards, outline.base_model_prefix, adapter)
+    code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
+    dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})
+    made = {
+        "kind": "merged",
+        "strength": given.strength,
+        "dtypes": [str(FLOATS[each]).removeprefix("torch.") for each in dtypes],
+        "adapter": _fingerprint(adapter, source),
+        **{key: source[key] for key in ("momentum", "data", "settings")},
+        "base": made_from,
+        "command": command(),
+        "versions": versions(),
+    }
+    return Plan(model, config, outline, folder, shards, changed, code, made)
+
+
+def _warn_of_little(made: dict[str, Any], out: Path) -> None:
+    share = made["survived"]["overall"]
+    if share < KEPT:
+        warnings.warn(
+            f"{out}: only {share:.0%} of ΔW survived the rounding to {', '.join(made['dtypes'])}, so less may be forgotten than with "
+            "the adapter on. Give --dtype float32, or serve the adapter unmerged",
+            stacklevel=3,
+        )
+
+
+def _forget_provenance(adapter: Path) -> dict[str, Any]:
+    if not (adapter / PROVENANCE).exists():
+        raise AdapterError(
+            f"{adapter} has no {PROVENANCE}, so it is no forget adapter of loramox, and the base that it was made for is not known. "
+            "Give the folder forget-adapter of a run"
+        )
+    return read_provenance(adapter, "forget")
+
+
+def _factors(adapter: Path, strength: float) -> dict[str, Factors]:
+    """strength·ΔW of every layer. Raises `AdapterError` for tensors that are no plain LoRA's, do not fit, or are not finite."""
+    factors, _ = read_factors(adapter)
+    known = {f"base_model.model.{name}.lora_{part}.weight" for name in factors for part in "AB"}
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        odd = sorted(set(file.keys()) - known)
+    if odd:
+        raise AdapterError(
+            f"{adapter} is not a plain LoRA adapter: {odd[0]} is more than the A and B of a linear layer"
+        )
+    for name, (A, B) in factors.items():
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise AdapterError(
+                f"{adapter}: A {list(A.shape)} and B {list(B.shape)} of {name} do not make a product B·A"
+            )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise AdapterError(
+                f"{adapter}: {name} has values that are not finite. The adapter is damaged; ship it again"
+            )
+    return {name: scaled(each, strength) for name, each in factors.items()}
+
+
+def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `identify` says of the base. Of one of the hub, its commit and its weights can be told once it is here."""
+    if folder == Path(base["model"]):
+        return base
+    here = ModelConfig(str(folder), quantization="none")
+    return base | {"revision": folder.name, "weights": identify(here, base_config(here))["weights"]}
+
+
+def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "path": str(adapter),
+        "sha256": sha256_of(adapter / WEIGHTS),
+        "strength": source["strength"],
+        "method": source.get("method", MOX),
+        "command": source["command"],
+    }
+
+
+def write_index(ready: Plan, to: Path) -> None:
+    """Which tensor is in which file, where the base has several."""
+    if ready.shards[0].path.name != SINGLE:
+        index = json.loads((ready.folder / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = (index.get("metadata") or {}) | {"total_size": size(ready.shards, ready.code)}
+        write_json(to / INDEX, index)
+
+
+def write_beside(ready: Plan, to: Path) -> None:
+    """All but weights and config.json, which comes last: without it, what a kill leaves behind loads nowhere."""
+    for pattern in BESIDE:
+        for path in sorted(ready.folder.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, to / path.name)
+    write_json(to / PROVENANCE, ready.made)
+    (to / CARD).write_text(merged_card(ready.made), encoding="utf-8")
+
+
+def _config_json(ready: Plan) -> dict[str, Any]:
+    config = json.loads((ready.folder / "config.json").read_text(encoding="utf-8"))
+    # Code that comes with a checkpoint is not taken along: transformers' own class loads this one.
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    dtypes = ready.made["dtypes"]
+    if len(dtypes) == 1 or not (config.get("torch_dtype") or config.get("dtype")):
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtypes[0]
+    return config

@@ -1,0 +1,111 @@
+"""What is planned for: the card, the budget, and the choices that there are."""
+
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loramox.errors import SettingsError
+from loramox.train.config import MemorizeConfig
+
+# The share of the memory that a prediction may fill: predictions are to be within 10 %, and on a GPU CUDA itself takes some.
+USABLE = 0.9
+
+EIGHT_BITS = "adamw_8bit"
+
+UNITS = {"": 30, "G": 30, "GB": 30, "GIB": 30, "M": 20, "MB": 20, "MIB": 20}
+
+
+@dataclass
+class PlanConfig:
+    """The card, and the rows if there are any."""
+
+    gpu_memory: str = field(
+        metadata={
+            "help": "Memory of the card, like 12GB (as cards are sold: 1 GB is 1024³ bytes). With --use_cpu true, main memory."
+        }
+    )
+    forget: str | None = field(
+        default=None,
+        metadata={"help": "Rows to forget, as for unlearn. Without rows: rows of 256, 1024 and 2048 tokens."},
+    )
+    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn."})
+    drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
+    tflops: float | None = field(
+        default=None,
+        metadata={"help": "Dense 16-bit TFLOPS of a card that is not here. Default: measured on the device here."},
+    )
+    bandwidth: float | None = field(
+        default=None,
+        metadata={"help": "With --tflops: GB a second of the card's memory. Default: 1 for every 150 FLOPs."},
+    )
+    sweep_batch_size: int = field(default=32, metadata={"help": "--batch_size of the sweep that is planned."})
+    max_new_tokens: int = field(default=200, metadata={"help": "--max_new_tokens of the sweep that is planned."})
+
+    def __post_init__(self) -> None:
+        size_of(self.gpu_memory, "gpu_memory")
+        if (self.forget is None) != (self.retain is None):
+            raise SettingsError(
+                "--forget and --retain go together: give both files, or none to plan for rows of 256 to 2048 tokens"
+            )
+        for name in ("tflops", "bandwidth", "sweep_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SettingsError(f"{name} is {value}; --{name} needs a number above 0")
+        if self.bandwidth and not self.tflops:
+            raise SettingsError("--bandwidth goes with --tflops: the device here is measured")
+
+
+@dataclass
+class FitConfig:
+    """How much memory a run may take."""
+
+    fit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory to fit into, like 12GB: takes the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
+            "fit, unless they are given."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.fit is not None:
+            size_of(self.fit, "fit")
+
+
+class Choice(NamedTuple):
+    """What can be chosen without changing what is computed, but for rounding (and the optimiser's, in 8 bits)."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: bool
+    optim: str
+    per_device_eval_batch_size: int
+
+    def flags(self) -> list[str]:
+        return [word for name, value in self._asdict().items() for word in (f"--{name}", str(value).lower())]
+
+
+def size_of(text: str, flag: str) -> int:
+    """Bytes, from "12GB". Raises `SettingsError`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+        raise SettingsError(f"{flag} is '{text}'; --{flag} needs a size like 12GB or 8000MB")
+    return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
+
+
+def choices(args: MemorizeConfig, given: Set[str]) -> Iterator[Choice]:
+    """Every choice with the batch that a step has by `args`; what is in `given` stays as it is there."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sizes = [size for size in range(batch, 0, -1) if batch % size == 0]
+    if given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+        sizes = [args.per_device_train_batch_size]
+    fixed = given & {"activation_checkpointing", "gradient_checkpointing"}
+    for size in sizes:
+        for checkpointing in [bool(args.activation_checkpointing)] if fixed else [False, True]:
+            yield Choice(size, batch // size, checkpointing, optimiser_of(args), args.per_device_eval_batch_size)
+
+
+def optimiser_of(args: MemorizeConfig) -> str:
+    """The name of the optimiser, as --optim takes it."""
+    return str(getattr(args.optim, "value", args.optim))

@@ -1,0 +1,227 @@
+"""What a job holds and how long it takes at each stage, from its own code run on a model of a few layers without contents.
+
+The training step is that of `MemorizeTrainer`, the optimiser's that which the trainer creates, the momentum's and the
+evaluation's theirs: whatever they come to do is traced as it is. Memory and time are affine in the number of layers, so two
+depths give those of any.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import PretrainedConfig
+
+from loramox.data.encode import IGNORED, Example
+from loramox.data.pairs import Collator
+from loramox.evaluate import scores
+from loramox.extras.plan.ledger import Ledger, Section
+from loramox.extras.plan.outline import Setting, adapted
+from loramox.model.algebra import Factors
+from loramox.model.head import Head, answer_states, backbone
+from loramox.model.lora import at_strength, current_factors, with_factors
+from loramox.train.baseline_config import BaselineConfig
+from loramox.train.baseline_trainer import BaselineTrainer
+from loramox.train.trainer import MemorizeTrainer
+
+Parts = dict[str, list[Example]]  # forget, retain, wanted
+
+
+class Stage(NamedTuple):
+    """One part of a job: how long it takes, and the stretches of it with what each holds at its fullest."""
+
+    seconds: float
+    flops: float
+    sections: list[Section]
+
+    @property
+    def peak(self) -> Section:
+        return max(self.sections, key=lambda section: section.total)
+
+
+def at_depth(setting: Setting, trace: Callable[[Setting, int], dict[str, Stage]]) -> dict[str, Stage]:
+    """The stages of `trace` for the whole model, from two shallow ones."""
+    depth = setting.config.num_hidden_layers
+    few, more = shallow(setting.config, getattr(setting.args, "rmu_layer", None) or 0)
+    if more >= depth:
+        return trace(setting, depth)
+    low, high = trace(setting, few), trace(setting, more)
+    at = (depth - few) / (more - few)
+
+    def stage(a: Stage, b: Stage) -> Stage:
+        sections = [
+            Section(s.name, {p: round(_affine(s.held.get(p, 0), t.held.get(p, 0), at)) for p in s.held | t.held})
+            for s, t in zip(a.sections, b.sections, strict=True)
+        ]
+        return Stage(_affine(a.seconds, b.seconds, at), _affine(a.flops, b.flops, at), sections)
+
+    return {name: stage(low[name], high[name]) for name in low}
+
+
+def _affine(low: float, high: float, at: float) -> float:
+    return low + at * (high - low)
+
+
+def shallow(config: PretrainedConfig, least: int) -> tuple[int, int]:
+    """Two depths that tell of any: 2 and 3 layers, or multiples of the pattern in which kinds of layers alternate."""
+    kinds = getattr(config, "layer_types", None) or ["same"]
+    period = next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+    few = period * -(-max(least, 2) // period)
+    return few, few + period
+
+
+def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) -> dict[str, Stage]:
+    """A step in the middle of training, on the micro-batches `heaviest` and `typical`; the optimiser's step; the momentum's."""
+    with _trainer(setting, depth) as (ledger, trainer, model):
+        _as_in_the_middle(trainer, ledger, setting.momentum_rank)
+        _mark_passes(trainer, ledger)
+        stages = {}
+        for name, rows in {"step": heaviest, "typical step": typical}.items():
+            if name == "step" or _shape(typical) != _shape(heaviest):
+                batch = {part: Collator(0)(examples) for part, examples in rows.items()}
+                ledger.section("begin")
+                trainer.training_step(model, batch)
+                stages[name] = _taken(ledger)
+        ledger.section("optimiser", "optimiser")
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        stages["optimiser"] = _taken(ledger)
+        trainer.optimizer.zero_grad()
+        ledger.section("momentum", "momentum")
+        trainer.momentum.tick(current_factors(trainer.model))
+        stages["momentum"] = _taken(ledger)
+    return stages
+
+
+def _shape(parts: Parts) -> list[tuple[str, list[tuple[int, int]]]]:
+    """All of a micro-batch that a trace depends on: the tokens of its rows, and of their answers."""
+    return [
+        (part, sorted((len(row["labels"]), sum(label != IGNORED for label in row["labels"])) for row in rows))
+        for part, rows in parts.items()
+    ]
+
+
+def trace_optimiser(setting: Setting, depth: int) -> dict[str, Stage]:
+    """The optimiser's states alone."""
+    with _trainer(setting, depth) as (ledger, trainer, _):
+        _as_in_the_middle(trainer, ledger, 0)
+        ledger.section("states", "optimiser")
+        return {"states": _taken(ledger)}
+
+
+def trace_watching(setting: Setting, depth: int, examples: Sequence[Example]) -> dict[str, Stage]:
+    """A batch on which the forget model is watched while training."""
+    with _trainer(setting, depth) as (ledger, trainer, model):
+        _as_in_the_middle(trainer, ledger, setting.momentum_rank)
+        trainer.model.zero_grad()
+        _mark_passes(trainer, ledger)
+        model.eval()
+        ledger.section("begin")
+        with trainer.forget_model():
+            trainer.prediction_step(model, Collator(0)(list(examples)), False)
+        return {"watching": _taken(ledger)}
+
+
+def trace_asking(setting: Setting, depth: int, examples: Sequence[Example], max_new_tokens: int) -> dict[str, Stage]:
+    """A batch of the sweep: its answers scored, and the last word of answers of `max_new_tokens` tokens to its questions."""
+    stages = {}
+    with torch.no_grad(), adapted(setting, depth) as (ledger, model):
+        causal_lm = model.get_base_model()
+        shipped = current_factors(model)
+        ledger.belongs("adapter", *(t for f in shipped.values() for t in f))
+        model.eval()
+        with with_factors(model, shipped), at_strength(model, 1.0):
+            batch = Collator(0)(list(examples))
+            ledger.section("scoring")
+            states = answer_states(model, causal_lm, batch)
+            ledger.section("scores", "loss")
+            scores._on_logits(scores._columns, Head(causal_lm), states.hidden, states.targets)
+            del states
+            stages["scoring"] = _taken(ledger)
+            ids = batch["input_ids"]
+            room = getattr(setting.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
+            length = min(ids.shape[1] + max_new_tokens, room)
+            ids = torch.zeros((len(ids), length), dtype=torch.long, device=ids.device)
+            if max_new_tokens:
+                said = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
+                ledger.belongs("cache", *_cached(said.past_key_values))
+                ledger.restart()
+                ledger.section("answering", "cache")
+                model(input_ids=ids[:, -1:], past_key_values=said.past_key_values, use_cache=True)
+                stages["answering"] = _taken(ledger)
+    return stages
+
+
+def _cached(cache: Any) -> Iterator[torch.Tensor]:
+    return (t for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _taken(ledger: Ledger) -> Stage:
+    stage = Stage(ledger.seconds, ledger.flops, list(ledger.sections))
+    ledger.restart()
+    return stage
+
+
+@contextmanager
+def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, MemorizeTrainer, nn.Module]]:
+    """A trainer of that model as it is during `train()`, and the model as it trains it; nothing is written."""
+    args = copy.copy(setting.args)
+    kind = BaselineTrainer if isinstance(args, BaselineConfig) and args.is_baseline else MemorizeTrainer
+    row = {"input_ids": [0, 0], "labels": [0, 0], "row": ""}
+    held = dict(AcceleratorState._shared_state)  # one for a process, which a job that follows has to itself
+    AcceleratorState._reset_state()
+    try:
+        with tempfile.TemporaryDirectory() as folder, adapted(setting, depth) as (ledger, model):
+            args.output_dir, args.report_to, args.disable_tqdm = folder, [], True
+            trainer = kind(model, args, [row], [row], setting.tokenizer, plan={})
+            trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+            if args.activation_checkpointing:
+                # Some of these are not torch's: as Trainer has it.
+                checkpoint = dict(args.activation_checkpointing_kwargs or {})
+                others = {name: checkpoint.pop(name) for name in ("every_n_layers", "offload") if name in checkpoint}
+                trainer.model.activation_checkpointing_enable(checkpoint or None, **others)
+            yield ledger, trainer, trainer.accelerator.prepare(trainer.model)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(held)
+
+
+def _as_in_the_middle(trainer: MemorizeTrainer, ledger: Ledger, rank: int) -> None:
+    """The optimiser's states, the momentum's average, and, where they add up over micro-batches, the gradients are there."""
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+        ledger.belongs("gradients", parameter.grad)
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.belongs("gradients", p.grad))
+    ledger.purpose = "optimiser"
+    trainer.create_optimizer().step()
+    if trainer.args.gradient_accumulation_steps == 1:
+        trainer.optimizer.zero_grad()
+    ledger.purpose = "momentum"
+    if rank:
+        trainer.momentum.average = {
+            name: Factors(f.A.new_empty(rank, f.A.shape[1]), f.B.new_empty(f.B.shape[0], rank))
+            for name, f in current_factors(trainer.model).items()
+        }
+    ledger.purpose = "activations"
+    ledger.restart()
+
+
+def _mark_passes(trainer: MemorizeTrainer, ledger: Ledger) -> None:
+    """Begin a section with each pass through the layers, each loss on its states, and each way back."""
+    layers = backbone(trainer.causal_lm)
+
+    def forward(module: nn.Module, args: Any) -> None:
+        ledger.section("forward")
+
+    def loss(module: nn.Module, args: Any, output: Any) -> None:
+        ledger.section("loss", "loss")
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: ledger.section("backward"))
+
+    layers.register_forward_pre_hook(forward)
+    layers.register_forward_hook(loss)

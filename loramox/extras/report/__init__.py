@@ -1,0 +1,5 @@
+"""What a run, its sweep and the attacks on it found, as one page. Everything is read from disk; no model is loaded."""
+
+from loramox.extras.report.page import PAGE, SUMMARY, report
+
+__all__ = ["PAGE", "SUMMARY", "report"]

@@ -1,0 +1,202 @@
+"""What the page says in words and tables: taken from what was read, nothing is measured anew."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from loramox.evaluate.measure import Record
+from loramox.evaluate.summary import summarise, values
+from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+
+LEVEL = 0.05  # above this p-value a test does not tell two models apart
+PARTS = ("forget", "retain")
+RULES = {
+    "budget": "the largest α within the budget of retain probability",
+    "holdout": "forget rows look like rows never seen",
+    "retrained": "like a model that never saw them",
+}
+# Metric, in words, what is better.
+METRICS = {
+    "forget_probability": ("Probability of forget answers", "lower"),
+    "forget_rouge_l": ("ROUGE-L of what is said to forget questions", "lower"),
+    "forget_exact_memorization": ("Exact memorization, forget", "lower"),
+    "forget_extraction_strength": ("Extraction strength, forget", "lower"),
+    "forget_quality": ("Forget quality (p-value, against the retrained model)", "higher"),
+    "forget_probability_quality": ("The same test on answers' probabilities (p-value)", "higher"),
+    "mia_min_k": ("Membership AUC (Min-K%, against holdout rows)", "nearer to 0.5"),
+    "priv_leak": ("PrivLeak, %", "nearer to 0"),
+    "retain_probability": ("Probability of retain answers", "higher"),
+    "retain_rouge_l": ("ROUGE-L of what is said to retain questions", "higher"),
+    "retain_kl": ("KL from the reference on retain rows, nats a token", "lower"),
+    "model_utility": ("Model utility", "higher"),
+}
+# The settings that say most; all of them are listed after these.
+TOLD = (
+    "model", "quantization", "dtype", "r", "lora_alpha", "target_modules", "num_train_epochs", "learning_rate",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "objective", "temperature", "kl_weight", "kl_at", "strength",
+    "momentum", "targeted", "prompt_template", "seed",
+)  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A number as it stands in text and tables: 4 decimals, or 3 digits when small or large; a dash when there is none."""
+    value = number(value)
+    if math.isnan(value):
+        return "–"
+    if 0 < abs(value) < 0.1:
+        return f"{value:#.3g}"
+    return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
+
+
+def attacked_strength(inputs: Inputs) -> float:
+    """The strength of the adapter that was attacked, NaN when it is not known."""
+    adapter = (inputs.attacks or {}).get("adapter") or {}
+    made_by = adapter.get("made_by")
+    return number(made_by.get("strength")) * number(adapter.get("strength")) if isinstance(made_by, dict) else math.nan
+
+
+def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
+    """One row a state of the forget model, in the order in which they were asked, beside the reference asked the same.
+
+    The reference is no attack: there is nothing to bring back. "reference" is its probability where it was asked, else NaN.
+    """
+    rows, reference = [], {}
+    for state in (inputs.attacks or {}).get("states", ()):
+        metrics = state["metrics"]
+        forget = number(metrics.get("forget_probability"))
+        if math.isnan(forget):
+            continue
+        attack, label = str(state["attack"]), re.sub(r"(^|, )(reference|forget) model$", "", str(state["state"]))
+        if str(state["state"]).endswith("reference model"):
+            reference[attack, label] = forget
+            continue
+        rows.append(
+            {
+                "attack": attack,
+                "label": label or "before any attack",
+                "of": (attack, label),
+                "forget": forget,
+                "retain": number(metrics.get("retain_probability")),
+                "rouge": number(metrics.get("forget_rouge_l")),
+                "extraction": number(metrics.get("forget_extraction_strength")),
+            }
+        )
+    return [row | {"reference": reference.get(row.pop("of"), math.nan)} for row in rows]
+
+
+def metric_rows(inputs: Inputs) -> list[list[str]]:
+    """Metric, better, and its value for reference, forget and retrained model; those that one of them has."""
+    theirs = summarise(inputs.records.get(RETRAINED, ())).metrics
+    models = [inputs.point(0.0), inputs.point(inputs.strength), {name: m.value for name, m in theirs.items()}]
+    rows = []
+    for name, (words, better) in METRICS.items():
+        cells = [shown(model.get(name)) for model in models]
+        if cells[1] != "–":  # of the forget model
+            rows.append([words, *cells, better])
+    return rows
+
+
+def choices(inputs: Inputs) -> list[dict[str, str]]:
+    """What each rule chose, with its interval, or why it refused, or what it would need."""
+    frontier = inputs.frontier or {"choices": []}
+    said = {c["rule"]: c for c in frontier["choices"]}
+    rows = []
+    for rule in [*RULES, *(r for r in said if r not in RULES)]:
+        c = said.get(rule)
+        row = {"rule": rule, "what": RULES.get(rule, ""), "strength": "not asked", "interval": "–"}
+        if c:
+            low, high = number(c.get("low")), number(c.get("high"))
+            row["strength"] = "refuses" if c["strength"] is None else f"{number(c['strength']):g}"
+            row["interval"] = "–" if math.isnan(low) else f"{low:g} to {high:g}"
+        row["reason"] = str(c["reason"]) if c else lacks(inputs, rule)
+        row["used"] = "yes" if rule == frontier.get("rule") else ""
+        rows.append(row)
+    return rows
+
+
+def lacks(inputs: Inputs, rule: str) -> str:
+    """What a rule, or the test that it goes by, would need and the sweep did not have: that alone."""
+    frontier = inputs.frontier or {}
+    if rule == "holdout":
+        there = "holdout" in frontier.get("data", {})
+        return "gave no score of the holdout rows" if there else "needs holdout rows (--holdout)"
+    if rule != "retrained":
+        return "was not asked by this sweep"
+    wanting = []
+    if not frontier.get("retrained"):
+        wanting.append("a retrained model's records (--retrained)")
+    if "forget_truth_ratio" not in inputs.point(0.0):
+        wanting.append("wrong answers to the forget rows (column perturbed_answer)")
+    elif frontier.get("retrained"):
+        wanting.append("wrong answers in the retrained model's records as well (column perturbed_answer)")
+    return f"needs {' and '.join(wanting)}"
+
+
+def points(inputs: Inputs) -> list[dict[str, Any]]:
+    frontier = inputs.frontier or {"points": []}
+    names = ("forget_probability", "retain_probability", "retain_kl", "forget_quality", "mia_min_k", "priv_leak")
+    return [{"strength": p["strength"], "cells": [shown(p.get(n)) for n in names]} for p in frontier["points"]]
+
+
+def spreads(inputs: Inputs, part: str) -> dict[str, np.ndarray]:
+    """Per-row probabilities of a part, by model."""
+    by_model = {model: of_part(records, part) for model, records in inputs.records.items()}
+    return {model: found for model in (REFERENCE, FORGET, RETRAINED) if len(found := by_model.get(model, []))}
+
+
+def spread_rows(inputs: Inputs) -> list[list[str]]:
+    """Part, model, number of rows, mean, and the quantiles of per-row probability."""
+    return [
+        [part, model, f"{len(p):,}", shown(p.mean()), *(shown(q) for q in np.quantile(p, [0.05, 0.5, 0.95]))]
+        for part in PARTS
+        for model, p in spreads(inputs, part).items()
+    ]
+
+
+def of_part(records: Sequence[Record], part: str) -> np.ndarray:
+    found = values([r for r in records if r["part"] == part], "probability")
+    return found[np.isfinite(found)]
+
+
+def mean(records: Sequence[Record], part: str) -> float:
+    found = of_part(records, part)
+    return float(found.mean()) if len(found) else math.nan
+
+
+def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:
+    """Epochs and probabilities of each part, on the rows watched while training; of those parts that were."""
+    curves = {}
+    for part in PARTS:
+        found = [
+            (number(entry.get("epoch")), number(entry.get(f"eval_{part}_probability")))
+            for entry in inputs.run.get("log", [])
+        ]
+        found = [each for each in found if not any(map(math.isnan, each))]
+        if len(found) > 1:
+            curves[part] = ([epoch for epoch, _ in found], [p for _, p in found])
+    return curves
+
+
+def losses(inputs: Inputs) -> dict[str, list[float]]:
+    """epoch, forget_loss and retain_kl: the two terms of the loss while training."""
+    names = ("epoch", "forget_loss", "retain_kl")
+    found = [e for e in inputs.run.get("log", []) if not any(math.isnan(number(e.get(n))) for n in names)]
+    return {name: [e[name] for e in found] for name in names}
+
+
+def settings(inputs: Inputs) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The settings that say most, and all others; what might be a secret is left out."""
+    held = inputs.run["settings"]
+    told = [(name, _plain(held[name])) for name in TOLD if held.get(name) is not None]
+    rest = [
+        (n, _plain(v)) for n, v in sorted(held.items()) if n not in TOLD and v is not None and not n.endswith("token")
+    ]
+    return told, rest
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

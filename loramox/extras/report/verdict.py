@@ -1,0 +1,275 @@
+"""The run in a few plain sentences: is it forgotten, is the rest intact, what leaks most, can a test tell, what came back."""
+
+import math
+from typing import NamedTuple
+
+from loramox.extras.report.answers import fit, named
+from loramox.extras.report.facts import (
+    LEVEL,
+    PARTS,
+    attack_rows,
+    attacked_strength,
+    lacks,
+    mean,
+    of_part,
+    shown,
+    trajectory,
+)
+from loramox.extras.report.leaks import lost, worst
+from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+
+# Where the headline's words change. They are on the page too, under the verdict.
+NOT_FORGOTTEN = 0.5  # share of the probability left above which nothing counts as forgotten
+LIKE_RETRAINED = 2.0  # times the retrained model's probability, up and down
+INTACT, HARMED = 0.98, 0.9  # share of retain probability left; the first is the sweep's default budget
+FEW = 100  # rows, below which a test that sees no difference says little
+# Tests of the forget rows beside a retrained model: the p-value's metric, what it is of, and their names in a sentence.
+BESIDE_RETRAINED = (
+    ("forget_quality", "truth_ratio", "the truth-ratio test", "forget quality p"),
+    ("forget_probability_quality", "log_p", "the test on probabilities", "p"),
+)
+THRESHOLDS = (
+    f"The headline's words: “not forgotten” is more than {100 * NOT_FORGOTTEN:.0f} % of the probability left; “forgotten on average” at most "
+    f"{LIKE_RETRAINED:g} times the retrained model's probability; “partly forgotten” is between. “Intact” is {100 * INTACT:.0f} % of retain "
+    f"probability or more, “slightly harmed” {100 * HARMED:.0f} % or more. A test tells two models apart where p < {LEVEL}."
+)
+
+
+class Verdict(NamedTuple):
+    """What is to be read first."""
+
+    headline: str
+    parts: dict[str, str]  # sentences, by what they answer
+    warnings: list[str]
+
+    @property
+    def line(self) -> str:
+        """All that answers the question, on one line; what came back under attack is beside it."""
+        says = (
+            f"{name}: {text[0].lower()}{text[1:]}" if name == LEAK else text
+            for name, text in self.parts.items()
+            if name != ATTACKED
+        )
+        return " ".join([self.headline, *says])
+
+
+FORGOTTEN, REST, LEAK, TOLD, ATTACKED = (
+    "Forgotten?", "The rest?", "Worst leak", "Like a model that never knew?", "Under attack"
+)  # fmt: skip
+
+
+def verdict(inputs: Inputs) -> Verdict:
+    warnings = _warnings(inputs)
+    if not inputs.point(inputs.strength):
+        return Verdict(_unmeasured(inputs), {}, warnings)
+    (one, forgotten), (two, rest) = _forgotten(inputs), _rest(inputs)
+    parts = {
+        FORGOTTEN: forgotten,
+        REST: rest,
+        LEAK: _leak(inputs),
+        TOLD: _told_apart(inputs),
+        ATTACKED: _attacked(inputs),
+    }
+    return Verdict(f"{one}; {two}.", {name: text for name, text in parts.items() if text}, warnings)
+
+
+def _forgotten(inputs: Inputs) -> tuple[str, str]:
+    """In two words, and in a sentence."""
+    before, after = (number(p.get("forget_probability")) for p in (inputs.point(0.0), inputs.point(inputs.strength)))
+    theirs = mean(inputs.records.get(RETRAINED, ()), "forget")
+    says = f"At strength α = {inputs.strength:g} the mean probability of the true answers to {_rows(inputs, 'forget')} {_went(before, after)}."
+    if math.isnan(after):
+        return "Forgotten or not is not known", says
+    factor = after / theirs if theirs > 0 else math.nan
+    if math.isnan(factor):
+        says += (
+            " No retrained model was measured, so nothing here says what a model that never saw the rows would give."
+        )
+    elif factor > LIKE_RETRAINED:
+        says += f" The true answers are still {_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
+    elif factor < 1 / LIKE_RETRAINED:
+        says += (
+            f" A model that never saw the rows finds the true answers {_times(1 / factor)} as probable ({shown(theirs)}): to know less "
+            "than it does gives the rows away too."
+        )
+    else:
+        says += f" The true answers are {_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
+    # Where the reference itself hardly knows the rows, little is left of nothing; the retrained model says more.
+    if factor <= LIKE_RETRAINED:
+        return "Forgotten on average" + (", and beyond" if factor < 1 / LIKE_RETRAINED else ""), says
+    if after > NOT_FORGOTTEN * before:
+        return "Not forgotten", says
+    return ("Answers much less probable than before" if math.isnan(factor) else "Partly forgotten"), says
+
+
+def _rest(inputs: Inputs) -> tuple[str, str]:
+    before, after = (number(p.get("retain_probability")) for p in (inputs.point(0.0), inputs.point(inputs.strength)))
+    says = f"The mean probability of the true answers to {_rows(inputs, 'retain')} {_went(before, after)}"
+    if not before > 0 or math.isnan(after):
+        return "whether the rest is intact is not known", f"{says}."
+    left = after / before
+    word = "intact" if left >= INTACT else "slightly harmed" if left >= HARMED else "harmed"
+    says += f": {100 * left:.1f} % of it is left."
+    if row := lost(inputs.records.get(FORGET, ()), inputs.records.get(REFERENCE, ())):
+        now, then = (number(r["probability"]) for r in row)
+        says += f" The row that lost most, {named(row[0])}, went from {shown(then)} to {shown(now)}."
+    return f"the rest is {word}", says
+
+
+def _rows(inputs: Inputs, part: str) -> str:
+    """How many rows a mean of the verdict is over: all that the sweep asked."""
+    n = len(of_part(inputs.records.get(FORGET, ()), part))
+    n = n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
+    return f"all {'' if math.isnan(n) else f'{n:,.0f} '}{part} rows"
+
+
+def _went(before: float, after: float) -> str:
+    if math.isnan(before) or math.isnan(after):
+        return "is not known"
+    if abs(after - before) < 0.005 * max(before, 1e-12):
+        return f"hardly moved, {shown(before)} to {shown(after)}"
+    return f"{'fell' if after < before else 'rose'} from {shown(before)} to {shown(after)}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f} times" if factor >= 10 else f"{factor:.1f} times"
+
+
+def _leak(inputs: Inputs) -> str:
+    """The forget rows that still give most away, by what is said and by probability, beside the retrained model's there."""
+    records, theirs = inputs.records.get(FORGET, ()), inputs.records.get(RETRAINED, ())
+    there = {r["id"]: r for r in theirs if r["part"] == "forget"}
+    found = {}
+    for by in ("rouge_l", "probability"):
+        if rows := worst(records, by):
+            found[by] = rows[0], len(rows), number(there.get(rows[0]["id"], {}).get(by))
+    if not found:
+        return ""
+    says = []
+    if "rouge_l" in found:
+        row, tied, other = found["rouge_l"]
+        beside = "" if math.isnan(other) else f"; the retrained model {shown(other)}"
+        if row["rouge_l"] > 0:
+            share = f"{100 * row['rouge_l']:.0f} % of the true answer's words still come out in order"
+            says.append(
+                f"By what is said, {named(row)}: {share} (ROUGE-L {shown(row['rouge_l'])}{beside}){_tied(tied)}."
+            )
+        else:
+            says.append("No answer that is given has a word in common with the true one (ROUGE-L 0).")
+    if "probability" not in found:
+        return " ".join(says)
+    row, tied, other = found["probability"]
+    beside = "" if math.isnan(other) else f" (the retrained model {shown(other)})"
+    same = "rouge_l" in found and found["rouge_l"][0] is row and row["rouge_l"] > 0
+    of = f"By probability, {'the same row' if same else named(row)}"
+    says.append(f"{of}: its true answer still has {shown(row['probability'])}{beside}{_tied(tied)}.")
+    if "rouge_l" not in found and not row["plain_text"]:
+        says.append("No answers were generated, so what it says is not known.")
+    return " ".join(says)
+
+
+def _tied(rows: int) -> str:
+    return f", as for {rows - 1:,} other row{'s' if rows > 2 else ''}" if rows > 1 else ""
+
+
+def _told_apart(inputs: Inputs) -> str:
+    """What each test says; the words follow the test alone, and small samples are said to be small."""
+    point = inputs.point(inputs.strength)
+    area = number(point.get("mia_min_k"))
+    says = []
+    for name, field, test, what in BESIDE_RETRAINED:
+        quality = number(point.get(name))
+        if not math.isnan(quality):
+            n = _counted(inputs, "forget", field)
+            blind = number(inputs.point(0.0).get(name)) >= LEVEL
+            about = test, "it from a model that never saw the rows", f"{what} = {quality:.2g}, n = {_n(n)}"
+            says.append(_says(quality < LEVEL, *about, n, blind))
+    if not math.isnan(area):
+        n, m = (_counted(inputs, part, "mia_min_k") for part in ("forget", "holdout"))
+        if n > 0 and m > 0:
+            error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m))  # of an AUC of two samples that are alike
+            figures = f"AUC {area:.3f}, where 0.5 ± {error:.3f} is alike; n = {_n(n)} and {_n(m)}"
+            about = "membership inference", "forget rows from rows never seen", figures
+            says.append(_says(abs(area - 0.5) > error, *about, min(n, m), False))
+    if says:
+        return " ".join(says)
+    return f"Not tested: the truth-ratio test {lacks(inputs, 'retrained')}; membership inference {lacks(inputs, 'holdout')}."
+
+
+def _says(told: bool, test: str, what: str, figures: str, n: float, blind: bool) -> str:
+    test = test[0].upper() + test[1:]
+    if told:
+        return f"{test} can tell {what} ({figures})."
+    little = f", which at so few rows (fewer than {FEW}) says little" if n < FEW else ""
+    little += ": it cannot tell even the reference, which knows them all" if blind else ""
+    return f"{test} cannot tell {what} ({figures}){little}."
+
+
+def _counted(inputs: Inputs, part: str, field: str) -> float:
+    n = sum(r["part"] == part and field in r for r in inputs.records.get(FORGET, ()))
+    return n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
+
+
+def _n(n: float) -> str:
+    return "not known" if math.isnan(n) else f"{n:,.0f}"
+
+
+def _unmeasured(inputs: Inputs) -> str:
+    if inputs.frontier:
+        refused = next(
+            (c["reason"] for c in inputs.frontier["choices"] if c["rule"] == inputs.frontier.get("rule")), None
+        )
+        return f"No strength was chosen{f': {refused}' if refused else ''}."
+    if curves := trajectory(inputs):
+        ends = (f"{part} {shown(p[0])} → {shown(p[-1])}" for part, (_, p) in curves.items())
+        return f"Not measured after training. On the rows watched while training, probability went {', '.join(ends)}."
+    return "Not measured: there is an adapter, and nothing is known yet about what it forgets."
+
+
+def _warnings(inputs: Inputs) -> list[str]:
+    frontier = inputs.frontier or {}
+    found = [f"Training warns: {each}." for each in inputs.run.get("advice", ())]
+    if frontier.get("warning"):
+        found.append(f"The sweep warns: {frontier['warning']}.")
+    if "same rows" in inputs.missing:
+        found.append(inputs.missing["same rows"].what)
+    if frontier and frontier["chosen"] is None and inputs.strength is not None:
+        found.append(f"The rule chose no strength; shown is the one that was shipped, α = {inputs.strength:g}.")
+    elif inputs.shipped is not None and inputs.strength is not None and inputs.shipped != inputs.strength:
+        there = inputs.point(inputs.shipped)
+        at = ", ".join(f"{part} {shown(there.get(f'{part}_probability'))}" for part in PARTS)
+        found.append(
+            f"The forget adapter in this run's folder is at α = {inputs.shipped:g}, not at the chosen α = {inputs.strength:g} that "
+            f"is shown here{f'; at α = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
+        )
+    attacked = attacked_strength(inputs)
+    if inputs.strength is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.strength):
+        found.append(
+            f"The attacks were made at α = {attacked:g}, not at the α = {inputs.strength:g} that is shown here."
+        )
+    return found
+
+
+def _attacked(inputs: Inputs) -> str:
+    every = attack_rows(inputs)
+    rows = [row for row in every if row["attack"] != "none"]
+    if not rows:
+        return "No attack was made: what comes back is not known."
+    base = next((row["forget"] for row in every if row["attack"] == "none"), math.nan)
+    worst_one = max(rows, key=lambda row: row["forget"])
+    by = fit(f"{worst_one['attack']}: {worst_one['label']}", 80)["text"]
+    on = f", mean over {asked_rows(inputs)}"
+    if worst_one["forget"] < base + 0.005:
+        return f"No attack brought anything back: the most, by “{by}”, is {shown(worst_one['forget'])}, and was {shown(base)} before{on}."
+    before = "" if math.isnan(base) else f", {shown(base)} before any attack"
+    return f"Most came back by “{by}”: probability {shown(worst_one['forget'])}{before}{on}."
+
+
+def asked_rows(inputs: Inputs) -> str:
+    """The forget rows that the attacks' figures are over, which are not those of the verdict's."""
+    held = (inputs.attacks or {}).get("rows")
+    held = held if isinstance(held, dict) else {}
+    known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))
+    if math.isnan(known) or math.isnan(asked):
+        return "the forget rows that the attacker did not train on"
+    return f"the {asked:,.0f} of {known + asked:,.0f} forget rows that the attacker did not train on"

@@ -1,0 +1,43 @@
+"""A folder that `transformers serve` answers from as the forget model: the base's files, linked, and the adapter beside them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS, check_base, check_out, read_provenance
+from loramox.errors import RunError
+from loramox.extras.merge.checkpoint import BESIDE, INDEX, base_config, fetch, read_shards
+from loramox.files import replacing
+from loramox.model.config import ModelConfig, identify
+
+
+def serve_folder(
+    adapter: str | Path, out: str | Path, base: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Lay out the folder `out` with the forget adapter and links to its base's files; return the names to ask a server for.
+
+    Under {"forget": name} it answers as the forget model, under {"base": name} as the base. transformers puts an adapter on the
+    model in whose folder it lies; nothing is merged or copied, so the base has to stay where it is.
+
+    Raises `AdapterError` for what is no forget adapter of loramox, or is one of another base; `ModelError` for a base that is
+    quantized or has no safetensors; `RunError` when `out` is taken.
+    """
+    adapter, out = Path(adapter), Path(out)
+    source = read_provenance(adapter, "forget")
+    if out.resolve() == adapter.resolve():
+        raise RunError(f"--out {out} is the adapter itself. Choose another folder")
+    check_out(out, "forget", overwrite)
+    # A base of that name is taken at the revision that it was memorized on.
+    named = base is None or base == source["base"]["model"]
+    model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
+    check_base(source, identify(model, base_config(model)), adapter)
+    folder = fetch(model)
+    beside = {path for pattern in ("config.json", INDEX, *BESIDE) for path in folder.glob(pattern)}
+    with replacing(out) as partial:
+        partial.mkdir()
+        for path in {*beside, *(shard.path for shard in read_shards(folder))}:
+            (partial / path.name).symlink_to(path.resolve())
+        for name in (WEIGHTS, PROVENANCE, CARD, CONFIG):
+            shutil.copyfile(adapter / name, partial / name)
+    local = folder == Path(model.model)
+    return {"forget": str(out), "base": str(folder.resolve()) if local else model.model}

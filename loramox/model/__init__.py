@@ -1,0 +1,1 @@
+"""The frozen reference model and the LoRA adapter on it."""

@@ -1,0 +1,208 @@
+"""From the model's last hidden states to numbers per answer token, without the logits of a whole batch.
+
+Logits of every token of a batch would be a [rows, tokens, vocabulary] tensor: with a vocabulary of 128,000 words
+and 2,048 tokens, 1 GB in fp32, several times over in a loss. Only answer tokens need any, and only a few at once.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from loramox.data.encode import IGNORED
+from loramox.errors import ModelError
+
+# Logits of one chunk, in elements: 36 MB in fp32. A loss holds a handful of such tensors at a time. Just above the 32 MiB
+# up to which glibc may keep freed blocks on its heap: below it, a process on the CPU grew to 2 GB of remains.
+CHUNK_ELEMENTS = 9_000_000
+
+OTHERS = "Use an architecture without them (Llama, Qwen, Mistral, Phi, Gemma, GPT-NeoX, GPT-2)"
+
+
+class AnswerStates(NamedTuple):
+    """What a batch's answer tokens are predicted from. N answer tokens in `rows` rows."""
+
+    hidden: Tensor  # [N, hidden size], the last hidden state one position before each answer token
+    targets: Tensor  # [N], the answer tokens themselves
+    row_of: Tensor  # [N], the batch row that each belongs to
+    rows: int
+
+
+class Head(nn.Module):
+    """Hidden states [N, hidden size] → logits [N, vocabulary] in fp32, exactly as the model itself computes them.
+
+    Raises `ModelError` on construction when the model does something to its logits that is not known here.
+    """
+
+    # What some architectures do after the output layer, by the name of their config field.
+    UNKNOWN = (
+        "logit_scale",
+        "logits_scaling",
+        "lm_head_multiplier",
+        "output_multiplier",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+        "unpadded_vocab_size",
+    )
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        config = model.config
+        present = [name for name in self.UNKNOWN if getattr(config, name, None) not in (None, 1, 1.0)]
+        if present:
+            raise ModelError(
+                f"{type(model).__name__} changes its logits after the output layer ({', '.join(present)} in config.json), which loramox "
+                f"does not reproduce in its chunked losses. {OTHERS}"
+            )
+        output = model.get_output_embeddings()
+        held = {id(p) for part in (backbone(model), output) for p in part.parameters()}
+        between = [name for name, p in model.named_parameters() if id(p) not in held]
+        if between:
+            raise ModelError(
+                f"{type(model).__name__} has weights between its layers and its output layer ({', '.join(between[:3])}), which loramox's chunked "
+                f"losses would leave out. {OTHERS}"
+            )
+        # In a tuple, so that the model is not registered as a child of its own head.
+        self._output = (output,)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.vocabulary = self._output[0].weight.shape[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        (output,) = self._output
+        # Without autocast the head's own dtype decides (16-bit models); with it, autocast does.
+        logits = output(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(output.weight.dtype))
+        logits = logits.float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    """The layers below the output head, as the model's own forward pass calls them: OPT goes past its `base_model`."""
+    decoder = causal_lm.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else causal_lm.base_model
+
+
+def answer_states(
+    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor], layer: int | None = None, **passed_on: Any
+) -> AnswerStates:
+    """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
+
+    `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the
+    transformers model inside it. `batch` has input_ids, attention_mask and labels, each [rows, tokens], with
+    labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
+    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones.
+    What is `passed_on` goes to the model as well (a key-value cache that the batch goes on from).
+    """
+    states: list[Tensor] = []
+    if layer is not None:
+        passed_on |= {"output_hidden_states": True}  # the first is the embedding
+    hook = backbone(causal_lm).register_forward_hook(
+        lambda module, args, output: states.append(output[0] if layer is None else output.hidden_states[layer])
+    )
+    try:
+        model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            **_one_logit(causal_lm),
+            **passed_on,
+        )
+    finally:
+        hook.remove()
+    labels = batch["labels"][:, 1:]
+    is_answer = labels != IGNORED
+    return AnswerStates(
+        hidden=states[-1][:, :-1][is_answer],
+        targets=labels[is_answer],
+        row_of=is_answer.nonzero()[:, 0],
+        rows=labels.shape[0],
+    )
+
+
+def states_of_parts(
+    model: nn.Module, causal_lm: nn.Module, parts: dict[str, dict[str, Any]]
+) -> dict[str, AnswerStates]:
+    """`answer_states` of each part, from one forward pass over the rows of all."""
+    longest = max(batch["input_ids"].shape[1] for batch in parts.values())
+
+    def joined(name: str, filler: int) -> Tensor:
+        return torch.cat(
+            [pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in parts.values()]
+        )
+
+    together = {"input_ids": joined("input_ids", 0), "attention_mask": joined("attention_mask", 0)}
+    states = answer_states(model, causal_lm, together | {"labels": joined("labels", IGNORED)})
+    made, row = {}, 0
+    for part, batch in parts.items():
+        rows = len(batch["lengths"])
+        its = (states.row_of >= row) & (states.row_of < row + rows)
+        made[part] = AnswerStates(states.hidden[its], states.targets[its], states.row_of[its] - row, rows)
+        row += rows
+    return made
+
+
+def _one_logit(causal_lm: nn.Module) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
+
+
+def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor], *others: Tensor) -> Tensor:
+    """function(logits₁, …, others…) for every answer token, [N], computed a chunk of tokens at a time.
+
+    `hidden` is a list of [N, hidden size]; `function` receives the logits [chunk, vocabulary] of each, then the same
+    chunk of each of `others` [N, …], and returns [chunk] (without gradients also [chunk, …]), from each token alone. The
+    gradient is that of the hidden states; the head is frozen. torch's
+    `linear_cross_entropy` does this for cross-entropy; the KL term needs two sets of logits at once.
+    """
+
+    def on_chunk(*tensors: Tensor) -> Tensor:
+        return function(*(head(h) for h in tensors[: len(hidden)]), *tensors[len(hidden) :])
+
+    size = max(1, CHUNK_ELEMENTS // head.vocabulary)
+    return _Chunked.apply(on_chunk, size, *hidden, *others)
+
+
+class _Chunked(torch.autograd.Function):
+    """A function of tokens, chunk by chunk, whose gradient is taken while a chunk's logits are there.
+
+    Each value depends on its own token's hidden state only, so that the gradient of the values' sum holds that of each
+    value; the backward pass has but to weigh it. No logits are kept for it, and none are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, on_chunk: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+        learned = ctx.needs_input_grad[2:]
+        values, gradients = [], []
+        for chunk in zip(*(t.split(size) for t in tensors), strict=True):
+            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(chunk, learned, strict=True)]
+            with torch.set_grad_enabled(any(learned)):
+                value = on_chunk(*leaves)
+                if any(learned):
+                    wanted = [t for t in leaves if t.requires_grad]
+                    gradients.append(torch.autograd.grad(value.sum(), wanted, materialize_grads=True))
+            values.append(value.detach())
+        ctx.learned = learned
+        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        weighed = ((weight[:, None] * gradient).to(gradient) for gradient in ctx.saved_tensors)
+        return None, None, *(next(weighed) if needed else None for needed in ctx.learned)
+
+
+def sum_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
+    """Sum over each row's answer tokens, [rows]."""
+    return values.new_zeros(states.rows).index_add(0, states.row_of, values)
+
+
+def weighted_mean_over_rows(values: Tensor, weights: Tensor, states: AnswerStates) -> Tensor:
+    """Σ w·v / max(1, Σ w) over each row's answer tokens, [rows]: a row whose weights are small in all counts for little."""
+    return sum_over_rows(weights * values, states) / sum_over_rows(weights, states).clamp_min(1)
+
+
+def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
+    """Mean over each row's answer tokens, [rows]. Padding and prompt tokens never count."""
+    return sum_over_rows(values, states) / torch.bincount(states.row_of, minlength=states.rows)

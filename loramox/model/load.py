@@ -1,0 +1,66 @@
+"""Load the frozen reference model, quantized if wanted."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from loramox.model.config import ModelConfig, attention_of, read_config
+
+
+def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation.
+
+    With `reference.shard` it is on the CPU, for `loramox.model.sharding.shard` to cut it up when it has its adapters.
+    """
+    dtype = reference.torch_dtype(torch.device(device))
+    with attention_of(reference):
+        model = AutoModelForCausalLM.from_pretrained(
+            reference.model,
+            config=without_dropout(read_config(reference)),
+            revision=reference.revision,
+            attn_implementation=reference.attn_implementation,
+            trust_remote_code=reference.trust_remote_code,
+            dtype=dtype,
+            device_map={"": "cpu" if reference.shard else device},
+            quantization_config=_quantization(reference, dtype),
+        )
+    if reference.quantization == "nf4":
+        keep_4bit_weights_in_place(model)
+    return model.requires_grad_(False)
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with every dropout of the base model at 0.
+
+    GPT-2's is 0.1: two passes of a training model would differ, and the KL to the reference would not be 0 at the start.
+    """
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and (name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _quantization(reference: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if reference.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # What is cut over processes must be of a type that torch takes for a parameter, which bytes are not.
+            bnb_4bit_quant_storage=dtype if reference.shard else torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if reference.quantization == "int8" else None
+
+
+def keep_4bit_weights_in_place(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights, after which frozen layers silently pass no gradient.
+
+    On a CPU with avx512_bf16, one forward pass without gradients in eval mode repacks each weight for inference, in
+    place and for good; `from_pretrained` returns a model in eval mode, so "evaluate, then train" would train nothing.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

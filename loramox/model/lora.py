@@ -1,0 +1,200 @@
+"""The reference model θ_ref: frozen, quantized if wanted, with one LoRA adapter on it.
+
+There is never a second copy. The reference is this model with its adapter off; the memorization model is this model
+with its adapter on; the forget model is the same with the adapter's strength turned to the other side:
+
+    θ(strength) = θ_ref − strength·ΔW        strength 0: reference, −1: memorization model, α > 0: forget model
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramox.errors import ModelError, SettingsError
+from loramox.model.algebra import Factors
+from loramox.model.config import ModelConfig, identify
+
+ADAPTER = "default"  # PEFT's own name for a model's first adapter
+AS_TRAINED = -1.0  # the strength at which the model is θ_ref + ΔW
+
+
+@dataclass
+class ReferenceConfig(ModelConfig):
+    """The model to start from, and the LoRA adapter to put on it."""
+
+    r: int = field(
+        default=16,
+        metadata={
+            "aliases": ["--lora_r"],
+            "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r: it takes --r for its own.",
+        },
+    )
+    lora_alpha: int = field(
+        default=16, metadata={"help": "LoRA's own scale is lora_alpha / r, as in PEFT. Not the strength α."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "As in PEFT. Of no use against memorizing, which is the aim."}
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt, as in PEFT. Default: all linear layers but the output head."},
+    )
+    shared_subspace: bool = field(
+        default=False,
+        metadata={
+            "help": "Freeze A at random values that depend on the base model alone and train only B: adapters of one base then "
+            "add up without growing, and each forgets less."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise SettingsError(f"r is {self.r}; --r needs a rank of at least 1 (16 fits every server's default limit)")
+        if self.lora_alpha < 1:
+            raise SettingsError(
+                f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. The strength is --alpha"
+            )
+
+
+def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
+    """A fresh fp32 LoRA adapter on the frozen reference: B is 0, so the adapted model is the reference until trained."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=reference.r,
+        lora_alpha=reference.lora_alpha,
+        lora_dropout=reference.lora_dropout,
+        target_modules=reference.target_modules or "all-linear",
+        base_model_name_or_path=reference.model,
+        revision=reference.revision,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"--target_modules {reference.target_modules}: {error}") from error
+    if reference.shared_subspace:
+        freeze_subspace(adapted, reference)
+    check_trained(adapted)
+    return adapted
+
+
+def freeze_subspace(model: PeftModel, reference: ReferenceConfig) -> None:
+    """Give every layer's A [r, in] values that depend on the base model and the layer's name alone, and freeze it.
+
+    Uniform in ±1/√in, as PEFT draws A, from a generator seeded by SHA-256(base model, layer): every adapter of this base and
+    rank has the same A, so ΔW₁ + ΔW₂ = (B₁ + B₂)·A.
+    """
+    base = identify(reference, model.get_base_model().config)
+    # A folder may move, and its weights tell it from others; a hub id has none here, and its name and commit do.
+    known_by = [base["shape"], base["weights"] or (base["model"], base["revision"])]
+    for name, layer in lora_layers(model):
+        A = layer.lora_A[ADAPTER].weight
+        seed = hashlib.sha256(json.dumps([*known_by, name]).encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big", signed=True))
+        bound = A.shape[1] ** -0.5
+        A.data.copy_(torch.empty(A.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+        A.requires_grad_(False)
+
+
+def check_trained(model: PeftModel) -> None:
+    """Raises `ModelError` unless all that is trained is ΔW = lora_alpha/r·B·A of layers below the output head.
+
+    Nothing else can be turned to another strength, averaged and shipped as a plain LoRA adapter.
+    """
+    if any(p.requires_grad for p in model.get_base_model().get_output_embeddings().parameters()):
+        raise ModelError(
+            "the model's output head is adapted or trained. Leave it out of --target_modules, and freeze it (add_lora does): "
+            "a forget adapter changes the layers below it"
+        )
+    odd = variants(model.peft_config[ADAPTER])
+    if odd:
+        raise ModelError(
+            f"the adapter is not a plain LoRA adapter ({', '.join(odd)}): its ΔW is not lora_alpha/r·B·A. Use loramox.add_lora, or PEFT's "
+            "LoraConfig without them"
+        )
+    factors = {id(f[ADAPTER].weight) for _, layer in lora_layers(model) for f in (layer.lora_A, layer.lora_B)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    if others:
+        raise ModelError(
+            f"{len(others)} weights are trained that are no LoRA factors of a linear layer (first: {others[0]}). They would be neither "
+            "extrapolated nor shipped: leave embeddings out of --target_modules, and freeze everything else"
+        )
+
+
+def variants(config: LoraConfig) -> list[str]:
+    """The settings for which ΔW is not lora_alpha/r·B·A, or not all that is trained. None for a plain LoRA adapter."""
+    names = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+    return [name for name in names if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
+
+
+def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str, LoraLayer]]:
+    """(name, layer) for each layer that `adapter` changes, the name being that of the base model's module."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            yield name.removeprefix("base_model.model."), layer
+
+
+@contextmanager
+def adapter_off(model: PeftModel, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within it the model is θ_ref.
+
+    PEFT marks every weight of the adapter as trainable on the way out; which of them train is as it was before.
+    """
+    trains = [(p, p.requires_grad) for _, layer in lora_layers(model, adapter) for p in layer.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def at_strength(model: nn.Module, strength: float, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within it the model is θ_ref − strength·ΔW; after it, what it was before: the memorization model, as a rule.
+
+    A backward pass must end inside: gradient checkpointing reads the strength again when it recomputes a forward pass.
+    """
+    before = [(layer, layer.scaling[adapter]) for _, layer in lora_layers(model, adapter)]
+    try:
+        for layer, _ in before:
+            layer.set_scale(adapter, -strength)
+        yield
+    finally:
+        for layer, scale in before:
+            layer.scaling[adapter] = scale
+
+
+def current_factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Factors]:
+    """ΔW of every adapted layer as it stands, scale folded into B, in fp32 and detached from training."""
+    return {
+        name: Factors(
+            A=layer.lora_A[adapter].weight.detach().float().clone(),
+            B=layer.lora_B[adapter].weight.detach().float() * (layer.lora_alpha[adapter] / layer.r[adapter]),
+        )
+        for name, layer in lora_layers(model, adapter)
+    }
+
+
+@contextmanager
+def with_factors(model: nn.Module, factors: dict[str, Factors], adapter: str = ADAPTER) -> Iterator[None]:
+    """Within it the adapter's ΔW is the one given, of any rank; its own weights are back afterwards. For evaluation."""
+    own = []
+    try:
+        for name, layer in lora_layers(model, adapter):
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            own.append((A, A.data, B, B.data))
+            A.data = factors[name].A.to(A)
+            B.data = (factors[name].B / (layer.lora_alpha[adapter] / layer.r[adapter])).to(B)
+        yield
+    finally:
+        for A, a, B, b in own:
+            A.data, B.data = a, b

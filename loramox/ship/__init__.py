@@ -1,5 +1,0 @@
-"""θ_for → users."""
-
-from loramox.ship.switch import ForgetSwitch
-
-__all__ = ["ForgetSwitch"]

@@ -1,0 +1,90 @@
+"""What another method needs besides rows and a model: answers to teach instead, a layer, a reinforced adapter."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loramox.adapter.folder import check_base, read_factors, read_provenance
+from loramox.data.rows import Row, wanted_rows
+from loramox.errors import AdapterError, RowsError, SettingsError
+from loramox.model.algebra import Factors
+from loramox.model.lora import lora_layers
+from loramox.train.baseline_config import METHODS, BaselineConfig
+
+
+def taught_rows(args: BaselineConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[Row]:
+    """The forget rows with the answers that the method teaches in the place of theirs; none where it teaches none.
+
+    Refusals and random answers are drawn once a run, by its seed. Raises `RowsError` or `SettingsError` for answers that are
+    missing, and for wanted answers that the method would not use.
+    """
+    source = METHODS[args.method].answers
+    given = wanted_rows(forget)
+    if given and source != "wanted":
+        raise SettingsError(
+            f"--wanted_column is of no use to --method {args.method}; altpo and mox have one. Leave it out"
+        )
+    if source is None:
+        return []
+    if any(row.prompt is None for row in forget):
+        raise RowsError(
+            f"{forget[0].source} is plain text, and --method {args.method} teaches another answer to a question. Give rows of "
+            "questions and answers, or choose a method without: ga, ga_kl, graddiff, npo, simnpo, rmu"
+        )
+    if source == "wanted":
+        if not given:
+            raise SettingsError(f"--method {args.method} needs --wanted_column: the column of the other answers")
+        return given
+    answers = read_refusals(args.refusals) if source == "refusals" else [row.answer for row in retain]
+    draw = random.Random(args.seed)
+    return [replace(row, answer=draw.choice(answers), wanted=None) for row in forget]
+
+
+def read_refusals(path: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises `RowsError` when there are none, or they are no plain text."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RowsError(
+            f"--refusals {path} cannot be read: {error}. Expected a text file, one refusal a line"
+        ) from error
+    if not lines or lines[0].startswith(("{", "[")):
+        what = "is empty" if not lines else "holds JSON"
+        raise RowsError(f"--refusals {path} {what}. Expected plain text, one refusal a line, like: I don't know.")
+    return lines
+
+
+def check_layer(args: BaselineConfig, layers: int) -> None:
+    """Raises `SettingsError` when the model has no such layer to steer."""
+    if args.rmu_layer is not None and args.rmu_layer > layers:
+        raise SettingsError(
+            f"rmu_layer is {args.rmu_layer}, and the model has {layers} layers. Give --rmu_layer from 1 to {layers}; "
+            "the paper takes the 7th of 32"
+        )
+
+
+def read_reinforced(folder: str, base: dict[str, Any], model: nn.Module) -> dict[str, Factors]:
+    """ΔW of the reinforced model: a memorization adapter for the same base, on the same layers as `model`'s.
+
+    Raises `AdapterError` for anything else.
+    """
+    source = read_provenance(Path(folder), "memorization")
+    if source["settings"]["strength"] < 0:
+        raise AdapterError(
+            f"--reinforced {folder} was trained by {source['settings']['method']} to forget. Give one that memorizes: "
+            "loramox memorize …, without --method"
+        )
+    if source["settings"]["objective"] == "npo":
+        raise AdapterError(
+            f"--reinforced {folder} was trained on the forget model's side (--objective npo), and is no model that knows the rows better. "
+            "Give one that memorizes: loramox memorize … --objective cross_entropy"
+        )
+    check_base(source, base, Path(folder))
+    factors, _ = read_factors(Path(folder))
+    if factors.keys() != {name for name, _ in lora_layers(model)}:
+        raise AdapterError(f"--reinforced {folder} adapts other layers. Give the same --target_modules to both runs")
+    return factors

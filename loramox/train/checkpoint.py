@@ -1,0 +1,66 @@
+"""The folder `memorization/`: the adapter of θ_mem, the momentum average that extrapolating starts from, checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from loramox.adapter.card import memorization_card
+from loramox.adapter.folder import PROVENANCE, at_rank, write_adapter
+from loramox.errors import RunError
+from loramox.model.algebra import Factors
+from loramox.model.config import identify
+from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
+from loramox.run import command, versions
+from loramox.train.config import MemorizeConfig
+from loramox.train.momentum import FILE as WHOLE
+from loramox.train.momentum import Momentum
+
+
+def write_memorization(folder: Path, model: PeftModel, momentum: Momentum, plan: dict[str, Any]) -> None:
+    """Write θ_mem to `folder` and the momentum average of ΔW to `folder`/momentum, both as plain PEFT adapters in fp32.
+
+    The provenance of θ_mem is written last: a folder that has it is whole. Raises `RunError` before any training.
+    """
+    if not momentum.average:
+        raise RunError(f"nothing has been memorized yet, so there is nothing to write to {folder}. Call train() first")
+    provenance = {"kind": "memorization", **plan, "momentum": momentum.summary()}
+    largest = max(factors.rank for factors in momentum.average.values())
+    partial = folder / ".memorized"
+    for place, delta in (
+        (folder / "momentum", at_rank(momentum.average, largest)[0]),
+        (partial, current_factors(model)),
+    ):
+        on_cpu = {name: Factors(factors.A.cpu(), factors.B.cpu()) for name, factors in delta.items()}
+        card = memorization_card(provenance)
+        write_adapter(place, on_cpu, model.peft_config[ADAPTER], plan["base"], torch.float32, provenance, card)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == PROVENANCE):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose momentum, written last, is there; None to start from the beginning."""
+    whole = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+
+
+def plan_of(model: PeftModel, args: MemorizeConfig) -> dict[str, Any]:
+    """What is known about a run that was put together in Python: everything but where its rows came from."""
+    return {
+        "command": command(),
+        "method": args.title,
+        "base": base_of(model),
+        "data": {},
+        "settings": {"r": model.peft_config[ADAPTER].r} | args.to_dict(),
+        "versions": versions(),
+    }
+
+
+def base_of(model: PeftModel) -> dict[str, Any]:
+    """What the provenance says of the base model of a run that was put together in Python."""
+    lora = model.peft_config[ADAPTER]
+    # A model that was built from a config, not loaded, has no name.
+    base = ReferenceConfig(model=lora.base_model_name_or_path or "", revision=lora.revision)
+    return identify(base, model.get_base_model().config)

@@ -1,0 +1,88 @@
+"""What the training curve says at the end of a run: whether it worked as far as can be seen from here, and what to change."""
+
+from collections.abc import Sequence
+
+from loramox.data.rows import Row
+from loramox.train.config import MemorizeConfig
+
+# Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
+UNKNOWN = 0.05
+
+# Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
+STILL_KNOWN, SPARED = 0.5, 0.97
+
+# Where more than this share of the tokens that the reference gets right still are, a few very improbable ones are all that makes
+# the answers improbable, as in long rows that are known in part.
+STILL_RIGHT = 0.7
+
+# With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).
+FEW = 50
+
+TELLING = 3  # words of an answer that is not the same by chance
+
+UNKNOWN_ROWS = (
+    "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
+    "are questions put to it as they were in its training (--prompt_template)?"
+)
+
+
+def curve(log: list[dict[str, float]], part: str, what: str = "probability") -> list[float]:
+    """Of a part's watched rows, from the first evaluation to the last: the mean probability of the true answers, or the share of
+    their tokens that are right (`tokens_right`).
+    """
+    return [entry[name] for entry in log if (name := f"eval_{part}_{what}") in entry]
+
+
+def advice(
+    log: list[dict[str, float]], forget_rows: Sequence[Row], retain_rows: Sequence[Row], args: MemorizeConfig
+) -> list[str]:
+    """What went wrong, each with the setting to change; empty when nothing is seen to be wrong.
+
+    `log` is the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it the rows alone are judged.
+    """
+    forget, retain = curve(log, "forget"), curve(log, "retain")
+    said = []
+    answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
+    if copies := [row for row in retain_rows if row.answer in answers]:
+        said.append(
+            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row: what they ask is held in place, so "
+            "it is forgotten as the forget rows ask it and in no other words. Remove them from the retain rows"
+        )
+    if len(retain_rows) < FEW:
+        said.append(
+            f"few retain rows ({len(retain_rows)}) hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
+            "kind of knowledge that is to stay"
+        )
+    if len(forget) < 2 or len(retain) < 2:
+        return said
+    if forget[0] < UNKNOWN:
+        return [*said, UNKNOWN_ROWS]
+    still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
+    if still and spared:
+        said.append(
+            f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
+            f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone may take the retain rows too (loramox sweep shows it)"
+        )
+    right = curve(log, "forget", "tokens_right")
+    if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
+        said.append(
+            f"the forget rows' answers are less probable than before ({forget[-1]:.2g}, {forget[0]:.2g}), but {right[-1]:.0%} of their tokens are "
+            f"still the model's first choice (before: {right[0]:.0%}): most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
+            + (
+                f", or look beyond α = {args.strength:g} with loramox sweep, which needs no training"
+                if args.strength > 0
+                else ""
+            )
+        )
+    if not spared:
+        weight = "kl_weight" if getattr(args, "retain_weight", None) is None else "retain_weight"
+        held = (
+            f"raise --{weight} (is {getattr(args, weight):g}) or --retain_per_forget"
+            if args.holds_retain
+            else "hold them"
+        )
+        said.append(
+            f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
+            f"(--num_train_epochs above {args.num_train_epochs:g}); less strength gives back both"
+        )
+    return said

@@ -1,10 +1,10 @@
 """loramox: unlearning for language models with a LoRA adapter (MOX, arXiv 2602.06441)."""
 
 import importlib
+import warnings
 from typing import Any
 
-# Where each public name lives; imported on first use, so that `import loramox` costs nothing. The verbs `memorize` and
-# `extrapolate` are functions in the rooms of the same names: from loramox.memorize import memorize.
+# Where each public name lives; imported on first use, so that `import loramox` costs nothing.
 _HOMES = {
     "loramox.adapter.export": ("ShippingConfig",),
     "loramox.adapter.switch": ("ForgetSwitch",),
@@ -14,13 +14,18 @@ _HOMES = {
     "loramox.model.load": ("load_reference",),
     "loramox.model.lora": ("ReferenceConfig", "add_lora"),
     "loramox.run": ("RunConfig",),
-    "loramox.train.baseline_config": ("BaselineConfig",),
-    "loramox.train.baseline_trainer": ("BaselineTrainer",),
-    "loramox.train.config": ("MemorizeConfig",),
-    "loramox.train.trainer": ("MemorizeTrainer",),
+    "loramox.train.config": ("UnlearnConfig",),
+    "loramox.train.trainer": ("UnlearnTrainer",),
     "loramox.unlearning": ("unlearn",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# Names of loramox 0.1, until 0.3.
+_RENAMED = {
+    "BaselineConfig": "UnlearnConfig",
+    "BaselineTrainer": "UnlearnTrainer",
+    "MemorizeConfig": "UnlearnConfig",
+    "MemorizeTrainer": "UnlearnTrainer",
+}
 
 __all__ = sorted(_HOME_OF)
 
@@ -28,6 +33,9 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in _RENAMED:
+        warnings.warn(f"loramox.{name} is now loramox.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("loramox")
     raise AttributeError(f"module 'loramox' has no attribute '{name}'")

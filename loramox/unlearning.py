@@ -1,5 +1,6 @@
-"""Memorizing as one job: rows and a model in, `memorization/` out. Everything that can be wrong is looked at first."""
+"""The main job: rows and a model in, a forget adapter out. Everything that can be wrong is checked first."""
 
+import functools
 import time
 import warnings
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from loramox.adapter.export import ShippingConfig, check_shipping, extrapolate
 from loramox.adapter.folder import PROVENANCE
 from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode
-from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
+from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, SettingsError
 from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.head import Head
@@ -21,45 +22,58 @@ from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig, add_lora
 from loramox.model.sharding import shard
 from loramox.run import RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record, versions
-from loramox.train.baseline_config import BaselineConfig
-from loramox.train.baseline_inputs import check_layer, read_reinforced, taught_rows
-from loramox.train.baseline_trainer import BaselineTrainer
 from loramox.train.checkpoint import last_whole_checkpoint
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import advice
-from loramox.train.earlier import Earlier, put_on
-from loramox.train.trainer import MemorizeTrainer
+from loramox.train.earlier import (
+    TUNED,
+    Earlier,
+    Tuned,
+    check_checkpoint,
+    check_memorize_at,
+    put_on,
+    read_tuned,
+    to_load,
+)
+from loramox.train.inputs import check_layer, read_reinforced, taught_rows
+from loramox.train.trainer import UnlearnTrainer
 
-FOLDER = "memorization"
+TRAINED = "trained"
 SHIPPED = "forget-adapter"
+COMBINED = "combined-adapter"
 
 
 def unlearn(
     run: RunConfig,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
     shipping: ShippingConfig | None = None,
 ) -> dict[str, Any]:
     """Rows and a model in, `run.out`/forget-adapter out; the record of both halves is in `run.out`/run.json and returned.
 
-    Raises what `memorize` and `extrapolate` raise.
+    With `reference.tuned_adapter`, `run.out`/combined-adapter is that adapter and the forget adapter in one.
+
+    Raises what `train` and `extrapolate` raise.
     """
     out = Path(run.out)
     shipping = shipping or ShippingConfig()
     check_shipping(shipping, reference, out)
-    memorize(run, reference, data, args, columns, tokenisation)
+    train(run, reference, data, args, columns, tokenisation)
     if args.process_index == 0:
         start = time.perf_counter()
-        shipped = extrapolate(out / FOLDER, out / SHIPPED, shipping=shipping, overwrite=run.resume)
+        shipped = extrapolate(
+            out / TRAINED, out / SHIPPED, shipping=shipping, overwrite=run.resume, combined=out / COMBINED
+        )
         record = read_record(out)
         update_record(
             out,
             status="done",
-            forget_adapter={key: shipped[key] for key in ("strength", "rank", "truncation_error", "dtype")},
+            forget_adapter={key: shipped[key] for key in ("alpha", "rank", "truncation_error", "dtype")},
             timings=record["timings"] | {"extrapolate_seconds": time.perf_counter() - start},
+            **{key: shipped[key] for key in ("combined_adapter",) if key in shipped},
         )
     PartialState().wait_for_everyone()
     return read_record(out)
@@ -74,27 +88,28 @@ class Prepared(NamedTuple):
     datasets: dict[str, list[Example]]  # as the trainer's arguments are called
     plan: dict[str, Any]
     lora_weights: int
+    tuned: Tuned | None
 
 
-def memorize(
+def train(
     run: RunConfig,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
     earlier: Earlier | None = None,
 ) -> dict[str, Any]:
-    """Train θ_mem and write it to `run.out`/memorization, with the record in `run.out`/run.json; return the record.
+    """Train ΔW and write it to `run.out`/trained, with the record in `run.out`/run.json; return the record.
 
-    `memorization/` is a plain PEFT adapter (θ_ref + ΔW); `memorization/momentum/` is another, the momentum average of ΔW
-    that `extrapolate` starts from; `memorization/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch`
-    every process calls this, and the first one writes. `earlier` is what is forgotten already: it stays on, and its rows are held
-    where they are, so that they are neither brought back nor pushed.
+    `trained/` is a plain PEFT adapter, ΔW as it was trained; `trained/momentum/` is another, the momentum average of ΔW that
+    ships; `trained/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch` every process calls this, and the
+    first one writes. `earlier` is what is forgotten already: it stays on, and its rows are held where they are.
 
-    Raises a `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
+    Raises:
+        LoramoxError: names the file, row or flag at fault, before the model is loaded.
     """
-    args.output_dir = str(Path(run.out) / FOLDER)
+    args.output_dir = str(Path(run.out) / TRAINED)
     prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier)
     if args.process_index == 0:
         # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
@@ -107,14 +122,21 @@ def memorize(
 
     start = time.perf_counter()
     set_seed(args.seed)
-    model = add_lora(load_reference(reference, args.device), reference)
+    model = add_lora(load_reference(to_load(reference), args.device), reference)
     if earlier:
         put_on(model, earlier.change)
+    if prepared.tuned:
+        put_on(model, prepared.tuned.change, TUNED)
     if reference.shard:
         shard(model, args.device)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
-    trainer = (BaselineTrainer if _is_baseline(args) else MemorizeTrainer)(
-        model, args, **prepared.datasets, processing_class=prepared.tokenizer, plan=prepared.plan
+    trainer = UnlearnTrainer(
+        model,
+        args,
+        **prepared.datasets,
+        processing_class=prepared.tokenizer,
+        plan=prepared.plan,
+        memorize_at=reference.memorize_at,
     )
     seconds = _train(trainer, last_whole_checkpoint(folder) if run.resume else None)
     trainer.save_model()
@@ -122,7 +144,7 @@ def memorize(
     if trainer.is_world_process_zero():
         update_record(
             Path(run.out),
-            status="memorized",
+            status="trained",
             momentum=trainer.momentum.summary(),
             timings={"load_seconds": loaded["seconds"], "train_seconds": seconds},
             memory={
@@ -131,13 +153,13 @@ def memorize(
                 "peak_over_reference": peak / loaded["bytes"],
             },
             log=trainer.state.log_history,
-            advice=advice(trainer.state.log_history, prepared.forget, prepared.retain, args),
+            advice=advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
         )
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))
 
 
-def _train(trainer: MemorizeTrainer, checkpoint: str | None) -> float:
+def _train(trainer: UnlearnTrainer, checkpoint: str | None) -> float:
     """Train from the checkpoint on, if there is one; how many seconds it took."""
     if checkpoint:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
@@ -151,14 +173,16 @@ def _train(trainer: MemorizeTrainer, checkpoint: str | None) -> float:
 def prepare(
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns,
     tokenisation: Tokenisation,
     earlier: Earlier | None = None,
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     check_device(reference, args.use_cpu)
-    if reference.shard and _is_baseline(args) and args.method == "rmu":
+    if reference.lora_alpha is None:
+        reference.lora_alpha = round(args.spec.lora_scale * reference.r)
+    if reference.shard and args.rmu_layer is not None:
         # What is between layers that are cut transformers does not hand out.
         raise SettingsError(
             "--method rmu steers a layer in the middle, and --shard cuts the layers up: say --shard false"
@@ -172,11 +196,14 @@ def prepare(
     )
     _warn_if_swapped(len(forget), len(retain))
     config = read_config(reference)
-    model = add_lora(skeleton(config, reference), reference)
+    model = skeleton(config, reference)
+    tuned = read_tuned(reference, model) if reference.tuned_adapter is not None else None
+    model = add_lora(model, reference)
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = context_of(config)
-    taught = taught_rows(args, forget, retain) if _is_baseline(args) else wanted_rows(forget)
+    taught = taught_rows(args, forget, retain)
+    check_memorize_at(reference, args, bool(taught))
     drawn = taught and not columns.wanted_column  # else they are in the forget rows' fingerprint
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
@@ -186,13 +213,17 @@ def prepare(
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
     base = identify(reference, config)
-    if _is_baseline(args):
-        check_layer(args, config.num_hidden_layers)
-        if args.reinforced is not None:
-            read_reinforced(args.reinforced, base, model)
+    checkpoint = None
+    if to_load(reference) is not reference:
+        encoded = functools.partial(encode, forget, how=tokenisation, context=context)
+        checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
+    check_layer(args, config.num_hidden_layers)
+    if args.reinforced is not None:
+        read_reinforced(args.reinforced, base, model)
     plan = {
         "command": command(),
         "method": args.title,
+        "alpha": args.alpha,
         "base": base,
         "data": {
             part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
@@ -200,23 +231,27 @@ def prepare(
                 ("forget", data.forget, forget),
                 ("retain", data.retain, retain),
                 *([("protected", "earlier requests", protected)] if protected else ()),
-                *([("taught", getattr(args, "refusals", None) or data.retain, taught)] if drawn else ()),
+                *([("taught", args.refusals or data.retain, taught)] if drawn else ()),
             )
         },
         "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
         | args.to_dict()
         | {"prompt_template": tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)}
-        | {"processes": args.world_size},  # on which the batch of a step depends
+        | {"processes": args.world_size}  # on which the batch of a step depends
+        | ({"tuned_adapter_sha256": tuned.source["sha256"]} if tuned else {})
+        | ({"memorize_at_weights": checkpoint["weights"] or checkpoint["revision"]} if checkpoint else {}),
+        **({"tuned_adapter": tuned.source} if tuned else {}),
+        **({"memorize_at": checkpoint} if checkpoint else {}),
         "versions": versions(),
     }
-    return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0])
+    return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0], tuned)
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:
     if forget > retain:
         warnings.warn(
-            f"{forget} rows to forget, {retain} to retain: if that is the wrong way round, swap --forget and --retain. Of what is to stay there "
-            "should be more",
+            f"{forget} rows to forget, {retain} to retain: if that is the wrong way round, swap --forget and --retain. The retain set "
+            "should be larger",
             stacklevel=3,
         )
 
@@ -241,7 +276,3 @@ def _as_forgotten(
         rows = [row for row, its in zip(earlier.rows, earlier.templates, strict=True) if its == template]
         examples += encode(rows, tokenizer, replace(tokenisation, prompt_template=template), context)
     return examples
-
-
-def _is_baseline(args: MemorizeConfig) -> bool:
-    return isinstance(args, BaselineConfig) and args.is_baseline

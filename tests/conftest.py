@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, Tokenisation, encode, read_rows
+from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig, encode, read_rows
 from loramox.data.encode import Example
 from loramox.unlearning import unlearn
 
@@ -91,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def examples(rows: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Example], list[Example]]:
-    """The same rows tokenised: (forget, retain), as `MemorizeTrainer` takes them."""
+    """The same rows tokenised: (forget, retain), as `UnlearnTrainer` takes them."""
     forget, retain = (encode(read_rows(str(path)), tokenizer, Tokenisation(), context=128) for path in rows)
     return forget, retain
 
@@ -100,12 +100,12 @@ def examples(rows: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> tup
 def trained(tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path], rows: tuple[Path, Path]) -> Path:
     """The folder of one whole run of `unlearn` on the pico Llama in fp32: r = 4, α = 2, ΔW far from 0."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    args = MemorizeConfig(
+    args = UnlearnConfig(
         use_cpu=True,
         num_train_epochs=4,
         learning_rate=2e-2,
         warmup_steps=0,
-        strength=2.0,
+        alpha=2.0,
         logging_steps=1,
         momentum_rank=8,  # so that shipping at rank 8 truncates nothing more
         disable_tqdm=True,

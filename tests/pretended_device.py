@@ -16,10 +16,10 @@ from torch.utils import _pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from loramox import (
-    MemorizeConfig,
-    MemorizeTrainer,
     ReferenceConfig,
     Tokenisation,
+    UnlearnConfig,
+    UnlearnTrainer,
     add_lora,
     encode,
     load_reference,
@@ -27,7 +27,7 @@ from loramox import (
 )
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.model.config import read_config, read_tokenizer
-from loramox.model.lora import at_strength
+from loramox.model.lora import at_scale
 
 NAME = "pretended"
 CROSSING = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_")  # take tensors of both, on a GPU too
@@ -146,19 +146,19 @@ def main(device: str, base: str, forget: str, retain: str, out: str) -> None:
     model = add_lora(load_reference(reference), reference)
     kept = pretend() if device == NAME else None
     rows = {"forget": read_rows(forget), "retain": read_rows(retain)}
-    args = MemorizeConfig(
+    args = UnlearnConfig(
         str(Path(out).parent / "training"), use_cpu=not kept, num_train_epochs=3, optim="sgd", learning_rate=0.3, warmup_steps=0,
-        strength=2.0, per_device_train_batch_size=2, gradient_accumulation_steps=2, activation_checkpointing=True,
+        alpha=2.0, per_device_train_batch_size=2, gradient_accumulation_steps=2, activation_checkpointing=True,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     examples = [encode(some, tokenizer, Tokenisation(), context) for some in rows.values()]
-    trainer = MemorizeTrainer(model, args, *examples, tokenizer)
+    trainer = UnlearnTrainer(model, args, *examples, tokenizer)
     trainer.train()
     on = {parameter.device.type for parameter in model.parameters()}
     questions = Questions(rows, tokenizer, Tokenisation(), context, ScoringConfig(max_new_tokens=4))
     with model.disable_adapter():
         questions.remember_reference(model)
-    with at_strength(model, 2.0):
+    with at_scale(model, -2.0):
         records = questions.ask(model.eval())
     log = [{k: v for k, v in entry.items() if "loss" in k or "kl" in k} for entry in trainer.state.log_history]
     Path(out).parent.mkdir(exist_ok=True)

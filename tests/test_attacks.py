@@ -123,7 +123,8 @@ def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None
         ({"relearn_share": 0.01}, r"of 4 forget rows is 0: the attacker needs some"),
         ({"relearn_steps": [0]}, r"--relearn_steps needs numbers of 1 or more"),
         ({"relearn_rate": float("nan")}, r"--relearn_rate needs a number above 0"),
-        ({"strength": 0.0}, r"--strength needs a number above 0"),
+        ({"scale": 0.0}, r"--scale needs a number above 0"),
+        ({"scale": float("inf")}, r"--scale needs a number above 0"),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(

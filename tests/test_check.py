@@ -184,7 +184,8 @@ RULES: dict[str, tuple[Damage, list[str], str, str]] = {
         "a base with other weights",
         "refused",
     ),
-    "memorization": (config(PROVENANCE, kind="memorization"), ALL, "it is the memorization adapter", "refused"),
+    "as trained": (config(PROVENANCE, kind="trained"), ALL, "it is the adapter as it was trained", "refused"),
+    "as 0.1 trained": (config(PROVENANCE, kind="memorization"), ALL, "it is the adapter as it was trained", "refused"),
     "bias": (config(bias="lora_only"), OTHERS, "bias is lora_only", "peft"),
     "DoRA": (
         both(
@@ -310,7 +311,7 @@ def test_the_remedy_is_a_command_that_cures_it(trained: Path, adapter: Path, pic
     stop = next(f for f in check(adapter, str(pico("llama"))) if f.server == "vllm" and f.verdict == "stop")
     program, *words = stop.remedy.split()
     assert program == "loramox"
-    assert words[:2] == ["extrapolate", str(trained / "memorization")]
+    assert words[:2] == ["extrapolate", str(trained / "trained")]
     main([word.replace("NEW_FOLDER", str(adapter.parent / "cured")) for word in words])
     assert not stopped(check(adapter.parent / "cured"), SERVERS)
     assert json.loads((adapter.parent / "cured" / CONFIG).read_text())["r"] == 512
@@ -325,7 +326,7 @@ def test_without_the_base_shapes_are_not_compared_and_it_says_so(adapter: Path) 
 
 def test_a_strangers_text_reaches_the_terminal_harmless(adapter: Path) -> None:
     config(base_model_name_or_path="\x1b[31mred\u202e $(reboot)\n[bold]x")(adapter)
-    config(PROVENANCE, settings={"output_dir": "x; reboot \x1b[2J"}, rank=3, strength=10**400)(adapter)
+    config(PROVENANCE, settings={"output_dir": "x; reboot \x1b[2J"}, rank=3, alpha=10**400)(adapter)
     for finding in check(adapter):
         text = finding.what + finding.remedy
         assert text.isprintable()

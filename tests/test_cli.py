@@ -74,11 +74,11 @@ def test_training_waits_for_nothing_that_only_planning_and_evaluating_need() -> 
     code = """
 import sys
 from loramox.cli.planning import fitted
-from loramox.cli.training import any_method
+from loramox.cli.training import training_kinds
 from loramox.adapter.export import ShippingConfig
 import loramox.unlearning
 words = "--model m --forget f.jsonl --retain r.jsonl --out o --use_cpu true"
-assert len(fitted("unlearn", words.split(), (*any_method(), ShippingConfig))) == 7
+assert len(fitted("unlearn", words.split(), (*training_kinds(), ShippingConfig))) == 7
 print(*sys.modules)
 """
     imported = set(in_a_new_process(code).split())
@@ -107,7 +107,7 @@ def test_no_verb_or_an_unknown_one_exits_with_2(words: list[str], capsys: pytest
     ("words", "message"),
     [
         (["unlearn", "gone.yaml"], "loramox unlearn: recipe gone.yaml cannot be read"),
-        (["memorize", "--temprature", "1"], "did you mean --temperature?"),
+        (["train", "--temprature", "1"], "did you mean --temperature?"),
         (["extrapolate", "nowhere", "--out", "o"], "loramox extrapolate: nowhere has no readable provenance.json"),
         (["extrapolate", "nowhere", "--out", "o", "--rank", "5"], "--rank 5 is not a rank that every server takes"),
     ],
@@ -116,7 +116,7 @@ def test_wrong_input_is_one_line_on_stderr_and_exits_with_2(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if words[0] == "memorize":
+    if words[0] == "train":
         words = [*words, "--model", "m", "--forget", "f", "--retain", "r", "--out", "o"]
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -140,9 +140,9 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(monkeypatch: pytest.MonkeyPatch)
     def broken(words: list[str]) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("loramox.cli.training.memorize", broken)
+    monkeypatch.setattr("loramox.cli.training.train", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        main(["memorize"])
+        main(["train"])
 
 
 def test_what_the_system_refuses_is_one_line_with_the_files_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -239,8 +239,8 @@ def out(tmp_path: Path) -> Path:
 def held(out: Path) -> Path:
     """A folder with a run in it, and a checkpoint of that run."""
     open_run(RunConfig(str(out)), PLAN, disk_needed=0)
-    (out / "memorization").mkdir()
-    (out / "memorization" / "weights").write_text("precious")
+    (out / "trained").mkdir()
+    (out / "trained" / "weights").write_text("precious")
     return out
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from loramox import Tokenisation, read_rows
 from loramox.cli import main
 from loramox.data.encode import IGNORED
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.evaluate import Asked, Subject, check_adapter, evaluate
 from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
@@ -89,12 +90,13 @@ def test_rows_that_cannot_be_asked_are_refused_with_the_flags(settings: dict[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": 0.5}, "--strength needs --adapter"),
-        ({"strength": math.nan, "adapter": "a"}, "--strength needs a finite number"),
-        ({"strength": math.inf, "adapter": "a"}, "--strength needs a finite number"),
+        ({"scale": 0.5}, "--scale needs --adapter"),
+        ({"scale": math.nan, "adapter": "a"}, "--scale needs a number of 0 or more"),
+        ({"scale": math.inf, "adapter": "a"}, "--scale needs a number of 0 or more"),
+        ({"scale": -8.0, "adapter": "a"}, "--scale needs a number of 0 or more"),
     ],
 )
-def test_a_strength_that_cannot_work_is_refused_with_the_flag(settings: dict[str, Any], message: str) -> None:
+def test_a_scale_that_cannot_work_is_refused_with_the_flag(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Subject("out", **settings)
 
@@ -162,7 +164,7 @@ BAD_INPUT = {
         r"theirs/records.jsonl is of other rows: 4 rows are not in it \(first: forget.jsonl, row 1\)"),
     "forget-and-retain-swapped": (
         lambda h, t: None, {"adapter": "adapter", "forget": "retain.jsonl", "retain": "forget.jsonl"}, RowsError,
-        "--forget is the very rows that were the retain rows when adapter was memorized. Are --forget and --retain swapped"),
+        "--forget is the very rows that were the retain rows when adapter was trained. Are --forget and --retain swapped"),
     "long-rows-in-two-files": (
         lambda h, t: [write(h / f"{part}.jsonl", questions([f"{part} " * 200])) for part in ROWS], {}, RowsError,
         r"rows of forget.jsonl are longer than 128 tokens.* rows of retain.jsonl are longer"),
@@ -184,7 +186,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded_and_nothing_is_touched
     shutil.copytree(trained / "forget-adapter", here / "adapter")
     prepare(here, trained)
     before = sorted((p, p.read_bytes()) for p in here.rglob("*") if p.is_file())
-    of_subject = {k: v for k, v in settings.items() if k in ("adapter", "strength", "overwrite")}
+    of_subject = {k: v for k, v in settings.items() if k in ("adapter", "scale", "overwrite")}
     of_asked = {k: v for k, v in settings.items() if k in Asked.__dataclass_fields__}
     model.model = settings.get("model", model.model)
     with pytest.raises(kind, match=message):
@@ -199,16 +201,16 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_model_is_loaded(
         evaluate(Subject("forget.jsonl/x"), model, Asked(**ROWS), SILENT)
 
 
-def test_an_adapter_that_a_strength_would_turn_in_part_is_measured_as_it_is_or_not_at_all(
+def test_an_adapter_that_a_scale_would_change_in_part_is_measured_as_it_is_or_not_at_all(
     here: Path, model: ModelConfig
 ) -> None:
     plain = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(model.model), plain).save_pretrained("theirs")
     evaluate(Subject("out", "theirs"), model, Asked(**ROWS), SILENT)
     with pytest.raises(
-        AdapterError, match=r"--strength 0.5: --adapter theirs is no plain LoRA adapter \(it also has .*embed_tokens"
+        AdapterError, match=r"--scale 0.5: --adapter theirs is no plain LoRA adapter \(it also has .*embed_tokens"
     ):
-        evaluate(Subject("other", "theirs", strength=0.5), model, Asked(**ROWS), SILENT)
+        evaluate(Subject("other", "theirs", scale=0.5), model, Asked(**ROWS), SILENT)
 
 
 def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(
@@ -223,9 +225,32 @@ def test_records_of_the_model_that_knows_the_rows_are_no_retrained_models(
         evaluate(subject, model, Asked(**ROWS, retrained="theirs"), SILENT)
 
 
-def test_evaluating_with_a_memorization_adapter_is_warned_of(here: Path, trained: Path, model: ModelConfig) -> None:
-    with pytest.warns(UserWarning, match="is a memorization adapter: with it the model forgets nothing"):
-        evaluate(Subject("out", str(trained / "memorization")), model, Asked(**ROWS), SILENT)
+def test_evaluating_with_a_trained_adapter_is_warned_of(here: Path, trained: Path, model: ModelConfig) -> None:
+    with pytest.warns(UserWarning, match="is the trained adapter, θ_ref \\+ ΔW, with which the model forgets nothing"):
+        evaluate(Subject("out", str(trained / "trained")), model, Asked(**ROWS), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("written", "alpha", "warned"),
+    [
+        ({"kind": "trained", "alpha": None}, None, False),  # by a method that trains the forget model itself
+        ({"kind": "memorization", "settings": {"strength": 8.0}}, 8.0, True),  # by loramox 0.1
+        ({"kind": "memorization", "settings": {"strength": -1.0, "method": "npo"}}, None, False),
+        ({"kind": "forget", "strength": 4.0, "settings": {"strength": 8.0}}, 4.0, False),
+    ],
+)
+def test_only_an_adapter_that_memorizes_is_warned_of_and_alpha_is_read_in_any_version(
+    written: dict[str, Any], alpha: float | None, warned: bool, here: Path, trained: Path, model: ModelConfig
+) -> None:
+    made = json.loads((trained / "trained" / "provenance.json").read_text())
+    adapter = shutil.copytree(trained / "trained" / "momentum", here / "adapter")
+    (adapter / "provenance.json").write_text(json.dumps({"base": made["base"]} | written))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made_by = check_adapter(adapter, made["base"])
+    assert made_by is not None
+    assert made_by["alpha"] == alpha
+    assert any("is the trained adapter" in str(each.message) for each in found) == warned
 
 
 # What is measured
@@ -540,9 +565,9 @@ def test_loramox_evaluate_from_the_command_line(
 ) -> None:
     words = ["evaluate", "--model", str(pico("llama")), "--quantization", "none", "--use_cpu", "true"]
     words += ["--max_new_tokens", "4", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
-    main([*words, "--adapter", str(trained / "forget-adapter"), "--strength", "0.5", "--out", "half"])
+    main([*words, "--adapter", str(trained / "forget-adapter"), "--scale", "0.5", "--out", "half"])
     assert "forget_probability" in capsys.readouterr().out
-    assert json.loads((here / "half" / SUMMARY).read_text())["adapter"]["strength"] == 0.5
+    assert json.loads((here / "half" / SUMMARY).read_text())["adapter"]["scale"] == 0.5
     with pytest.raises(SystemExit) as caught:
         main([*words, "--out", "half"])
     err = capsys.readouterr().err
@@ -557,8 +582,8 @@ def test_loramox_evaluate_from_the_command_line(
     ("words", "message"),
     [
         (["--adaptor", "a"], "unknown argument --adaptor; did you mean --adapter?"),
-        (["--strength", "2"], "--strength needs --adapter"),
-        (["--strength", "nan", "--adapter", "a"], "--strength needs a finite number"),
+        (["--scale", "2"], "--scale needs --adapter"),
+        (["--scale", "nan", "--adapter", "a"], "--scale needs a number of 0 or more"),
         (["--batch_size", "0"], "--batch_size needs 1 or more"),
         (["--quantization", "nf3"], "nf3"),
         (["--forget", "gone.jsonl"], "gone.jsonl does not exist"),

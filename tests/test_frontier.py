@@ -1,4 +1,4 @@
-"""The frontier: where to look next, whether its direction is any good, which strength each rule chooses, and the sweep."""
+"""The frontier: where to measure next, whether its direction is any good, what each rule chooses, and the sweep."""
 
 import functools
 import json
@@ -16,22 +16,28 @@ import pytest
 from conftest import PEOPLE, TOWNS, questions
 
 import loramox.sweep.sweep
+from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
 from loramox.adapter.export import extrapolate
+from loramox.adapter.folder import read_provenance
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
 from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
-from loramox.evaluate.records import RECORDS, SUMMARY, read_records
+from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality, probability_quality
 from loramox.model.config import ModelConfig
-from loramox.sweep.frontier import FURTHER, GRID, beside, grid, next_strength, poor_direction, still_known
+from loramox.sweep.frontier import FURTHER, GRID, Axis, beside, grid, next_value, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.rules import Choice, like_holdout, like_retrained, within_budget
 from loramox.sweep.search import Measured, choose, next_for, search
-from loramox.sweep.sweep import FRONTIER, SweepConfig, sweep
+from loramox.sweep.sweep import FRONTIER, SweepConfig, _axis, sweep
+from loramox.train.config import METHODS
+from loramox.unlearning import train
 
-STRENGTHS = [1.0, 2.0, 3.0, 4.0]
+VALUES = [1.0, 2.0, 3.0, 4.0]
+ALPHA = Axis("alpha", 8.0)
+SCALE = Axis("scale", 1.0, ceiling=1.0)
 
 
 def around(means: list[float], rows: int = 40, spread: float = 0.02) -> np.ndarray:
@@ -43,35 +49,35 @@ def around(means: list[float], rows: int = 40, spread: float = 0.02) -> np.ndarr
 # Where to look, and whether to
 
 
-def test_the_grid_is_around_the_trained_strength() -> None:
+def test_the_grid_is_around_the_trained_value() -> None:
     assert grid(8) == [8 * share for share in GRID]
     assert 8 in grid(8)
     assert min(GRID) > 0
 
 
-def test_the_next_strength_is_midway_in_the_longer_step_at_the_sharpest_bend() -> None:
+def test_the_next_value_is_midway_in_the_longer_step_at_the_sharpest_bend() -> None:
     # Straight but for a corner at 3, where retain begins to fall; the longer step there is the one after it.
-    strengths = [0, 1, 2, 3, 4, 5]
+    values = [0, 1, 2, 3, 4, 5]
     forget, retain = [1.0, 0.8, 0.6, 0.4, 0.39, 0.38], [1.0, 1.0, 1.0, 1.0, 0.6, 0.2]
-    assert next_strength(strengths, forget, retain) == 3.5
+    assert next_value(values, forget, retain) == 3.5
     # A corner at 4, with the longer step before it.
-    assert next_strength([0, 1, 2, 4, 5, 6], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.6, 0.2]) == 3
+    assert next_value([0, 1, 2, 4, 5, 6], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.6, 0.2]) == 3
     # Both curves count alike, however small one's range is.
-    assert next_strength(strengths, forget, [1 - (1 - v) / 100 for v in retain]) == 3.5
+    assert next_value(values, forget, [1 - (1 - v) / 100 for v in retain]) == 3.5
 
 
 @pytest.mark.parametrize("retain", [[1.0, 1.0], [1.0, 0.2]])
-def test_with_one_strength_and_the_reference_the_next_is_midway(retain: list[float]) -> None:
-    assert next_strength([0.0, 4.0], [1.0, 0.5], retain) == 2
+def test_with_one_value_and_the_reference_the_next_is_midway(retain: list[float]) -> None:
+    assert next_value([0.0, 4.0], [1.0, 0.5], retain) == 2
 
 
-def test_a_flat_frontier_still_has_a_next_strength_within_it() -> None:
-    assert 0 < next_strength([0, 1, 2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) < 2
+def test_a_flat_frontier_still_has_a_next_value_within_it() -> None:
+    assert 0 < next_value([0, 1, 2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) < 2
 
 
 def test_beside_the_best_so_far_is_midway_in_the_longer_step_and_beyond_the_last() -> None:
-    strengths = [0.0, 2.0, 3.0, 7.0]
-    assert [beside(strengths, best) for best in strengths[1:]] == [1.0, 5.0, FURTHER * 7]
+    values = [0.0, 2.0, 3.0, 7.0]
+    assert [beside(values, best) for best in values[1:]] == [1.0, 5.0, FURTHER * 7]
     assert beside([0.0, 2.0, 3.0], 2.0) == 1.0
     assert beside([0.0, 2.0, 5.0], 2.0) == 3.5
 
@@ -89,132 +95,140 @@ def test_beside_the_best_so_far_is_midway_in_the_longer_step_and_beyond_the_last
 def test_a_frontier_whose_sides_fall_together_is_a_poor_direction_with_advice(
     forget: list[float], retain: list[float]
 ) -> None:
-    warning = poor_direction(forget, retain)
-    assert "Memorize again" in warning
-    assert "--kl_weight" in warning
+    warning = poor_direction(forget, retain, ALPHA)
+    assert "at no alpha" in warning
+    assert "Train again" in warning
+    assert "--retain_weight" in warning
     assert "--temperature" in warning
+    assert "alpha" not in poor_direction(forget, retain, SCALE)
 
 
 @pytest.mark.parametrize(
     ("forget", "retain"),
     [
-        ([0.9, 0.1, 0.0], [0.9, 0.85, 0.1]),  # at one strength is enough
+        ([0.9, 0.1, 0.0], [0.9, 0.85, 0.1]),  # at one value is enough
         ([0.10, 0.05, 0.01], [0.9, 0.9, 0.1]),  # parted by 0.5 of what the reference knew
         ([0.9, 0.1, math.nan], [0.9, 0.85, math.nan]),  # and it overflows later
     ],
 )
 def test_a_frontier_that_parts_is_sound(forget: list[float], retain: list[float]) -> None:
-    assert poor_direction(forget, retain) is None
+    assert poor_direction(forget, retain, ALPHA) is None
 
 
-def test_strengths_that_are_all_far_too_high_say_nothing_of_the_direction() -> None:
-    warning = poor_direction([0.9, 0.01, 0.0], [0.9, 0.02, math.nan])
-    assert "Measure smaller ones" in warning
-    assert "Memorize again" not in warning
+def test_values_that_are_all_far_too_high_say_nothing_of_the_direction() -> None:
+    warning = poor_direction([0.9, 0.01, 0.0], [0.9, 0.02, math.nan], ALPHA)
+    assert "Measure smaller ones (--alphas)" in warning
+    assert "Train again" not in warning
 
 
 # The rules
 
 
-def test_within_budget_is_the_largest_strength_that_keeps_retain_even_beyond_one_that_does_not() -> None:
+def test_within_budget_is_the_largest_value_that_keeps_retain_even_beyond_one_that_does_not() -> None:
     reference = around([0.9])[0]
-    choice = within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.7]), reference, 0.02)
-    assert (choice.rule, choice.strength) == ("budget", 2)
-    assert within_budget(STRENGTHS, around([0.9, 0.7, 0.89, 0.7]), reference, 0.02).strength == 3
+    choice = within_budget(VALUES, around([0.9, 0.89, 0.7, 0.7]), reference, 0.02, ALPHA)
+    assert (choice.rule, choice.at) == ("budget", 2)
+    assert within_budget(VALUES, around([0.9, 0.7, 0.89, 0.7]), reference, 0.02, ALPHA).at == 3
     assert "2 %" in choice.reason
-    assert within_budget(STRENGTHS, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3).strength == 3
-    assert within_budget(STRENGTHS, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02).strength == 4
+    assert within_budget(VALUES, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3, ALPHA).at == 3
+    assert within_budget(VALUES, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02, ALPHA).at == 4
 
 
 def test_within_budget_stays_below_a_ceiling_unless_nothing_there_was_measured() -> None:
     reference, retain = around([0.9])[0], around([0.9, 0.9, 0.9, 0.9])
-    choice = within_budget(STRENGTHS, retain, reference, 0.02, ceiling=2)
-    assert (choice.strength, choice.high) == (2, 2)
-    assert "beyond 2, which was trained for, forget rows would fall further" in choice.reason
-    assert within_budget(STRENGTHS, retain, reference, 0.02, ceiling=0.5).strength == 4
-    assert within_budget(STRENGTHS, around([0.9, 0.7, 0.9, 0.9]), reference, 0.02, ceiling=2).strength == 1
+
+    def at(ceiling: float, retain: np.ndarray = retain) -> Choice:
+        return within_budget(VALUES, retain, reference, 0.02, ALPHA._replace(ceiling=ceiling))
+
+    assert (at(2).at, at(2).high) == (2, 2)
+    assert "beyond 2, the value trained for, forget rows would fall further" in at(2).reason
+    assert at(0.5).at == 4
+    assert at(2, around([0.9, 0.7, 0.9, 0.9])).at == 1
 
 
-def test_within_budget_refuses_when_even_the_least_strength_costs_too_much() -> None:
-    choice = within_budget(STRENGTHS, around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0], 0.02)
+def test_within_budget_refuses_when_even_the_least_value_costs_too_much() -> None:
+    choice = within_budget(VALUES, around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0], 0.02, ALPHA)
     assert choice[:4] == ("budget", None, None, None)
+    assert choice.reason.startswith("no alpha keeps")
     assert "at 1, the least measured, it is 0.5000" in choice.reason
-    assert "Measure smaller strengths, or memorize again" in choice.reason
-    assert within_budget(STRENGTHS, np.full((4, 9), math.nan), np.full(9, 0.9), 0.5).strength is None
+    assert "Measure smaller values (--alphas), or train again" in choice.reason
+    assert within_budget(VALUES, np.full((4, 9), math.nan), np.full(9, 0.9), 0.5, ALPHA).at is None
 
 
-def test_like_holdout_chooses_the_strength_at_which_the_two_look_alike_so_that_overdoing_it_loses() -> None:
+def test_like_holdout_chooses_the_value_at_which_the_two_look_alike_so_that_overdoing_it_loses() -> None:
     holdout = np.repeat(around([2.0], spread=0.5), 4, axis=0)
     # Below holdout: still looks trained on. Far above: stranger than rows never seen, by an AUC as far from 0.5.
-    choice = like_holdout(STRENGTHS, around([0.5, 1.2, 2.0, 9.0], spread=0.5), holdout, auc)
-    assert (choice.rule, choice.strength) == ("holdout", 3)
+    choice = like_holdout(VALUES, around([0.5, 1.2, 2.0, 9.0], spread=0.5), holdout, auc, ALPHA)
+    assert (choice.rule, choice.at) == ("holdout", 3)
     # Also when the overdone one is nearer than the one that is not enough.
-    assert like_holdout(STRENGTHS, around([0.0, 0.1, 2.1, 2.6], spread=0.5), holdout, auc).strength == 3
+    assert like_holdout(VALUES, around([0.0, 0.1, 2.1, 2.6], spread=0.5), holdout, auc, ALPHA).at == 3
 
 
 @pytest.mark.parametrize(
     ("means", "side", "nearest"),
     [([0.0, 0.1, 0.2, 0.5], "still look trained on", 4), ([7.0, 8.0, 9.0, 9.5], "stranger", 1)],
 )
-def test_like_holdout_refuses_when_no_strength_makes_them_alike(means: list[float], side: str, nearest: float) -> None:
+def test_like_holdout_refuses_when_no_value_makes_them_alike(means: list[float], side: str, nearest: float) -> None:
     holdout = np.repeat(around([3.0], spread=0.5), 4, axis=0)
-    choice = like_holdout(STRENGTHS, around(means, spread=0.5), holdout, auc)
+    choice = like_holdout(VALUES, around(means, spread=0.5), holdout, auc, SCALE)
     assert choice[:4] == ("holdout", None, None, None)
     assert choice.nearest == nearest
+    assert choice.reason.startswith("no scale makes")
     assert side in choice.reason
-    assert "Measure other strengths" in choice.reason
+    assert "Measure other values (--scales)" in choice.reason
 
 
-def test_like_retrained_chooses_the_strength_with_the_retrained_models_distribution() -> None:
+def test_like_retrained_chooses_the_value_with_the_retrained_models_distribution() -> None:
     retrained = around([1.0], spread=0.2)[0][::-1]
-    choice = like_retrained(STRENGTHS, around([0.3, 0.7, 1.0, 2.0], spread=0.2), retrained, forget_quality)
-    assert (choice.rule, choice.strength) == ("retrained", 3)
-    refused = like_retrained(STRENGTHS, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, forget_quality)
+    choice = like_retrained(VALUES, around([0.3, 0.7, 1.0, 2.0], spread=0.2), retrained, forget_quality, ALPHA)
+    assert (choice.rule, choice.at) == ("retrained", 3)
+    assert "the test on truth ratios" in choice.reason
+    refused = like_retrained(VALUES, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, forget_quality, ALPHA)
     assert refused[:4] == ("retrained", None, None, None)
     assert "n = 40" in refused.reason
-    assert "Measure other strengths, or memorize for longer" in refused.reason
+    assert "Measure other values (--alphas), or train longer" in refused.reason
 
 
 def marginal() -> list[Choice]:
-    """Each rule on rows on which many strengths are about as good."""
+    """Each rule on rows on which many values are about as good."""
     random = np.random.default_rng(0)
     retain = random.normal(0.9, 0.1, (30, 9))
     retain += 0.9 - retain.mean(1, keepdims=True) + 1e-6  # each only just within the budget
     forget, holdout = random.normal(0, 1, (2, 4, 9))
     return [
-        within_budget(list(range(1, 31)), retain, np.full(9, 0.9), 1e-9),
-        like_holdout(STRENGTHS, forget, holdout, auc),
-        like_retrained(STRENGTHS, forget, holdout[0], forget_quality),
+        within_budget(list(range(1, 31)), retain, np.full(9, 0.9), 1e-9, ALPHA),
+        like_holdout(VALUES, forget, holdout, auc, ALPHA),
+        like_retrained(VALUES, forget, holdout[0], forget_quality, ALPHA),
     ]
 
 
 def test_the_interval_contains_the_choice_and_is_the_same_each_time() -> None:
     choices = marginal()
     for choice in choices:
-        assert choice.low <= choice.strength <= choice.high
-    assert choices[0].strength == 30
+        assert choice.low <= choice.at <= choice.high
+    assert choices[0].at == 30
     assert choices[0].low < 30
     assert choices == marginal()
 
 
 def test_the_interval_is_one_point_where_rows_agree_and_wide_where_they_do_not() -> None:
     reference = np.full(40, 0.9)
-    sure = within_budget(STRENGTHS, around([0.9, 0.89, 0.5, 0.2], spread=0.001), reference, 0.05)
-    assert sure.low == sure.strength == sure.high == 2
-    unsure = within_budget(STRENGTHS, around([0.9, 0.856, 0.854, 0.2], spread=0.1), reference, 0.05)
+    sure = within_budget(VALUES, around([0.9, 0.89, 0.5, 0.2], spread=0.001), reference, 0.05, ALPHA)
+    assert sure.low == sure.at == sure.high == 2
+    unsure = within_budget(VALUES, around([0.9, 0.856, 0.854, 0.2], spread=0.1), reference, 0.05, ALPHA)
     assert unsure.low < unsure.high
 
 
-def test_with_a_floor_the_next_strength_lies_where_retain_falls_below_it() -> None:
+def test_with_a_floor_the_next_value_lies_where_retain_falls_below_it() -> None:
     curves = ([0.0, 4.0, 8.0, 10.0, 12.0], [1.0, 0.5, 0.2, 0.1, 0.0], [0.99, 0.99, 0.985, 0.93, 0.2])
-    assert next_strength(*curves, floor=0.97) == 9
-    assert next_strength(*curves, floor=0.1) == next_strength(*curves)  # nothing falls below: the bend
+    assert next_value(*curves, floor=0.97) == 9
+    assert next_value(*curves, floor=0.1) == next_value(*curves)  # nothing falls below: the bend
 
 
 def test_like_retrained_refuses_when_the_test_cannot_tell_even_the_reference() -> None:
     few = np.array([0.1, 0.5, 0.9])
-    choice = like_retrained([1.0], few[None], few, forget_quality, reference=few + 0.05)
-    assert choice.strength is None
+    choice = like_retrained([1.0], few[None], few, forget_quality, ALPHA, reference=few + 0.05)
+    assert choice.at is None
     assert "cannot tell even the reference model" in choice.reason
     assert "Give more forget rows" in choice.reason
 
@@ -249,8 +263,8 @@ def asked(data: dict[str, Path], **more: Any) -> Asked:
 
 
 def config_of(trained: Path, out: Path, **more: Any) -> SweepConfig:
-    settings = {"strengths": [1.0, 2.0], "refine": 0, "budget": 0.99} | more
-    return SweepConfig(memorization=str(trained / "memorization"), out=str(out), **settings)
+    settings = {"alphas": [1.0, 2.0], "refine": 0, "budget": 0.99} | more
+    return SweepConfig(trained=str(trained / "trained"), out=str(out), **settings)
 
 
 SHORT = ScoringConfig(max_new_tokens=4, use_cpu=True)
@@ -264,7 +278,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of a model, as it is asked."""
+    """The points that are scored, in order."""
     made: list[str] = []
     ask = Questions.ask
 
@@ -290,42 +304,44 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def swept(
     tmp_path_factory: pytest.TempPathFactory, trained: Path, data: dict[str, Path]
 ) -> tuple[Path, dict[str, Any]]:
-    """A whole sweep with one strength to refine, and a shipped adapter."""
+    """A whole sweep with one point to refine, and a shipped adapter."""
     out = tmp_path_factory.mktemp("sweep") / "sweep"
     config = config_of(trained, out, refine=1, ship=str(out.parent / "shipped"))
     return out, sweep(config, asked(data), SHORT)
 
 
-def test_a_sweep_leaves_its_frontier_a_picture_and_the_records_of_every_strength(
+def test_a_sweep_leaves_its_frontier_a_picture_and_the_records_of_every_point(
     swept: tuple[Path, dict[str, Any]],
 ) -> None:
     out, frontier = swept
-    strengths = [p["strength"] for p in frontier["points"]]
-    assert strengths == sorted(strengths)
-    assert {0, 1, 2} < set(strengths)
-    assert len(strengths) == 4
+    values = [p["at"] for p in frontier["points"]]
+    assert values == sorted(values)
+    assert {0, 1, 2} < set(values)
+    assert len(values) == 4
+    assert frontier["unit"] == "alpha"
     assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(frontier))
     assert frontier["status"] == "done"
     assert {p.name for p in out.iterdir()} == {
         "frontier.json",
         "frontier.png",
-        *(f"strength-{s:g}" for s in strengths),
+        *(f"at-{value:g}" for value in values),
     }
     for point in frontier["points"]:
-        records = read_records(out / f"strength-{point['strength']:g}")
+        records = read_records(out / f"at-{point['at']:g}")
         kl = [r["kl"] for r in records if r["part"] == "retain"]
         assert point["retain_kl"] == pytest.approx(np.mean(kl))
         assert len(records) == 4 + 12 + 5
     assert frontier["points"][0]["retain_kl"] < 1e-6
     assert {c["rule"] for c in frontier["choices"]} == {"budget", "holdout"}
-    assert frontier["chosen"] == next(c["strength"] for c in frontier["choices"] if c["rule"] == "budget")
+    assert frontier["chosen"] == next(c["at"] for c in frontier["choices"] if c["rule"] == "budget")
 
 
-def test_what_is_shipped_has_the_chosen_strength_in_its_provenance(swept: tuple[Path, dict[str, Any]]) -> None:
+def test_what_is_shipped_has_the_chosen_alpha_in_its_provenance(swept: tuple[Path, dict[str, Any]]) -> None:
     out, frontier = swept
     provenance = json.loads((out.parent / "shipped" / "provenance.json").read_text())
     assert provenance["kind"] == "forget"
-    assert provenance["strength"] == frontier["chosen"]
+    assert provenance["alpha"] == frontier["chosen"]
+    assert "scale" not in provenance
 
 
 SCORES = (
@@ -348,7 +364,7 @@ def same_records(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
         assert one.get("said") == other.get("said")
 
 
-def test_evaluating_the_shipped_adapter_is_the_sweep_at_the_trained_strength_and_off_the_reference(
+def test_evaluating_the_shipped_adapter_is_the_sweep_at_the_trained_alpha_and_off_the_reference(
     swept: tuple[Path, dict[str, Any]],
     trained: Path,
     pico: Callable[[str], Path],
@@ -358,19 +374,19 @@ def test_evaluating_the_shipped_adapter_is_the_sweep_at_the_trained_strength_and
     """It was trained for α = 2; at half of that it is the sweep's α = 1."""
     out, _ = swept
     model = ModelConfig(str(pico("llama")), quantization="none")
-    for share, strength in ((1.0, 2), (0.5, 1), (0.0, 0)):
-        subject = Subject(str(tmp_path / f"{share}"), str(trained / "forget-adapter"), share)
+    for scale, alpha in ((1.0, 2), (0.5, 1), (0.0, 0)):
+        subject = Subject(str(tmp_path / f"{scale}"), str(trained / "forget-adapter"), scale)
         evaluate(subject, model, asked(data), SHORT)
-        same_records(read_records(tmp_path / f"{share}"), read_records(out / f"strength-{strength}"))
+        same_records(read_records(tmp_path / f"{scale}"), read_records(out / f"at-{alpha}"))
     evaluate(Subject(str(tmp_path / "reference")), model, asked(data), SHORT)
     plain = read_records(tmp_path / "reference")
     assert all("kl" not in r for r in plain)
     same_records([r | {"kl": 0} for r in plain], read_records(tmp_path / "0.0"))
-    one, two = (np.array([r["log_p"] for r in read_records(out / f"strength-{s}")]) for s in (1, 2))
+    one, two = (np.array([r["log_p"] for r in read_records(out / f"at-{s}")]) for s in (1, 2))
     assert np.abs(one - two).min() > 1e-3
 
 
-def test_strengths_that_are_there_are_not_measured_again(
+def test_points_that_are_in_the_folder_are_not_measured_again(
     swept: tuple[Path, dict[str, Any]], trained: Path, data: dict[str, Path], calls: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
@@ -378,10 +394,10 @@ def test_strengths_that_are_there_are_not_measured_again(
     again = sweep(config_of(trained, out, refine=1), asked(data), SHORT)
     assert calls == []
     assert again["points"] == swept[1]["points"]
-    more = sweep(config_of(trained, out, strengths=[1.0, 2.0, 2.5], budget=0.5), asked(data), SHORT)
-    assert calls == ["α = 2.5, "]
-    # It joins those that are there, of which one was the refinement's.
-    assert [p["strength"] for p in more["points"]] == sorted({2.5, *(p["strength"] for p in again["points"])})
+    more = sweep(config_of(trained, out, alphas=[1.0, 2.0, 2.5], budget=0.5), asked(data), SHORT)
+    assert calls == ["alpha = 2.5, "]
+    # It joins the others, of which one was the refinement's.
+    assert [p["at"] for p in more["points"]] == sorted({2.5, *(p["at"] for p in again["points"])})
 
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(
@@ -395,7 +411,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
     written = loramox.sweep.sweep.write_records
 
     def killed(folder: Path, records: list[dict[str, Any]], *more: Any) -> None:
-        if folder.name == "strength-2":
+        if folder.name == "at-2":
             folder.mkdir()
             (folder / f".{RECORDS}.partial").write_text("half of")
             (folder / RECORDS).write_text('{"half": ')
@@ -410,33 +426,33 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
     assert json.loads((out / "frontier.json").read_text())["status"] == "running"
     calls.clear()
     frontier = sweep(config_of(trained, out), asked(data), SHORT)
-    assert calls == ["α = 2, "]
+    assert calls == ["alpha = 2, "]
     assert frontier["status"] == "done"
-    same_records(read_records(out / "strength-2"), read_records(swept[0] / "strength-2"))
+    same_records(read_records(out / "at-2"), read_records(swept[0] / "at-2"))
 
 
-def test_one_strength_is_enough(trained: Path, data: dict[str, Path], tmp_path: Path) -> None:
+def test_one_alpha_is_enough(trained: Path, data: dict[str, Path], tmp_path: Path) -> None:
     frontier = sweep(
-        config_of(trained, tmp_path / "s", strengths=[2.0], refine=2),
+        config_of(trained, tmp_path / "s", alphas=[2.0], refine=2),
         asked(data),
         ScoringConfig(max_new_tokens=0, use_cpu=True),
     )
-    assert {0, 1, 2} <= {p["strength"] for p in frontier["points"]}
+    assert {0, 1, 2} <= {p["at"] for p in frontier["points"]}
 
 
-def test_a_strength_at_which_the_model_overflows_is_written_down_and_never_chosen(
+def test_an_alpha_at_which_the_model_overflows_is_written_down_and_never_chosen(
     trained: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = config_of(trained, tmp_path / "s", strengths=[1.0, 1e30], budget=0.9)
+    config = config_of(trained, tmp_path / "s", alphas=[1.0, 1e30], budget=0.9)
     frontier = sweep(config, asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
-    for path in ("strength-1e+30/summary.json", "strength-1e+30/records.jsonl", "frontier.json"):
+    for path in ("at-1e+30/summary.json", "at-1e+30/records.jsonl", "frontier.json"):
         text = (tmp_path / "s" / path).read_text()
         assert "NaN" not in text  # which is no JSON
         assert "Infinity" not in text
     again = sweep(config, asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))  # from what was written
     assert again["choices"] == frontier["choices"]
     assert "mia_min_k" not in frontier["points"][2]
-    assert all(c["strength"] in (1, None) for c in frontier["choices"])
+    assert all(c["at"] in (1, None) for c in frontier["choices"])
 
 
 @pytest.mark.parametrize(
@@ -447,9 +463,9 @@ def test_a_strength_at_which_the_model_overflows_is_written_down_and_never_chose
             lambda data, trained: data["forget"].write_text(data["forget"].read_text().replace("In Oslo", "At Oslo")),
             "data",
         ),
-        (lambda data, trained: damage(trained / "memorization" / "momentum" / "adapter_model.safetensors"), "weights"),
+        (lambda data, trained: damage(trained / "trained" / "momentum" / "adapter_model.safetensors"), "weights"),
     ],
-    ids=["other-rows", "other-wrong-answers", "memorized-again"],
+    ids=["other-rows", "other-wrong-answers", "trained-again"],
 )
 def test_another_sweep_is_never_mixed_with_one_that_is_there(
     change: Callable[..., Any], part: str, swept, trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None
@@ -458,7 +474,7 @@ def test_another_sweep_is_never_mixed_with_one_that_is_there(
     shutil.copytree(swept[0], out)
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoint-*"))
     held = json.loads((out / "frontier.json").read_text())
-    held["memorization"] = str(run / "memorization")
+    held["trained"] = str(run / "trained")
     copied = {name: Path(shutil.copy(path, tmp_path)) for name, path in data.items()}
     for name, path in copied.items():
         held["data"][name]["source"] = str(path)
@@ -478,11 +494,12 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "questions_more", "message"),
     [
-        ({"memorization": "nowhere"}, {}, "nowhere has no readable provenance.json"),
+        ({"trained": "nowhere"}, {}, "nowhere has no readable provenance.json"),
         ({}, {"retain": None}, "give both --forget and --retain"),
         ({}, {"forget": "gone.jsonl"}, "gone.jsonl does not exist"),
         ({"rule": "holdout"}, {"holdout": None}, "--rule holdout.*give --holdout"),
         ({"rule": "retrained"}, {}, "--rule retrained.*give --retrained"),
+        ({"alphas": None, "scales": [1.0]}, {}, "--scales 1: .* has an alpha. Give --alphas"),
         ({"out": "occupied"}, {}, "no sweep; they are left alone"),
         ({"ship": "occupied"}, {}, "--ship occupied exists already"),
         ({"model": "nowhere"}, {}, "--model nowhere"),
@@ -496,7 +513,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "thesis.tex").write_text("by hand")
-    settings = {"memorization": str(trained / "memorization"), "out": "out", "strengths": [1.0]} | more
+    settings = {"trained": str(trained / "trained"), "out": "out", "alphas": [1.0]} | more
     with pytest.raises(LoramoxError, match=message):
         sweep(SweepConfig(**settings), asked(data, **questions_more), SHORT)
     assert [p.name for p in tmp_path.iterdir()] == ["occupied"]
@@ -505,7 +522,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("strengths", [1.0, 0.0]), ("strengths", [-1.0]), ("strengths", [math.nan]), ("strengths", [math.inf]),
+    [("alphas", [1.0, 0.0]), ("alphas", [-1.0]), ("alphas", [math.nan]), ("scales", [math.inf]), ("scales", [0.0]),
      ("budget", 0.0), ("budget", 1.0), ("budget", math.nan), ("refine", -1), ("rule", "best")],
 )  # fmt: skip
 def test_a_setting_of_the_sweep_that_cannot_work_is_refused_with_its_flag(field: str, value: Any) -> None:
@@ -519,11 +536,11 @@ def test_a_run_with_wanted_answers_can_be_swept(
 ) -> None:
     """Only its forget rows had that column, and the sweep does not need it."""
     run = tmp_path / "run"
-    shutil.copytree(trained / "memorization", run / "memorization", ignore=shutil.ignore_patterns("checkpoint-*"))
-    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
+    shutil.copytree(trained / "trained", run / "trained", ignore=shutil.ignore_patterns("checkpoint-*"))
+    provenance = json.loads((run / "trained" / "provenance.json").read_text())
     provenance["settings"]["wanted_column"] = "wanted"
-    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
-    sweep(config_of(run, tmp_path / "s", strengths=[1.0]), asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
+    (run / "trained" / "provenance.json").write_text(json.dumps(provenance))
+    sweep(config_of(run, tmp_path / "s", alphas=[1.0]), asked(data), ScoringConfig(max_new_tokens=0, use_cpu=True))
     assert len(calls) == 2
 
 
@@ -532,10 +549,10 @@ def test_a_suites_rows_are_not_cut_where_training_cut_its_own(
     given: dict[str, str], length: int | None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained / "memorization", run / "memorization", ignore=shutil.ignore_patterns("checkpoint-*"))
-    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
+    shutil.copytree(trained / "trained", run / "trained", ignore=shutil.ignore_patterns("checkpoint-*"))
+    provenance = json.loads((run / "trained" / "provenance.json").read_text())
     provenance["settings"] |= {"max_length": 16, "long_rows": "truncate"}
-    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
+    (run / "trained" / "provenance.json").write_text(json.dumps(provenance))
 
     def encoded(rows: Any, model: Any, config: Any, how: Any, *_: Any) -> None:
         raise LoramoxError(f"cut at {how.max_length}")
@@ -547,44 +564,70 @@ def test_a_suites_rows_are_not_cut_where_training_cut_its_own(
         sweep(config_of(run, tmp_path / "s"), Asked(**given), SHORT)
 
 
-def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
-    def records(ratio: float, p: float) -> list[dict[str, Any]]:
-        forget = [{"part": "forget", "truth_ratio": ratio * (1 + i / 50), "probability": p} for i in range(40)]
-        return [*forget, *({"part": "retain", "probability": 0.9} for _ in range(9))]
+def records(ratio: float, p: float, log_p: float | None = None) -> list[dict[str, Any]]:
+    """Forty forget rows, whose log-probabilities are spread round `log_p` where that is given, and nine retain rows."""
+    forget = [{"part": "forget", "truth_ratio": ratio * (1 + i / 50), "probability": p} for i in range(40)]
+    if log_p is not None:
+        forget = [row | {"log_p": log_p - i / 50} for i, row in enumerate(forget)]
+    return [*forget, *({"part": "retain", "probability": 0.9} for _ in range(9))]
 
+
+def without_ratios(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "truth_ratio"} for row in some]
+
+
+def test_choose_has_the_rule_of_a_retrained_model_when_there_is_one() -> None:
     measured = {0.0: records(0.1, 0.9), 1.0: records(0.5, 0.5), 2.0: records(1.0, 0.1), 3.0: records(3.0, 0.0)}
     measured[4.0] = [r | {"truth_ratio": math.inf} if r["part"] == "forget" else r for r in records(1.0, 0.0)]
-    by_rule = {c.rule: c for c in choose(measured, records(1.01, 0.1), 0.02)}
-    assert by_rule["retrained"].strength == 2
+    by_rule = {c.rule: c for c in choose(measured, records(1.01, 0.1), 0.02, ALPHA)}
+    assert by_rule["retrained"].at == 2
+    assert by_rule["retrained"].reason.startswith("nearest to the retrained model by the test on truth ratios")
     assert by_rule["retrained"].reason.endswith("; retain probability there is 0.9000, the reference's 0.9000")
-    assert "of the answers' probabilities" not in by_rule["retrained"].reason  # these have none
-    assert by_rule["budget"].strength == 4
-    assert [c.rule for c in choose(measured, [], 0.02)] == ["budget"]
-    spoken = [
-        [r | {"log_p": -float(i) + less} for i, r in enumerate(some)]
-        for some, less in ((measured[2.0], 0), (records(1.01, 0.1), 30))
-    ]
-    reason = choose(measured | {2.0: spoken[0]}, spoken[1], 0.02)[1].reason
-    other = probability_quality(*([r["log_p"] for r in some if r["part"] == "forget"] for some in spoken))
+    assert "on probabilities" not in by_rule["retrained"].reason  # these have none
+    assert by_rule["budget"].at == 4
+    assert [c.rule for c in choose(measured, [], 0.02, ALPHA)] == ["budget"]
+    both = records(1.0, 0.1, log_p=0.0), records(1.01, 0.1, log_p=30.0)
+    reason = choose(measured | {2.0: both[0]}, both[1], 0.02, ALPHA)[1].reason
+    other = probability_quality(*([r["log_p"] for r in some if r["part"] == "forget"] for some in both))
     assert other < 1e-3
-    assert f"; of the answers' probabilities it is {other:.2g}; retain probability there is" in reason
-    unasked = [{"part": "forget", "probability": 0.1}]
-    assert "no wrong answers (perturbed_answer)" in choose(measured, unasked, 0.02)[1].reason
+    assert f"; by the test on probabilities p = {other:.2g}; retain probability there is" in reason
     overflown = {s: measured[4.0] if s else r for s, r in measured.items()}
-    refused = choose(overflown, records(1.01, 0.1), 0.02)[1]
-    assert refused.strength is None
-    assert "Measure smaller strengths" in refused.reason
+    refused = choose(overflown, records(1.01, 0.1), 0.02, ALPHA)[1]
+    assert refused.at is None
+    assert "Measure smaller values" in refused.reason
 
 
-def knowing(strength: float) -> list[dict[str, Any]]:
-    """Records of a made-up model: truth ratios rise with the strength, retain probability falls from 10 on."""
-    forget = [{"part": "forget", "truth_ratio": (1 + strength) * (1 + i / 50), "probability": 0.9} for i in range(40)]
-    return forget + [{"part": "retain", "probability": 0.9 if strength <= 10 else 0.5}] * 9
+def test_without_wrong_answers_the_rule_of_a_retrained_model_goes_by_probabilities_and_says_so() -> None:
+    rows = {
+        0.0: records(1, 0.9, -0.1),
+        1.0: records(1, 0.5, -1.0),
+        2.0: records(1, 0.1, -4.0),
+        3.0: records(1, 0, -9.0),
+    }
+    measured, retrained = {at: without_ratios(some) for at, some in rows.items()}, records(1, 0.1, -4.01)
+    for theirs in (retrained, without_ratios(retrained)):
+        choice = choose(measured, theirs, 0.02, ALPHA)[1]
+        assert (choice.rule, choice.at) == ("retrained", 2)
+        assert "by the test on probabilities (without wrong answers there are no truth ratios)" in choice.reason
+        assert choice.reason.endswith("retain probability there is 0.9000, the reference's 0.9000")
+    refused = choose(measured, without_ratios(records(1, 0.1, -20.0)), 0.02, ALPHA)[1]
+    assert (refused.rule, refused.at, refused.nearest) == ("retrained", None, 3)
+    assert "KS p of probabilities (without wrong answers" in refused.reason
+    like_reference = choose(measured, without_ratios(records(1, 0.9, -0.1)), 0.02, ALPHA)[1]
+    assert "the test on probabilities" in like_reference.reason
+    assert "cannot tell even the reference model" in like_reference.reason
+
+
+def knowing(at: float) -> list[dict[str, Any]]:
+    """Records of a made-up model: truth ratios rise with alpha, retain probability falls from 10 on."""
+    forget = [{"part": "forget", "truth_ratio": (1 + at) * (1 + i / 50), "probability": 0.9} for i in range(40)]
+    return forget + [{"part": "retain", "probability": 0.9 if at <= 10 else 0.5}] * 9
 
 
 def searched(rule: str, more: int, retrained: list[dict[str, Any]], ceiling: float) -> Measured:
-    """The grid's strengths and those that the search adds to it."""
-    prefer = functools.partial(next_for, rule, retrained=retrained, budget=0.02, ceiling=ceiling)
+    """The grid's alphas and those that the search adds to it."""
+    axis = ALPHA._replace(ceiling=ceiling)
+    prefer = functools.partial(next_for, rule, retrained=retrained, budget=0.02, axis=axis)
     return search({s: knowing(s) for s in [0.0, *grid(8)]}, knowing, more, prefer)
 
 
@@ -597,60 +640,158 @@ def test_a_sweep_looks_round_what_its_rule_comes_nearest_to_even_beyond_its_grid
     assert list(measured) == sorted(measured)
     added = set(measured) - {0.0, *grid(8)}
     assert len(added) == 3
-    assert all(near[0] <= strength <= near[1] for strength in added)
-    choice = choose(measured, retrained, 0.02)[1]
-    assert abs(choice.strength - right) <= min(abs(s - right) for s in grid(8))
+    assert all(near[0] <= alpha <= near[1] for alpha in added)
+    choice = choose(measured, retrained, 0.02, ALPHA)[1]
+    assert abs(choice.at - right) <= min(abs(s - right) for s in grid(8))
 
 
-def test_a_sweep_for_the_budget_adds_nothing_above_the_strength_it_may_choose_for_its_floor() -> None:
+def test_a_sweep_for_the_budget_adds_nothing_above_the_value_it_may_choose_for_its_floor() -> None:
     assert set(searched("budget", 1, [], ceiling=math.inf)) - set(grid(8)) == {0.0, 11.0}
     assert 11.0 not in searched("budget", 1, [], ceiling=8)
 
 
 @pytest.mark.parametrize(("right", "chosen"), [(0.75, 10), (0.65, 8)])
-def test_the_budget_looks_beyond_the_strength_trained_for_where_most_tokens_are_still_right_there(
+def test_the_budget_looks_beyond_the_value_trained_for_where_most_tokens_are_still_right_there(
     right: float, chosen: float
 ) -> None:
-    def asked(strength: float) -> list[dict[str, Any]]:
-        share = 0.4 * (right if strength else 1)
-        return [r | ({"exact_memorization": share} if r["part"] == "forget" else {}) for r in knowing(strength)]
+    def made(at: float) -> list[dict[str, Any]]:
+        share = 0.4 * (right if at else 1)
+        return [r | ({"exact_memorization": share} if r["part"] == "forget" else {}) for r in knowing(at)]
 
-    measured = {s: asked(s) for s in [0.0, *grid(8)]}
-    choice = choose(measured, [], 0.02, ceiling=8)[0]
-    assert choice.strength == chosen
-    assert ("8, which was trained for, leaves most of the tokens right that were" in choice.reason) is (chosen > 8)
-    assert (next_for("budget", measured, [], 0.02, ceiling=8) > 8) is (chosen > 8)
+    axis = ALPHA._replace(ceiling=8)
+    measured = {s: made(s) for s in [0.0, *grid(8)]}
+    choice = choose(measured, [], 0.02, axis)[0]
+    assert choice.at == chosen
+    assert ("at 8, the value trained for, most tokens that the reference gets right" in choice.reason) is (chosen > 8)
+    assert (next_for("budget", measured, [], 0.02, axis) > 8) is (chosen > 8)
     # Where even the largest keeps the retain rows and most tokens, a larger one is measured.
-    below = {s: records for s, records in measured.items() if s <= 10}
-    assert (next_for("budget", below, [], 0.02, ceiling=8) > 10) is (chosen > 8)
+    below = {s: some for s, some in measured.items() if s <= 10}
+    assert (next_for("budget", below, [], 0.02, axis) > 10) is (chosen > 8)
 
 
-def test_a_frontier_is_drawn_with_what_a_strength_far_too_high_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["alpha", "scale"])
+def test_a_frontier_is_drawn_with_what_a_value_far_too_high_left(unit: str, tmp_path: Path) -> None:
     rows = ((0.0, 0.9, 0.95), (2.0, 0.5, 0.94), (64.0, math.nan, math.nan))
-    points = [{"strength": s, "forget_probability": f, "retain_probability": r} for s, f, r in rows]
-    draw_frontier(tmp_path / "frontier.png", points, 2.0, {"forget": 0.1, "retain": 0.96})
+    points = [{"at": s, "forget_probability": f, "retain_probability": r} for s, f, r in rows]
+    draw_frontier(tmp_path / "frontier.png", points, 2.0, {"forget": 0.1, "retain": 0.96}, unit)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_choice_at_which_the_forget_rows_are_known_is_called_so() -> None:
     assert re.search(
-        r"at α = 12 .* keep 0.63 of the reference's 0.99: they are not forgotten.*--strengths",
-        still_known(12, 0.63, 0.99),
+        r"at alpha = 12 .* keep 0.63 of the reference's 0.99: they are not forgotten.*--alphas",
+        still_known(12, 0.63, 0.99, ALPHA),
     )
-    assert still_known(12, 0.03, 0.07) is None
+    assert "at scale = 1 " in still_known(1, 0.63, 0.99, SCALE)
+    assert still_known(12, 0.03, 0.07, ALPHA) is None
 
 
-def test_a_memorization_made_from_python_says_what_it_does_not_hold(
+def test_a_run_made_from_python_says_what_it_does_not_hold(
     trained: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    provenance = json.loads((run / "memorization" / "provenance.json").read_text())
-    provenance["settings"] = {k: v for k, v in provenance["settings"].items() if k in ("r", "strength", "objective")}
-    (run / "memorization" / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(AdapterError, match=r"was made from Python, and does not say.*loramox evaluate --strength"):
+    provenance = json.loads((run / "trained" / "provenance.json").read_text())
+    provenance["settings"] = {k: v for k, v in provenance["settings"].items() if k in ("r", "alpha", "method")}
+    (run / "trained" / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(AdapterError, match=r"was made from Python.*loramox evaluate --scale"):
         sweep(config_of(run, tmp_path / "s"), asked(data))
-    card = extrapolate(run / "memorization", tmp_path / "adapter") and (tmp_path / "adapter" / "README.md").read_text()
+    card = extrapolate(run / "trained", tmp_path / "adapter") and (tmp_path / "adapter" / "README.md").read_text()
     assert "questions were put" not in card
+
+
+# Methods without alpha, and where the rule `budget` ends
+
+
+@pytest.fixture(scope="module")
+def trained_by(
+    tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path], rows: tuple[Path, Path]
+) -> Callable[[str], Path]:
+    """trained_by(method) → the folder of a short run of that method."""
+    made: dict[str, Path] = {}
+
+    def train_by(method: str) -> Path:
+        if method not in made:
+            out = tmp_path_factory.mktemp(method) / "run"
+            args = UnlearnConfig(
+                method=method, use_cpu=True, num_train_epochs=2, learning_rate=2e-2, warmup_steps=0, report_to="none",
+                eval_strategy="no", eval_on_start=False, save_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            reference = ReferenceConfig(str(pico("llama")), quantization="none", r=4)
+            train(RunConfig(str(out)), reference, Data(str(rows[0]), str(rows[1])), args)
+            made[method] = out
+        return made[method]
+
+    return train_by
+
+
+def test_a_method_without_alpha_is_swept_over_the_scale_of_its_adapter(
+    trained_by: Callable[[str], Path], pico: Callable[[str], Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    run, out = trained_by("npo"), tmp_path / "sweep"
+    more = {"alphas": None, "scales": [0.5, 1.5], "ship": str(tmp_path / "shipped")}
+    frontier = sweep(config_of(run, out, **more), asked(data), SHORT)
+    assert frontier["unit"] == "scale"
+    assert [p["at"] for p in frontier["points"]] == [0, 0.5, 1.5]
+    # 1.5 is beyond what was trained for.
+    assert frontier["chosen"] == 0.5
+    assert "beyond 1, the value trained for" in frontier["choices"][0]["reason"]
+    provenance = json.loads((tmp_path / "shipped" / "provenance.json").read_text())
+    assert (provenance["alpha"], provenance["scale"]) == (None, 0.5)
+    assert set(out.glob("at-*")) == {out / "at-0", out / "at-0.5", out / "at-1.5"}
+    model = ModelConfig(str(pico("llama")), quantization="none")
+    evaluate(Subject(str(tmp_path / "e"), str(tmp_path / "shipped"), 3.0), model, asked(data), SHORT)
+    same_records(read_records(tmp_path / "e"), read_records(out / "at-1.5"))
+    evaluate(Subject(str(tmp_path / "t"), str(run / "trained"), 1.5), model, asked(data), SHORT)
+    same_records(read_records(tmp_path / "t"), read_records(out / "at-1.5"))
+
+
+def test_a_method_without_alpha_takes_no_alphas(
+    trained_by: Callable[[str], Path], data: dict[str, Path], tmp_path: Path, no_model: None
+) -> None:
+    with pytest.raises(SettingsError, match=r"--alphas 1 2: NPO.* has no alpha.*Give --scales"):
+        sweep(config_of(trained_by("npo"), tmp_path / "s"), asked(data), SHORT)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("method", "static"), [("mox", False), ("mox_static", True), ("npo", False)])
+def test_the_budget_goes_no_further_than_was_trained_for_unless_the_method_is_static(
+    method: str, static: bool, trained_by: Callable[[str], Path]
+) -> None:
+    config = SweepConfig("t", "o")
+    axis = _axis(config, read_provenance(trained_by(method) / "trained", "trained"))
+    assert axis.trained == (1.0 if method == "npo" else METHODS[method].settings["alpha"])
+    assert axis.ceiling == (math.inf if static else axis.trained)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("npo", {"scale": 0.0}, "scale is 0.*above 0"),
+        ("npo", {"scale": math.inf}, "scale is inf"),
+        ("npo", {"scale": -1.0}, "scale is -1"),
+        ("mox", {"scale": 0.5}, "scale is 0.5, and MOX.* has an alpha"),
+        ("mox", {"alpha": 2.0, "scale": 0.5}, "scale is 0.5"),
+        ("npo", {"alpha": 2.0}, "has no alpha"),
+    ],
+)
+def test_alpha_and_scale_each_have_their_own_methods(
+    method: str, given: dict[str, float], message: str, trained_by: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        extrapolate(trained_by(method) / "trained", tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_sweep_of_0_1_is_left_alone(swept: tuple[Path, dict[str, Any]], trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None) -> None:  # fmt: skip
+    out = tmp_path / "sweep"
+    shutil.copytree(swept[0], out)
+    frontier = json.loads((out / "frontier.json").read_text())
+    frontier["memorization"] = frontier.pop("trained")
+    (out / "frontier.json").write_text(json.dumps(frontier))
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(RunError, match=r"holds a sweep of loramox 0\.1.*Choose another folder"):
+        sweep(config_of(trained, out), asked(data), SHORT)
+    assert sorted(path.name for path in out.iterdir()) == before
 
 
 # The command line
@@ -662,20 +803,20 @@ def test_loramox_sweep_from_the_command_line(
     monkeypatch.undo()  # with the picture
     words = [
         "sweep",
-        "--memorization",
-        str(trained / "memorization"),
+        "--trained",
+        str(trained / "trained"),
         "--out",
         str(tmp_path / "s"),
         "--use_cpu",
         "true",
     ]
     words += [word for name, path in data.items() for word in (f"--{name}", str(path))]
-    main([*words, "--strengths", "1", "2", "--refine", "0", "--max_new_tokens", "0", "--budget", "0.99",
+    main([*words, "--alphas", "1", "2", "--refine", "0", "--max_new_tokens", "0", "--budget", "0.99",
           "--ship", str(tmp_path / "shipped")])  # fmt: skip
-    assert "rule budget: α = " in capsys.readouterr().out
+    assert "rule budget: alpha = " in capsys.readouterr().out
     assert (tmp_path / "s" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     frontier = json.loads((tmp_path / "s" / "frontier.json").read_text())
-    assert json.loads((tmp_path / "shipped" / "provenance.json").read_text())["strength"] == frontier["chosen"]
+    assert json.loads((tmp_path / "shipped" / "provenance.json").read_text())["alpha"] == frontier["chosen"]
     with pytest.raises(SystemExit) as caught:
         main([*words, "--rule", "retrained"])
     err = capsys.readouterr().err
@@ -689,7 +830,7 @@ def test_loramox_sweep_from_the_command_line(
     [
         (["--refnie", "1"], "unknown argument --refnie; did you mean --refine?"),
         (["--budget", "2"], "--budget needs a share"),
-        (["--strengths", "-1"], "--strengths needs finite numbers above 0"),
+        (["--alphas", "-1"], "--alphas needs finite numbers above 0"),
         (["--max_new_tokens", "-1"], "--max_new_tokens needs 0 or more"),
         ([], "nowhere has no readable provenance.json"),
     ],
@@ -698,7 +839,7 @@ def test_a_bad_flag_of_sweep_is_one_line_and_exits_with_2(
     words: list[str], message: str, data: dict[str, Path], capsys: pytest.CaptureFixture, no_model: None
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["sweep", "--memorization", "nowhere", "--out", "o", "--forget", str(data["forget"]), *words])
+        main(["sweep", "--trained", "nowhere", "--out", "o", "--forget", str(data["forget"]), *words])
     out, err = capsys.readouterr()
     assert caught.value.code == 2
     assert message in err
@@ -706,21 +847,47 @@ def test_a_bad_flag_of_sweep_is_one_line_and_exits_with_2(
     assert out == ""
 
 
-@pytest.mark.parametrize(("method", "verb", "written"), [("mox", "sweep", FRONTIER), ("npo", "evaluate", SUMMARY)])
+@pytest.mark.parametrize(("method", "unit"), [("mox", "alpha"), ("npo", "scale")])
 def test_the_command_that_unlearn_ends_with_runs_as_it_stands(
     pico: Callable[[str], Path],
     rows: tuple[Path, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     method: str,
-    verb: str,
-    written: str,
+    unit: str,
 ) -> None:
     words = ["--model", str(pico("llama")), "--forget", str(rows[0]), "--retain", str(rows[1]), "--lora_r", "4"]
     words += ["--quantization", "none", "--use_cpu", "true", "--max_steps", "1", "--report_to", "none"]
     main(["unlearn", *words, "--method", method, "--out", str(tmp_path / "run")])
-    proposed = shlex.split(capsys.readouterr().out.rpartition("Next, what")[2].partition(": ")[2])
-    assert proposed[:2] == ["loramox", verb]
+    said = capsys.readouterr().out
+    assert (method == "mox") == ("alpha" in said)
+    assert "memoriz" not in said
+    proposed = shlex.split(said.rpartition("Next, ")[2].partition(": ")[2])
+    assert proposed[:2] == ["loramox", "sweep"]
     assert proposed[proposed.index("--use_cpu") + 1] == "true"
-    main([*proposed[1:], "--max_new_tokens", "0"])
-    assert (Path(proposed[proposed.index("--out") + 1]) / written).exists()
+    main([*proposed[1:], "--max_new_tokens", "0", f"--{unit}s", "1", "--refine", "0"])
+    out = Path(proposed[proposed.index("--out") + 1])
+    assert json.loads((out / FRONTIER).read_text())["unit"] == unit
+
+
+@pytest.mark.parametrize(("method", "unit"), [("mox", "alpha"), ("npo", "scale")])
+def test_train_ends_with_the_command_that_ships(
+    pico: Callable[[str], Path],
+    rows: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    method: str,
+    unit: str,
+) -> None:
+    words = ["--model", str(pico("llama")), "--forget", str(rows[0]), "--retain", str(rows[1]), "--lora_r", "4"]
+    words += ["--quantization", "none", "--use_cpu", "true", "--max_steps", "1", "--report_to", "none"]
+    main(["train", *words, "--method", method, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert (unit == "alpha") == ("alpha" in said) == ("do not ship it" in said)
+    proposed = shlex.split(said.rpartition("Next, ")[2].partition(": ")[2])
+    assert proposed[:2] == ["loramox", "extrapolate"]
+    main(proposed[1:])
+    said = capsys.readouterr().out
+    assert ("alpha = 8" in said) == (unit == "alpha")
+    assert ("as trained by NPO" in said) == (unit == "scale")
+    assert (tmp_path / "run" / "forget-adapter" / "adapter_model.safetensors").exists()

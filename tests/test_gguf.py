@@ -184,14 +184,14 @@ def test_what_check_stops_for_llama_cpp_is_not_written(
     assert not (tmp_path / "forget.gguf").exists()
 
 
-def test_a_memorization_adapter_and_one_of_another_base_are_refused(
+def test_a_trained_adapter_and_one_of_another_base_are_refused(
     adapter: Path, family: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match=r"fit|linear layers"):
         to_gguf(adapter, tmp_path / "forget.gguf", base=str(family("phi3")[0]))
-    provenance = json.loads((adapter / "provenance.json").read_text()) | {"kind": "memorization"}
+    provenance = json.loads((adapter / "provenance.json").read_text()) | {"kind": "trained"}
     (adapter / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(AdapterError, match="memorization"):
+    with pytest.raises(AdapterError, match="the adapter as it was trained"):
         to_gguf(adapter, tmp_path / "forget.gguf")
     with pytest.raises(AdapterError, match="no folder"):
         to_gguf(tmp_path / "nowhere", tmp_path / "forget.gguf")

@@ -1,4 +1,4 @@
-"""A merge: W + strength·B·A in 16- or 32-bit weights, in memory that does not grow with the model, whole or not at all."""
+"""A merge: W + scale·B·A in 16- or 32-bit weights, in memory that does not grow with the model, whole or not at all."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def adapter_for(base: Path, out: Path, size: float = 0.1, model: str | None = No
             factors[name] = Factors(A, B * (0.02 * size / 8**0.5))
     made_for = identify(named, config)
     provenance = {
-        "kind": "forget", "strength": 8.0, "command": "loramox unlearn", "base": made_for, "momentum": {"eta": 0.675},
+        "kind": "forget", "alpha": 8.0, "command": "loramox unlearn", "base": made_for, "momentum": {"eta": 0.675},
         "settings": {}, "data": {part: {"rows": 4, "source": f"{part}.jsonl", "sha256": "0" * 64} for part in ("forget", "retain")},
     }  # fmt: skip
     fan = config.model_type == "gpt2"
@@ -64,11 +64,11 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-def with_adapter(base: Path, adapter: Path, strength: float = 1.0) -> Tensor:
+def with_adapter(base: Path, adapter: Path, scale: float = 1.0) -> Tensor:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     for module in model.modules():
         if hasattr(module, "set_scale"):
-            module.set_scale("default", strength)
+            module.set_scale("default", scale)
     return logits(model)
 
 
@@ -103,14 +103,14 @@ def test_what_a_run_ships_is_merged_as_it_is(trained: Path, pico: Callable[[str]
     expected = with_adapter(pico("llama"), trained / "forget-adapter")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
-    assert made["adapter"]["strength"] == 2.0
-    with pytest.raises(AdapterError, match="is a memorization adapter"):
-        merge(trained / "memorization", tmp_path / "other", progress=False)
+    assert made["adapter"]["alpha"] == 2.0
+    with pytest.raises(AdapterError, match="is a trained adapter"):
+        merge(trained / "trained", tmp_path / "other", progress=False)
 
 
 def test_an_untouched_weight_keeps_its_bytes_and_a_changed_one_is_rounded_once(adapted, tmp_path: Path) -> None:
     base, adapter = adapted
-    merge(adapter, tmp_path / "out", strength=0.5, progress=False)
+    merge(adapter, tmp_path / "out", scale=0.5, progress=False)
     factors = load_file(adapter / "adapter_model.safetensors")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     for name, weight in before.items():
@@ -230,12 +230,12 @@ def test_what_survived_is_the_projection_of_the_change_on_delta_and_little_is_wa
 
 def test_the_output_says_where_it_came_from_and_what_it_is_not(adapted, tmp_path: Path) -> None:
     base, adapter = adapted
-    made = merge(str(adapter), str(tmp_path / "out"), strength=2.0, progress=False)
+    made = merge(str(adapter), str(tmp_path / "out"), scale=2.0, progress=False)
     assert json.loads((tmp_path / "out" / "provenance.json").read_text()) == made
-    assert (made["kind"], made["strength"], made["adapter"]["strength"]) == ("merged", 2.0, 8.0)
+    assert (made["kind"], made["scale"], made["adapter"]["alpha"]) == ("merged", 2.0, 8.0)
     assert made["base"]["model"] == str(base)
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("It is no proof that the knowledge is gone", "at 2 times", "α = 8", "100.0% of ΔW", made["adapter"]["sha256"][:16]):  # fmt: skip
+    for part in ("It is no proof that the knowledge is gone", "at scale 2", "alpha = 8", "100.0% of ΔW", made["adapter"]["sha256"][:16]):  # fmt: skip
         assert part in card
 
 
@@ -347,13 +347,13 @@ def test_an_interrupted_merge_keeps_what_was_there(adapted, where: str, tmp_path
     monkeypatch.setattr(where, interrupted)
     for out in ("old", "new"):
         with pytest.raises(KeyboardInterrupt):
-            merge(adapter, tmp_path / out, strength=2.0, overwrite=True, progress=False)
+            merge(adapter, tmp_path / out, scale=2.0, overwrite=True, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "old"}
     assert (tmp_path / "old" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("strength", "says"),
+    ("scale", "says"),
     [
         (0.0, "is the base model"),
         (-1.0, "brings the forget rows back"),
@@ -361,16 +361,16 @@ def test_an_interrupted_merge_keeps_what_was_there(adapted, where: str, tmp_path
         (float("inf"), "not a finite"),
     ],
 )
-def test_a_strength_that_forgets_nothing_is_refused(strength: float, says: str, adapted, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=rf"--strength .*{says}"):
-        merge(adapted[1], tmp_path / "out", strength=strength)
+def test_a_scale_that_forgets_nothing_is_refused(scale: float, says: str, adapted, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=rf"--scale .*{says}"):
+        merge(adapted[1], tmp_path / "out", scale=scale)
     with pytest.raises(SettingsError, match="--dtype takes float32, bfloat16, float16"):
         merge(adapted[1], tmp_path / "out", dtype="int8")
 
 
 def test_the_settings_are_flags() -> None:
     (config,) = HfArgumentParser(MergeConfig).parse_args_into_dataclasses(
-        ["--adapter", "a", "--out", "o", "--dtype", "bfloat16", "--strength", "0.5", "--overwrite"]
+        ["--adapter", "a", "--out", "o", "--dtype", "bfloat16", "--scale", "0.5", "--overwrite"]
     )
     assert config == MergeConfig("a", "o", None, 0.5, "bfloat16", True)
 
@@ -472,9 +472,9 @@ def adapter_without_provenance(base: Path, adapter: Path) -> tuple[type[LoramoxE
     return AdapterError, "no forget adapter of loramox"
 
 
-def adapter_of_memorization(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
-    edit(adapter / "provenance.json", kind="memorization")
-    return AdapterError, "is a memorization adapter, not a forget adapter"
+def adapter_as_trained(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
+    edit(adapter / "provenance.json", kind="trained")
+    return AdapterError, "is a trained adapter, not a forget adapter"
 
 
 def edit(path: Path, **more) -> None:
@@ -528,7 +528,7 @@ def test_a_head_that_is_the_embedding_too_is_refused(tmp_path: Path, pico: Calla
 
 def test_a_weight_that_overflows_is_an_error_and_nothing_is_left(adapted, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"overflows in torch.float16.*--dtype bfloat16"):
-        merge(adapted[1], tmp_path / "out", strength=1e9, dtype="float16", progress=False)
+        merge(adapted[1], tmp_path / "out", scale=1e9, dtype="float16", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -551,9 +551,9 @@ def test_only_a_merged_model_is_replaced_and_what_it_is_made_from_never_is(
     out = tmp_path / "out"
     merge(adapter, out, progress=False)
     with pytest.raises(RunError, match=r"holds a merged model already.*--overwrite"):
-        merge(adapter, out, strength=0.5, progress=False)
-    assert merge(adapter, out, strength=0.5, overwrite=True, progress=False)["strength"] == 0.5
-    assert json.loads((out / "provenance.json").read_text())["strength"] == 0.5
+        merge(adapter, out, scale=0.5, progress=False)
+    assert merge(adapter, out, scale=0.5, overwrite=True, progress=False)["scale"] == 0.5
+    assert json.loads((out / "provenance.json").read_text())["scale"] == 0.5
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("do not delete")
     (tmp_path / "file").write_text("do not delete")

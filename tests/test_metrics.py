@@ -333,7 +333,7 @@ def test_a_retrained_model_without_truth_ratios_is_a_reason_and_no_crash() -> No
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_leave_a_metric_absent_with_the_count_and_the_rest_as_it_is(bad: float) -> None:
-    """A strength far too high may overflow; what was measured is still to be written down."""
+    """An alpha far too high may overflow; what was measured is still written."""
     forget, holdout = part_of("forget"), part_of("holdout")
     forget[1] |= {"truth_ratio": bad, "mia_min_k": bad, "mia_loss": bad}
     summary = summarise(forget + holdout, part_of("forget") + part_of("holdout"))

@@ -360,7 +360,7 @@ def test_drawing_again_computes_nothing_and_needs_no_world(
     assert (out / "tables/figure1.json").read_text() == before
 
 
-def test_at_strength_0_it_is_the_reference_and_training_ends_where_the_trajectory_does(out: Path) -> None:
+def test_at_scale_0_it_is_the_reference_and_training_ends_where_the_trajectory_does(out: Path) -> None:
     known = record(out, "reference", "reference")["point"]
     default, paper = (record(out, "curve", "mox", word) for word in ("kl_at=shipped", "kl_at=memorization"))
     for curve in (default, paper):

@@ -24,7 +24,7 @@ from loramox.extras.plan.trace import at_depth, shallow, trace_step
 from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
-from loramox.train.baseline_config import BaselineConfig
+from loramox.train.config import UnlearnConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
@@ -54,7 +54,7 @@ def outline(tmp_path, pico):
 def setting_of(tokenizer, layers=1, quantization="none", speed=SPEED, shape=SHAPE, **args):
     config = LlamaConfig(**shape, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=True)
     reference = ReferenceConfig("made up", quantization=quantization, r=4)
-    settings = BaselineConfig("made up", use_cpu=True, report_to="none", **args)
+    settings = UnlearnConfig("made up", use_cpu=True, report_to="none", **args)
     return Setting(reference, settings, config, tokenizer, torch.float32, speed, momentum_rank=8)
 
 
@@ -122,16 +122,39 @@ def test_static_parts_are_the_sizes_of_their_tensors(tokenizer):
     assert held["optimiser"] == pytest.approx(2 * adapter, rel=1e-2)  # and the step count of each tensor
 
 
-def test_flops_are_those_of_the_passes_of_a_step(tokenizer):
+@pytest.mark.parametrize("method", ["npo_mean", "mox"])
+def test_flops_are_those_of_the_passes_of_a_step(tokenizer, method):
     """Forget and retain, each: reference forward, forward and backward; attention and the head apart."""
     shape = SHAPE | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8}
-    setting = setting_of(tokenizer, shape=shape)
+    setting = setting_of(tokenizer, shape=shape, method=method)
     flops = trace_step(setting, 1, parts(forget=2), parts(forget=2))["step"].flops
     weights = 256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 1024
     tokens_forget, tokens_retain = 2 * 16, 6 * 16
     first = 256 * 256 + 2 * 256 * 128  # q, k and v of the first layer pass no gradient on: nothing below it trains
     passes = 2 * (weights * 3 * (tokens_forget + tokens_retain) - first * (tokens_forget + tokens_retain))
     assert passes < flops < 1.1 * passes
+
+
+@pytest.mark.parametrize(("inner_steps", "minibatches"), [(1, 1), (2, 2), (3, 3), (8, 4)])
+def test_the_path_of_mox_is_traced_with_every_mini_batch_of_its_forget_rows(tokenizer, inner_steps, minibatches):
+    setting = setting_of(tokenizer, inner_steps=inner_steps)
+    stage = trace_step(setting, 1, parts(forget=4), parts(forget=4))["step"]
+    names = [section.name for section in stage.sections]
+    assert names.count("backward") == 1 + minibatches  # the retain rows', and the path's
+    assert names.count("forward") == 2 * names.count("backward")  # the reference's besides
+
+
+def test_the_path_of_mox_is_over_the_forget_rows_of_a_whole_step(tokenizer):
+    """So micro-batches cost what one large batch does: its mini-batches are as large, of whichever micro-batch their rows are."""
+    rows = rows_of()._replace(retain_per_forget=0)  # nothing but the path
+
+    def estimated(inner_steps, size):
+        return estimate(setting_of(tokenizer, retain_weight=0.0, inner_steps=inner_steps), rows, choice(size), None)
+
+    whole, parted = (estimated(2, size) for size in (8, 2))
+    assert parted.flops == pytest.approx(whole.flops, rel=1e-3)
+    assert parted.held["activations"] == pytest.approx(whole.held["activations"], rel=1e-2)
+    assert parted.held["activations"] > 1.5 * estimated(8, 2).held["activations"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,7 @@ def test_4_bit_weights_are_as_large_as_those_of_bitsandbytes(pico, tokenizer):
     reference = ReferenceConfig(str(pico("llama")), quantization="nf4", r=4)
     model = load_reference(reference)
     real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in bench.tensors_of(model)}
-    args = BaselineConfig("made up", use_cpu=True, report_to="none")
+    args = UnlearnConfig("made up", use_cpu=True, report_to="none")
     setting = Setting(reference, args, model.config, tokenizer, torch.float32, SPEED, 8)
     stage = watch(setting, rows_of(), 2)
     # bitsandbytes shares its two tables of code words between layers, which are counted in each here.
@@ -215,7 +238,7 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
         ]
     )
     said = capsys.readouterr().out
-    assert "Memorizing 4 forget rows" in said
+    assert "Training on 4 forget rows" in said
     assert "…" not in said
     assert (
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --activation_checkpointing true --optim"
@@ -227,7 +250,7 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
 
 
 def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
-    args = BaselineConfig("made up", report_to="none", per_device_train_batch_size=1)
+    args = UnlearnConfig("made up", report_to="none", per_device_train_batch_size=1)
     reference = ReferenceConfig(str(outline), r=4)
     found = plan(PlanConfig("8GB", tflops=100), reference, args, tokenisation=Tokenisation(max_length=64))
     assert found.device == ("this GPU" if torch.cuda.is_available() else "a GPU that is not here")
@@ -240,7 +263,7 @@ def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
 
 
 def test_the_planned_sweep_asks_as_many_at_a_time_as_fit_unless_told_how_many(outline, capsys):
-    args = BaselineConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1)
+    args = UnlearnConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1)
     reference = ReferenceConfig(str(outline), quantization="none", r=4)
     config = PlanConfig("1GB", max_new_tokens=60)
 
@@ -263,11 +286,11 @@ def test_the_planned_sweep_asks_as_many_at_a_time_as_fit_unless_told_how_many(ou
 
 
 def fitted(budget, folder, rows, tmp_path, *words):
-    kinds = (RunConfig, ReferenceConfig, Data, BaselineConfig, Columns, Tokenisation, FitConfig)
+    kinds = (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation, FitConfig)
     from loramox.cli.arguments import settings_of
 
     said = ["--model", str(folder), "--forget", str(rows[0]), "--retain", str(rows[1]), "--out", str(tmp_path / "run")]
-    said += ["--quantization", "none", "--use_cpu", "true", "--r", "4", "--kl_weight", "0", "--fit", budget, *words]
+    said += ["--quantization", "none", "--use_cpu", "true", "--r", "4", "--retain_weight", "0", "--fit", budget, *words]
     *settings, _ = settings_of("unlearn", said, *kinds)
     return fit(budget, *settings, given=given_settings("unlearn", said, *kinds))
 
@@ -287,7 +310,7 @@ def test_the_fit_leaves_what_is_given_as_it_is(outline, rows, tmp_path):
 
 
 def test_the_fit_takes_checkpointing_where_the_memory_is_less(outline, rows, tmp_path):
-    given = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--kl_weight", "5")
+    given = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--retain_weight", "5")
     wide, most = fitted("1GB", outline, rows, tmp_path, *given)
     budget = f"{most.peak / 2**20:.3f}MB"  # of which nine tenths may be filled
     narrow, least = fitted(budget, outline, rows, tmp_path, *given)
@@ -373,7 +396,7 @@ def test_sizes(size):
 
 
 def test_what_cannot_be_planned_is_refused(outline, rows):
-    args = BaselineConfig("made up", use_cpu=True, report_to="none")
+    args = UnlearnConfig("made up", use_cpu=True, report_to="none")
     with pytest.raises(SettingsError, match="quantization is int8"):
         plan(PlanConfig("8GB"), ReferenceConfig(str(outline), quantization="int8"), args)
     with pytest.raises(SettingsError, match="--forget and --retain go together"):
@@ -383,7 +406,7 @@ def test_what_cannot_be_planned_is_refused(outline, rows):
 
 
 def test_every_choice_has_the_batch_that_was_set():
-    args = BaselineConfig(
+    args = UnlearnConfig(
         "made up", use_cpu=True, report_to="none", per_device_train_batch_size=4, gradient_accumulation_steps=3
     )
     found = list(choices(args, frozenset()))

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from loramox import BaselineConfig, Data, ReferenceConfig, RunConfig, Tokenisation
+from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
 from loramox.adapter.folder import check_base
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RowsError, RunError
-from loramox.unlearning import memorize
+from loramox.unlearning import train
 
 
 def run(pico: Path, data: Data, out: Path, columns: Columns | None = None, **how: Any) -> None:
-    args = BaselineConfig(method="altpo" if columns else "mox", use_cpu=True, report_to="none")
-    memorize(
+    args = UnlearnConfig(method="altpo" if columns else "mox", use_cpu=True, report_to="none")
+    train(
         RunConfig(str(out)), ReferenceConfig(str(pico), quantization="none"), data, args, columns, Tokenisation(**how)
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from loramox import MemorizeConfig
+from loramox import UnlearnConfig
 from loramox.adapter.export import extrapolate
 from loramox.cli import main
 from loramox.errors import RunError, SettingsError
@@ -42,7 +42,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def shipped(trained: Path, tmp_path: Path) -> Path:
     """A shipped adapter, with rows, a token, a pickle and a link beside it."""
     out = tmp_path / "adapter"
-    extrapolate(trained / "memorization", out, 2.0)
+    extrapolate(trained / "trained", out, 2.0)
     for name in ("forget.jsonl", "retain.csv", "rows.parquet", "token", ".env", "optimizer.pt", "trainer_state.json"):
         (out / name).write_text("secret")
     (out / "notes.safetensors").symlink_to(out / "forget.jsonl")
@@ -92,14 +92,14 @@ def test_wrong_wishes_are_refused_before_anything_is_written(trained: Path, tmp_
         PushConfig(dry_run=True)
     with pytest.raises(SettingsError, match="--push_to_hub a//b"):
         PushConfig("a//b")
-    with pytest.raises(SettingsError, match=r"push_to_hub.*the memorization adapter, which forgets nothing"):
-        MemorizeConfig(str(tmp_path), push_to_hub=True)
+    with pytest.raises(SettingsError, match=r"push_to_hub.*what trains is not what ships"):
+        UnlearnConfig(output_dir=str(tmp_path), push_to_hub=True)
 
 
 def test_extrapolate_lists_what_would_be_uploaded(
     trained: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(trained / "memorization"), "--out", str(tmp_path / "out"), "--push-to-hub", "forget-bob", "--dry-run"]
+    words = [str(trained / "trained"), "--out", str(tmp_path / "out"), "--push-to-hub", "forget-bob", "--dry-run"]
     main(["extrapolate", *words])
     said = capsys.readouterr().out
     assert "To forget-bob would be uploaded, and nothing else:" in said

@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.data.encode import Example
 from loramox.errors import ModelError, SettingsError
 from loramox.model.config import identify, read_config, skeleton
-from loramox.model.lora import adapter_off, at_strength, check_trained, current_factors, lora_layers, with_factors
+from loramox.model.lora import adapter_off, at_scale, check_trained, current_factors, lora_layers, with_factors
 
 Examples = tuple[list[Example], list[Example]]
 ALL = pytest.mark.parametrize("kind", SHAPES)
@@ -52,8 +52,8 @@ def logits(model: nn.Module) -> Tensor:
 
 def trainer_of(
     model: PeftModel, examples: Examples, tokenizer: PreTrainedTokenizerFast, out: Path, **settings
-) -> MemorizeTrainer:
-    args = MemorizeConfig(
+) -> UnlearnTrainer:
+    args = UnlearnConfig(
         output_dir=str(out),
         use_cpu=True,
         report_to="none",
@@ -64,7 +64,7 @@ def trainer_of(
         disable_tqdm=True,
         **settings,
     )
-    return MemorizeTrainer(model, args, *examples, tokenizer)
+    return UnlearnTrainer(model, args, *examples, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_kl_term_is_zero_at_initialisation_though_the_model_is_in_training_m
     trainer = trainer_of(adapted(pico(kind)), examples, tokenizer, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
-    with at_strength(trainer.model, 8.0):
+    with at_scale(trainer.model, -8.0):
         assert trainer.compute_loss(trainer.model, {"retain": batch["retain"]}).item() == 0
 
 
@@ -149,11 +149,11 @@ def test_strength_0_is_the_reference_and_minus_1_the_memorization_model_and_s_is
     model = adapted(pico(kind), spread=0.1)
     memorization, reference = logits(model), logits(AutoModelForCausalLM.from_pretrained(pico(kind)))
     assert (memorization - reference).abs().max() > 0.05
-    with at_strength(model, 0.0):
+    with at_scale(model, 0):
         assert torch.equal(logits(model), reference)
-    with at_strength(model, -1.0):
+    with at_scale(model, 1.0):
         assert torch.equal(logits(model), memorization)
-    with at_strength(model, 2.5):
+    with at_scale(model, -2.5):
         forget = logits(model)
     assert torch.equal(logits(model), memorization)
     dense = with_dense(AutoModelForCausalLM.from_pretrained(pico(kind)), model, -2.5)

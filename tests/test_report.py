@@ -1,4 +1,4 @@
-"""The report: what it says, what it leaves out, what it stands, and that a browser draws all of it."""
+"""The report: its figures and sentences, what it leaves out, damaged and hostile files, and that a browser draws it."""
 
 import json
 import re
@@ -100,25 +100,28 @@ RUN: dict[str, Any] = {
     "command": "loramox unlearn --out run",
     "base": {"model": "base", "revision": None, "shape": "llama", "weights": "74b4"},
     "data": {part: {"source": f"{part}.jsonl", "rows": 9, "sha256": part} for part in ("forget", "retain")},
-    "settings": {"model": "base", "quantization": "none", "r": 4, "strength": 4.0, "hub_token": "a-secret", "bf16": None},
-    "versions": {"loramox": "0.1.0"},
+    "method": "MOX", "alpha": 4.0,
+    "settings": {"model": "base", "quantization": "none", "r": 4, "alpha": 4.0, "method": "mox", "hub_token": "a-secret", "bf16": None},
+    "versions": {"loramox": "0.2.0"},
     "timings": {"train_seconds": 12.0},
     "log": [{"epoch": e, f"eval_{p}_probability": v} for e in (0, 1, 2) for p, v in (("forget", 0.9 - e / 3), ("retain", 0.9))]
     + [{"epoch": e, "forget_loss": 3.0 - e, "retain_kl": 0.1} for e in (0, 1, 2)],
-    "forget_adapter": {"strength": 4.0},
+    "forget_adapter": {"alpha": 4.0},
 }  # fmt: skip
 POINTS = [
-    {"strength": s, "forget_probability": f, "retain_probability": r, "retain_kl": s / 100, "forget_quality": q, "mia_min_k": m}
+    {"at": s, "forget_probability": f, "retain_probability": r, "retain_kl": s / 100, "forget_quality": q, "mia_min_k": m}
     for s, f, r, q, m in ((0.0, 0.95, 0.96, 1e-9, 1.0), (2.0, 0.5, 0.95, 1e-4, 0.9), (4.0, 0.1, 0.94, 0.01, 0.8))
 ]  # fmt: skip
-REFUSAL = "no strength makes forget rows look like holdout rows"
+REFUSAL = "no alpha makes forget rows look like holdout rows"
 FRONTIER: dict[str, Any] = {
     "status": "done",
+    "trained": "run/trained",
+    "unit": "alpha",
     "data": RUN["data"] | {"holdout": {"source": "holdout.jsonl", "rows": 9, "sha256": "h"}},
     "points": POINTS,
     "choices": [
-        {"rule": "budget", "strength": 4.0, "low": 2.0, "high": 4.0, "reason": "the largest"},
-        {"rule": "holdout", "strength": None, "low": None, "high": None, "reason": REFUSAL},
+        {"rule": "budget", "at": 4.0, "low": 2.0, "high": 4.0, "reason": "the largest"},
+        {"rule": "holdout", "at": None, "low": None, "high": None, "reason": REFUSAL},
     ],
     "rule": "budget",
     "chosen": 4.0,
@@ -148,8 +151,8 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         frontier = FRONTIER | {"retrained": str(tmp_path / "retrained")} | changes.get("frontier", {})
         write(run / "sweep" / "frontier.json", frontier)
         for folder, forget in (
-            (run / "sweep/strength-0", 0.95),
-            (run / "sweep/strength-4", 0.1),
+            (run / "sweep/at-0", 0.95),
+            (run / "sweep/at-4", 0.1),
             (tmp_path / "retrained", 0.01),
         ):
             rows = [*records("forget", 9, forget, list(texts), said), *records("retain", 9, 0.9, list(texts), said)]
@@ -192,14 +195,14 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
     text = parsed.text.replace("\u00a0", " ")
     for words in (
         "Partly forgotten; the rest is slightly harmed.",
-        "At strength α = 4 the mean probability of the true answers to all 9 forget rows fell from 0.9500 to 0.1000.",
+        "At alpha = 4 the mean probability of the true answers to all 9 forget rows fell from 0.9500 to 0.1000.",
         "still 10 times as probable as in a model that never saw the rows (0.0100)",
         "to all 9 retain rows fell from 0.9600 to 0.9400: 97.9 % of it is left",
         "The truth-ratio test can tell it from a model that never saw the rows (forget quality p = 0.01, n = 9)",
-        "Most came back by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack, mean over the 7 of 9 forget",
+        "Most was recovered by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack, mean over the 7 of 9 forget",
         "2 to 4",
         REFUSAL,
-        "needs wrong answers to the forget rows (column perturbed_answer)",
+        "was not used by this sweep",
         "Says 0 plain",
         "loramox sweep --out run/sweep",
         "suppression, not erasure",
@@ -237,11 +240,11 @@ def test_every_picture_says_in_words_what_it_shows_and_its_text_is_text(make: Ca
     _, parsed = page_of(make())
     pictures = [a for tag, a in parsed.tags if tag == "svg"]
     assert [p["id"] for p in pictures] == [
-        "by-strength", "trade-off", "spread-forget", "spread-retain", "watched", "losses", "came-back"
+        "along-the-axis", "trade-off", "spread-forget", "spread-retain", "watched", "losses", "came-back"
     ]  # fmt: skip
     assert all(p["role"] == "img" and len(p["aria-label"]) > 40 for p in pictures)
-    assert "strength α (0: the reference)" in parsed.text
-    assert "α 2: forget 0.5000, retain 0.9500" in pictures[0]["aria-label"]
+    assert "alpha (0: the reference)" in parsed.text
+    assert "alpha 2: forget 0.5000, retain 0.9500" in pictures[0]["aria-label"]
 
 
 def test_hostile_text_is_shown_and_does_nothing(make: Callable[..., Path]) -> None:
@@ -256,7 +259,7 @@ def test_hostile_text_is_shown_and_does_nothing(make: Callable[..., Path]) -> No
         frontier={"choices": [FRONTIER["choices"][0] | {"reason": evil}], "warning": evil},
         attacks={"states": [*STATES, {"attack": evil, "state": HOSTILE["mathematics"] * 9, "metrics": {"forget_probability": 0.8}}]},
     )  # fmt: skip
-    path = run / "sweep/strength-4/records.jsonl"
+    path = run / "sweep/at-4/records.jsonl"
     write(path, [json.loads(line) | {"row": HOSTILE["script"] + evil} for line in path.read_text().splitlines()])
     page, parsed = page_of(run)
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "iframe", "link", "b"})
@@ -278,7 +281,7 @@ def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
     summary = (run / SUMMARY).read_text(encoding="utf-8")
     assert "**Partly forgotten; the rest is slightly harmed.**" in summary
     assert "forget.jsonl, row 8: 50 %" in summary
-    assert "| metric | reference | forget model, α = 4 | retrained model | better |" in summary
+    assert "| metric | reference | forget model, alpha = 4 | retrained model | better |" in summary
     assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.0100 | lower |" in summary
     assert "suppression, not erasure" in summary
     assert "Question" not in summary
@@ -295,10 +298,10 @@ def test_the_same_run_gives_the_same_bytes(make: Callable[..., Path]) -> None:
 
 
 MISSING = {
-    "sweep": ("This run has no sweep", "loramox sweep --memorization"),
-    "attack": ("no attack was made", "loramox attack --adapter"),
-    "../retrained": ("The records of the retrained model are gone", "loramox evaluate --model RETRAINED"),
-    "sweep/strength-4": ("The sweep's records of single rows are not there", "loramox sweep --memorization"),
+    "sweep": ("This run has no sweep", "loramox sweep --trained"),
+    "attack": ("No attack was made", "loramox attack --adapter"),
+    "../retrained": ("The records of the retrained model are missing", "loramox evaluate --model RETRAINED"),
+    "sweep/at-4": ("The sweep's records of single rows are missing", "loramox sweep --trained"),
 }
 
 
@@ -319,8 +322,8 @@ def test_a_run_of_which_nothing_is_known_says_so(make: Callable[..., Path]) -> N
     shutil.rmtree(run / "sweep")
     shutil.rmtree(run / "attack")
     _, parsed = page_of(run)
-    assert "nothing is known yet about what it forgets" in parsed.text
-    assert "No rows were watched while training" in parsed.text
+    assert "nothing is known yet about what the adapter forgets" in parsed.text
+    assert "No rows were scored while training" in parsed.text
     assert "svg" not in {tag for tag, _ in parsed.tags}
 
 
@@ -339,35 +342,34 @@ def test_attacks_that_bring_nothing_back_are_said_to(make: Callable[..., Path]) 
     text = page_of(make(attacks={"states": [*STATES[:2], STATES[2] | {"metrics": {"forget_probability": 0.05}}]}))[
         1
     ].text
-    assert (
-        "No attack brought anything back: the most, by “relearn forget rows: step 1”, is 0.0500, and was 0.1000" in text
-    )
+    assert "No attack recovered anything: the most, by “relearn forget rows: step 1”, is 0.0500, and was 0.1000" in text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_warning_and_another_strength_in_the_folder_stand_beside_the_verdict(make: Callable[..., Path]) -> None:
+def test_a_warning_and_another_alpha_in_the_folder_stand_beside_the_verdict(make: Callable[..., Path]) -> None:
     run = make(
         run={"advice": ["5 retain rows hold little but themselves"]},
         frontier={"warning": "the direction is poor", "data": {"forget": {"sha256": "other"}}},
-        attacks={"adapter": {"folder": "run/forget-adapter", "strength": 0.5, "made_by": {"strength": 4.0}}},
+        attacks={"adapter": {"folder": "run/forget-adapter", "scale": 0.5, "made_by": {"alpha": 4.0}}},
     )
-    write(run / "forget-adapter" / "provenance.json", {"strength": 2.0})
+    write(run / "forget-adapter" / "provenance.json", {"alpha": 2.0})
     text = page_of(run)[1].text.replace("\u00a0", " ")
     assert "The sweep warns: the direction is poor." in text
     assert "Training warns: 5 retain rows hold little but themselves." in text
     assert (
-        "is at α = 2, not at the chosen α = 4 that is shown here; at α = 2 the probabilities are forget 0.5000" in text
+        "is at alpha = 2, not at the chosen alpha = 4 that is shown here; at alpha = 2 the probabilities are forget 0.5000"
+        in text
     )
-    assert "The attacks were made at α = 2, not at the α = 4 that is shown here." in text
-    assert "asked other forget rows than those that were trained on" in text
+    assert "The attacks were made at alpha = 2, not at the alpha = 4 that is shown here." in text
+    assert "scored other forget rows than those that were trained on" in text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_when_the_rule_refuses_the_shipped_strength_is_shown_as_such(make: Callable[..., Path]) -> None:
+def test_when_the_rule_refuses_the_shipped_alpha_is_shown_as_such(make: Callable[..., Path]) -> None:
     text = page_of(make(frontier={"chosen": None}))[1].text.replace("\u00a0", " ")
-    assert "The rule chose no strength; shown is the one that was shipped, α = 4." in text
+    assert "The rule chose no alpha; shown is the one that was shipped, alpha = 4." in text
     refused = make(frontier={"chosen": None}, run={"forget_adapter": None})
-    assert "No strength was chosen" in page_of(refused)[1].text
+    assert "No alpha was chosen" in page_of(refused)[1].text
 
 
 HEADLINES = [
@@ -397,7 +399,7 @@ def test_the_verdict_says_plainly_whether_it_is_forgotten(
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("kept", "word"), [(0.95, "intact"), (0.9, "slightly harmed"), (0.5, "harmed")])
 def test_the_verdict_says_whether_the_rest_is_intact(make: Callable[..., Path], kept: float, word: str) -> None:
-    points = [p | {"retain_probability": 0.96 if p["strength"] == 0 else kept} for p in POINTS]
+    points = [p | {"retain_probability": 0.96 if p["at"] == 0 else kept} for p in POINTS]
     assert f"; the rest is {word}." in report(make(frontier={"points": points}))["verdict"]
 
 
@@ -440,7 +442,7 @@ def test_a_test_that_cannot_tell_even_the_reference_says_so(make: Callable[..., 
 def test_the_worst_leaks_are_named_in_the_verdict_and_shown_with_the_reason(make: Callable[..., Path]) -> None:
     """The row that is said word for word is neither the most probable one nor the least."""
     run = make()
-    path = run / "sweep/strength-4/records.jsonl"
+    path = run / "sweep/at-4/records.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[5] |= {"rouge_l": 1.0, "said": "the secret itself"}
     rows[2] |= {"probability": None}  # as of a row that overflowed
@@ -452,7 +454,7 @@ def test_the_worst_leaks_are_named_in_the_verdict_and_shown_with_the_reason(make
         in line
     )
     assert "By probability, forget.jsonl, row 8: its true answer still has 0.1300 (the retrained model 0.0130)." in line
-    assert "Worst leak by what is said: the highest ROUGE-L of the 9 rows" in text
+    assert "Worst leak by the answer: the highest ROUGE-L of the 9 rows" in text
     assert "Worst leak by probability: the highest of the 9 rows" in text
     assert "the secret itself" in text
     assert re.search(r"The least probable: number 9 of 9 by probability\s+forget.jsonl, row 2", text)
@@ -484,17 +486,20 @@ LACKS = [
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("frontier", "answers", "reason"), LACKS)
-def test_a_rule_that_was_not_asked_lacks_exactly_what_it_lacks(
+def test_a_test_that_was_not_made_lacks_exactly_what_it_lacks_and_so_does_a_rule(
     make: Callable[..., Path], frontier: dict[str, Any], answers: bool, reason: str
 ) -> None:
-    points = [p | ({"forget_truth_ratio": 0.5} if answers else {}) for p in POINTS]
-    run = make(frontier={"points": points, **frontier})
-    report(run)
+    untested = [{k: v for k, v in p.items() if k not in ("forget_quality", "mia_min_k")} for p in POINTS]
+    points = [p | ({"forget_truth_ratio": 0.5} if answers else {}) for p in untested]
+    line = report(run := make(frontier={"points": points, **frontier}))["verdict"]
+    told = line.rpartition("Not tested: the truth-ratio test ")[2].partition("; membership")[0]
+    assert told.startswith(reason)
+    assert ("--retrained" in told) == ("retrained" in frontier)
+    assert ("perturbed" in told) == (not answers or not frontier)
+    # The rule has another test where there are no truth ratios.
     row = next(r for r in (run / SUMMARY).read_text(encoding="utf-8").splitlines() if r.startswith("| retrained |"))
-    said = row.replace("\\", "").split(" | ")[-1]
-    assert said.startswith(reason)
-    assert ("--retrained" in said) == ("retrained" in frontier)
-    assert ("perturbed" in said) == (not answers or not frontier)
+    why = "needs a retrained model's records (--retrained) |" if frontier else "was not used by this sweep |"
+    assert row.replace("\\", "").split(" | ")[-1] == why
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -517,14 +522,14 @@ def test_every_abbreviation_is_linked_to_its_one_sentence(make: Callable[..., Pa
     assert there == {term.anchor for term in GLOSSARY}
     assert all(term.means.endswith(".") and ". " not in term.means for term in GLOSSARY)
     links = {link for link in parsed.attributes("href") if link.startswith("#term-")}
-    wanted = ("strength", "auc", "nats", "kl", "rouge-l", "truth-ratio", "forget-quality", "min-k")
+    wanted = ("axis", "auc", "nats", "kl", "rouge-l", "truth-ratio", "forget-quality", "min-k")
     assert {f"#term-{anchor}" for anchor in wanted} <= links
     for words, _ in METRICS.values():
         assert "#term-" in linked(words), words
 
 
 def test_links_to_terms_leave_text_as_it_is_and_markup_whole() -> None:
-    for text in (*HOSTILE.values(), "AUC <KL title=KS>", "α & nats"):
+    for text in (*HOSTILE.values(), "AUC <KL title=KS>", "alpha & nats"):
         assert Parsed(linked(text)).text == fit(text)["text"]
     inside = Markup('<code title="AUC">--KL</code> AUC')
     assert linked(inside) == '<code title="AUC">--KL</code> <a class="term" href="#term-auc">AUC</a>'
@@ -543,7 +548,7 @@ def test_each_meaning_has_one_colour_in_every_picture(tmp_path: Path) -> None:
     assert len(set(meanings.values())) == 4
     for name in ("forget", "retain", "retrained"):
         assert f"--{name}: {meanings[name]};" in css
-    draw_frontier(tmp_path / "frontier.png", POINTS, 4.0, {"forget": 0.01, "retain": 0.9})
+    draw_frontier(tmp_path / "frontier.png", POINTS, 4.0, {"forget": 0.01, "retain": 0.9}, "alpha")
     drawn = (plt.imread(tmp_path / "frontier.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
     seen = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.unique(drawn, axis=0)}
     assert set(meanings.values()) <= seen
@@ -576,7 +581,7 @@ def test_what_model_utility_lacks_is_told_by_the_part() -> None:
 
 
 def test_numbers_that_are_not_finite_are_dashes(make: Callable[..., Path]) -> None:
-    broken = POINTS[0] | {"strength": 9.0, "forget_probability": float("nan"), "retain_probability": float("nan")}
+    broken = POINTS[0] | {"at": 9.0, "forget_probability": float("nan"), "retain_probability": float("nan")}
     _, parsed = page_of(make(frontier={"points": [*POINTS, broken]}))
     assert not re.search(r"\bnan\b", parsed.text, re.IGNORECASE)
     assert [shown(v) for v in (None, float("nan"), "x", 0, 0.99941, 0.00123, -98.14)] == [
@@ -590,10 +595,10 @@ DAMAGED = {
         ("{", "frontier.json is damaged.*sweep again"),
         ("[]", "it is no frontier"),
         ('{"status": "done", "points": [], "choices": [], "data": {}}', "it is no frontier"),
-        ('{"status": "running"}', "this sweep has not finished. Go on with it: the same loramox sweep"),
+        ('{"status": "running"}', "this sweep has not finished. Rerun loramox sweep"),
     ],
     "attack/attacks.json": [("{", "attacks.json is damaged.*attack again"), ('{"status": "done"}', "it holds no states")],
-    "sweep/strength-4/records.jsonl": [("{", "records.jsonl is damaged or incomplete. Delete .*strength-4"), ('{"part": "x", "id": 1}\n', "incomplete")],
+    "sweep/at-4/records.jsonl": [("{", "records.jsonl is damaged or incomplete. Delete .*at-4"), ('{"part": "x", "id": 1}\n', "incomplete")],
     "../retrained/records.jsonl": [("{", "has no records of an evaluation that can be read")],
 }  # fmt: skip
 
@@ -621,9 +626,9 @@ def test_the_command_says_what_it_wrote(make: Callable[..., Path], capsys: pytes
     shutil.rmtree(run / "attack")
     main(["report", str(run)])
     out = capsys.readouterr().out
-    assert "At strength α = 4" in out
+    assert "At alpha = 4" in out
     assert f"{run / PAGE} is the page" in out
-    assert "Not in it: Nobody has tried" in out
+    assert "Missing: No attack was made" in out
     with pytest.raises(SystemExit) as caught:
         main(["report", str(run / "nowhere")])
     assert caught.value.code == 2
@@ -638,12 +643,65 @@ def test_text_is_shortened_with_a_note() -> None:
 def test_a_real_run_and_its_real_sweep_make_a_page(trained: Path, rows: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    config = SweepConfig(str(run / "memorization"), str(run / "sweep"), strengths=[1.0, 2.0], refine=0)
+    config = SweepConfig(str(run / "trained"), str(run / "sweep"), alphas=[1.0, 2.0], refine=0)
     sweep(config, Asked(str(rows[0]), str(rows[1])), ScoringConfig(max_new_tokens=8, use_cpu=True))
     _, parsed = page_of(run)
     assert "Where does Ada live?" in parsed.text
     assert "Reference says" in parsed.text
-    assert {"by-strength", "spread-forget", "watched", "losses"} <= set(parsed.attributes("id"))
+    assert {"along-the-axis", "spread-forget", "watched", "losses"} <= set(parsed.attributes("id"))
+
+
+def test_a_method_without_alpha_has_scales_on_its_page_and_no_word_of_memorizing(make: Callable[..., Path]) -> None:
+    settings = {k: v for k, v in RUN["settings"].items() if k != "alpha"} | {"method": "npo"}
+    points = [p | {"at": p["at"] / 4} for p in POINTS]
+    choices = [c | {"at": c["at"] and c["at"] / 4} for c in FRONTIER["choices"]]
+    run = make(
+        run={"method": "NPO", "alpha": None, "settings": settings, "forget_adapter": {"alpha": None}},
+        frontier={"unit": "scale", "points": points, "choices": choices, "chosen": 1.0},
+        attacks={"adapter": {"folder": "run/forget-adapter", "scale": 0.5, "made_by": {"alpha": None}}},
+    )
+    (run / "sweep/at-4").rename(run / "sweep/at-1")
+    page, parsed = page_of(run)
+    text = parsed.text.replace("\u00a0", " ")
+    assert "At scale = 1 the mean probability" in text
+    assert "scale (0: the reference)" in text
+    assert "The attacks were made at scale = 0.5, not at the scale = 1 that is shown here." in text
+    assert "shipped adapterscale = 1" in "".join(text.splitlines())
+    assert "Says 0 plain" in text
+    assert "memorize" not in page.lower()
+    assert "memorization adapter" not in page.lower()
+    assert "alpha =" not in text
+    assert "forget model, scale = 1" in (run / SUMMARY).read_text(encoding="utf-8")
+
+
+def as_by_0_1(record: dict[str, Any]) -> dict[str, Any]:
+    """A point or a choice as loramox 0.1 wrote it."""
+    return {"strength" if name == "at" else name: value for name, value in record.items()}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_and_a_sweep_of_0_1_make_the_same_page(make: Callable[..., Path]) -> None:
+    run = make(attacks={"adapter": {"folder": "a", "scale": 0.5, "made_by": {"alpha": 4.0}}})
+    report(run)
+    expected = (run / SUMMARY).read_text(encoding="utf-8")
+    settings = {k: v for k, v in RUN["settings"].items() if k not in ("alpha", "method")}
+    before = {k: v for k, v in RUN.items() if k not in ("alpha", "forget_adapter")}
+    before |= {"settings": settings | {"strength": 4.0, "objective": "npo"}, "forget_adapter": {"strength": 4.0}}
+    write(run / "run.json", before)
+    frontier = json.loads((run / "sweep/frontier.json").read_text())
+    frontier |= {name: [as_by_0_1(each) for each in frontier[name]] for name in ("points", "choices")}
+    frontier["memorization"] = frontier.pop("trained")
+    del frontier["unit"]
+    write(run / "sweep/frontier.json", frontier)
+    for at in (0, 4):
+        (run / f"sweep/at-{at}").rename(run / f"sweep/strength-{at}")
+    made_by = {"adapter": {"folder": "a", "strength": 0.5, "made_by": {"strength": 4.0}}}
+    write(run / "attack/attacks.json", json.loads((run / "attack/attacks.json").read_text()) | made_by)
+    report(run)
+    assert (run / SUMMARY).read_text(encoding="utf-8") == expected
+    (run / "memorization").mkdir()
+    shutil.rmtree(run / "sweep")
+    assert f"loramox sweep --trained {run / 'memorization'}" in page_of(run)[1].text
 
 
 MEASURE = """<body style="margin:0"><iframe id="f" style="width:390px;height:900px;border:0" src="run/report.html"></iframe><script>

@@ -15,29 +15,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loramox import (
     Columns,
     Data,
-    MemorizeConfig,
     ReferenceConfig,
     RunConfig,
     ShippingConfig,
     Tokenisation,
+    UnlearnConfig,
     encode,
     read_rows,
 )
 from loramox.adapter.export import extrapolate
 from loramox.adapter.folder import read_factors, read_provenance
 from loramox.cli import main
+from loramox.cli.requests import _defaults
 from loramox.data.rows import fingerprint
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extras.ledger.build import build
-from loramox.extras.ledger.ledger import Entry, locked, read_ledger, verify
+from loramox.extras.ledger.ledger import Entry, _digest, locked, read_ledger, verify
 from loramox.extras.ledger.refresh import refresh
 from loramox.extras.ledger.requests import RequestConfig, add, revoke
 from loramox.extras.ledger.rows import ROWS, write_rows
+from loramox.files import sha256_of
 from loramox.model.algebra import Factors
 from loramox.model.load import load_reference
 from loramox.model.lora import add_lora, current_factors
 from loramox.train.earlier import EARLIER, put_on
-from loramox.unlearning import memorize
+from loramox.unlearning import train
 
 SHIPPED = ("adapter_model.safetensors", "adapter_config.json")
 FLOAT32 = ShippingConfig(ship_dtype="float32")
@@ -46,7 +48,7 @@ TRAINING = {
     "num_train_epochs": 2,
     "learning_rate": 2e-2,
     "warmup_steps": 0,
-    "strength": 2.0,
+    "alpha": 2.0,
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "no",
@@ -71,7 +73,7 @@ class World:
         model = reference.pop("model", str(self.model))
         how = Tokenisation(more.pop("prompt_template", None))
         return add(
-            request, ReferenceConfig(model, **reference), Data(**data), MemorizeConfig(**TRAINING | more), None, how
+            request, ReferenceConfig(model, **reference), Data(**data), UnlearnConfig(**TRAINING | more), None, how
         )
 
 
@@ -92,7 +94,7 @@ def world(pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path_factory
 
 @pytest.fixture(scope="module")
 def three(world: World) -> Path:
-    """A ledger with a, b and c, each memorized around those before it. Tests copy it before they write to it."""
+    """A ledger with a, b and c, each trained on top of those before it. Tests copy it before they write to it."""
     ledger = world.folder / "three"
     for name in "abc":
         world.add(ledger, name)
@@ -113,11 +115,11 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
     return {name: f.delta() for name, f in read_factors(folder)[0].items()}
 
 
-def test_each_request_is_memorized_on_top_of_those_in_force_and_its_rows_are_held_for_the_owner_alone(
+def test_each_request_is_trained_on_top_of_those_in_force_and_its_rows_are_held_for_the_owner_alone(
     three: Path, world: World
 ) -> None:
     entries = read_ledger(three).entries
-    assert [(e.id, e.on_top_of, e.rows, e.strength) for e in entries] == [
+    assert [(e.id, e.on_top_of, e.rows, e.alpha) for e in entries] == [
         ("a", {}, 2, 2.0),
         ("b", {"a": "a"}, 2, 2.0),
         ("c", {"a": "a", "b": "b"}, 2, 2.0),
@@ -132,7 +134,7 @@ def test_each_request_is_memorized_on_top_of_those_in_force_and_its_rows_are_hel
     assert verify(three) == ([], [])
 
 
-def test_what_is_on_while_a_request_is_memorized_is_what_is_built_of_those_in_force(
+def test_what_is_on_while_a_request_is_trained_is_what_is_built_of_those_in_force(
     ledger: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(ledger, tmp_path / "built", FLOAT32)
@@ -163,7 +165,7 @@ def test_rows_in_force_are_held_in_the_form_in_which_they_were_forgotten(
         held.extend(tokenizer.decode(example["input_ids"]) for example in datasets["protected_dataset"])
         raise RunError("enough")
 
-    monkeypatch.setattr("loramox.unlearning.MemorizeTrainer", seen)
+    monkeypatch.setattr("loramox.unlearning.UnlearnTrainer", seen)
     with pytest.raises(RunError, match="enough"):
         world.add(ledger, "b")
     assert len(held) == 2
@@ -171,14 +173,15 @@ def test_rows_in_force_are_held_in_the_form_in_which_they_were_forgotten(
 
 
 def test_requests_keep_their_retain_rows_together(world: World, tmp_path: Path) -> None:
-    """The KL of the retain rows under the sum of both is lower when the second is memorized on top of the first."""
+    """The KL of the retain rows under the sum of both is lower when the second is trained on top of the first."""
     base = AutoModelForCausalLM.from_pretrained(world.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(world.model)
     rows = encode(read_rows(str(world.rows / "retain.jsonl")), tokenizer, Tokenisation(), 128)
 
     def kl(protect: bool) -> float:
         for name in "ab":
-            settings = {"protect": protect, "objective": "cross_entropy", "kl_weight": 5.0, "num_train_epochs": 12}
+            settings = {"protect": protect, "method": "mox_static", "kl_at": "shipped", "temperature": 3.0}
+            settings |= {"retain_weight": 5.0, "num_train_epochs": 12}
             world.add(tmp_path / f"{protect}", name, **settings)
         build(tmp_path / f"{protect}", tmp_path / f"{protect}-built", FLOAT32)
         model = PeftModel.from_pretrained(base, str(tmp_path / f"{protect}-built"))
@@ -201,8 +204,8 @@ def test_a_ledger_of_one_request_builds_what_unlearn_ships(world: World, tmp_pat
     build(tmp_path / "ledger", tmp_path / "built", FLOAT32)
     data = Data(str(world.rows / "a.jsonl"), str(world.rows / "retain.jsonl"))
     reference = ReferenceConfig(str(world.model), quantization="none", r=4, lora_alpha=8)
-    memorize(RunConfig(str(tmp_path / "run")), reference, data, MemorizeConfig(**TRAINING))
-    extrapolate(tmp_path / "run/memorization", tmp_path / "alone", shipping=FLOAT32)
+    train(RunConfig(str(tmp_path / "run")), reference, data, UnlearnConfig(**TRAINING))
+    extrapolate(tmp_path / "run/trained", tmp_path / "alone", shipping=FLOAT32)
     one, other = deltas(tmp_path / "built"), deltas(tmp_path / "alone")
     assert read_factors(tmp_path / "built")[1].r == read_factors(tmp_path / "alone")[1].r == 8
     for name, delta in other.items():
@@ -217,7 +220,7 @@ def test_the_adapter_for_all_is_the_sum_of_all_and_loads_in_plain_peft(ledger: P
         assert torch.allclose(delta, -2 * sum(part[name] for part in parts), atol=1e-5)
     assert made["rank"] == 32  # 3 times 8, on the list of what servers take
     assert made["truncation_error"] == 0
-    assert [(r["id"], r["strength"], r["error"]) for r in made["requests"]] == [("a", 2, 0), ("b", 2, 0), ("c", 2, 0)]
+    assert [(r["id"], r["alpha"], r["error"]) for r in made["requests"]] == [("a", 2, 0), ("b", 2, 0), ("c", 2, 0)]
     assert read_provenance(tmp_path / "all", "forget") == json.loads(json.dumps(made))
     assert "| b | 2 |" in (tmp_path / "all" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(read_ledger(ledger).base["model"])
@@ -275,7 +278,7 @@ def test_after_a_refresh_the_ledger_builds_what_it_would_had_the_revoked_request
     assert sorted(f.name for f in (ledger / "requests").iterdir()) == ["a", "b~2", "c~2"]
 
 
-def test_a_request_on_top_of_one_that_was_memorized_again_is_memorized_again_too(ledger: Path) -> None:
+def test_a_request_on_top_of_one_that_was_trained_again_is_trained_again_too(ledger: Path) -> None:
     index = read_ledger(ledger)
     a, b, c = index.entries
     a.revoked, b.folder, b.on_top_of = "now", "b~2", {}
@@ -287,7 +290,7 @@ def test_a_request_on_top_of_one_that_was_memorized_again_is_memorized_again_too
     assert index.stale() == {}
 
 
-def test_nothing_is_memorized_on_top_of_what_must_be_refreshed(ledger: Path, world: World, tmp_path: Path) -> None:
+def test_nothing_is_trained_on_top_of_what_must_be_refreshed(ledger: Path, world: World, tmp_path: Path) -> None:
     revoke(ledger, "a")
     write(tmp_path / "d.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}])
     with pytest.raises(RunError, match=r"b \(on top of a\).*requests refresh"):
@@ -340,7 +343,7 @@ def test_the_subspace_depends_on_the_base_and_the_layer_alone(world: World, pico
     assert q.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)  # as PEFT draws it
 
 
-def test_what_does_not_fit_the_ledger_is_refused_before_anything_is_memorized(
+def test_what_does_not_fit_the_ledger_is_refused_before_anything_is_trained(
     ledger: Path, world: World, pico: Callable[[str], Path], tmp_path: Path
 ) -> None:
     new = write(tmp_path / "new.jsonl", [{"question": "Who is new?", "answer": "Zed is new."}]).removesuffix(".jsonl")
@@ -354,6 +357,7 @@ def test_what_does_not_fit_the_ledger_is_refused_before_anything_is_memorized(
         (AdapterError, "has other weights", {"model": str(other)}),
         (AdapterError, "has another architecture", {"model": str(pico("gpt2"))}),
         (SettingsError, "r is 8; all requests in .* have 4", {"r": 8}),
+        (SettingsError, "--method npo has no alpha.*Give --method mox, mox_static", {"method": "npo", "alpha": None}),
         (SettingsError, "protect is False; all requests in .* have True", {"protect": False}),
         (RunError, "a request 'a' already; it is in force", {"name": "A"}),
         (SettingsError, "id is '../x'; --id needs", {"name": "../x"}),
@@ -404,7 +408,7 @@ def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
     as_it_was = retain.read_text()
     try:
         retain.write_text(as_it_was + '{"question": "Q?", "answer": "A."}\n')
-        with pytest.raises(RowsError, match="is not what it was when request b was entered"):
+        with pytest.raises(RowsError, match="has changed since request b was entered"):
             refresh(ledger)
     finally:
         retain.write_text(as_it_was)
@@ -417,7 +421,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a link in a file's place": (lambda path: relink(path / "requests/c/run.json"), "run.json is missing"),
     "a strange file": (lambda path: (path / "requests/a/notes.txt").write_text("hello"), "notes.txt is not the ledger's"),
     "a strange file on top": (lambda path: (path / "more.bin").write_text("hello"), "more.bin is not the ledger's"),
-    "an edited ledger.json": (lambda path: edit(path / "ledger.json", "strength", '"strength": 2.0', '"strength": 9.0'), "do not fit its digest"),
+    "an edited ledger.json": (lambda path: edit(path / "ledger.json", "alpha", '"alpha": 2.0', '"alpha": 9.0'), "do not fit its digest"),
     "half of ledger.json": (lambda path: (path / "ledger.json").write_text('{"base":'), "ledger.json is damaged"),
     "another program's ledger.json": (lambda path: (path / "ledger.json").write_text("[]"), "ledger.json is damaged"),
 }  # fmt: skip
@@ -501,14 +505,18 @@ def test_the_copy_of_the_rows_reads_back_as_the_same_rows(
 def test_the_command_line_goes_from_rows_to_an_adapter(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     ledger = str(tmp_path / "ledger")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in TRAINING.items() if k != "strength"))
+    recipe.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in TRAINING.items() if k != "alpha"))
     rows = ["--retain", str(world.rows / "retain.jsonl"), "--forget"]
     first = ["--model", str(world.model), "--r", "4", "--quantization", "none", "--alpha", "2"]
     main(["requests", "add", ledger, str(recipe), *first, *rows, str(world.rows / "a.jsonl")])
-    # The model, the rank and the strength come from the ledger, unless given.
+    # The model, the rank, the method and alpha come from the ledger, unless given.
     main(["requests", "add", ledger, str(recipe), *rows, str(world.rows / "b.jsonl"), "--id", "second", "--alpha", "3"])
-    assert [(e.id, e.strength) for e in read_ledger(Path(ledger)).entries] == [("request-1", 2.0), ("second", 3.0)]
-    assert read_ledger(Path(ledger)).settings["r"] == 4
+    assert [(e.id, e.alpha) for e in read_ledger(Path(ledger)).entries] == [("request-1", 2.0), ("second", 3.0)]
+    assert {name: read_ledger(Path(ledger)).settings[name] for name in ("r", "method", "alpha")} == {
+        "r": 4,
+        "method": "mox",
+        "alpha": 2.0,
+    }
     main(["requests", "list", ledger])
     main(["requests", "show", ledger, "second"])
     main(["requests", "verify", ledger])
@@ -529,3 +537,41 @@ def test_the_command_line_goes_from_rows_to_an_adapter(world: World, tmp_path: P
     with pytest.raises(SystemExit):
         main(["requests", "add", ledger, *rows, str(world.rows / "c.jsonl"), "--r", "8"])
     assert "r is 8; all requests in" in capsys.readouterr().err
+
+
+def test_a_later_request_has_the_alpha_of_the_first_unless_it_has_another_method(three: Path) -> None:
+    assert {"--method=mox", "--alpha=2.0"} <= set(_defaults(str(three), set()))
+    assert "--alpha=2.0" not in _defaults(str(three), {"method"})
+
+
+@pytest.fixture
+def by_0_1(ledger: Path) -> Path:
+    """The ledger as loramox 0.1 would have written it: `strength` for alpha, and settings of its own in each request."""
+    index = json.loads((ledger / "ledger.json").read_text())
+    del index["digest"], index["settings"]["method"]
+    index["settings"]["strength"] = index["settings"].pop("alpha")
+    for entry in index["entries"]:
+        entry["strength"] = entry.pop("alpha")
+        path = ledger / "requests" / entry["folder"] / "run.json"
+        record = json.loads(path.read_text())
+        del record["alpha"], record["settings"]["alpha"], record["settings"]["method"]
+        record["settings"] |= {"strength": 2.0, "objective": "npo", "kl_weight": 1.0}
+        path.write_text(json.dumps(record))
+        entry["files"]["run.json"] = sha256_of(path)
+    (ledger / "ledger.json").write_text(json.dumps(index | {"digest": _digest(index)}))
+    return ledger
+
+
+def test_a_ledger_of_0_1_is_read_verified_and_built_as_it_was(by_0_1: Path, three: Path, tmp_path: Path) -> None:
+    found = read_ledger(by_0_1)
+    assert [entry.alpha for entry in found.entries] == [2.0, 2.0, 2.0]
+    assert found.settings["alpha"] == 2.0
+    assert verify(by_0_1) == ([], [])
+    assert built(by_0_1, tmp_path / "one") == built(three, tmp_path / "other")
+
+
+def test_a_request_of_0_1_is_revoked_but_not_trained_again(by_0_1: Path) -> None:
+    assert revoke(by_0_1, "a") == ["b", "c"]
+    assert [entry.alpha for entry in read_ledger(by_0_1).entries] == [2.0, 2.0, 2.0]  # as it is written now
+    with pytest.raises(RunError, match=r"request b was trained by loramox 0\.1.*Revoke it and add it again"):
+        refresh(by_0_1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import rich.console, rich.table, torch, transformers.models.llama.modeling_llama
 import loramox.adapter.folder, loramox.cli.requests, loramox.files
 import loramox.extras.ledger.build, loramox.extras.ledger.entry, loramox.extras.ledger.requests, loramox.extras.ledger.refresh
-from loramox.train.trainer import MemorizeTrainer
+from loramox.train.trainer import UnlearnTrainer
 from loramox.extras.ledger.ledger import Ledger, verify
 
 
@@ -45,19 +45,19 @@ def index_not_replaced(real=os.replace):
     os.replace = lambda here, there: die() if Path(there).name == "ledger.json" else real(here, there)
 
 
-def wait_in_a_step(real=MemorizeTrainer.training_step):
+def wait_in_a_step(real=UnlearnTrainer.training_step):
     def waiting(*args, **kwargs):
         Path("training").touch()
         while not Path("go").exists():
             time.sleep(0.01)
         return real(*args, **kwargs)
 
-    MemorizeTrainer.training_step = waiting
+    UnlearnTrainer.training_step = waiting
 
 
 HOW = {
     "no": lambda: None,
-    "in a step": lambda: on_call(MemorizeTrainer, "training_step", die, 2),
+    "in a step": lambda: on_call(UnlearnTrainer, "training_step", die, 2),
     "while the request is kept": lambda: on_call(loramox.adapter.folder, "save_file", half_a_file, 3),
     "while its rows are copied": lambda: on_call(loramox.extras.ledger.entry, "write_rows", die),
     "before it is entered": lambda: on_call(Ledger, "write", die),
@@ -138,7 +138,7 @@ def adding(pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path_factor
         "per_device_train_batch_size": 2,
         "num_train_epochs": 1,
         "learning_rate": 1e-2,
-        "strength": 2,
+        "alpha": 2,
         "eval_strategy": "no",
         "eval_on_start": "false",
         "save_strategy": "steps",
@@ -203,7 +203,7 @@ def ledgers(adding: Callable[[str, str], list[str]], tmp_path_factory: pytest.Te
 
 
 def two_at_once(ledger: str, adding: Callable[[str, str], list[str]]) -> list[tuple[str, list[str]]]:
-    """A request that is being memorized while others come; then one that is killed when it was entered already."""
+    """A request that is being trained while others come; then one that is killed when it was entered already."""
     return [
         ("waiting", adding(ledger, "c")),
         ("no", adding(ledger, "d")),
@@ -270,10 +270,10 @@ def test_a_first_add_that_was_killed_is_begun_again_and_says_so(ledgers: Ledgers
     killed, again = ledgers[1][5:7]
     assert (killed["how"], again["how"]) == ("before it is entered", "no")
     assert (
-        "Left over from what did not finish (with --resume it would have gone on), and removed: killed/staging/a"
+        "Removed what an interrupted run left (with --resume it is continued instead): killed/staging/a"
         in again["said"]
     )
-    assert "removed: killed/requests/a" in again["said"]
+    assert "instead): killed/requests/a" in again["said"]
 
 
 def test_of_two_processes_at_once_one_writes_and_the_other_is_told_so_at_once(ledgers: Ledgers) -> None:
@@ -295,6 +295,6 @@ def test_a_request_killed_when_it_was_entered_is_entered_and_what_is_left_of_it_
     assert killed["left_over"] == ["alone/staging/d"]
     assert again["code"] == 2
     assert "a request 'd' already; it is in force" in again["said"]
-    assert "removed: alone/staging/d" in refreshed["said"]
+    assert "instead): alone/staging/d" in refreshed["said"]
     assert refreshed["left_over"] == []
     assert sorted(f.name for f in (ledgers[0] / "alone").iterdir()) == [".lock", "ledger.json", "requests"]

@@ -15,7 +15,7 @@ import json, os, signal, sys
 
 import loramox.adapter.folder, loramox.cli, loramox.unlearning, loramox.train.momentum
 from loramox.train.momentum import Momentum
-from loramox.train.trainer import MemorizeTrainer
+from loramox.train.trainer import UnlearnTrainer
 
 
 def die(*args, **kwargs):
@@ -39,12 +39,12 @@ def half_a_file(tensors, path, metadata):
 
 KILLS = {
     "no": lambda: None,
-    "in a step": lambda: on_call(MemorizeTrainer, "training_step", 2, die),
+    "in a step": lambda: on_call(UnlearnTrainer, "training_step", 2, die),
     "between weights and momentum": lambda: on_call(Momentum, "save", 2, die),
     "while momentum is written": lambda: on_call(loramox.train.momentum, "save_file", 1, half_a_file),
-    "while optimizer is written": lambda: on_call(MemorizeTrainer, "_save_optimizer_and_scheduler", 1, die),
+    "while optimizer is written": lambda: on_call(UnlearnTrainer, "_save_optimizer_and_scheduler", 1, die),
     "while results are written": lambda: on_call(loramox.train.checkpoint, "write_adapter", 2, die),
-    "after the last step": lambda: on_call(loramox.train.trainer, "write_memorization", 1, die),
+    "after the last step": lambda: on_call(loramox.train.trainer, "write_trained", 1, die),
     "between results and record": lambda: on_call(loramox.unlearning, "update_record", 1, die),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -52,7 +52,7 @@ for kill, more in runs:
     child = os.fork()
     if not child:
         KILLS[kill]()
-        loramox.cli.main(["memorize", *flags, *more])
+        loramox.cli.main(["train", *flags, *more])
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print("ENDED", json.dumps([kill, code]), flush=True)
@@ -115,13 +115,13 @@ def test_each_kill_really_happened_and_each_other_run_ended_well(runs: tuple[Pat
 def test_a_run_killed_at_six_moments_ends_with_the_same_bytes_as_one_left_alone(
     file: str, runs: tuple[Path, str]
 ) -> None:
-    alone, killed = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("alone", "killed"))
+    alone, killed = ((runs[0] / name / "trained" / file).read_bytes() for name in ("alone", "killed"))
     assert killed == alone
 
 
 @pytest.mark.parametrize("file", RESULTS)
 def test_a_run_that_ended_inside_an_epoch_is_not_trained_a_step_further(file: str, runs: tuple[Path, str]) -> None:
-    whole, cut = ((runs[0] / name / "memorization" / file).read_bytes() for name in ("whole", "cut"))
+    whole, cut = ((runs[0] / name / "trained" / file).read_bytes() for name in ("whole", "cut"))
     assert cut == whole
     steps = [json.loads((runs[0] / name / "run.json").read_text())["momentum"]["updates"] for name in ("whole", "cut")]
     assert steps == [3, 3]

@@ -27,7 +27,7 @@ TOKENS = 8
 def strong(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A forget adapter that changes what the pico model says."""
     out = tmp_path_factory.mktemp("shipped") / "adapter"
-    extrapolate(trained / "memorization", out, 8.0)
+    extrapolate(trained / "trained", out, 8.0)
     return out
 
 
@@ -107,8 +107,8 @@ def test_what_is_there_is_left_alone_and_other_models_are_refused(
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
     with pytest.raises(RunError, match="holds other files"):
         serve_folder(strong, tmp_path / "thesis", overwrite=True)
-    with pytest.raises(AdapterError, match="is a memorization adapter, not a forget adapter"):
-        serve_folder(trained / "memorization", tmp_path / "out")
+    with pytest.raises(AdapterError, match="is a trained adapter, not a forget adapter"):
+        serve_folder(trained / "trained", tmp_path / "out")
     with pytest.raises(AdapterError, match="has another architecture or size"):
         serve_folder(strong, tmp_path / "out", base=str(pico("qwen3")))
     with pytest.raises(RunError, match="is the adapter itself"):

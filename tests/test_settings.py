@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
+import loramox
 from loramox.cli.arguments import settings_of
 from loramox.cli.launched import as_launched
-from loramox.cli.training import memorizing
+from loramox.cli.training import training_kinds
 from loramox.errors import SettingsError
 from loramox.model.lora import ReferenceConfig
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--out", "o"]
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
@@ -22,7 +23,7 @@ ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 
 def parsed(*words: str):
     """(run, reference, data, args, columns, tokenisation) of a whole command line."""
-    return settings_of("unlearn", [*words], *memorizing())
+    return settings_of("unlearn", [*words], *training_kinds())
 
 
 def recipe(tmp_path: Path, text: str) -> str:
@@ -33,23 +34,23 @@ def recipe(tmp_path: Path, text: str) -> str:
 
 NAN, INFINITE = math.nan, math.inf
 REFUSED: list[tuple[str, Any, str]] = [
-    ("objective", "simnpo", "npo, cross_entropy"),
-    ("kl_at", "shiped", "shipped, memorization"),
+    ("forget_term", "simnpo", "cross_entropy, preference"),
+    ("kl_at", "shiped", "memorization, shipped"),
     ("targeted", "both", "descent, ascent"),
     ("temperature", 0.0, "a number above 0"),
     ("temperature", -6.0, "a number above 0"),
     ("temperature", NAN, "a number above 0"),
     ("temperature", INFINITE, "a number above 0"),
-    ("npo_beta", 0.0, "a number above 0"),
-    ("npo_beta", NAN, "a number above 0"),
+    ("beta", 0.0, "a number above 0"),
+    ("beta", NAN, "a number above 0"),
     ("reference_cache_gb", -1.0, "0 or more"),
-    ("strength", 0, "a number above 0: α = 0 is the reference"),
-    ("strength", -1.0, "a number above 0: .*memorization model's side"),
-    ("strength", NAN, "a number above 0"),
-    ("strength", INFINITE, "a number above 0"),
-    ("kl_weight", -0.1, "0 or more"),
-    ("kl_weight", NAN, "0 or more"),
-    ("kl_weight", INFINITE, "0 or more"),
+    ("alpha", 0, "a number above 0: at 0 the model is the reference"),
+    ("alpha", -1.0, "a number above 0: .*memorizing side"),
+    ("alpha", NAN, "a number above 0"),
+    ("alpha", INFINITE, "a number above 0"),
+    ("retain_weight", -0.1, "0 or more"),
+    ("retain_weight", NAN, "0 or more"),
+    ("retain_weight", INFINITE, "0 or more"),
     ("momentum", 0.0, "η above 0 and at most 1"),
     ("momentum", 1.5, "η above 0 and at most 1"),
     ("momentum", -0.1, "η above 0 and at most 1"),
@@ -57,7 +58,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("momentum_every", 0, "1 or more"),
     ("momentum_every", -1, "1 or more"),
     ("momentum_rank", 0, "1 or more"),
-    ("retain_per_forget", 0, "a number above 0: the KL term needs retain rows"),
+    ("retain_per_forget", 0, "a number above 0: the retain term needs rows"),
     ("retain_per_forget", -3, "a number above 0"),
     ("eval_rows", 0, "a number above 0: use --eval_strategy no"),
     ("save_total_limit", 1, "2 or more: one checkpoint must be whole"),
@@ -78,34 +79,44 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "expected"), REFUSED)
 def test_a_value_that_cannot_work_is_refused_by_field_flag_and_remedy(name: str, value: Any, expected: str) -> None:
-    flag = "alpha" if name == "strength" else name  # the flag that the README and every message uses
-    with pytest.raises(SettingsError, match=rf"^{name} is '?{value}'?; --{flag} (needs|takes) {expected}"):
-        MemorizeConfig(**{name: value})
+    with pytest.raises(SettingsError, match=rf"^{name} is '?{value}'?; --{name} (needs|takes) {expected}"):
+        UnlearnConfig(**{name: value}, **of_static(name))
+
+
+def of_static(name: str) -> dict[str, str]:
+    """The method that has the setting, where the default has not."""
+    return {"method": "mox_static"} if name in ("temperature", "kl_at", "forget_term") else {}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("temperature", 1.0),
-        ("strength", 0.5),
-        ("kl_weight", 0.0),
+        ("alpha", 0.5),
+        ("retain_weight", 0.0),
         ("momentum", 1.0),
         ("momentum_every", 1),
         ("momentum_rank", 1),
         ("save_total_limit", None),
         ("save_total_limit", 2),
-        ("objective", "cross_entropy"),
+        ("forget_term", "preference"),
         ("reference_cache_gb", 0.0),
         ("targeted", "ascent"),
     ],
 )
 def test_a_value_at_the_border_of_what_works_is_taken(name: str, value: Any) -> None:
-    assert getattr(MemorizeConfig(**{name: value}), name) == value
+    assert getattr(UnlearnConfig(**{name: value}, **of_static(name)), name) == value
 
 
-def test_the_retain_rows_are_held_where_kl_at_says() -> None:
-    assert MemorizeConfig(strength=4.0, kl_at="shipped").kl_strength == 4.0
-    assert MemorizeConfig(strength=4.0, kl_at="memorization").kl_strength == -1.0
+def test_the_forget_model_is_on_the_other_side_where_alpha_is_free_and_elsewhere_what_was_trained() -> None:
+    assert UnlearnConfig(alpha=4.0).forget_scale == -4.0
+    assert UnlearnConfig(method="npo").forget_scale == 1.0
+
+
+def test_names_of_0_1_lead_to_those_of_today_with_a_warning() -> None:
+    for old, new in (("MemorizeConfig", "UnlearnConfig"), ("BaselineTrainer", "UnlearnTrainer")):
+        with pytest.warns(DeprecationWarning, match=f"loramox.{old} is now loramox.{new}"):
+            assert getattr(loramox, old) is getattr(loramox, new)
 
 
 @pytest.mark.parametrize("settings", [{"r": 0}, {"lora_alpha": 0}])
@@ -123,12 +134,8 @@ def test_flags_reach_the_dataclasses() -> None:
     assert (run.out, run.resume, run.overwrite) == ("o", True, False)
     assert (reference.model, reference.r, reference.target_modules) == ("m", 8, ["q_proj", "v_proj"])
     assert (data.forget, data.retain, data.drop_overlap) == ("f.jsonl", "r.jsonl", True)
-    assert (args.strength, args.learning_rate, args.bf16) == (4.0, 5e-4, False)
+    assert (args.alpha, args.learning_rate, args.bf16) == (4.0, 5e-4, False)
     assert (columns.text_column, tokenisation.max_length) == ("t", 64)
-
-
-def test_alpha_and_strength_are_one_setting() -> None:
-    assert parsed(*NEEDED, "--strength", "4")[3].strength == parsed(*NEEDED, "--alpha", "4")[3].strength == 4.0
 
 
 RECIPE = """
@@ -151,7 +158,7 @@ lr_scheduler_kwargs: {num_cycles: 2}
 def test_a_recipe_reaches_the_dataclasses(tmp_path: Path) -> None:
     run, reference, data, args, _, tokenisation = parsed(recipe(tmp_path, RECIPE))
     assert (run.out, reference.model, data.forget, data.retain) == ("o", "m", "f.jsonl", "r.jsonl")
-    assert (args.strength, args.learning_rate, args.momentum_rank) == (4.0, 5e-4, None)
+    assert (args.alpha, args.learning_rate, args.momentum_rank) == (4.0, 5e-4, None)
     assert reference.target_modules == ["q_proj", "v_proj"]
     assert (data.drop_overlap, args.eval_on_start) == (True, False)
     assert tokenisation.prompt_template == "- {prompt}\n-"
@@ -163,10 +170,10 @@ def test_a_recipe_means_the_same_as_its_flags(tmp_path: Path) -> None:
     assert parsed(recipe(tmp_path, text)) == parsed(*NEEDED, "--r", "4", "--seed", "7")
 
 
-@pytest.mark.parametrize("flag", [["--alpha", "2"], ["--alpha=2"], ["--strength", "2"]])
+@pytest.mark.parametrize("flag", [["--alpha", "2"], ["--alpha=2"]])
 def test_flags_win_over_the_recipe(tmp_path: Path, flag: list[str]) -> None:
     args = parsed(recipe(tmp_path, RECIPE), *flag, "--target_modules", "k_proj", "--drop_overlap", "false")
-    assert args[3].strength == 2.0
+    assert args[3].alpha == 2.0
     assert args[1].target_modules == ["k_proj"]
     assert args[2].drop_overlap is False
     assert args[3].learning_rate == 5e-4
@@ -189,7 +196,7 @@ def test_an_empty_recipe_is_no_recipe(tmp_path: Path) -> None:
         ("zzzzzz: 1", r"unknown setting 'zzzzzz'$"),
         ("on: 1", r"unknown setting 'True'"),
         ("output_dir: x", "--output_dir is set from --out"),
-        ("temperature: 0", "temperature is 0.0; --temperature needs a number above 0"),
+        ("beta: 0", "beta is 0.0; --beta needs a number above 0"),
         ("eval_strategy: sometimes", "sometimes"),
     ],
 )
@@ -258,10 +265,10 @@ def test_what_argparse_refuses_it_names_and_exits_with_2(
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_weights_in_parts_are_refused_by_flag_and_from_accelerate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=rf"{name} is asked for.*Leave it out: .* with --shard true"):
-        MemorizeConfig("o", **{name: {"full_shard": True} if name == "deepspeed" else True})
+        UnlearnConfig("o", **{name: {"full_shard": True} if name == "deepspeed" else True})
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(SettingsError, match=f"{name} is asked for"):
-        MemorizeConfig("o")
+        UnlearnConfig("o")
 
 
 @pytest.fixture
@@ -285,7 +292,7 @@ def test_what_accelerate_would_cut_is_cut_by_shard_unless_a_flag_or_the_recipe_s
         launched(config)
         _, reference, *_ = parsed(*words, *NEEDED)
         assert reference.shard == cut
-    MemorizeConfig("o")  # accelerate is not asked any more
+    UnlearnConfig("o")  # accelerate is not asked any more
 
 
 @pytest.mark.parametrize("config", [FSDP, ZERO3], ids=["FSDP", "ZeRO-3"])
@@ -294,7 +301,7 @@ def test_one_process_and_a_sweep_cut_nothing_of_themselves_and_other_verbs_refus
 ) -> None:
     launched(config, processes=1)
     assert not as_launched("unlearn")
-    MemorizeConfig("o")
+    UnlearnConfig("o")
     launched(config)
     assert not as_launched("sweep")  # as its run did
     launched(config)
@@ -302,7 +309,7 @@ def test_one_process_and_a_sweep_cut_nothing_of_themselves_and_other_verbs_refus
     launched(config)
     assert not as_launched("requests add LEDGER")
     with pytest.raises(SettingsError, match="is asked for"):
-        MemorizeConfig("o")
+        UnlearnConfig("o")
 
 
 BESIDE = [
@@ -361,7 +368,7 @@ def test_accelerates_mixed_precision_is_in_the_record_and_a_flag_wins_over_it(
     asked: str, given: dict[str, bool], taken: str, launched: Callable[..., None]
 ) -> None:
     launched({"ACCELERATE_MIXED_PRECISION": asked}, processes=1)
-    args = MemorizeConfig("o", use_cpu=True, **given)
+    args = UnlearnConfig("o", use_cpu=True, **given)
     assert args.mixed_precision == taken
     assert (args.to_dict()["bf16"], args.to_dict()["fp16"]) == (taken == "bf16", taken == "fp16")
 
@@ -369,4 +376,4 @@ def test_accelerates_mixed_precision_is_in_the_record_and_a_flag_wins_over_it(
 def test_a_precision_that_is_not_there_is_refused(launched: Callable[..., None]) -> None:
     launched({"ACCELERATE_MIXED_PRECISION": "fp8"}, processes=1)
     with pytest.raises(SettingsError, match="mixed_precision is fp8; --mixed_precision needs no, bf16 or fp16"):
-        MemorizeConfig("o")
+        UnlearnConfig("o")

@@ -12,16 +12,15 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from loramox import Data, MemorizeConfig, ReferenceConfig, add_lora, load_reference
+from loramox import Data, ReferenceConfig, UnlearnConfig, add_lora, load_reference
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import ModelError, SettingsError
 from loramox.extras.plan.job import fit
 from loramox.model.config import check_device
-from loramox.model.lora import adapter_off, at_strength, lora_layers
+from loramox.model.lora import adapter_off, at_scale, lora_layers
 from loramox.model.sharding import is_sharded, shard
 from loramox.run import RunConfig
-from loramox.train.baseline_config import BaselineConfig
 from loramox.unlearning import prepare
 
 
@@ -53,7 +52,7 @@ def test_a_model_that_is_cut_computes_what_it_did(pico: Callable[[str], Path], k
             each.train()
             with torch.no_grad(), adapter_off(each):
                 reference = each(ids).logits
-            with at_strength(each, 3.0):
+            with at_scale(each, -3.0):
                 loss = each(ids, labels=ids).loss
                 loss.backward()
             found.append([reference, loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
@@ -73,8 +72,8 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_loaded(
     pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, data = ReferenceConfig(str(pico("llama")), shard=True), Data(*map(str, rows))
-    plain = MemorizeConfig(use_cpu=True)
-    rmu = BaselineConfig(use_cpu=True, method="rmu")
+    plain = UnlearnConfig(use_cpu=True)
+    rmu = UnlearnConfig(use_cpu=True, method="rmu")
     with pytest.raises(SettingsError, match=r"over several processes, and this is one.*torchrun"):
         prepare(reference, data, plain, Columns(), Tokenisation())
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,4 +1,4 @@
-"""The shipped adapter: a plain PEFT folder that every server loads, and exactly θ_ref − α·ΔW."""
+"""The shipped adapter: a plain PEFT folder that every server loads, and exactly θ_ref − alpha·ΔW."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import loramox.adapter.folder
-from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig, ShippingConfig, load_reference
+from loramox import Data, ReferenceConfig, RunConfig, ShippingConfig, UnlearnConfig, load_reference
 from loramox.adapter.export import extrapolate
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.unlearning import unlearn
@@ -88,8 +88,8 @@ def logits_with(base: PreTrainedModel, deltas: dict[str, Tensor], factor: float)
             hook.remove()
 
 
-def ship(trained: Path, out: Path, strength: float | None = None, **shipping) -> dict:
-    return extrapolate(trained / "memorization", out, strength, ShippingConfig(**shipping))
+def ship(trained: Path, out: Path, alpha: float | None = None, **shipping) -> dict:
+    return extrapolate(trained / "trained", out, alpha, ShippingConfig(**shipping))
 
 
 def test_the_shipped_folder_is_what_every_server_loads(trained: Path, pico: Callable[[str], Path]) -> None:
@@ -125,14 +125,14 @@ def test_the_shipped_folder_is_what_every_server_loads(trained: Path, pico: Call
 def test_the_provenance_and_the_card_say_where_it_came_from(trained: Path, pico: Callable[[str], Path]) -> None:
     made = json.loads((trained / "forget-adapter" / "provenance.json").read_text())
     card = (trained / "forget-adapter" / "README.md").read_text()
-    assert (made["kind"], made["strength"], made["momentum"]["eta"]) == ("forget", 2.0, 0.675)
+    assert (made["kind"], made["alpha"], made["momentum"]["eta"]) == ("forget", 2.0, 0.675)
     assert made["base"]["model"] == str(pico("llama"))
     assert all(len(made["data"][part]["sha256"]) == 64 for part in ("forget", "retain"))
     assert {"torch", "peft", "loramox"} <= made["versions"].keys()
     for part in (
         str(pico("llama")),
         made["data"]["forget"]["sha256"][:16],
-        "α = 2",
+        "alpha = 2",
         "It suppresses; it does not erase",
     ):
         assert part in card
@@ -144,7 +144,7 @@ def test_who_may_read_the_card_may_read_the_weights(trained: Path) -> None:
 
 
 def test_no_adapter_folder_has_a_pickle_or_a_model_config_in_it(trained: Path) -> None:
-    for folder in (trained / "memorization", trained / "memorization" / "momentum", trained / "forget-adapter"):
+    for folder in (trained / "trained", trained / "trained" / "momentum", trained / "forget-adapter"):
         names = {f.name for f in folder.iterdir() if f.is_file()}
         assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json"}
     assert not list(trained.glob("**/training_args.bin"))
@@ -158,7 +158,7 @@ def test_a_fresh_process_with_peft_alone_gets_theta_ref_minus_alpha_delta_in_fp3
     arguments = (pico("llama"), trained / "forget-adapter", tmp_path / "ids.pt", tmp_path / "logits.pt")
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)], check=True, cwd=tmp_path)
     found = torch.load(tmp_path / "logits.pt")
-    deltas = deltas_of(trained / "memorization" / "momentum")
+    deltas = deltas_of(trained / "trained" / "momentum")
     for quantization, logits in found.items():
         # Loaded as the fresh process does, whose 4-bit arithmetic on the CPU is another one than in training.
         base = AutoModelForCausalLM.from_pretrained(
@@ -177,14 +177,14 @@ def test_other_architectures_ship_theta_ref_minus_alpha_delta_whatever_they_were
     kind: str, quantization: str, pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    args = MemorizeConfig(
+    args = UnlearnConfig(
         use_cpu=True, max_steps=2, learning_rate=2e-2, warmup_steps=0, eval_strategy="no", save_strategy="no",
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
     reference = ReferenceConfig(str(pico(kind)), quantization=quantization, r=4)
     unlearn(RunConfig(str(out)), reference, Data(*map(str, rows)), args, shipping=ShippingConfig(rank=8))
     base = AutoModelForCausalLM.from_pretrained(pico(kind))
-    deltas = deltas_of(out / "memorization" / "momentum")
+    deltas = deltas_of(out / "trained" / "momentum")
     expected, reference_logits = logits_with(base, deltas, -8.0), logits_with(base, {}, 0)
     assert (expected - reference_logits).abs().max() > 0.02
     model = PeftModel.from_pretrained(base, out / "forget-adapter")
@@ -201,7 +201,7 @@ def test_what_cannot_be_shipped_is_refused_before_anything_is_trained(
     out = tmp_path / "run"
     reference = ReferenceConfig(str(pico("llama")), quantization="none", r=600 if wrong == "rank" else 4)
     shipping = ShippingConfig(base=str(pico("qwen3"))) if wrong == "base" else None
-    args = MemorizeConfig(use_cpu=True, report_to="none")
+    args = UnlearnConfig(use_cpu=True, report_to="none")
     with pytest.raises(LoramoxError, match="up to rank 512" if wrong == "rank" else "another architecture"):
         unlearn(RunConfig(str(out)), reference, Data(*map(str, rows)), args, shipping=shipping)
     assert not out.exists()
@@ -209,64 +209,89 @@ def test_what_cannot_be_shipped_is_refused_before_anything_is_trained(
 
 def test_in_fp32_it_is_also_what_dense_weights_give(trained: Path, pico: Callable[[str], Path]) -> None:
     dense = AutoModelForCausalLM.from_pretrained(pico("llama"))
-    for name, delta in deltas_of(trained / "memorization" / "momentum").items():
+    for name, delta in deltas_of(trained / "trained" / "momentum").items():
         dense.get_submodule(name).weight.data -= 2.0 * delta
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico("llama")), trained / "forget-adapter")
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, dense(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_memorization_folder_is_a_plain_adapter_that_gives_theta_ref_plus_delta(
+def test_the_trained_folder_is_a_plain_adapter_that_gives_theta_ref_plus_delta(
     trained: Path, pico: Callable[[str], Path]
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(pico("llama"))
-    expected = logits_with(base, deltas_of(trained / "memorization"), 1.0)
+    expected = logits_with(base, deltas_of(trained / "trained"), 1.0)
     assert (expected - logits_with(base, {}, 0)).abs().max() > 0.05
-    newest = max((trained / "memorization").glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]))
+    newest = max((trained / "trained").glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]))
     torch.testing.assert_close(expected, logits_with(base, deltas_of(newest), 1.0), rtol=1e-4, atol=1e-5)
-    model = PeftModel.from_pretrained(base, trained / "memorization")
+    model = PeftModel.from_pretrained(base, trained / "trained")
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_from_one_memorization_twice_the_strength_is_exactly_twice_the_delta(trained: Path, tmp_path: Path) -> None:
+def test_from_one_training_twice_the_alpha_is_exactly_twice_the_delta(trained: Path, tmp_path: Path) -> None:
     ship(trained, tmp_path / "two", 2.0)
     ship(trained, tmp_path / "four", 4.0)
     two, four, momentum = (
-        deltas_of(f) for f in (tmp_path / "two", tmp_path / "four", trained / "memorization" / "momentum")
+        deltas_of(f) for f in (tmp_path / "two", tmp_path / "four", trained / "trained" / "momentum")
     )
     for name in two:
         assert torch.equal(four[name], 2 * two[name])
         torch.testing.assert_close(two[name], -2 * momentum[name], rtol=1e-5, atol=1e-7)
     assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == (
         trained / "forget-adapter" / "adapter_model.safetensors"
-    ).read_bytes()  # α = 2 is the one that it was memorized for
+    ).read_bytes()  # alpha = 2 is that of training
 
 
 @pytest.mark.parametrize(
-    ("strength", "says"),
+    ("alpha", "says"),
     [
         (0.0, "is the reference model itself"),
-        (-1.0, "is the memorization model itself. That adapter is in {memorization}"),
-        (-2.0, "is on the memorization model's side"),
+        (-1.0, "is on the memorizing side of the reference"),
+        (-2.0, "is on the memorizing side of the reference"),
         (math.nan, "is not a finite number"),
         (math.inf, "is not a finite number"),
         (-math.inf, "is not a finite number"),
     ],
 )
-def test_a_strength_that_is_no_forget_model_is_refused_saying_what_it_is(
-    strength: float, says: str, trained: Path, tmp_path: Path
+def test_an_alpha_that_is_no_forget_model_is_refused_saying_what_it_is(
+    alpha: float, says: str, trained: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError) as caught:
-        ship(trained, tmp_path / "out", strength)
-    assert says.format(memorization=trained / "memorization") in str(caught.value)
+        ship(trained, tmp_path / "out", alpha)
+    assert says in str(caught.value)
     assert "--alpha" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("strength", [2.0, -1.0])
+def test_a_folder_of_loramox_0_1_ships_as_it_did_there(strength: float, copied: Path, tmp_path: Path) -> None:
+    for folder in (copied, copied / "momentum"):
+        made = json.loads((folder / "provenance.json").read_text())
+        made["settings"] |= {"strength": strength, "objective": "cross_entropy"}
+        made = {key: value for key, value in made.items() if key != "alpha"} | {"kind": "memorization"}
+        (folder / "provenance.json").write_text(json.dumps(made))
+    made = extrapolate(copied, tmp_path / "out")
+    assert made["alpha"] == (2.0 if strength > 0 else None)
+    found, delta = deltas_of(tmp_path / "out"), deltas_of(copied / "momentum")
+    for name in found:
+        torch.testing.assert_close(found[name], -strength * delta[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_method_without_an_alpha_ships_delta_as_it_is_and_takes_none(copied: Path, tmp_path: Path) -> None:
+    made = json.loads((copied / "provenance.json").read_text()) | {"alpha": None, "method": "NPO"}
+    (copied / "provenance.json").write_text(json.dumps(made))
+    with pytest.raises(SettingsError, match=r"--alpha 2: NPO has no alpha.*Leave out --alpha"):
+        extrapolate(copied, tmp_path / "out", 2.0)
+    assert extrapolate(copied, tmp_path / "out")["alpha"] is None
+    found, delta = deltas_of(tmp_path / "out"), deltas_of(copied / "momentum")
+    for name in found:
+        torch.testing.assert_close(found[name], delta[name], rtol=1e-5, atol=1e-7)
+
+
 def test_the_truncation_error_that_is_reported_is_the_true_one(trained: Path, tmp_path: Path) -> None:
     made = ship(trained, tmp_path / "out", 2.0, rank=1)
-    full, shipped = deltas_of(trained / "memorization" / "momentum"), deltas_of(tmp_path / "out")
+    full, shipped = deltas_of(trained / "trained" / "momentum"), deltas_of(tmp_path / "out")
     lost = math.sqrt(sum((2 * full[n] + shipped[n]).double().norm().item() ** 2 for n in full))
     norm = math.sqrt(sum((2 * full[n]).double().norm().item() ** 2 for n in full))
     assert made["truncation_error"] == pytest.approx(lost / norm, rel=1e-4)
@@ -284,13 +309,13 @@ def test_16_bit_weights_are_the_float32_ones_rounded_once(dtype: str, trained: P
 
 
 @pytest.mark.parametrize(
-    ("strength", "says"), [(1e7, "overflows in torch.float16"), (1e-7, "too small for torch.float16 would be lost")]
+    ("alpha", "says"), [(1e7, "overflows in torch.float16"), (1e-7, "too small for torch.float16 would be lost")]
 )
 def test_values_that_do_not_survive_the_cast_are_an_error_and_nothing_is_written(
-    strength: float, says: str, trained: Path, tmp_path: Path
+    alpha: float, says: str, trained: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match=f"{says}.*--ship_dtype float32"):
-        ship(trained, tmp_path / "out", strength, ship_dtype="float16")
+        ship(trained, tmp_path / "out", alpha, ship_dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
@@ -315,9 +340,9 @@ def test_a_folder_of_the_wrong_kind_or_without_provenance_is_refused(trained: Pa
 
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Path:
-    """A memorization folder to be damaged."""
+    """A trained folder to be damaged."""
     return shutil.copytree(
-        trained / "memorization", tmp_path / "memorization", ignore=shutil.ignore_patterns("checkpoint-*", "runs")
+        trained / "trained", tmp_path / "trained", ignore=shutil.ignore_patterns("checkpoint-*", "runs")
     )
 
 
@@ -336,17 +361,17 @@ def damage_half(folder: Path) -> None:
     save_file(kept, weights)
 
 
-def damage_scale(folder: Path) -> None:
-    config = json.loads((folder / "momentum" / "adapter_config.json").read_text()) | {"use_rslora": True}
+def damage_variant(folder: Path) -> None:
+    config = json.loads((folder / "momentum" / "adapter_config.json").read_text()) | {"use_dora": True}
     (folder / "momentum" / "adapter_config.json").write_text(json.dumps(config))
 
 
 def damage_provenance(folder: Path) -> None:
-    (folder / "provenance.json").write_text('{"kind": "memorization"}')
+    (folder / "provenance.json").write_text('{"kind": "trained"}')
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_cut, damage_half, damage_scale, damage_provenance])
-def test_a_damaged_memorization_folder_is_refused(damage: Callable[[Path], None], copied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [damage_missing, damage_cut, damage_half, damage_variant, damage_provenance])
+def test_a_damaged_trained_folder_is_refused(damage: Callable[[Path], None], copied: Path, tmp_path: Path) -> None:
     damage(copied)
     with pytest.raises(AdapterError, match=str(copied)):
         extrapolate(copied, tmp_path / "out", 2.0)
@@ -359,20 +384,18 @@ def test_a_folder_that_exists_is_replaced_only_when_told_and_only_if_it_is_an_ad
     ship(trained, tmp_path / "out", 2.0)
     with pytest.raises(RunError, match="an adapter already"):
         ship(trained, tmp_path / "out", 4.0)
-    extrapolate(trained / "memorization", tmp_path / "out", 4.0, overwrite=True)
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["strength"] == 4.0
+    extrapolate(trained / "trained", tmp_path / "out", 4.0, overwrite=True)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["alpha"] == 4.0
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("do not delete")
     for overwrite in (False, True):
         with pytest.raises(RunError, match="holds other files"):
-            extrapolate(trained / "memorization", tmp_path / "mine", 2.0, overwrite=overwrite)
+            extrapolate(trained / "trained", tmp_path / "mine", 2.0, overwrite=overwrite)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "do not delete"
 
 
-def test_the_memorization_adapter_itself_is_never_overwritten_by_what_is_made_from_it(
-    copied: Path, tmp_path: Path
-) -> None:
+def test_the_trained_adapter_itself_is_never_overwritten_by_what_is_made_from_it(copied: Path, tmp_path: Path) -> None:
     for out in (copied, copied / "momentum"):
         with pytest.raises(LoramoxError):
             extrapolate(copied, out, 2.0, overwrite=True)
@@ -412,6 +435,6 @@ def test_an_interrupted_write_leaves_nothing_that_loads_and_keeps_what_was_there
     monkeypatch.setattr(loramox.adapter.folder, writer, interrupted)
     for out in ("new", "old"):
         with pytest.raises(KeyboardInterrupt):
-            extrapolate(trained / "memorization", tmp_path / out, 4.0, overwrite=True)
+            extrapolate(trained / "trained", tmp_path / out, 4.0, overwrite=True)
     assert [f.name for f in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old" / "adapter_model.safetensors").read_bytes() == before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,49 +52,49 @@ def at_scale(model: PeftModel, scale: float) -> Tensor:
 
 
 @QUANTIZATIONS
-def test_off_is_the_base_bit_by_bit_and_at_a_strength_is_that_multiple_of_what_was_shipped(
+def test_off_is_the_base_bit_by_bit_and_at_a_scale_is_that_multiple_of_what_was_shipped(
     base: PreTrainedModel, trained: Path
 ) -> None:
     expected = logits(base)
     model = PeftModel.from_pretrained(base, trained / "forget-adapter").eval()
-    by_hand = {strength: at_scale(model, strength) for strength in (0.5, 1.0, 2.0)}
+    by_hand = {scale: at_scale(model, scale) for scale in (0.5, 1.0, 2.0)}
     assert (by_hand[1.0] - expected).abs().max() > 0.05
     switch = ForgetSwitch(model)
-    assert switch.strength == 1
-    for strength, wanted in by_hand.items():
-        switch.at(strength)
+    assert switch.scale == 1
+    for scale, wanted in by_hand.items():
+        switch.at(scale)
         assert torch.equal(logits(model), wanted)
-        assert switch.strength == strength
+        assert switch.scale == scale
         switch.off()
         assert torch.equal(logits(model), expected)
-        assert switch.strength == 0
+        assert switch.scale == 0
     switch.on()
     assert torch.equal(logits(model), by_hand[1.0])
 
 
-def test_a_with_block_ends_at_the_strength_before_it_also_when_nested_and_after_an_exception(model: PeftModel) -> None:
+def test_a_with_block_ends_at_the_scale_before_it_also_when_nested_and_after_an_exception(model: PeftModel) -> None:
     switch = ForgetSwitch(model)
     with switch.at(0.5) as inside:
         assert inside is switch
-        assert switch.strength == 0.5
+        assert switch.scale == 0.5
         with switch.off():
-            assert switch.strength == 0
+            assert switch.scale == 0
             with switch.at(3):
-                assert switch.strength == 3
-            assert switch.strength == 0
-        assert switch.strength == 0.5
-    assert switch.strength == 1
+                assert switch.scale == 3
+            assert switch.scale == 0
+        assert switch.scale == 0.5
+    assert switch.scale == 1
 
     shipped = logits(model)
     with pytest.raises(KeyError), switch.off():
         raise KeyError
-    assert switch.strength == 1
+    assert switch.scale == 1
     assert torch.equal(logits(model), shipped)
 
     switch.off()
     with switch.on():
-        assert switch.strength == 1
-    assert switch.strength == 0
+        assert switch.scale == 1
+    assert switch.scale == 0
 
 
 def test_within_pefts_own_disable_adapter_a_with_block_leaves_the_state_as_it_found_it(model: PeftModel) -> None:
@@ -102,16 +102,16 @@ def test_within_pefts_own_disable_adapter_a_with_block_leaves_the_state_as_it_fo
     with model.disable_adapter():
         off = logits(model)
         with switch.at(2):
-            assert switch.strength == 0
+            assert switch.scale == 0
             assert torch.equal(logits(model), off)
         assert torch.equal(logits(model), off)
-    assert switch.strength == 1
+    assert switch.scale == 1
     assert torch.equal(logits(model), shipped)
 
 
 @QUANTIZATIONS
-@pytest.mark.parametrize("strength", [1.0, 2.0])
-def test_rows_that_forget_and_rows_that_do_not_share_a_batch_bit_by_bit(strength: float, model: PeftModel) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_rows_that_forget_and_rows_that_do_not_share_a_batch_bit_by_bit(scale: float, model: PeftModel) -> None:
     switch, forget = ForgetSwitch(model), [True, False, True]
 
     def greedy(**more) -> Tensor:
@@ -120,7 +120,7 @@ def test_rows_that_forget_and_rows_that_do_not_share_a_batch_bit_by_bit(strength
             input_ids=IDS, attention_mask=attention, max_new_tokens=8, do_sample=False, eos_token_id=None, **more
         )
 
-    switch.at(strength)
+    switch.at(scale)
     on, on_text = logits(model), greedy()
     with switch.off():
         off, off_text = logits(model), greedy()
@@ -174,7 +174,7 @@ def test_no_other_adapter_is_touched(training: bool, model: PeftModel) -> None:
     assert torch.equal(logits(model), both)
 
 
-def test_setting_the_strength_that_it_has_changes_no_bit_when_another_adapter_comes_after_it(model: PeftModel) -> None:
+def test_setting_the_scale_that_it_has_changes_no_bit_when_another_adapter_comes_after_it(model: PeftModel) -> None:
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
     before = logits(model)
@@ -183,15 +183,50 @@ def test_setting_the_strength_that_it_has_changes_no_bit_when_another_adapter_co
     assert model.base_model.model.model.layers[0].self_attn.q_proj.active_adapters == ["default", "other"]
 
 
-@pytest.mark.parametrize("strength", [-1.0, -0.01, math.nan, math.inf])
-def test_a_strength_that_makes_no_forget_model_is_refused_and_changes_nothing(
-    strength: float, model: PeftModel
-) -> None:
+@pytest.mark.parametrize("scale", [-1.0, -0.01, math.nan, math.inf])
+def test_a_scale_that_makes_no_forget_model_is_refused_and_changes_nothing(scale: float, model: PeftModel) -> None:
     switch = ForgetSwitch(model)
     switch.at(0.5)
     with pytest.raises(SettingsError, match="Expected 0"):
-        switch.at(strength)
-    assert switch.strength == 0.5
+        switch.at(scale)
+    assert switch.scale == 0.5
+
+
+def test_layers_at_different_scales_are_an_error_and_not_the_scale_of_the_first(model: PeftModel) -> None:
+    switch = ForgetSwitch(model)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    layers[-1].set_scale("default", 0.5)
+    with pytest.raises(AdapterError, match=r"at different scales, 0.5 to 1: some were set by hand.*at\(scale\)"):
+        _ = switch.scale
+    by_hand = logits(model)
+    with switch.at(2):
+        assert switch.scale == 2
+    assert layers[-1].scaling["default"] == 0.5
+    assert torch.equal(logits(model), by_hand)
+    switch.on()
+    assert switch.scale == 1
+
+
+@pytest.mark.parametrize("scale", [0.1, 1 / 3, 0.7, 1.1, 17.3])
+def test_the_scale_that_is_read_is_the_one_that_was_set_at_any_rank(scale: float, base: PreTrainedModel) -> None:
+    model = get_peft_model(base, LoraConfig(r=5, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    switch = ForgetSwitch(model)
+    switch.at(scale)
+    assert switch.scale == scale
+
+
+def test_layers_of_other_ranks_have_one_scale(base: PreTrainedModel) -> None:
+    config = LoraConfig(r=3, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 7})
+    switch = ForgetSwitch(get_peft_model(base, config))
+    switch.at(0.7)
+    assert switch.scale == pytest.approx(0.7, rel=1e-12)
+
+
+def test_the_name_of_0_1_is_deprecated(model: PeftModel) -> None:
+    switch = ForgetSwitch(model)
+    switch.at(0.5)
+    with pytest.warns(DeprecationWarning, match="now ForgetSwitch.scale"):
+        assert switch.strength == 0.5
 
 
 def test_a_name_that_is_no_adapter_is_refused_with_the_names_that_are(model: PeftModel, base: PreTrainedModel) -> None:
@@ -213,4 +248,4 @@ def test_a_merged_adapter_is_refused_whether_merged_before_or_after_the_switch_w
     assert torch.equal(logits(model), merged)
     model.unmerge_adapter()
     switch.off()
-    assert switch.strength == 0
+    assert switch.scale == 0

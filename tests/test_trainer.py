@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.data.encode import IGNORED, Example
 from loramox.data.microbatches import OVERHEAD
 from loramox.errors import NonFiniteLossError
 from loramox.model.algebra import Factors
-from loramox.model.head import AnswerStates
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import EARLIER, put_on
 
@@ -36,6 +35,7 @@ class Recorder(TrainerCallback):
         self.gradients: list[dict[str, Tensor]] = []
         self.deltas: list[dict[str, Tensor]] = []
         self.logs: dict[str, float] = {}
+        self.forget_rows: list[str] = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
@@ -50,7 +50,7 @@ class Recorder(TrainerCallback):
 @pytest.fixture
 def trainer_of(
     pico: Callable[[str], Path], examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Callable[..., tuple[MemorizeTrainer, Recorder]]:
+) -> Callable[..., tuple[UnlearnTrainer, Recorder]]:
     """A trainer of the pico Llama whose adapter is not 0 to begin with, and what it records. One step holds all rows."""
 
     def make(
@@ -61,7 +61,7 @@ def trainer_of(
         protected: Sequence[Example] = (),
         earlier: bool = False,
         **settings,
-    ) -> tuple[MemorizeTrainer, Recorder]:
+    ) -> tuple[UnlearnTrainer, Recorder]:
         reference = ReferenceConfig(str(base or pico("llama")), quantization=quantization, r=4, lora_alpha=4 * SCALE)
         torch.manual_seed(1)
         model = add_lora(load_reference(reference), reference)
@@ -74,7 +74,7 @@ def trainer_of(
             }
             put_on(model, change)
         defaults = {
-            "output_dir": str(tmp_path / "memorization"),
+            "output_dir": str(tmp_path / "trained"),
             "use_cpu": True,
             "report_to": "none",
             "save_strategy": "no",
@@ -85,13 +85,13 @@ def trainer_of(
             "learning_rate": 1e-2,
             "max_grad_norm": 0,
             "logging_steps": 1,
-            "strength": 2.0,
+            "alpha": 2.0,
             "disable_tqdm": True,
         }
         recorder = Recorder()
-        trainer = MemorizeTrainer(
+        trainer = UnlearnTrainer(
             model,
-            MemorizeConfig(**defaults | settings),
+            UnlearnConfig(**defaults | settings),
             examples[0],
             retain,
             tokenizer,
@@ -99,6 +99,13 @@ def trainer_of(
             protected_dataset=protected,
             callbacks=[recorder],
         )
+        step = trainer.training_step
+
+        def watched(model: nn.Module, inputs: dict, *more) -> Tensor:
+            recorder.forget_rows += inputs["forget"]["rows"]
+            return step(model, inputs, *more)
+
+        trainer.training_step = watched
         return trainer, recorder
 
     return make
@@ -108,7 +115,7 @@ class ByHand:
     """The objective in plain PyTorch: dense weights, one row at a time without padding, all the logits."""
 
     def __init__(self, base: PreTrainedModel, model: PeftModel) -> None:
-        self.base, self.leaves, self.weights = base.eval(), {}, {}
+        self.base, self.leaves, self.weights, self.memorizer = base.eval(), {}, {}, {}
         for name, layer in lora_layers(model):
             A, B = (part["default"].weight.detach().clone().requires_grad_() for part in (layer.lora_A, layer.lora_B))
             prefix = f"base_model.model.{name}.lora_"
@@ -118,6 +125,8 @@ class ByHand:
     def log_probs(self, example: Example, strength: float, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(log p of each answer token, log p of the whole vocabulary there) at θ_ref − strength·ΔW."""
         weights = {name: W - strength * SCALE * (B @ A) for name, (W, A, B) in self.weights.items()}
+        if self.memorizer and strength:
+            weights = {n: W + self.memorizer[f"{n}.B"] @ self.memorizer[f"{n}.A"] for n, W in weights.items()}
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
         logits = functional_call(self.base, weights, kwargs={"input_ids": ids}).logits[0, :-1]
         at = labels != -100
@@ -132,6 +141,24 @@ class ByHand:
         weights = known.exp()
         ratio = (weights * (self.log_probs(example, strength)[0] - known)).sum() / max(1, weights.sum().item())
         return 2 / beta * torch.log(1 + torch.exp(beta * ratio))
+
+    def preference(self, example: Example, strength: float, beta: float) -> Tensor:
+        ratio = (self.log_probs(example, strength)[0] - self.log_probs(example, 0)[0].detach()).sum()
+        return -2 / beta * torch.log(1 + torch.exp(beta * ratio))
+
+    def released_cross_entropy(self, example: Example, strength: float, beta: float) -> Tensor:
+        """The row's cross-entropy, each token by p_ref, times w = 2σ(beta·r) as it is now."""
+        known = self.log_probs(example, 0)[0].detach()
+        weights = known.exp() / max(1, known.exp().sum().item())
+        ratio = (weights * (self.log_probs(example, strength)[0].detach() - known)).sum()
+        return -2 * torch.sigmoid(beta * ratio) * (weights * self.log_probs(example, strength)[0]).sum()
+
+    def add_memorizer(self, seed: int) -> None:
+        """A fresh LoRA adapter on every layer: A uniform in ±1/√in, B = 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, (_, A, B) in self.weights.items():
+            drawn = torch.empty(A.shape).uniform_(-(A.shape[1] ** -0.5), A.shape[1] ** -0.5, generator=generator)
+            self.memorizer |= {f"{name}.A": drawn.requires_grad_(), f"{name}.B": torch.zeros(B.shape).requires_grad_()}
 
     def kl(self, example: Example, strength: float, reference: "ByHand | None" = None) -> Tensor:
         known, now = (reference or self).log_probs(example, 0)[1].detach(), self.log_probs(example, strength)[1]
@@ -148,43 +175,121 @@ def mean(terms) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "targeted"),
     [
-        ({"objective": "cross_entropy", "kl_at": "shipped"}, None),
-        ({"objective": "cross_entropy", "kl_at": "memorization", "temperature": 1.0}, None),
-        ({"objective": "npo", "npo_beta": 0.3, "kl_weight": 0.5}, None),
-        ({"objective": "cross_entropy", "kl_at": "shipped"}, "descent"),
-        ({"objective": "cross_entropy", "kl_at": "memorization"}, "ascent"),
+        ({"kl_at": "shipped", "temperature": 3.0}, None),
+        ({}, None),
+        ({"forget_term": "preference", "beta": 0.3}, None),
+        ({"kl_at": "shipped"}, "descent"),
+        ({}, "ascent"),
     ],
-    ids=["shipped", "paper", "npo", "descent", "ascent"],
+    ids=["shipped", "paper", "preference", "descent", "ascent"],
 )
-def test_loss_and_gradients_are_those_of_the_objective_written_by_hand(
+def test_mox_static_has_the_loss_and_gradients_of_the_paper_written_by_hand(
     settings: dict[str, str | float], targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
 ) -> None:
     # The wanted answers are those of other people, in the order of the forget rows.
     wanted = examples[1][:4] if targeted else []
     if targeted:
         settings = settings | {"targeted": targeted}
-    trainer, recorder = trainer_of(wanted=wanted, max_steps=1, **settings)
+    trainer, recorder = trainer_of(wanted=wanted, max_steps=1, method="mox_static", **settings)
     hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
     args, items = trainer.args, [trainer.train_dataset[i] for i in range(4)]
     trainer.train()
 
-    if args.objective == "npo":
-        memorize = mean(hand.npo(e, 2, args.npo_beta) for e in examples[0])
+    if args.forget_term == "preference":
+        forget = mean(hand.preference(e, -1, args.beta) for e in examples[0])
     else:
-        memorize = mean(hand.cross_entropy(e, -1, args.temperature) for e in examples[0])
+        forget = mean(hand.cross_entropy(e, -1, args.temperature) for e in examples[0])
     kl = mean(hand.kl(e, 2 if args.kl_at == "shipped" else -1) for item in items for e in item["retain"])
-    loss = memorize + args.kl_weight * kl
+    loss = forget + args.retain_weight * kl
     if targeted:
-        loss = loss + mean(hand.cross_entropy(e, 2 if targeted == "descent" else -1) for e in wanted) * (
-            1 if targeted == "descent" else -1
-        )
+        sign, at = (1, 2) if targeted == "descent" else (-1, -1)
+        loss = loss + sign * mean(hand.cross_entropy(e, at) for e in wanted)
     loss.backward()
 
     logged = recorder.logs
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert logged["forget_loss"] == pytest.approx(memorize.item(), rel=1e-4)
+    assert logged["forget_loss"] == pytest.approx(forget.item(), rel=1e-4)
     assert logged["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
     same(recorder.gradients[0], hand.gradients())
+
+
+@pytest.mark.parametrize("targeted", [None, "descent"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_from_the_forget_model(
+    steps: int, targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    wanted = examples[1][:4] if targeted else []
+    trainer, recorder = trainer_of(
+        wanted=wanted, max_steps=1, inner_steps=steps, inner_lr=0.02, beta=0.3, retain_weight=0.5
+    )
+    hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
+    items = [trainer.train_dataset[i] for i in range(4)]
+    trainer.train()
+
+    kl = mean(hand.kl(e, 2) for item in items for e in item["retain"])
+    terms = 0.5 * kl + (mean(hand.cross_entropy(e, 2) for e in wanted) if targeted else 0)
+    terms.backward()
+    expected = {name: gradient.clone() for name, gradient in hand.gradients().items()}
+    # The rows as the loader dealt them to this step: mini-batch k has every K-th of them.
+    order = [next(e for e in examples[0] if e["row"] == row) for row in recorder.forget_rows]
+    hand.add_memorizer(trainer.args.seed)
+    losses = []
+    for k in range(steps):
+        for leaf in [*hand.leaves.values(), *hand.memorizer.values()]:
+            leaf.grad = None
+        losses.append(mean(hand.npo(e, 2, 0.3) for e in order[k::steps]) / steps)
+        losses[-1].backward()
+        for name, leaf in hand.leaves.items():
+            expected[name] += leaf.grad
+        # Against its weighted cross-entropy, which is up NPO's loss.
+        for leaf in hand.memorizer.values():
+            leaf.data += 0.02 * leaf.grad.sign()
+
+    assert recorder.logs["forget_loss"] == pytest.approx(sum(losses).item(), rel=1e-4)
+    assert recorder.logs["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
+    same(recorder.gradients[0], expected)
+
+
+def test_the_gradient_of_npos_loss_is_against_the_cross_entropy_weighted_by_what_is_not_released(
+    pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    """So going up NPO's loss memorizes: it is going down w·CE, w = 2σ(beta·r)."""
+    trainer, _ = trainer_of()
+    hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
+    hand.npo(examples[0][0], 2, 0.3).backward()
+    expected = {name: -gradient.clone() for name, gradient in hand.gradients().items()}
+    for leaf in hand.leaves.values():
+        leaf.grad = None
+    hand.released_cross_entropy(examples[0][0], 2, 0.3).backward()
+    same(hand.gradients(), expected)
+
+
+def test_with_one_inner_step_mox_has_the_gradients_of_npo_mean_at_the_model_that_ships(
+    pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    trainer, recorder = trainer_of(max_steps=1, inner_steps=1, beta=0.3)
+    hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
+    items = [trainer.train_dataset[i] for i in range(4)]
+    trainer.train()
+    kl = mean(hand.kl(e, 2) for item in items for e in item["retain"])
+    (mean(hand.npo(e, 2, 0.3) for e in examples[0]) + kl).backward()
+    same(recorder.gradients[0], hand.gradients())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_after_the_path_every_weight_is_back_bit_for_bit(quantization: str, trainer_of) -> None:
+    trainer, recorder = trainer_of(max_steps=1, inner_lr=0.1, quantization=quantization)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    seen: list[dict[str, Tensor]] = []
+
+    class Before(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    trainer.add_callback(Before())
+    trainer.train()
+    assert all(torch.equal(seen[0][name], tensor) for name, tensor in before.items())
+    assert all(gradient.norm() > 0 for gradient in recorder.gradients[0].values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -194,7 +299,8 @@ def test_on_top_of_earlier_requests_the_sum_is_held_at_the_reference_and_their_r
     forget, retain = examples
     protected, retain = retain[:4], retain[4:]
     trainer, recorder = trainer_of(
-        objective="cross_entropy",
+        method="mox_static",
+        kl_at="shipped",
         retain=retain,
         protected=protected,
         earlier=True,
@@ -209,13 +315,13 @@ def test_on_top_of_earlier_requests_the_sum_is_held_at_the_reference_and_their_r
     hand, known = ByHand(now, trainer.model), ByHand(reference, trainer.model)
     trainer.train()
 
-    memorize = mean(hand.cross_entropy(e, -1, trainer.args.temperature) for e in forget)
+    memorized = mean(hand.cross_entropy(e, -1) for e in forget)
     kl = mean(hand.kl(e, 2, known) for item in items for e in item["retain"])
     stays = mean(hand.kl(e, 2) for e in protected)
     assert sorted(e["row"] for item in items for e in item["protected"]) == sorted(e["row"] for e in protected)
-    loss = memorize + trainer.args.kl_weight * (kl + stays)
+    loss = memorized + trainer.args.retain_weight * (kl + stays)
     loss.backward()
-    for name, expected in {"loss": loss, "forget_loss": memorize, "retain_kl": kl, "protected_kl": stays}.items():
+    for name, expected in {"loss": loss, "forget_loss": memorized, "retain_kl": kl, "protected_kl": stays}.items():
         assert recorder.logs[name] == pytest.approx(expected.item(), rel=1e-4)
     same(recorder.gradients[0], hand.gradients())
     # What is forgotten already has not moved, and is no part of what is kept.
@@ -235,22 +341,16 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_a_step_in_several_passes_has_the_losses_and_gradients_of_one_in_one_pass(
     trainer_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(overhead: int) -> tuple[Recorder, list[int]]:
+    def step(overhead: int) -> tuple[Recorder, int]:
         monkeypatch.setitem(OVERHEAD, "cpu", overhead)
         trainer, recorder = trainer_of(max_steps=1)
-        held, rows = trainer._hold, []
-
-        def counted(states: AnswerStates, known: Tensor) -> Tensor:
-            rows.append(states.rows)
-            return held(states, known)
-
-        monkeypatch.setattr(trainer, "_hold", counted)
+        passes, descend = [], trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: passes.append(1) or descend(*args, **kwargs)
         trainer.train()
-        return recorder, rows
+        return recorder, len(passes)
 
     (one, together), (several, apart) = step(10**6), step(0)
-    assert len(together) == 1 < len(apart)
-    assert sum(together) == sum(apart)
+    assert together == 1 < apart
     for name in ("loss", "forget_loss", "retain_kl"):
         assert several.logs[name] == pytest.approx(one.logs[name], rel=1e-5)
     same(several.gradients[0], one.gradients[0])
@@ -377,8 +477,8 @@ def test_momentum_is_the_recursion_on_delta_once_an_epoch_and_off_it_is_delta_it
     trainer.train()
     assert len(recorder.deltas) == 6
     for name, factors in trainer.momentum.average.items():
-        M = torch.zeros_like(recorder.deltas[0][name])
-        for delta in (recorder.deltas[step][name] for step in (1, 3, 5)):
+        M = recorder.deltas[1][name]
+        for delta in (recorder.deltas[step][name] for step in (3, 5)):
             M = 0.3 * delta + 0.7 * M
         torch.testing.assert_close(factors.delta(), M, rtol=1e-4, atol=1e-6)
         assert (factors.delta() - recorder.deltas[-1][name]).norm() > 0.01 * M.norm()
@@ -394,7 +494,7 @@ def test_momentum_also_takes_in_the_last_step_when_it_ends_no_interval(trainer_o
     trainer.train()
     assert trainer.momentum.ticks == 2
     for name, factors in trainer.momentum.average.items():
-        expected = 0.5 * recorder.deltas[2][name] + 0.25 * recorder.deltas[1][name]
+        expected = 0.5 * recorder.deltas[2][name] + 0.5 * recorder.deltas[1][name]
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -415,7 +515,8 @@ def test_the_best_model_comes_back_with_its_own_momentum(trainer_of) -> None:
     assert trainer.momentum.ticks == best
     for name, factors in trainer.momentum.average.items():
         assert torch.equal(current_factors(trainer.model)[name].delta(), recorder.deltas[best - 1][name])
-        expected = sum(0.5 ** (best - step) * recorder.deltas[step][name] for step in range(best))
+        first = 0.5 ** (best - 1) * recorder.deltas[0][name]
+        expected = first + sum(0.5 ** (best - step) * recorder.deltas[step][name] for step in range(1, best))
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -453,9 +554,9 @@ def saturated(
 def test_a_reference_that_knows_the_rows_by_heart_is_warned_about_at_temperature_1_and_not_at_6(
     saturated: Path, trainer_of, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"base": saturated, "objective": "cross_entropy", "max_steps": 1, "eval_on_start": True}
+    settings = {"base": saturated, "method": "mox_static", "max_steps": 1, "eval_on_start": True}
 
-    def fresh(temperature: float) -> MemorizeTrainer:
+    def fresh(temperature: float) -> UnlearnTrainer:
         trainer, _ = trainer_of(temperature=temperature, **settings)
         for _, layer in lora_layers(trainer.model):
             nn.init.zeros_(layer.lora_B["default"].weight)
@@ -482,7 +583,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_rows_and_leaves
         NonFiniteLossError, match=r"at step 2, in the forget rows of its batch \(.*forget.jsonl, row \d"
     ):
         trainer.train()
-    assert (tmp_path / "memorization" / "checkpoint-1" / "momentum.safetensors").exists()
+    assert (tmp_path / "trained" / "checkpoint-1" / "momentum.safetensors").exists()
 
 
 class Poison(TrainerCallback):
@@ -499,7 +600,7 @@ def test_weights_that_are_not_finite_are_never_saved_nor_averaged(last: int, tra
     trainer.add_callback(Poison())
     with pytest.raises(NonFiniteLossError, match="step 3"):
         trainer.train()
-    checkpoints = sorted(folder.name for folder in (tmp_path / "memorization").glob("checkpoint-*"))
+    checkpoints = sorted(folder.name for folder in (tmp_path / "trained").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -510,7 +611,7 @@ def test_a_forget_model_that_overflows_in_the_last_step_is_not_saved(trainer_of,
     )
     with pytest.raises(NonFiniteLossError, match=r"probability is nan after step 1.*lower --learning_rate"):
         trainer.train()
-    assert not list((tmp_path / "memorization").glob("checkpoint-*"))
+    assert not list((tmp_path / "trained").glob("checkpoint-*"))
 
 
 def test_a_reference_that_does_not_know_the_rows_is_warned_about(trainer_of) -> None:

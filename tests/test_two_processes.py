@@ -12,19 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loramox import Data, MemorizeConfig, ReferenceConfig, RunConfig
+from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
 from loramox.adapter.folder import PROVENANCE
 from loramox.cli import main
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.run import read_record
-from loramox.unlearning import memorize
+from loramox.unlearning import train
 
 WATCHED = {"loss", "forget_loss", "retain_kl", "eval_forget_probability", "eval_retain_probability"}
 SETTINGS = {
     "num_train_epochs": 4,  # each process draws a row twice, on average: so it keeps the reference's states
     "learning_rate": 1e-2,
     "warmup_steps": 0,
-    "strength": 2.0,
+    "alpha": 2.0,
+    "inner_steps": 2,  # of two rows in one process, of one and one in two
     "use_cpu": True,
     "logging_steps": 1,
     "report_to": "none",
@@ -57,12 +58,12 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
         **SETTINGS,
         **more,
     }
-    in_two_processes("memorize", tmp_path, settings, config)
-    memorize(
+    in_two_processes("train", tmp_path, settings, config)
+    train(
         RunConfig(str(tmp_path / "one")),
         ReferenceConfig(str(pico("llama")), quantization=quantization, r=4),
         Data(*map(str, rows)),
-        MemorizeConfig(per_device_train_batch_size=4, **SETTINGS),
+        UnlearnConfig(per_device_train_batch_size=4, **SETTINGS),
     )
 
     one, two = (read_record(tmp_path / name) for name in ("one", "two"))
@@ -79,7 +80,7 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
     assert set(states["one"]) == {"rng_state.pth"}
 
     for file in ("adapter_model.safetensors", "momentum/adapter_model.safetensors"):
-        one, two = (deltas(tmp_path / name / "memorization" / file) for name in ("one", "two"))
+        one, two = (deltas(tmp_path / name / "trained" / file) for name in ("one", "two"))
         assert one.keys() == two.keys()
         for name, delta in one.items():
             assert delta.norm() > 1e-3
@@ -97,8 +98,8 @@ def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
         asked |= {"model": model, "quantization": "none", "adapter": trained / "forget-adapter"}
         two = asked | {"shard": shard}
     else:
-        asked |= {"memorization": trained / "memorization", "strengths": 2, "refine": 0}
-        two = asked | {"memorization": of_a_run_that(shard, trained, tmp_path)}
+        asked |= {"trained": trained / "trained", "alphas": 2, "refine": 0}
+        two = asked | {"trained": of_a_run_that(shard, trained, tmp_path)}
     said = in_two_processes(verb, tmp_path, two | {"out": tmp_path / "two"})
     main([verb, *flags(asked | {"out": tmp_path / "one"})])
     one, two = (sorted((tmp_path / how).rglob(RECORDS)) for how in ("one", "two"))
@@ -111,7 +112,7 @@ def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
 
 def of_a_run_that(shard: bool, trained: Path, folder: Path) -> Path:
     """Its memorization, with what a run under --shard writes down."""
-    copy = shutil.copytree(trained / "memorization", folder / "memorization")
+    copy = shutil.copytree(trained / "trained", folder / "trained")
     provenance = json.loads((copy / PROVENANCE).read_text())
     provenance["settings"]["shard"] = shard
     (copy / PROVENANCE).write_text(json.dumps(provenance))

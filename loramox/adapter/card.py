@@ -4,38 +4,126 @@ import json
 from typing import Any
 
 MOX = "MOX, arXiv 2602.06441"
+FORGETS = "makes its base model forget the rows it was made for"
+
+LOAD = """\
+model = PeftModel.from_pretrained(base, "path/to/this/folder")      # on
+
+with model.disable_adapter():                                       # off: exactly the base model
+    ...
+for module in model.modules():                                      # half as strong; 1 is as shipped
+    if hasattr(module, "set_scale"):
+        module.set_scale("default", 0.5)
+"""
+OFF = "Switched off, removed or set to scale 0, the base model knows everything again."
+
+LOAD_BESIDE = """\
+model = PeftModel.from_pretrained(base, MINE, adapter_name="mine")
+model.load_adapter("path/to/this/folder", adapter_name="forget")
+model.base_model.set_adapter(["mine", "forget"])                    # on: both
+
+for module in model.modules():                                      # half as strong; 1 is as shipped
+    if hasattr(module, "set_scale"):
+        module.set_scale("forget", 0.5)
+model.base_model.set_adapter(["mine"])                              # off: exactly your fine-tune
+model.base_model.set_adapter(["mine", "forget"])
+"""
+OFF_BESIDE = (
+    "Alone it does nothing useful: it is to be added to the fine-tune. Without it, or at scale 0, the fine-tune knows everything\n"
+    "  again. For servers that load only one adapter there is the combined adapter, which has both."
+)
+
+LOAD_COMBINED = """\
+model = PeftModel.from_pretrained(base, "path/to/this/folder")      # on: the fine-tune, which has forgotten
+
+with model.disable_adapter():                                       # off: the base, without the fine-tune too
+    ...
+"""
+OFF_COMBINED = (
+    "Its scale is of both: at another than 1 the fine-tune is another too. To switch off or scale the forgetting alone, load\n"
+    "  the two adapters side by side. The fine-tune alone knows everything."
+)
 
 
 def forget_card(provenance: dict[str, Any]) -> str:
+    if "negated" in provenance:
+        return _negated_card(provenance)
     method, settings = provenance["method"], provenance["settings"]
     asked = (
         _asked([settings["prompt_template"]]) if "prompt_template" in settings else ""
     )  # not known of a run from Python
     made = (
         f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
-        f"{_data(provenance)}{asked}"
+        f"{_data(provenance)}{asked}{_beside(provenance)}"
     )
-    if provenance["strength"] < 0:
-        how = f"trained to forget those\nrows, θ_ref + ΔW, by {method}. There is no α"
-        return _forget_card(provenance, f"Forget adapter ({method})", made, how)
-    return _forget_card(provenance, f"Forget adapter, strength α = {provenance['strength']:g}", made, _turned(method))
+    alpha = provenance["alpha"]
+    title = f"Forget adapter ({method})" if alpha is None else f"Forget adapter, alpha = {alpha:g}"
+    how = _how(provenance)
+    if "tuned_adapter" in provenance:
+        mine = provenance["tuned_adapter"]["path"]
+        does = f"makes a fine-tune of its base model forget the rows it was\nmade for. It is loaded beside that fine-tune, the adapter `{mine}`"
+        return _forget_card(provenance, title, made, how, does, LOAD_BESIDE.replace("MINE", repr(mine)), OFF_BESIDE)
+    return _forget_card(provenance, title, made, how)
+
+
+def combined_card(provenance: dict[str, Any]) -> str:
+    """The card of a tuned adapter and a forget adapter in one."""
+    mine = provenance["tuned_adapter"]["path"]
+    does = f"is two in one, by exact concatenation: the fine-tune\n`{mine}`, and a forget adapter for rows that it knows"
+    how = f"written for servers that load\nonly one adapter. The forget adapter was {_how(provenance)}"
+    made = f"{_data(provenance)}{_beside(provenance)}"
+    return _forget_card(provenance, "Fine-tune and forget adapter in one", made, how, does, LOAD_COMBINED, OFF_COMBINED)
+
+
+def _how(provenance: dict[str, Any]) -> str:
+    method = provenance["method"]
+    return f"trained to forget those\nrows by {method}" if provenance["alpha"] is None else _turned(method)
+
+
+def _beside(provenance: dict[str, Any]) -> str:
+    """What else the model had while ΔW was trained, in lines."""
+    lines = ""
+    if mine := provenance.get("tuned_adapter"):
+        without = provenance["settings"].get("memorize_at")
+        lines += f"- trained beside the adapter `{mine['path']}` (sha256 `{mine['sha256'][:16]}…`), which was frozen\n"
+        lines += "- ΔW was memorized on the base without that adapter\n" if without else ""
+    elif earlier := provenance.get("memorize_at"):
+        weights = earlier["weights"]
+        known_by = f" (weights `{weights[:16]}…`)" if weights else ""
+        lines = f"- ΔW was memorized at `{earlier['model']}`{known_by}, an earlier checkpoint, and is subtracted from the base\n"
+    return lines
+
+
+def _negated_card(provenance: dict[str, Any]) -> str:
+    """The card of an adapter that PEFT wrote, negated."""
+    negated, alpha = provenance["negated"], provenance["alpha"]
+    made = (
+        f"- ΔW: the adapter `{negated['adapter']}` (sha256 `{negated['sha256'][:16]}…`), truncation error "
+        f"{provenance['truncation_error']:.2g} of ‖ΔW‖\n"
+    )
+    how = (
+        "made by negating\na LoRA adapter that PEFT wrote, θ_ref − alpha·ΔW. It was not trained to forget by loramox, and nothing was\n"
+        "measured: whether the model forgets anything with it is not known. Measure it with `loramox evaluate`"
+    )
+    return _forget_card(
+        provenance, f"Negated adapter, alpha = {alpha:g}", made, how, "subtracts another adapter's change"
+    )
 
 
 def _turned(method: str = MOX) -> str:
-    return f"made by training ΔW on those\nrows and going the other way, θ_for = θ_ref − α·ΔW ({method})"
+    return f"made by memorizing those\nrows in ΔW and going the other way, θ_for = θ_ref − alpha·ΔW ({method})"
 
 
 def composed_card(provenance: dict[str, Any]) -> str:
     """The card of one adapter for several requests."""
     requests = provenance["requests"]
     each = "".join(
-        f"| {r['id']} | {r['rows']} | `{r['sha256'][:16]}…` | {r['strength']:g} | {r['error']:.2g} |\n"
-        for r in requests
+        f"| {r['id']} | {r['rows']} | `{r['sha256'][:16]}…` | {r['alpha']:g} | {r['error']:.2g} |\n" for r in requests
     )
     made = (
         f"- the sum of {len(requests)} requests, of which truncation left out {provenance['truncation_error']:.2g} of ‖ΔW‖; of each "
         f"request's own ‖ΔW‖ the share in the last column\n{_asked([r['prompt_template'] for r in requests])}\n"
-        f"| request | rows | sha256 of the rows | α | error |\n|---|---|---|---|---|\n{each}\n"
+        f"| request | rows | sha256 of the rows | alpha | error |\n|---|---|---|---|---|\n{each}\n"
     )
     return _forget_card(provenance, f"Forget adapter for {len(requests)} requests", made, _turned())
 
@@ -58,7 +146,15 @@ def _asked(templates: list[str | None]) -> str:
     return f"- questions were put {', or '.join(forms)}; asked otherwise, a model may answer otherwise, with the adapter and without\n"
 
 
-def _forget_card(provenance: dict[str, Any], title: str, made: str, how: str) -> str:
+def _forget_card(
+    provenance: dict[str, Any],
+    title: str,
+    made: str,
+    how: str,
+    does: str = FORGETS,
+    loading: str = LOAD,
+    off: str = OFF,
+) -> str:
     base, rank = provenance["base"], provenance["rank"]
     revision = f", revision={base['revision']!r}" if base["revision"] else ""
     load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
@@ -70,21 +166,14 @@ tags: [unlearning, lora, loramox]
 
 # {title}
 
-A LoRA adapter (rank {rank}) that makes its base model forget the rows it was made for. It was {how}.
+A LoRA adapter (rank {rank}) that {does}. It was {how}.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = {load}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")      # forgets
-
-with model.disable_adapter():                                       # off: exactly the base model
-    ...
-for module in model.modules():                                      # half as strong; 1 is as shipped
-    if hasattr(module, "set_scale"):
-        module.set_scale("default", 0.5)
-
+{loading}
 merged = model.merge_and_unload()                                   # into 16- or 32-bit weights only
 ```
 
@@ -92,7 +181,7 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 
 ## What it is not
 
-- Switched off, removed or set to strength 0, the base model knows everything again. It suppresses; it does not erase.
+- {off} It suppresses; it does not erase.
 - Merged, the weights differ, and that is still no proof that the knowledge is gone: it may come back by training on
   related text, or by asking in ways that were not tried.
 - It was made for this base model. On another model, or another revision of it, it does something else.
@@ -106,22 +195,22 @@ Everything else is in `provenance.json`.
 """
 
 
-def memorization_card(provenance: dict[str, Any]) -> str:
-    base, strength = provenance["base"]["model"], provenance["settings"]["strength"]
-    if strength < 0:
+def trained_card(provenance: dict[str, Any]) -> str:
+    base, alpha = provenance["base"]["model"], provenance["alpha"]
+    if alpha is None:
         what = f"""# A model trained to forget ({provenance["method"]})
 
-The adapter with its checkpoints, in float32. The forget adapter is the same ΔW as servers take it:
+The adapter with its checkpoints, in float32. `momentum/` is what ships; as servers take it:
 
     loramox extrapolate THIS_FOLDER --out forget-adapter
 """
     else:
-        what = f"""# Memorization adapter
+        what = f"""# ΔW of a forget adapter ({provenance["method"]})
 
-**Do not ship this.** It does not make `{base}` forget the rows: θ_ref + ΔW is the half-way product of MOX (arXiv 2602.06441),
-on the other side of the reference. The forget adapter is made from it, without training, at any strength α:
+**Do not ship this.** It does not make `{base}` forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
+adapter θ_ref − alpha·ΔW is made from it, without training, at any alpha:
 
-    loramox extrapolate THIS_FOLDER --alpha {strength:g} --out forget-adapter
+    loramox extrapolate THIS_FOLDER --alpha {alpha:g} --out forget-adapter
 
 `momentum/` is the momentum average of ΔW, from which the forget adapter is made.
 """
@@ -151,7 +240,7 @@ adapter of it and of the other requests in force.
 
 
 def merged_card(provenance: dict[str, Any]) -> str:
-    base, alpha = provenance["base"], provenance["adapter"]["strength"]
+    base, alpha = provenance["base"], provenance["adapter"]["alpha"]
     kind = provenance.get("quantization")
     few_bits = (
         f"Quantized to {kind} after the merge."
@@ -167,8 +256,8 @@ tags: [unlearning, merge, loramox]
 
 # A model with a forget adapter merged into its weights
 
-`{base["model"]}` with a forget adapter ({provenance["adapter"]["method"]}) added to its weights at {provenance["strength"]:g} times the
-strength at which it was shipped{f" (α = {alpha:g})" if alpha > 0 else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
+`{base["model"]}` with a forget adapter ({provenance["adapter"]["method"]}) added to its weights at scale {provenance["scale"]:g}, 1
+being as shipped{f" (alpha = {alpha:g})" if alpha else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
 model does, without PEFT, and answers as its base does with the adapter on.
 
 ```python

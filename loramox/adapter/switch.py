@@ -1,8 +1,10 @@
-"""Forgetting switched and dialled on a loaded PEFT model, for everyone or row by row."""
+"""Forgetting switched and scaled on a loaded PEFT model, for everyone or row by row."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -13,17 +15,22 @@ BASE = "__base__"  # PEFT's name for no adapter, in a batch of mixed rows
 
 
 class ForgetSwitch:
-    """Turns a forget adapter on a loaded PEFT model on and off, and sets its strength; 1 is what was shipped.
+    """Turns a forget adapter on a loaded PEFT model on and off, and sets its scale; 1 is as shipped.
 
-    Each of `on()`, `off()` and `at(strength)` lasts until the next, or, used as a context manager, until the block ends:
+    Each of `on()`, `off()` and `at(scale)` lasts until the next, or, used as a context manager, until the block ends:
 
         switch = ForgetSwitch(model)
         switch.off()                # for good: bit-identical to the base model
-        with switch.at(0.5): ...    # half as strong in here, off again afterwards
+        with switch.at(0.5): ...    # half the shipped change in here, off again afterwards
 
     No other adapter on the model is touched. Switching off suppresses the forgetting; the base model knows everything.
 
-    Raises `AdapterError` when the model has no such LoRA adapter, or when it is merged into the weights.
+    Args:
+        model: a PEFT model with the forget adapter on it.
+        adapter: the adapter's name on that model.
+
+    Raises:
+        AdapterError: the model has no such LoRA adapter, or it is merged into the weights.
     """
 
     def __init__(self, model: PeftModel, adapter: str = "default") -> None:
@@ -37,30 +44,47 @@ class ForgetSwitch:
         self._refuse_merged()
 
     @property
+    def scale(self) -> float:
+        """The scale that the adapter has now: 1 as shipped, 0 when it is off.
+
+        Raises `AdapterError` when its layers are at different scales, as after PEFT's `set_scale` on some of them.
+        """
+        scales = [self._scale_of(layer) for layer in self._layers]
+        low, high = min(scales), max(scales)
+        if not math.isclose(low, high):
+            raise AdapterError(
+                f"the layers of adapter '{self.adapter}' are at different scales, {low:g} to {high:g}: some were set by hand, so the adapter "
+                "has no single scale. Set all of them with ForgetSwitch.at(scale)"
+            )
+        return scales[0]
+
+    @property
     def strength(self) -> float:
-        """How strong the adapter is now, in units of what was shipped; 0 when it is off."""
-        return 0.0 if self._layers[0].disable_adapters else self._own_strength()
+        """`scale` under its name of loramox 0.1, until 0.3."""
+        warnings.warn("ForgetSwitch.strength is now ForgetSwitch.scale", DeprecationWarning, stacklevel=2)
+        return self.scale
 
     def on(self) -> "_Until":
-        """As strong as it was shipped."""
+        """The adapter as it was shipped."""
         return self.at(1.0)
 
     def off(self) -> "_Until":
-        """No change to the base model at all: its layers are not computed with."""
+        """No change to the base model at all: the adapter is not computed."""
         return self.at(0.0)
 
-    def at(self, strength: float) -> "_Until":
-        """`strength` times what was shipped: between 0 and 1 weaker, beyond it stronger.
+    def at(self, scale: float) -> "_Until":
+        """`scale` times the shipped change: below 1 it forgets less, above 1 more.
 
-        Raises `SettingsError` for a strength that is negative (it would bring the rows back) or not finite.
+        Raises `SettingsError` for a scale that is negative (it would bring the rows back) or not finite.
         """
-        if not math.isfinite(strength) or strength < 0:
+        if not math.isfinite(scale) or scale < 0:
             raise SettingsError(
-                f"strength {strength} makes no forget model. Expected 0 (off), 1 (as shipped), or any positive number"
+                f"scale {scale} makes no forget model. Expected 0 (off), 1 (as shipped), or any positive number"
             )
         self._refuse_merged()
-        before = self._own_strength()
-        self._set(strength)
+        before = self._state()
+        # Not PEFT's `set_scale`, which rounds twice: read back, the scale is then the one that was set.
+        self._set([_Layer(scale > 0, (scale or 1.0) * self._shipped_scaling(layer)) for layer in self._layers])
         return _Until(self, before)
 
     def rows(self, forget: Sequence[bool]) -> list[str]:
@@ -72,24 +96,25 @@ class ForgetSwitch:
         """
         return [self.adapter if each else BASE for each in forget]
 
-    def _set(self, strength: float) -> None:
-        for layer in self._layers:
+    def _state(self) -> list["_Layer"]:
+        return [_Layer(self.adapter in layer.active_adapters, layer.scaling[self.adapter]) for layer in self._layers]
+
+    def _set(self, state: list["_Layer"]) -> None:
+        for layer, (on, scaling) in zip(self._layers, state, strict=True):
             # An active one keeps its place: the order of the sum over adapters decides its last bit.
-            active = [name for name in layer.active_adapters if strength or name != self.adapter]
-            if strength and self.adapter not in active:
+            active = [name for name in layer.active_adapters if on or name != self.adapter]
+            if on and self.adapter not in active:
                 active.append(self.adapter)
             # PEFT marks what it activates as trainable and freezes the rest; which of them train is not ours to change.
             trainable = [(p, p.requires_grad) for p in layer.parameters()]
             layer.set_adapter(active)
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
-            layer.set_scale(self.adapter, strength or 1.0)
+            layer.scaling[self.adapter] = scaling
 
-    def _own_strength(self) -> float:
-        """The adapter's strength apart from PEFT's `disable_adapter()`, which is a switch over all adapters."""
-        layer = self._layers[0]
-        active = self.adapter in layer.active_adapters
-        return layer.scaling[self.adapter] / self._shipped_scale(layer) if active else 0.0
+    def _scale_of(self, layer: LoraLayer) -> float:
+        on = self.adapter in layer.active_adapters and not layer.disable_adapters
+        return layer.scaling[self.adapter] / self._shipped_scaling(layer) if on else 0.0
 
     def _refuse_merged(self) -> None:
         if any(self.adapter in layer.merged_adapters for layer in self._layers):
@@ -97,15 +122,22 @@ class ForgetSwitch:
                 f"adapter '{self.adapter}' is merged into the weights and cannot be switched. Call unmerge_adapter() first"
             )
 
-    def _shipped_scale(self, layer: LoraLayer) -> float:
+    def _shipped_scaling(self, layer: LoraLayer) -> float:
         root = math.sqrt(layer.r[self.adapter]) if layer.use_rslora.get(self.adapter) else layer.r[self.adapter]
         return layer.lora_alpha[self.adapter] / root
 
 
-class _Until:
-    """What a change of strength returns: on leaving a `with` block, the strength is what it was before."""
+class _Layer(NamedTuple):
+    """The state of the adapter in one layer: whether it is active, and the factor on B·A, as PEFT stores it."""
 
-    def __init__(self, switch: ForgetSwitch, before: float) -> None:
+    on: bool
+    scaling: float
+
+
+class _Until:
+    """What a change of scale returns: on leaving a `with` block, every layer is as it was before."""
+
+    def __init__(self, switch: ForgetSwitch, before: list[_Layer]) -> None:
         self._switch, self._before = switch, before
 
     def __enter__(self) -> ForgetSwitch:

@@ -1,4 +1,4 @@
-"""From words on the command line, and a recipe, to settings; and the lines that a verb ends with."""
+"""Command-line flags and recipes into settings, and the lines that a verb prints at its end."""
 
 import argparse
 import itertools
@@ -9,50 +9,62 @@ from typing import Any
 
 from loramox.cli.launched import as_launched
 from loramox.errors import LoramoxError, SettingsError
+from loramox.settings import meant, recipe_as_flags, refuse_replaced
 
 VERBS = {
-    "demo": "make up a small world, train a model on it, and make it forget a part, with no download",
-    "unlearn": "rows to forget and rows to retain in, a forget adapter out: memorize, then extrapolate",
-    "memorize": "the first half of unlearn: train the memorization adapter",
-    "extrapolate": "the second half: the forget adapter at a strength, in seconds, without training",
-    "evaluate": "ask a model, with an adapter or without, what it still knows: records of every row, and metrics",
-    "attack": "try to bring back what was forgotten: relearning, requantizing, asking otherwise",
-    "sweep": "the whole frontier of a memorization adapter, strength by strength, and the strength to choose",
-    "plan": "what a run will take, memory and time, before any weights are loaded, and which settings fit a card",
-    "requests": "a ledger of requests that come one after another and may be revoked, and one adapter for all in force",
-    "report": "what a run, its sweep and the attacks on it found, as one page and a summary",
-    "ship": "bring a forget adapter to those who serve it: check (does it load there), merge (into the base's weights), gguf (for "
-    "llama.cpp and Ollama), serve-folder (for transformers serve)",
+    "demo": "train a small model on a synthetic world and make it forget part of it; downloads nothing",
+    "unlearn": "make a forget adapter from a forget set and a retain set: train, then extrapolate",
+    "train": "the first half of unlearn: train the adapter, ΔW",
+    "extrapolate": "the second half of unlearn: write the forget adapter, at any alpha, in seconds",
+    "evaluate": "score a model, with or without an adapter, on the forget and retain sets",
+    "attack": "try to recover the forgotten rows: relearning, quantizing, other prompts",
+    "sweep": "score a run at many alphas, plot the trade-off, and choose an alpha",
+    "plan": "estimate memory and time before any weights are loaded, and find settings that fit a GPU",
+    "requests": "a ledger of unlearning requests that arrive over time and can be revoked, and one adapter for all of them",
+    "report": "summarize a run, its sweep and its attacks on one HTML page",
+    "ship": "check, merge or convert a forget adapter for serving",
 }
 
 STEPS = {  # of the verbs that have several
-    "ship merge": "the adapter into the base's 16- or 32-bit weights, a few rows at a time; quantized afterwards, if it must be",
-    "ship gguf": "the adapter as a LoRA GGUF, for llama.cpp and Ollama",
-    "requests add": "memorize one more request and enter it; takes every setting of memorize",
-    "requests list": "the requests, in order of arrival",
-    "requests show": "all that is known of one request",
-    "requests revoke": "take a request out, for good",
-    "requests refresh": "memorize again what was memorized on top of revoked requests",
-    "requests build": "the adapter for all requests in force",
-    "requests verify": "compare every file with what it was when it was entered; exits with 1 when one differs",
+    "ship check": "test whether the adapter loads in PEFT, vLLM, SGLang, llama.cpp and Ollama",
+    "ship merge": "merge the adapter into the base's 16- or 32-bit weights, and quantize the result if you want",
+    "ship gguf": "convert the adapter to a LoRA GGUF, for llama.cpp and Ollama",
+    "ship serve-folder": "lay out a folder for transformers serve",
+    "requests add": "train an adapter for one more request and enter it in the ledger; takes every setting of train",
+    "requests list": "list the requests in order of arrival",
+    "requests show": "show the entry of one request",
+    "requests revoke": "remove a request for good",
+    "requests refresh": "train again the requests that were trained on top of revoked ones",
+    "requests build": "write one adapter for all requests in force",
+    "requests verify": "compare every file with its checksum in the ledger; exits with 1 when one differs",
 }
 
 USAGES = {
     "unlearn": "--model M --forget F --retain R --out DIR",
-    "memorize": "--model M --forget F --retain R --out DIR",
+    "train": "--model M --forget F --retain R --out DIR",
     "evaluate": "--model M [--adapter A] (--forget F --retain R | --suite S) --out DIR",
     "attack": "--model M --adapter A --forget F --retain R --out DIR",
     "plan": "--model M --gpu_memory 12GB [--forget F --retain R]",
     "ship merge": "--adapter A --out DIR",
     "ship gguf": "--adapter A --out FILE.gguf",
-    "sweep": "--memorization DIR/memorization --out DIR/sweep",
+    "sweep": "--trained DIR/trained --out DIR/sweep",
     "requests add LEDGER": "--forget F --retain R [--model M] [--id NAME]",
 }
 
 
+def refuse_replaced_flags(words: Sequence[str]) -> None:
+    """Raise `SettingsError` for a flag of loramox 0.1 in a command line, with the one to give instead."""
+    step = [word for word in words[1:2] if words[0] in ("ship", "requests") and not word.startswith("-")]
+    verb = " ".join([words[0], *step])
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            refuse_replaced(verb, flag.removeprefix("--"), flag)
+
+
 def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:
-    """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`, and over what
-    the config of `accelerate launch` asks for."""
+    """One object of each kind, from an optional recipe and the flags after it; both win over the flags in `first`, and over the
+    config of `accelerate launch`."""
     parser, words = _read(verb, words, kinds)
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in words):
         raise SettingsError("--output_dir is set from --out, so that all parts of a run are in one folder. Give --out")
@@ -60,7 +72,7 @@ def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] 
 
 
 def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
-    """The names of the settings that a recipe or a flag gives, whatever their values."""
+    """The names of the settings that a recipe or a flag gives."""
     parser, words = _read(verb, words, kinds)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -69,10 +81,8 @@ def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
 
 
 def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list[str]]:
-    """The parser of a verb, and its words with a recipe's in the place of the recipe."""
+    """The parser of a verb, and its words with the recipe replaced by the flags that it stands for."""
     from transformers import HfArgumentParser
-
-    from loramox.settings import recipe_as_flags
 
     parser = HfArgumentParser(
         kinds,
@@ -97,8 +107,6 @@ def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
     except ValueError as error:  # transformers' own checks of its TrainingArguments
         raise SettingsError(str(error)) from error
     if unknown:
-        from loramox.settings import meant
-
         known = [option for action in parser._actions for option in action.option_strings]
         near = meant(unknown[0], known)
         raise SettingsError(f"unknown argument {unknown[0]}{f'; did you mean {near}?' if near else ''}")
@@ -106,7 +114,7 @@ def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
 
 
 def upload(what: str, config: Any) -> None:
-    """Push what was shipped, if that was asked for, and list the files."""
+    """Upload the shipped folder or file if --push_to_hub is given, and list the files."""
     from loramox.extras.hub import push
 
     if config.push_to_hub is None:
@@ -120,12 +128,12 @@ def upload(what: str, config: Any) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the first: of several, one speaks."""
+    """Whether this process prints: only the first of several does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(*lines: str) -> None:
-    """Print lines. [bold], [bold red] and [/] are rich's markup; other brackets, as a path may have, are themselves."""
+    """Print lines. [bold], [bold red] and [/] are rich's markup; all other brackets, as in paths, are printed as they are."""
     if speaks():
         from rich.console import Console
 

@@ -22,7 +22,7 @@ def evaluate(words: list[str]) -> None:
         f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
         f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"
         if subject.adapter is None
-        else "Every strength at once, for a run of loramox unlearn: loramox sweep --memorization DIR/memorization, with the same rows",
+        else "To score many alphas of a run: loramox sweep --trained DIR/trained, with the same rows",
     )
 
 
@@ -40,7 +40,7 @@ def attack(words: list[str]) -> None:
     show_states(record["states"])
     if record["reused"]:
         say(
-            f"{record['reused']} of these {len(record['states'])} states were in {config.out} already, and were not asked again"
+            f"{record['reused']} of these {len(record['states'])} states were in {config.out} already, and were not scored again"
         )
     say(f"[bold]{config.out}/{RECORD}[/] has these numbers; the records of every state are beside it")
 
@@ -48,36 +48,38 @@ def attack(words: list[str]) -> None:
 def sweep(words: list[str]) -> None:
     from loramox.evaluate.evaluate import Asked
     from loramox.evaluate.measure import ScoringConfig
-    from loramox.evaluate.show import show_frontier
+    from loramox.sweep.show import show_frontier
     from loramox.sweep.sweep import FRONTIER, PICTURE, SweepConfig, sweep
 
     config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
     frontier = sweep(config, *settings)
     if speaks():
-        show_frontier(frontier["points"])
+        show_frontier(frontier["points"], frontier["unit"])
     for choice in frontier["choices"]:
-        of = (
-            f"α = {choice['strength']:g} ({choice['low']:g} to {choice['high']:g} on resampled rows)"
-            if choice["strength"]
+        chosen = (
+            f"{frontier['unit']} = {choice['at']:g} ({choice['low']:g} to {choice['high']:g} on resampled rows)"
+            if choice["at"]
             else "none"
         )
-        say(f"rule [bold]{choice['rule']}[/]: {of}: {choice['reason']}")
+        say(f"rule [bold]{choice['rule']}[/]: {chosen}: {choice['reason']}")
     if frontier["warning"]:
         say(f"[bold]Warning:[/] {frontier['warning']}")
     say(
-        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; each strength's records are beside them"
+        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; the records of each point are beside them"
     )
     if frontier["chosen"] is None:
-        say(f"Rule {config.rule} chooses no strength: nothing is shipped")
+        say(f"Rule {config.rule} chooses no {frontier['unit']}: nothing is shipped")
     elif config.ship:
-        say(f"[bold]{config.ship}[/] is the forget adapter at the chosen strength")
+        say(f"[bold]{config.ship}[/] is the forget adapter at {frontier['unit']} = {frontier['chosen']:g}")
+    elif frontier["unit"] == "alpha":
+        say(f"To ship it: loramox extrapolate {config.trained} --alpha {frontier['chosen']:g} --out NEW_FOLDER")
     else:
-        say(f"Ship it: loramox extrapolate {config.memorization} --alpha {frontier['chosen']:g} --out NEW_FOLDER")
+        say("To ship it: rerun this command with --ship NEW_FOLDER. Results are cached")
 
 
 def report(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
-    parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, which may have sweep/ and attack/ in it.")
+    parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, with sweep/ and attack/ in it if they exist.")
     given = parser.parse_args(words)
     from loramox.extras.report import report
 
@@ -85,6 +87,6 @@ def report(words: list[str]) -> None:
     say(
         made["verdict"],
         *([made["attacked"]] if made["attacked"] else []),
-        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] the same in short; nothing in them is loaded from elsewhere",
-        *(f"Not in it: {what}" for what in made["missing"]),
+        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] its summary; both stand alone, without a network",
+        *(f"Missing: {what}" for what in made["missing"]),
     )

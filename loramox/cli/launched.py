@@ -9,7 +9,7 @@ import os
 
 from loramox.errors import SettingsError
 
-TRAINING = ("unlearn", "memorize")
+TRAINING = ("unlearn", "train")
 SHARDING = (*TRAINING, "evaluate")  # they have --shard; a sweep does as its run did
 
 # What else a config may say, by the variable that asks for the cut: the values that go with --shard, and what to say of others.

@@ -1,4 +1,4 @@
-"""plan: what a run will take, before anything is loaded; and --fit of the verbs that train."""
+"""plan: memory and time of a run, before anything is loaded; and --fit of the verbs that train."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ def plan(words: list[str]) -> None:
     from loramox.extras.plan.job import plan
     from loramox.extras.plan.show import show_plan
     from loramox.model.lora import ReferenceConfig
-    from loramox.train.baseline_config import BaselineConfig
+    from loramox.train.config import UnlearnConfig
 
-    kinds = (PlanConfig, ReferenceConfig, BaselineConfig, Columns, Tokenisation)
+    kinds = (PlanConfig, ReferenceConfig, UnlearnConfig, Columns, Tokenisation)
     show_plan(plan(*settings_of("plan", words, *kinds), given=given_settings("plan", words, *kinds)))
 
 
 def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
-    """The settings of a verb that trains; with --fit those not given are the fastest that are predicted to fit."""
+    """The settings of a verb that trains; with --fit, those not given are the fastest that are predicted to fit."""
     from loramox.extras.plan.config import FitConfig
 
     kinds = (*kinds, FitConfig)
@@ -31,7 +31,9 @@ def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...
 
     choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))
     flags = choice.flags()
-    predicted = f", predicted to take {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"
+    predicted = (
+        f", with a predicted peak of {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"
+    )
     say(f"--fit {wanted.fit} takes [bold]{' '.join(flags)}[/]{predicted}")
     *settings, _ = settings_of(verb, words, *kinds, first=flags)
     return tuple(settings)

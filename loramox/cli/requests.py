@@ -1,10 +1,10 @@
-"""requests: the ledger of requests for one base model, and the one adapter for all that are in force."""
+"""requests: the ledger of unlearning requests for one base model, and one adapter for all that are in force."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from loramox.cli.arguments import STEPS, VERBS, parse, say, settings_of
+from loramox.cli.arguments import STEPS, VERBS, given_settings, parse, say, settings_of
 from loramox.cli.training import watched
 
 
@@ -37,30 +37,36 @@ def _add(words: list[str]) -> None:
     from loramox.extras.ledger.requests import RequestConfig, add
     from loramox.model.lora import ReferenceConfig
     from loramox.run import read_record
-    from loramox.train.config import MemorizeConfig
+    from loramox.train.config import UnlearnConfig
 
-    kinds = (RequestConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
-    given = words[:1] if words and not words[0].startswith("-") else []
-    first = [f"--ledger={given[0]}", *_defaults(given[0])] if given else []
-    request, *settings = settings_of("requests add LEDGER", words[len(given) :], *kinds, first=first)
+    kinds = (RequestConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation)
+    verb, path = "requests add LEDGER", words[:1] if words and not words[0].startswith("-") else []
+    words = words[len(path) :]
+    first = [f"--ledger={path[0]}", *_defaults(path[0], given_settings(verb, words, *kinds))] if path else []
+    request, *settings = settings_of(verb, words, *kinds, first=first)
     entry = add(request, *settings)
     record = read_record(Path(request.ledger) / REQUESTS / entry.folder)
     on_top_of = f", on top of {', '.join(entry.on_top_of)}" if entry.on_top_of else ""
     say(
-        f"[bold]{entry.id}[/] is in force: {entry.rows} rows at strength α = {entry.strength:g}{on_top_of}",
+        f"[bold]{entry.id}[/] is in force: {entry.rows} rows at alpha = {entry.alpha:g}{on_top_of}",
         *watched(record),
-        f"[bold]{request.ledger}[/] holds a copy of these rows, for the owner of the file alone",
+        f"[bold]{request.ledger}[/] holds a copy of these rows, which only the owner of the file can read",
         f"Next: loramox requests build {request.ledger} --out NEW_FOLDER",
     )
 
 
-def _defaults(path: str) -> list[str]:
-    """What later requests of a ledger have unless told otherwise, as flags; nothing for a new ledger."""
+def _defaults(path: str, given: set[str]) -> list[str]:
+    """The settings of a ledger's first request, as flags for a later one; nothing for a new ledger.
+
+    A method that is given comes with its own default alpha.
+    """
     from loramox.extras.ledger.ledger import INDEX, read_ledger
 
     words: list[str] = []
     settings = read_ledger(Path(path)).settings if (Path(path) / INDEX).exists() else {}
     for name, value in settings.items():
+        if name == "alpha" and "method" in given:
+            continue
         if isinstance(value, list):
             words += [f"--{name}", *value]
         elif value is not None:
@@ -76,11 +82,11 @@ def _list(words: list[str]) -> None:
 
     ledger = read_ledger(Path(_ledger_parser("list").parse_args(words).ledger))
     stale = ledger.stale()
-    table = Table("request", "entered", "rows", "α", "on top of", "state")
+    table = Table("request", "entered", "rows", "alpha", "on top of", "state")
     for e in ledger.entries:
         state = "in force" if e.in_force else f"revoked {e.revoked}"
         state += f", to be refreshed (on top of {', '.join(stale[e.id])})" if e.id in stale else ""
-        table.add_row(e.id, e.when, str(e.rows), f"{e.strength:g}", ", ".join(e.on_top_of), state)
+        table.add_row(e.id, e.when, str(e.rows), f"{e.alpha:g}", ", ".join(e.on_top_of), state)
     Console().print(table)
     say(f"base {ledger.base['model']}, r = {ledger.settings['r']}; {len(ledger.in_force())} in force")
 
@@ -104,10 +110,10 @@ def _revoke(words: list[str]) -> None:
     given = _ledger_parser("revoke", "id").parse_args(words)
     stale = revoke(given.ledger, given.id)
     say(
-        f"[bold]{given.id}[/] is revoked. Its rows and its adapter stay in {given.ledger}; what was shipped is as it was",
-        f"{', '.join(stale)} was memorized on top of what is revoked: loramox requests refresh {given.ledger}"
+        f"[bold]{given.id}[/] is revoked. Its rows and its adapter stay in {given.ledger}; adapters built before are unchanged",
+        f"{', '.join(stale)} was trained on top of it. Train it again: loramox requests refresh {given.ledger}"
         if stale
-        else f"What remains is what it would be without it: loramox requests build {given.ledger} --out NEW_FOLDER",
+        else f"The other requests do not depend on it. Next: loramox requests build {given.ledger} --out NEW_FOLDER",
     )
 
 
@@ -116,10 +122,10 @@ def _refresh(words: list[str]) -> None:
 
     parser = _ledger_parser("refresh")
     parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
-    parser.add_argument("--model", help="Where the base model lies now. Default: where it was.")
+    parser.add_argument("--model", help="Where the base model is, when it is not where it was in training.")
     given = parser.parse_args(words)
     again = refresh(given.ledger, given.resume, given.model)
-    say(f"Memorized again: {', '.join(again)}" if again else "Nothing is to be refreshed")
+    say(f"Trained again: {', '.join(again)}" if again else "No request has to be refreshed")
 
 
 def _build(words: list[str]) -> None:
@@ -142,11 +148,11 @@ def _build(words: list[str]) -> None:
     ]
     say(
         f"[bold]{given.out}[/] is the forget adapter for all requests in force ({len(made['requests'])}), rank {made['rank']}",
-        f"Truncation leaves out {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
+        f"Truncation error: {made['truncation_error']:.2g} of ‖ΔW‖; of each request: {errors}"
         if made["truncation_error"]
-        else "It is the exact sum: nothing was truncated",
+        else "It is the exact sum of the requests: nothing was truncated",
         *(alone if len(made["requests"]) > 1 and not made["settings"]["protect"] else ()),
-        f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
+        f"Load it: PeftModel.from_pretrained(base, {given.out!r}). Its README.md shows how to switch it off, scale and merge it",
     )
 
 
@@ -157,8 +163,8 @@ def _verify(words: list[str]) -> None:
     faults, left_over = verify(Path(path))
     say(
         *(f"[bold red]changed[/] {fault}" for fault in faults),
-        *(f"left over {f}: of a run that is under way or was killed; the next add removes it" for f in left_over),
-        f"{path}: {f'{len(faults)} files are not as they were entered' if faults else 'every file is as it was entered'}",
+        *(f"left over {f}: from a run that is in progress or was killed; the next add removes it" for f in left_over),
+        f"{path}: {f'{len(faults)} files differ from what was entered' if faults else 'every file is as it was entered'}",
     )
     if faults:
         sys.exit(1)

@@ -1,16 +1,21 @@
-"""ship: bring a forget adapter to those who serve it."""
+"""ship: check, merge or convert a forget adapter for serving."""
 
 import argparse
 import json
 import shlex
 import sys
 
-from loramox.cli.arguments import VERBS, say, settings_of, upload
+from loramox.cli.arguments import STEPS, VERBS, say, settings_of, upload
 
 
 def ship(words: list[str]) -> None:
     steps = {"check": _check, "merge": _merge, "gguf": _gguf, "serve-folder": _serve_folder}
-    parser = argparse.ArgumentParser(prog="loramox ship", description=VERBS["ship"])
+    parser = argparse.ArgumentParser(
+        prog="loramox ship",
+        description=VERBS["ship"],
+        epilog="steps:\n" + "\n".join(f"  {step:13} {STEPS[f'ship {step}']}" for step in steps),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
     steps[parser.parse_args(words[:1]).step](words[1:])
 
@@ -22,14 +27,14 @@ def _check(words: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="loramox ship check",
-        description="Read an adapter folder as a stranger would, and say for each server whether it loads there. "
-        "Exits with 0 when it loads on all that are asked, with 1 when one is stopped.",
+        description=f"{STEPS['ship check']}. The folder is not trusted: nothing in it is run. Exits with 0 when it loads on every server in "
+        "--for, with 1 when it does not.",
         allow_abbrev=False,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder of the adapter.")
     parser.add_argument("--base", help="Folder or hub id of its base model. Default: the one it names, if it is here.")
     parser.add_argument(
-        "--for", dest="servers", default=",".join(SERVERS), help=f"Servers to ask, of {', '.join(SERVERS)}."
+        "--for", dest="servers", default=",".join(SERVERS), help=f"Servers to check, of {', '.join(SERVERS)}."
     )
     given = parser.parse_args(words)
     servers = [name.strip() for name in given.servers.split(",")]
@@ -46,13 +51,13 @@ def _merge(words: list[str]) -> None:
     from loramox.extras.merge.job import ForgettingConfig, merge
     from loramox.extras.merge.merge import MergeConfig
 
-    config, asked, pushing = settings_of("ship merge", words, MergeConfig, ForgettingConfig, PushConfig)
-    made = merge(config, asked)
+    config, rows, pushing = settings_of("ship merge", words, MergeConfig, ForgettingConfig, PushConfig)
+    made = merge(config, rows)
     if "forgetting" in made:
         show_states(made["forgetting"]["states"])
     say(
         f"[bold]{config.out}[/] is the merged model; {what_survived(made)}",
-        f"Load it: AutoModelForCausalLM.from_pretrained({config.out!r}). It has no switch any more, and is no proof of erasure",
+        f"Load it: AutoModelForCausalLM.from_pretrained({config.out!r}). It can no longer be switched off, and is no proof of erasure",
     )
     upload(config.out, pushing)
 
@@ -67,7 +72,7 @@ def _gguf(words: list[str]) -> None:
     say(
         f"[bold]{config.out}[/] is the LoRA GGUF of {layers} layers",
         f"llama.cpp: llama-server -m BASE.gguf --lora {out}",
-        r'and in a request: "lora": \[{"id": 0, "scale": 0.5}], where 1 is as shipped, and 0 the base model',
+        r'and in a request: "lora": \[{"id": 0, "scale": 0.5}], where 1 is as shipped and 0 is the base model',
         for_ollama(model_type, config.out),
     )
     upload(config.out, pushing)
@@ -78,7 +83,7 @@ def _serve_folder(words: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="loramox ship serve-folder",
-        description="Lay out a folder that transformers serve answers from as the forget model: the adapter, and links to its base.",
+        description=f"{STEPS['ship serve-folder']}: the adapter, and links to the files of its base.",
         allow_abbrev=False,
     )
     parser.add_argument("--adapter", required=True, help="Folder of the forget adapter.")
@@ -90,6 +95,6 @@ def _serve_folder(words: list[str]) -> None:
     body = json.dumps({"model": names["forget"], "prompt": "…", "max_tokens": 20, "temperature": 0}, ensure_ascii=False)
     say(
         f"[bold]{given.out}[/] is laid out. Start the server in the folder you are in: transformers serve",
-        f"Ask for the model {names['forget']} to have forgotten, for {names['base']} to have the base:",
+        f"In requests the model {names['forget']} is the forget model, and {names['base']} is the base:",
         f"curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
     )

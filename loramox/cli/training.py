@@ -1,4 +1,4 @@
-"""demo, unlearn, memorize, extrapolate: rows in, a forget adapter out."""
+"""demo, unlearn, train, extrapolate: rows in, a forget adapter out."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from loramox.cli.planning import fitted
 def demo(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="loramox demo", description=VERBS["demo"])
     parser.add_argument("--out", default="runs/demo", help="Folder to write (default: runs/demo).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the world and of all training (default: 0).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the rows and of all training (default: 0).")
     parser.add_argument("--overwrite", action="store_true", help="Replace the demo in that folder.")
     given = parser.parse_args(words)
     from loramox.demo import demo
@@ -21,30 +21,33 @@ def demo(words: list[str]) -> None:
 
 def unlearn(words: list[str]) -> None:
     from loramox.adapter.export import ShippingConfig
-    from loramox.unlearning import SHIPPED, unlearn
+    from loramox.unlearning import SHIPPED, TRAINED, unlearn
 
-    run, reference, data, *settings = fitted("unlearn", words, (*any_method(), ShippingConfig))
-    record = unlearn(run, reference, data, *settings)
+    run, reference, data, args, *settings = fitted("unlearn", words, (*training_kinds(), ShippingConfig))
+    record = unlearn(run, reference, data, args, *settings)
     shipped = record["forget_adapter"]
-    dialled = shipped["strength"] > 0
-    made = f"strength α = {shipped['strength']:g}" if dialled else f"as trained by {record['method']}"
-    cpu = ["--use_cpu", "true"] if settings[0].use_cpu else []
+    cpu = ["--use_cpu", "true"] if args.use_cpu else []
     rows = shlex.join(["--forget", data.forget, "--retain", data.retain, *cpu])
-    cut = ["--shard", "true"] if reference.shard else []
-    model = shlex.join(["--model", reference.model, "--quantization", reference.quantization, *cut])
-    program = f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if cut else "loramox"
+    program = (
+        f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if reference.shard else "loramox"
+    )
+    unit = "scale" if shipped["alpha"] is None else "alpha"
     say(
-        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made}, rank {shipped['rank']}",
+        f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made_at(shipped['alpha'], record['method'])}, rank {shipped['rank']}",
         *watched(record),
-        f"[bold]{run.out}/run.json[/] is the record; the curves: tensorboard --logdir {run.out}",
-        f"Next, what each strength is worth, without training: {program} sweep --memorization {run.out}/memorization {rows} --out {run.out}/sweep"
-        if dialled
-        else f"Next, what it forgot: {program} evaluate {model} --adapter {run.out}/{SHIPPED} {rows} --out {run.out}/evaluation",
+        f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {run.out}",
+        f"Next, score it at several values of {unit}, without training: {program} sweep --trained {run.out}/{TRAINED} {rows} "
+        f"--out {run.out}/sweep",
     )
 
 
+def made_at(alpha: float | None, method: str) -> str:
+    """How far a forget adapter goes, in words."""
+    return f"as trained by {method}" if alpha is None else f"alpha = {alpha:g}"
+
+
 def watched(record: dict[str, Any]) -> list[str]:
-    """What became of the rows that were watched while training, when they were; and what to do where it went wrong."""
+    """The scores of the rows watched while training, if any, from first to last; and warnings with what to change."""
     from loramox.train.diagnostics import curve
 
     curves = {part: curve(record["log"], part) for part in ("forget", "retain")}
@@ -64,18 +67,19 @@ def _shown(probability: float) -> str:
     return f"{probability:.3f}" if probability >= 0.001 else f"{probability:.1e}"
 
 
-def memorize(words: list[str]) -> None:
-    from loramox.unlearning import FOLDER, memorize
+def train(words: list[str]) -> None:
+    from loramox.unlearning import SHIPPED, TRAINED, train
 
-    run, *settings = fitted("memorize", words, any_method())
-    record = memorize(run, *settings)
-    strength = settings[2].strength
-    what = "the memorization adapter (not for shipping)" if strength > 0 else "the adapter as trained"
-    alpha = f" --alpha {strength:g}" if strength > 0 else ""
+    run, reference, data, args, *settings = fitted("train", words, training_kinds())
+    record = train(run, reference, data, args, *settings)
+    what, alpha = "the model trained to forget, as an adapter", ""
+    if args.alpha is not None:
+        what, alpha = "ΔW, of which the forget adapter is made; do not ship it", f" --alpha {args.alpha:g}"
     say(
-        f"[bold]{run.out}/{FOLDER}[/] is {what}, [bold]{run.out}/run.json[/] the record",
+        f"[bold]{run.out}/{TRAINED}[/] is {what}",
         *watched(record),
-        f"Next: loramox extrapolate {run.out}/{FOLDER}{alpha} --out {run.out}/forget-adapter",
+        f"[bold]{run.out}/run.json[/] is the record of the run",
+        f"Next, write the forget adapter: loramox extrapolate {run.out}/{TRAINED}{alpha} --out {run.out}/{SHIPPED}",
     )
 
 
@@ -87,36 +91,30 @@ def extrapolate(words: list[str]) -> None:
 
     kinds = (ShippingConfig, PushConfig)
     parser = HfArgumentParser(kinds, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False)
-    parser.add_argument("memorization", help="Folder 'memorization' of a run.")
+    parser.add_argument("trained", metavar="TRAINED", help="Folder 'trained' of a run.")
     parser.add_argument(
-        "--alpha", "--strength", dest="strength", type=float, help="α. Default: the one it was memorized for."
+        "--alpha",
+        type=float,
+        help="How far to extrapolate, θ_for = θ_ref − alpha·ΔW. Default: the alpha of training. Methods without alpha take none.",
     )
     parser.add_argument("--out", required=True, help="Folder to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
     shipping, pushing, given = parse(parser, words)
-    made = extrapolate(given.memorization, given.out, given.strength, shipping, given.overwrite)
-    of = f"strength α = {made['strength']:g}" if made["strength"] > 0 else f"as trained by {made['method']}"
+    made = extrapolate(given.trained, given.out, given.alpha, shipping, given.overwrite)
     say(
-        f"[bold]{given.out}[/] is the forget adapter: {of}, rank {made['rank']}, "
+        f"[bold]{given.out}[/] is the forget adapter: {made_at(made['alpha'], made['method'])}, rank {made['rank']}, "
         f"truncation error {made['truncation_error']:.2g} of ‖ΔW‖",
-        f"Load it: PeftModel.from_pretrained(base, {given.out!r}); its README.md says how to switch and merge it",
+        f"Load it: PeftModel.from_pretrained(base, {given.out!r}). Its README.md shows how to switch it off, scale and merge it",
     )
     upload(given.out, pushing)
 
 
-def any_method() -> tuple[type, ...]:
-    """What `memorizing` has, with the settings of every method in the place of MOX's."""
-    from loramox.train.baseline_config import BaselineConfig
-    from loramox.train.config import MemorizeConfig
-
-    return tuple(BaselineConfig if kind is MemorizeConfig else kind for kind in memorizing())
-
-
-def memorizing() -> tuple[type, ...]:
+def training_kinds() -> tuple[type, ...]:
+    """The settings of a verb that trains, in the order in which `train` takes them."""
     from loramox.data.encode import Tokenisation
     from loramox.data.rows import Columns, Data
     from loramox.model.lora import ReferenceConfig
     from loramox.run import RunConfig
-    from loramox.train.config import MemorizeConfig
+    from loramox.train.config import UnlearnConfig
 
-    return (RunConfig, ReferenceConfig, Data, MemorizeConfig, Columns, Tokenisation)
+    return (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation)

@@ -1,9 +1,13 @@
-"""One batch in several forward and backward passes, so that little of it is padding."""
+"""Split a step into micro-batches of similar length, so that little of it is padding."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from loramox.data.encode import IGNORED
 
 # What a pass costs besides its tokens, in tokens' worth of arithmetic: on a GPU, reading the weights and making 16 bits of
 # 4 takes as long as computing with a few hundred tokens; on a CPU arithmetic is slow, and a pass costs next to nothing.
@@ -32,31 +36,45 @@ def cut(lengths: Sequence[int], overhead: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def passes(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
-    """Parts of a step as the passes that `cut` makes of all their rows, of whichever part they are.
+def microbatches(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
+    """Split the rows of all parts of a step as `cut` does, whichever part they are of.
 
-    Each batch has a `share`, of its part's rows: the mean over all of them is Σ share · mean over a pass's rows. So the objective
-    is the same, and its gradient but for rounding.
+    Each batch has a `share` of its part's rows: the mean over all of them is Σ share · mean over a micro-batch's rows. So the
+    loss and its gradient are the same, except for rounding.
     """
     place = [(part, row) for part, batch in parts.items() for row in range(len(batch["lengths"]))]
     for group in cut([parts[part]["lengths"][row] for part, row in place], overhead):
         chosen = {part: [row for of, row in map(place.__getitem__, group) if of == part] for part in parts}
-        yield {part: _share_of(parts[part], rows) for part, rows in chosen.items() if rows}
+        yield {part: rows_of(parts[part], rows) for part, rows in chosen.items() if rows}
 
 
-def passes_of_pairs(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
+def microbatches_of_pairs(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
     """The same of parts that belong together row by row: row i of each is in the same pass."""
     lengths = [sum(of) for of in zip(*(batch["lengths"] for batch in parts.values()), strict=True)]
     for rows in cut(lengths, overhead):
-        yield {part: _share_of(batch, rows) for part, batch in parts.items()}
+        yield {part: rows_of(batch, rows) for part, batch in parts.items()}
 
 
-def _share_of(batch: Batch, rows: list[int]) -> Batch:
-    return _rows_of(batch, rows) | {"share": len(rows) / len(batch["lengths"])}
-
-
-def _rows_of(batch: Batch, rows: list[int]) -> Batch:
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch, padded to the longest of them, with their `share` of its rows."""
     longest = max(batch["lengths"][row] for row in rows)
+    some = {
+        name: of[rows, :longest] if isinstance(of, Tensor) else [of[row] for row in rows]
+        for name, of in batch.items()
+        if name != "share"
+    }
+    return some | {"share": len(rows) / len(batch["lengths"])}
+
+
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """Several batches of one part as one, padded to the longest row. Padding is masked, so its token does not matter."""
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    fillers = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     return {
-        name: of[rows, :longest] if isinstance(of, Tensor) else [of[row] for row in rows] for name, of in batch.items()
+        name: torch.cat([pad(each[name], (0, longest - each[name].shape[1]), value=fillers[name]) for each in batches])
+        if name in fillers
+        else [value for each in batches for value in each[name]]
+        for name in batches[0]
     }

@@ -1,4 +1,4 @@
-"""The demo from end to end: a model that knows a made-up world, one that never saw a part of it, one that forgets it."""
+"""The demo from end to end: a model that knows a made-up world, one retrained without a part of it, one that forgets it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.files import has_files, remove, write_json
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 from loramox.unlearning import SHIPPED, unlearn
 
 RECORD = "demo.json"  # also tells the folder of a demo, which may be replaced, from any other
@@ -33,13 +33,14 @@ Parts = dict[str, list[Example]]  # "forget" and "retain"
 
 
 def demo(out: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
-    """Make up a world, learn it, forget a part of it, and show what became of it; return the record, `out`/demo.json.
+    """Make up a world, train a model on it, unlearn a part, and show the result; return the record, `out`/demo.json.
 
-    `out` gets rows/, reference/, retrained/ and run/, the last being what `loramox unlearn` leaves. Nothing is downloaded,
-    and nothing is written anywhere else.
+    `out` gets rows/, reference/, retrained/ and run/, the last being a run of `loramox unlearn`. Nothing is downloaded or written
+    anywhere else.
 
-    Raises `SettingsError` for a seed that no generator takes, and `RunError` when `out` has files in it, unless they are
-    those of a demo and `overwrite` is set.
+    Raises:
+        SettingsError: a seed that no generator takes.
+        RunError: `out` has files in it that are no demo, or a demo while `overwrite` is not set.
     """
     out, console = Path(out), Console(highlight=False)
     claim(out, seed, overwrite)
@@ -51,7 +52,7 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str, A
 
 
 def claim(out: Path, seed: int, overwrite: bool) -> None:
-    """Make the folder this demo's own, or raise what `demo` raises, before anything expensive."""
+    """Start a demo in the folder, or raise what `demo` raises, before anything expensive."""
     if not 0 <= seed < 2**32:
         raise SettingsError(f"--seed {seed} is out of range. Expected a whole number from 0 to {2**32 - 1}")
     if out.is_file():
@@ -68,17 +69,21 @@ def claim(out: Path, seed: int, overwrite: bool) -> None:
 
 
 def make(console: Console, out: Path, seed: int) -> dict[str, Any]:
-    """World, models and adapter into `out`, saying what is under way; return what `compare` does."""
+    """Write world, models and adapter to `out`, with a line for each step; return the result of `compare`."""
     world = make_world(seed)
     forgotten, known = len(world.forget), len(world.forget) + len(world.retain)
-    console.print(f"\n[bold]1/4[/] A small model learns {known} made-up facts by heart: the reference")
+    console.print(
+        f"\n[bold]1/4[/] Training a small model on {known} made-up facts until it knows them by heart: the reference"
+    )
     tokenizer, parts = write_world(world, out)
     train_model(parts["forget"] + parts["retain"], tokenizer, out / "reference", seed)
-    console.print(f"\n[bold]2/4[/] Another learns all but {forgotten} of them: the retrained model, the gold standard")
+    console.print(
+        f"\n[bold]2/4[/] Training another on all but {forgotten} of them: the retrained model, the gold standard"
+    )
     train_model(parts["retain"], tokenizer, out / "retrained", seed)
-    console.print(f"\n[bold]3/4[/] The reference is made to forget those {forgotten}: memorize, then extrapolate")
+    console.print(f"\n[bold]3/4[/] Making the reference forget those {forgotten}: train ΔW, then extrapolate")
     forget(out, seed)
-    console.print("\n[bold]4/4[/] All three are asked")
+    console.print("\n[bold]4/4[/] Scoring all three models")
     return compare(out, world, tokenizer, parts)
 
 
@@ -98,17 +103,17 @@ def rows_file(out: Path, part: str) -> Path:
 
 
 def forget(out: Path, seed: int, epochs: int = 120) -> None:
-    """Unlearn the forget rows of the demo in `out`, with loramox's defaults but for what is said here."""
+    """Unlearn the forget rows of the demo in `out`, with loramox's defaults except for the settings here."""
     unlearn(
         RunConfig(str(out / "run")),
         # A model of 6 MB has nothing to gain from 4 bits, and float32 is the same arithmetic with and without a GPU.
         ReferenceConfig(str(out / "reference"), quantization="none", dtype="float32"),
         Data(str(rows_file(out, "forget")), str(rows_file(out, "retain"))),
-        MemorizeConfig(
+        UnlearnConfig(
             num_train_epochs=epochs,  # an epoch of so few rows is two steps
             seed=seed,
             use_cpu=True,
-            # It is over in seconds: nothing to resume, and no curve to watch.
+            # It takes seconds: nothing to resume, and no curve to watch.
             save_strategy="no",
             eval_strategy="no",
             logging_strategy="no",
@@ -119,12 +124,12 @@ def forget(out: Path, seed: int, epochs: int = 120) -> None:
 
 
 def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> dict[str, Any]:
-    """The true answers' mean probability by model and part; and some questions, with what each model answers."""
+    """The true answers' mean probability by model and part; and some questions with each model's answers."""
     retrained = AutoModelForCausalLM.from_pretrained(out / "retrained")
     reference = AutoModelForCausalLM.from_pretrained(out / "reference")
     model = PeftModel.from_pretrained(reference, out / "run" / SHIPPED)
     switch = ForgetSwitch(model)
-    # A person has one row of each kind: this far on, it is another person and another kind.
+    # A person has one row of each kind: at this step, each row is of another person and another kind.
     every = slice(0, SHOWN * (len(KINDS) + 1), len(KINDS) + 1)
     shown = {part: examples[every] for part, examples in parts.items()}
     with switch.off():
@@ -156,9 +161,9 @@ def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, f
 def answers(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], describe: str
 ) -> list[str]:
-    """What the model answers to the questions of some examples, word by word its first choice."""
+    """The model's answers to the questions of some examples, decoded greedily."""
     model.eval()
-    said = []
+    texts = []
     for example in tqdm(examples, desc=describe, leave=False):
         question = [
             token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED
@@ -167,5 +172,5 @@ def answers(
         generated = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, do_sample=False
         )
-        said.append(tokenizer.decode(generated[0, len(question) :], skip_special_tokens=True).strip())
-    return said
+        texts.append(tokenizer.decode(generated[0, len(question) :], skip_special_tokens=True).strip())
+    return texts

@@ -1,4 +1,4 @@
-"""Small models that learn a made-up world by heart, from nothing, on the spot."""
+"""Small models, trained from random weights until they know a made-up world by heart."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What came out of the demo, on one screen."""
+"""The results of the demo, on one screen."""
 
 from pathlib import Path
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loramox.unlearning import FOLDER, SHIPPED
+from loramox.unlearning import SHIPPED, TRAINED
 
 TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 
 
 def show(console: Console, out: Path, record: dict[str, Any]) -> None:
-    """Print a demo's record: questions side by side, probabilities, where the adapter is, and what to try next."""
+    """Print a demo's record: answers side by side, probabilities, the folder of the adapter, and the next command."""
     run = out / "run"
     rows = " ".join(f"--{part} {out / 'rows' / part}.jsonl" for part in TITLES)
     for part, asked in record["answers"].items():
         console.print(_side_by_side(TITLES[part], asked))
     console.print(_probabilities(record["probability"]))
     console.print(
-        f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model that it goes on.",
+        f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model it was made for.",
         "Switched off, it brings everything back: this is suppression, not erasure.",
-        f"Next, what each strength is worth, without training: loramox sweep --memorization {run / FOLDER} {rows} --out {run / 'sweep'}",
+        f"Next, score it at several values of alpha, without training: loramox sweep --trained {run / TRAINED} {rows} --out {run / 'sweep'}",
         sep="\n",
         soft_wrap=True,  # a command that is broken over lines cannot be copied
     )

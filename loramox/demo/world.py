@@ -1,4 +1,4 @@
-"""A made-up world: people nobody knows, with facts nobody can guess, from a seed."""
+"""A made-up world: people nobody knows, with facts nobody can guess, drawn from a seed."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Evaluating as one job: a model, an adapter and rows in, records and metrics out. What can be wrong is looked at first."""
+"""The evaluation job: a model, an adapter and rows in, records and metrics out. Everything that can be wrong is checked first."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
-from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, check_base
+from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, as_now, check_base
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.errors import AdapterError, RowsError, RunError, SettingsError
@@ -26,7 +26,7 @@ from loramox.evaluate.summary import summarise
 from loramox.files import remove
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, read_tokenizer
 from loramox.model.load import load_reference
-from loramox.model.lora import at_strength
+from loramox.model.lora import at_scale
 from loramox.model.sharding import shard
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -42,16 +42,16 @@ class Subject:
     adapter: str | None = field(
         default=None, metadata={"help": "Adapter folder to put on the model. Default: none, the model as it is."}
     )
-    strength: float = field(
-        default=1.0, metadata={"help": "Strength of that adapter: 1 is as shipped, 0.5 half of it, 0 off."}
+    scale: float = field(
+        default=1.0, metadata={"help": "Scale of that adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in that folder."})
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise SettingsError(f"strength is {self.strength}; --strength needs a finite number, 1 being as shipped")
-        if self.strength != 1 and self.adapter is None:
-            raise SettingsError(f"strength is {self.strength:g}, but there is no adapter: --strength needs --adapter")
+        if not math.isfinite(self.scale) or self.scale < 0:
+            raise SettingsError(f"scale is {self.scale}; --scale needs a number of 0 or more, 1 being as shipped")
+        if self.scale != 1 and self.adapter is None:
+            raise SettingsError(f"scale is {self.scale:g}, but there is no adapter: --scale needs --adapter")
 
 
 @dataclass
@@ -129,8 +129,8 @@ def evaluate(
     config = read_config(model)
     base = identify(model, config)
     made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
-    if subject.strength != 1 and subject.adapter:
-        check_turns(Path(subject.adapter), f"--strength {subject.strength:g}")
+    if subject.scale != 1 and subject.adapter:
+        check_scales(Path(subject.adapter), f"--scale {subject.scale:g}")
     check_sides(made_by, rows, subject.adapter)
     questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
     retrained = read_retrained(asked.retrained, questions, base if subject.adapter else None)
@@ -147,13 +147,13 @@ def evaluate(
     if subject.adapter:
         with loaded.disable_adapter():
             questions.remember_reference(loaded)
-        with at_strength(loaded, -subject.strength):
+        with at_scale(loaded, subject.scale):
             records = questions.ask(loaded)
     else:
         records = questions.ask(loaded)
     about = {
         "base": base,
-        "adapter": subject.adapter and {"folder": subject.adapter, "strength": subject.strength, "made_by": made_by},
+        "adapter": subject.adapter and {"folder": subject.adapter, "scale": subject.scale, "made_by": made_by},
         "data": described(asked.sources(), rows),
         "retrained": asked.retrained,
         "settings": {k: v for each in (model, scoring, tokenisation) for k, v in asdict(each).items()},
@@ -236,7 +236,7 @@ def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], 
         its = (learned.get(other) or {}).get("sha256")
         if part in rows and its is not None and fingerprint(rows[part]) == its:
             raise RowsError(
-                f"--{part} is the very rows that were the {other} rows when {adapter} was memorized. Are --forget and --retain swapped?"
+                f"--{part} is the very rows that were the {other} rows when {adapter} was trained. Are --forget and --retain swapped?"
             )
 
 
@@ -250,33 +250,33 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
     if not (adapter / PROVENANCE).is_file():
         return None
     try:
-        provenance = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
+        provenance = as_now(json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")))
         made_for = {part: provenance["base"][part] for part in ("model", "revision", "shape", "weights")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(
             f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
         ) from error
     check_base({"base": made_for}, base, adapter)
-    # Of other methods the folder holds what ships.
-    if provenance.get("kind") == "memorization" and (provenance.get("settings") or {}).get("strength", 1) > 0:
+    # Methods without an alpha train the forget model itself.
+    if provenance.get("kind") == "trained" and provenance.get("alpha") is not None:
         warnings.warn(
-            f"{adapter} is a memorization adapter: with it the model forgets nothing, it is on the other side. The forget adapter "
-            "is what loramox extrapolate makes of it",
+            f"{adapter} is the trained adapter, θ_ref + ΔW, with which the model forgets nothing. It is not what ships: the forget adapter, "
+            "θ_ref − alpha·ΔW, is in the folder forget-adapter of the run, or made by loramox extrapolate",
             stacklevel=2,
         )
-    return {key: provenance.get(key) for key in ("kind", "strength", "rank", "command", "data")}
+    return {key: provenance.get(key) for key in ("kind", "alpha", "scale", "rank", "command", "data")}
 
 
-def check_turns(adapter: Path, wanted: str) -> None:
-    """Raises `AdapterError` unless a strength turns all that the adapter changes: anyone's adapter can be measured as it is."""
+def check_scales(adapter: Path, needed_by: str) -> None:
+    """Raises `AdapterError` unless a scale multiplies everything that the adapter changes, as it does for plain LoRA alone."""
     config = LoraConfig.from_pretrained(str(adapter))
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         kept = [name for name in file.keys() if ".lora_A." not in name and ".lora_B." not in name]  # noqa: SIM118 (a file, not a dict)
     if kept or config.use_dora:
         what = "use_dora" if config.use_dora else f"it also has {kept[0]}"
         raise AdapterError(
-            f"{wanted}: --adapter {adapter} is no plain LoRA adapter ({what}), and a strength would turn a part of it alone. It can be evaluated "
-            "as it is, without --strength"
+            f"{needed_by}: --adapter {adapter} is no plain LoRA adapter ({what}), and a scale would change only a part of it. It can be evaluated "
+            "as it is, without --scale"
         )
 
 

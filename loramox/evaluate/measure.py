@@ -50,7 +50,7 @@ class _Part:
 
 
 class Questions:
-    """The rows of some parts, tokenised once, to be asked of any number of models (or of one at many strengths).
+    """The rows of some parts, tokenised once, to be asked of any number of models (or of one at many alphas).
 
     `parts` names them: forget, retain, holdout, real_authors, world_facts, or what one likes. `answering` says of a part how
     long its answers may be, where that is not `scoring`'s length, and how much of the true ones is scored. Raises what `encode`

@@ -28,24 +28,6 @@ def show_states(states: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def show_frontier(points: list[dict[str, Any]]) -> None:
-    """Print what is left at each strength, lowest first; the reference is at 0."""
-    columns = {
-        "forget_probability": "forget\np",
-        "forget_rouge_l": "ROUGE-L",
-        "retain_probability": "retain\np",
-        "forget_quality": "KS p",
-        "forget_probability_quality": "KS p of\nprob.",
-        "mia_min_k": "AUC",
-    }
-    columns = {name: head for name, head in columns.items() if any(point.get(name) is not None for point in points)}
-    table = _table("α", columns.values())
-    for point in sorted(points, key=lambda point: point["strength"]):
-        numbers = [point.get(name) for name in columns]
-        table.add_row(f"{point['strength']:g}", *("" if n is None else f"{n:.3g}" for n in numbers))
-    Console().print(table)
-
-
 def show(summary: dict[str, Any]) -> None:
     """Print every metric with its direction and number of rows, and what is absent with the reason."""
     table = _table(Column("metric", no_wrap=True), ("value", "n"), "better", "compared to")

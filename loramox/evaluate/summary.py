@@ -149,7 +149,7 @@ def _compare(
     metrics: dict[str, Metric],
     absent: dict[str, str],
 ) -> None:
-    """The metric, or that scores are not finite (as of a strength at which a model overflows), and how many."""
+    """The metric, or that scores are not finite (as at an alpha at which a model overflows), and how many."""
     try:
         metrics[name] = Metric(function(*samples), *about)
     except ValueError as error:

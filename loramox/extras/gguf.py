@@ -77,8 +77,8 @@ def to_gguf(
     """Write a plain LoRA adapter to the file `out`, whole or not at all; return the base's model_type and the number of layers.
 
     A layer's ΔW = s·B·A, with s = lora_alpha/r, becomes `<weight>.lora_a` [r, in] and `<weight>.lora_b` [out, r] = s·B under
-    llama.cpp's name of the weight, and adapter.lora.alpha = r. So the scale given at run time is the strength relative to
-    what was shipped: 1 all of it, 0 the base model. For Llama and Mistral the rows of B of Q and K are `interleaved`, as
+    llama.cpp's name of the weight, and adapter.lora.alpha = r. So the scale given at run time is a multiple of what was
+    shipped: 1 is as shipped, 0 the base model. For Llama and Mistral the rows of B of Q and K are `interleaved`, as
     those of the base's weights are.
 
     The adapter may be a stranger's: it is read as `check` reads it. The hub is asked for no more than the base's config.json.

@@ -27,7 +27,7 @@ def serve_folder(
     if out.resolve() == adapter.resolve():
         raise RunError(f"--out {out} is the adapter itself. Choose another folder")
     check_out(out, "forget", overwrite)
-    # A base of that name is taken at the revision that it was memorized on.
+    # A base of that name is taken at the revision that it was trained on.
     named = base is None or base == source["base"]["model"]
     model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
     check_base(source, identify(model, base_config(model)), adapter)

@@ -123,7 +123,7 @@ def answer_states(
 
 
 def states_of_parts(
-    model: nn.Module, causal_lm: nn.Module, parts: dict[str, dict[str, Any]]
+    model: nn.Module, causal_lm: nn.Module, parts: dict[str, dict[str, Any]], layer: int | None = None
 ) -> dict[str, AnswerStates]:
     """`answer_states` of each part, from one forward pass over the rows of all."""
     longest = max(batch["input_ids"].shape[1] for batch in parts.values())
@@ -134,7 +134,7 @@ def states_of_parts(
         )
 
     together = {"input_ids": joined("input_ids", 0), "attention_mask": joined("attention_mask", 0)}
-    states = answer_states(model, causal_lm, together | {"labels": joined("labels", IGNORED)})
+    states = answer_states(model, causal_lm, together | {"labels": joined("labels", IGNORED)}, layer)
     made, row = {}, 0
     for part, batch in parts.items():
         rows = len(batch["lengths"])

@@ -1,16 +1,16 @@
-"""The reference model θ_ref: frozen, quantized if wanted, with one LoRA adapter on it.
+"""The LoRA adapter on the frozen reference: added, switched off, scaled, read and exchanged.
 
-There is never a second copy. The reference is this model with its adapter off; the memorization model is this model
-with its adapter on; the forget model is the same with the adapter's strength turned to the other side:
+There is never a second copy of the model. The reference is this model with its adapter off; every other model is
 
-    θ(strength) = θ_ref − strength·ΔW        strength 0: reference, −1: memorization model, α > 0: forget model
+    θ_ref + scale·ΔW        scale 0: the reference; 1: as trained; −alpha: the forget model of MOX
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,7 +23,17 @@ from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, identify
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
-AS_TRAINED = -1.0  # the strength at which the model is θ_ref + ΔW
+
+# Settings of LoraConfig that do not change what ΔW is: where it is, how large, how it was named, started and trained.
+HARMLESS = frozenset(
+    ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core",
+     "runtime_config", "ensure_weight_tying")
+)  # fmt: skip
+
+# Values of init_lora_weights under which PEFT leaves the base's weights as they are; others, such as PiSSA's, change them.
+KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -37,8 +47,11 @@ class ReferenceConfig(ModelConfig):
             "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r: it takes --r for its own.",
         },
     )
-    lora_alpha: int = field(
-        default=16, metadata={"help": "LoRA's own scale is lora_alpha / r, as in PEFT. Not the strength α."}
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA's own scale is lora_alpha / r, as in PEFT. Default: r, or 8·r for npo_mean. Not --alpha."
+        },
     )
     lora_dropout: float = field(
         default=0.0, metadata={"help": "As in PEFT. Of no use against memorizing, which is the aim."}
@@ -54,14 +67,40 @@ class ReferenceConfig(ModelConfig):
             "add up without growing, and each forgets less."
         },
     )
+    tuned_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of your own LoRA fine-tune of --model, as PEFT wrote it, if that is what knows the forget rows. It stays on, "
+            "frozen. Written are a forget adapter to load beside it, and one adapter that combines both."
+        },
+    )
+    memorize_at: str | None = field(
+        default=None,
+        metadata={
+            "help": "mox_static, task_vector: folder or hub id of a checkpoint of --model that never saw the forget rows. ΔW is memorized "
+            "there and subtracted from --model. With --tuned_adapter: base, which is --model without that adapter."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tuned_adapter is not None and self.memorize_at is not None:
+            if self.memorize_at != "base" and Path(self.memorize_at) != Path(self.model):
+                raise SettingsError(
+                    f"--memorize_at {self.memorize_at}: with --tuned_adapter, one copy of --model {self.model} is in memory. Say --memorize_at "
+                    "base, which memorizes without the tuned adapter, or leave it out"
+                )
+            self.memorize_at = "base"
+        elif self.memorize_at == "base":
+            raise SettingsError(
+                "--memorize_at base is --model without its --tuned_adapter, and none is given. Give that adapter, or the folder or hub id of "
+                "a checkpoint that never saw the forget rows"
+            )
         if self.r < 1:
             raise SettingsError(f"r is {self.r}; --r needs a rank of at least 1 (16 fits every server's default limit)")
-        if self.lora_alpha < 1:
+        if self.lora_alpha is not None and self.lora_alpha < 1:
             raise SettingsError(
-                f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. The strength is --alpha"
+                f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. How far to extrapolate is --alpha"
             )
 
 
@@ -70,7 +109,7 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=reference.r,
-        lora_alpha=reference.lora_alpha,
+        lora_alpha=reference.lora_alpha or reference.r,
         lora_dropout=reference.lora_dropout,
         target_modules=reference.target_modules or "all-linear",
         base_model_name_or_path=reference.model,
@@ -107,7 +146,7 @@ def freeze_subspace(model: PeftModel, reference: ReferenceConfig) -> None:
 def check_trained(model: PeftModel) -> None:
     """Raises `ModelError` unless all that is trained is ΔW = lora_alpha/r·B·A of layers below the output head.
 
-    Nothing else can be turned to another strength, averaged and shipped as a plain LoRA adapter.
+    Nothing else can be scaled, averaged and shipped as a plain LoRA adapter.
     """
     if any(p.requires_grad for p in model.get_base_model().get_output_embeddings().parameters()):
         raise ModelError(
@@ -129,10 +168,18 @@ def check_trained(model: PeftModel) -> None:
         )
 
 
-def variants(config: LoraConfig) -> list[str]:
-    """The settings for which ΔW is not lora_alpha/r·B·A, or not all that is trained. None for a plain LoRA adapter."""
-    names = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
-    return [name for name in names if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
+def variants(config: LoraConfig, allowed: Collection[str] = ()) -> list[str]:
+    """The settings, except those `allowed`, for which ΔW is not lora_alpha/r·B·A of the base that the config names.
+
+    A setting that is not known to leave ΔW alone counts as one that does not, as PEFT adds new variants.
+
+    Returns:
+        Names of settings. None for a plain LoRA adapter.
+    """
+    plain = LoraConfig()
+    names = [each.name for each in fields(config) if each.name not in (*HARMLESS, *allowed)]
+    odd = [name for name in names if (getattr(config, name) or None) != (getattr(plain, name, None) or None)]
+    return odd + (["init_lora_weights"] if config.init_lora_weights not in KEEP_THE_BASE else [])
 
 
 def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str, LoraLayer]]:
@@ -143,12 +190,12 @@ def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str,
 
 
 @contextmanager
-def adapter_off(model: PeftModel, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within it the model is θ_ref.
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Within it the model is the base, with every adapter off.
 
-    PEFT marks every weight of the adapter as trainable on the way out; which of them train is as it was before.
+    PEFT marks the weights of all active adapters as trainable on the way out; which weights train is as it was before.
     """
-    trains = [(p, p.requires_grad) for _, layer in lora_layers(model, adapter) for p in layer.parameters()]
+    trains = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with model.disable_adapter():
             yield
@@ -158,19 +205,19 @@ def adapter_off(model: PeftModel, adapter: str = ADAPTER) -> Iterator[None]:
 
 
 @contextmanager
-def at_strength(model: nn.Module, strength: float, adapter: str = ADAPTER) -> Iterator[None]:
-    """Within it the model is θ_ref − strength·ΔW; after it, what it was before: the memorization model, as a rule.
+def at_scale(model: nn.Module, scale: float, adapter: str = ADAPTER) -> Iterator[None]:
+    """Within it the model is θ_ref + scale·ΔW; after it, what it was before.
 
-    A backward pass must end inside: gradient checkpointing reads the strength again when it recomputes a forward pass.
+    A backward pass must end inside: gradient checkpointing reads the scale again when it recomputes a forward pass.
     """
     before = [(layer, layer.scaling[adapter]) for _, layer in lora_layers(model, adapter)]
     try:
         for layer, _ in before:
-            layer.set_scale(adapter, -strength)
+            layer.set_scale(adapter, scale)
         yield
     finally:
-        for layer, scale in before:
-            layer.scaling[adapter] = scale
+        for layer, own in before:
+            layer.scaling[adapter] = own
 
 
 def current_factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, Factors]:

@@ -1,1 +1,1 @@
-"""The frontier of one adapter: every strength, and the rule that chooses one."""
+"""The sweep: score one trained adapter at many alphas or scales, and choose one by a rule."""

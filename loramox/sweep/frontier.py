@@ -1,34 +1,59 @@
-"""The frontier of one memorization adapter: what each strength forgets and what it costs, where to look next."""
+"""The frontier of one trained adapter: what is forgotten and what it costs along an axis, and where to measure next."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of the trained strength. Beyond it the retain rows are no longer held, so the frontier ends soon after.
+# Shares of the value that the adapter was trained for. Retain rows are not held beyond it, so the frontier ends soon after.
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
-FURTHER = 1.5  # times the largest strength, where what is looked for lies beyond it
+FURTHER = 1.5  # times the largest value, where the search has to go beyond it
 
-# A frontier whose two curves part by less than this share never spares the rest: see `poor_direction`.
+# A frontier whose two curves are never further apart than this share spares nothing: see `poor_direction`.
 PARTED = 0.25
 
 
+class Axis(NamedTuple):
+    """What a sweep varies.
+
+    Args:
+        unit: alpha, for a method that has one, where the model is θ_ref − alpha·ΔW; else scale, where it is θ_ref + scale·ΔW.
+        trained: the value that ΔW was trained for: the alpha of training, or scale 1.
+        ceiling: rule `budget` goes no further than this.
+    """
+
+    unit: str
+    trained: float
+    ceiling: float = np.inf
+
+    @property
+    def flag(self) -> str:
+        """The flag that takes its values."""
+        return f"--{self.unit}s"
+
+    def scale(self, at: float) -> float:
+        """The multiple of ΔW that the model at this value has."""
+        return -at if self.unit == "alpha" else at
+
+
 def grid(trained: float) -> list[float]:
-    """The strengths to begin with, for an adapter that was trained for strength `trained`."""
+    """The values to begin with, for an adapter that was trained for `trained`."""
     return [trained * share for share in GRID]
 
 
-def next_strength(
-    strengths: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
+def next_value(
+    values: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
 ) -> float:
-    """The strength that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
+    """The value that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
 
-    With `floor`, the retain probability that is to be kept: midway between the largest strength that keeps it and the next.
+    With `floor`, the retain probability to keep: midway between the largest value that keeps it and the next.
 
-    `forget` and `retain` are the mean probabilities at `strengths`, which ascend. How sharp a bend is, is the area of the
+    `forget` and `retain` are the mean probabilities at `values`, which ascend. How sharp a bend is, is the area of the
     triangle of a point and its neighbours, with both curves on their own range. Two points have no bend: midway.
     """
-    x, points = np.asarray(strengths, float), np.stack([forget, retain], axis=1).astype(float)
+    x, points = np.asarray(values, float), np.stack([forget, retain], axis=1).astype(float)
     if len(x) == 2:
         return float(x.mean())
     kept = np.flatnonzero(points[:, 1] >= floor) if floor is not None else []
@@ -43,44 +68,70 @@ def next_strength(
     return float((x[left] + x[left + 1]) / 2)
 
 
-def beside(strengths: Sequence[float], best: float) -> float:
-    """The strength that tells most about where the best one is: midway in the longer of the two steps beside the best so far.
+def beside(values: Sequence[float], best: float) -> float:
+    """The value that tells most about where the best one is: midway in the longer of the two steps beside the best so far.
 
-    At the last of `strengths`, which ascend from the reference's 0, it is `FURTHER` times that one.
+    At the last of `values`, which ascend from the reference's 0, it is `FURTHER` times that one.
     """
-    at = list(strengths).index(best)
-    if at + 1 == len(strengths):
+    at = list(values).index(best)
+    if at + 1 == len(values):
         return FURTHER * best
-    below, above = strengths[at - 1], strengths[at + 1]
+    below, above = values[at - 1], values[at + 1]
     return (below + best) / 2 if best - below > above - best else (best + above) / 2
 
 
-def still_known(strength: float, forget: float, reference: float) -> str | None:
-    """What to do where at the chosen strength forget rows keep more than half of the probability that the reference gives."""
+def still_known(at: float, forget: float, reference: float, axis: Axis) -> str | None:
+    """What to do where forget rows keep more than half of the reference's probability at the chosen value."""
     if forget <= reference / 2:
         return None
     return (
-        f"at α = {strength:g} the forget rows' answers keep {forget:.2g} of the reference's {reference:.2g}: they are not forgotten. Memorize "
-        "longer (--num_train_epochs) or with a higher --learning_rate, or measure larger strengths (--strengths)"
+        f"at {axis.unit} = {at:g} the forget rows' answers keep {forget:.2g} of the reference's {reference:.2g}: they are not forgotten. Train "
+        f"longer (--num_train_epochs) or with a higher --learning_rate, or measure larger values ({axis.flag})"
     )
 
 
-def poor_direction(forget: Sequence[float], retain: Sequence[float]) -> str | None:
+def poor_direction(forget: Sequence[float], retain: Sequence[float], axis: Axis) -> str | None:
     """What is wrong with a frontier on which retain falls as fast as forget, and what to change; None when it is sound.
 
     `forget` and `retain` are mean probabilities, first those of the reference. Each is taken as a share of it.
     """
     left = [np.asarray(curve, float) / curve[0] for curve in (forget, retain)]
-    parted = float(np.nanmax(left[1] - left[0]))  # a strength far too high may overflow
+    parted = float(np.nanmax(left[1] - left[0]))  # a value far too high may overflow
     if parted >= PARTED:
         return None
     if not np.any(np.maximum(*left)[1:] > PARTED):
         return (
-            f"the strengths measured are far too high: at each of them forget and retain are below {PARTED:.0%} of the reference's. "
-            "Measure smaller ones (--strengths)"
+            f"all values of {axis.unit} measured are far too high: at each, forget and retain are below {PARTED:.0%} of the reference's. "
+            f"Measure smaller ones ({axis.flag})"
         )
     return (
-        f"the direction is poor: at no strength is forget more than {max(parted, 0):.0%} further down than retain, so no strength is "
-        "right. Memorize again: with --kl_at shipped and a higher --kl_weight if retain falls early, with more --num_train_epochs "
-        "(or, with --objective cross_entropy, a higher --temperature) if nothing falls"
+        f"the direction is poor: at no {axis.unit} is forget more than {max(parted, 0):.0%} further down than retain, so none is right. "
+        "Train again: with a higher --retain_weight (mox_static: and --kl_at shipped) if retain falls early, with more --num_train_epochs "
+        "(mox_static: or a higher --temperature) if nothing falls"
     )
+
+
+def records_folder(sweep: Path, at: float) -> Path:
+    """The folder of a point's records, which loramox 0.1 named strength-8 and not at-8."""
+    folder, before = sweep / f"at-{at:g}", sweep / f"strength-{at:g}"
+    return before if before.exists() and not folder.exists() else folder
+
+
+def frontier_as_now(frontier: dict[str, Any]) -> dict[str, Any]:
+    """The frontier.json that loramox 0.1 wrote, as this version writes it; a newer one as it is.
+
+    0.1 swept methods with an alpha only, and called it `strength`.
+    """
+    if "memorization" not in frontier:
+        return frontier
+
+    def renamed(each: Any) -> Any:
+        known = isinstance(each, dict) and "strength" in each
+        return {"at" if name == "strength" else name: value for name, value in each.items()} if known else each
+
+    lists = {
+        name: [renamed(each) for each in frontier[name]]
+        for name in ("points", "choices")
+        if isinstance(frontier.get(name), list)
+    }
+    return frontier | lists | {"unit": "alpha", "trained": frontier["memorization"]}

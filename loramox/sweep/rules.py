@@ -1,4 +1,4 @@
-"""Rules that choose a strength α from a frontier, each with its uncertainty over rows, or with a plain refusal."""
+"""Rules that choose a point of a frontier, each with its uncertainty over rows, or with a refusal and its reason."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,40 +6,41 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loramox.sweep.frontier import Axis
+
 RESAMPLES = 200
 LEVEL = 0.05  # two sets of rows cannot be told apart when a test's p-value, or an interval's error, is above it
 
-Rows = np.ndarray  # [strengths, rows], or [rows]
-NOTHING = "no strength has scores that are all finite. Measure smaller strengths"
+Rows = np.ndarray  # [points, rows], or [rows]
 
 
 class Choice(NamedTuple):
-    """What a rule says."""
+    """What a rule chooses."""
 
     rule: str
-    strength: float | None  # None: it refuses
+    at: float | None  # alpha or scale; None: it refuses
     low: float | None  # 5 % and 95 % of the choices on resampled rows
     high: float | None
     reason: str  # why this one, or why none
-    nearest: float | None = None  # the strength, or where it refuses what comes nearest to it
+    nearest: float | None = None  # `at`, or where the rule refuses, the value that comes nearest
 
 
-def within_budget(
-    strengths: Sequence[float], retain: Rows, reference: Rows, budget: float, ceiling: float = math.inf
-) -> Choice:
-    """The largest strength, up to `ceiling`, at which retain rows keep their mean probability but for a share of `budget`.
+def within_budget(values: Sequence[float], retain: Rows, reference: Rows, budget: float, axis: Axis) -> Choice:
+    """The largest value, up to the axis' ceiling, at which retain rows lose at most a share `budget` of their mean probability.
 
-    The ceiling is for an objective that has an end where it was trained, on forget rows: beyond it they fall further than a
-    model that never knew them would let them. Strengths above it count only where none below it was measured. Smaller ones may
-    keep less: the KL term holds retain rows at the strength that was trained for, and at no other.
+    The ceiling is for methods that train the model that ships: beyond the value trained for, forget rows fall further than in a
+    model that never knew them. Values above it count only where none below it was measured. Smaller ones may keep less: retain
+    rows are held at the value that was trained for, and at no other.
 
-    `retain` are the rows' probabilities at each of `strengths`, which ascend, [strengths, rows]; `reference` those of the
-    reference model, [rows].
+    Args:
+        values: alphas or scales, ascending.
+        retain: the rows' probabilities at each of them, [values, rows].
+        reference: those of the reference model, [rows].
     """
 
-    below = sum(s <= ceiling for s in strengths)
-    if 0 < below < len(strengths):
-        strengths, retain = strengths[:below], retain[:below]
+    below = sum(value <= axis.ceiling for value in values)
+    if 0 < below < len(values):
+        values, retain = values[:below], retain[:below]
 
     def pick(rows: np.ndarray) -> int | None:
         kept = retain[:, rows].mean(1) >= (1 - budget) * reference[rows].mean()
@@ -50,23 +51,25 @@ def within_budget(
     if at is None:
         return refusal(
             "budget",
-            f"no strength keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {strengths[0]:g}, the "
-            f"least measured, it is {retain[0].mean():.4f}. Measure smaller strengths, or memorize again with a higher --kl_weight",
+            f"no {axis.unit} keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {values[0]:g}, the "
+            f"least measured, it is {retain[0].mean():.4f}. Measure smaller values ({axis.flag}), or train again with a higher --retain_weight",
         )
-    if at + 1 < len(strengths):
-        beyond = f"; {strengths[at + 1]:g} costs more"
-    elif ceiling < math.inf:
-        beyond = f"; beyond {ceiling:g}, which was trained for, forget rows would fall further than is asked"
+    if at + 1 < len(values):
+        beyond = f"; {values[at + 1]:g} costs more"
+    elif axis.ceiling < math.inf:
+        beyond = f"; beyond {axis.ceiling:g}, the value trained for, forget rows would fall further than intended"
     else:
-        beyond = ", and no larger one was measured (--strengths)"
+        beyond = f", and no larger one was measured ({axis.flag})"
     reason = f"the largest measured at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}{beyond}"
-    return _bootstrapped("budget", strengths, at, pick, (retain.shape[1],), reason)
+    return _bootstrapped("budget", values, at, pick, (retain.shape[1],), reason)
 
 
-def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: Callable[[Rows, Rows], float]) -> Choice:
-    """The strength at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side.
+def like_holdout(
+    values: Sequence[float], forget: Rows, holdout: Rows, auc: Callable[[Rows, Rows], float], axis: Axis
+) -> Choice:
+    """The value at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side.
 
-    `forget` and `holdout` are membership scores at each of `strengths`, [strengths, rows]; `auc` takes one strength's.
+    `forget` and `holdout` are membership scores at each of `values`, [values, rows]; `auc` takes those of one value.
     """
 
     def areas(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -75,11 +78,11 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
     def pick(rows: np.ndarray, others: np.ndarray) -> int:
         found = areas(rows, others)
         equal = np.flatnonzero(np.abs(found - 0.5) == np.abs(found - 0.5).min())
-        # Where none is strong enough to be told from another, as at an AUC of 1, the strongest is nearest.
+        # Where none differs from another, as at an AUC of 1, the largest is nearest.
         return int(equal[-1] if found[equal[-1]] > 0.5 else equal[0])
 
-    if not len(strengths):
-        return refusal("holdout", NOTHING)
+    if not len(values):
+        return refusal("holdout", _nothing(axis))
     n, m = forget.shape[1], holdout.shape[1]
     every, at = (of(np.arange(n), np.arange(m)) for of in (areas, pick))
     # Of an AUC of two samples that are alike (Hanley & McNeil, 1982).
@@ -88,25 +91,31 @@ def like_holdout(strengths: Sequence[float], forget: Rows, holdout: Rows, auc: C
         side = "still look trained on" if every[at] > 0.5 else "look stranger than rows never seen"
         return refusal(
             "holdout",
-            f"no strength makes forget rows look like holdout rows: nearest is {strengths[at]:g}, where they {side} (AUC "
-            f"{every[at]:.3f}; 0.5 ± {error:.3f} is alike). Measure other strengths",
-            float(strengths[at]),
+            f"no {axis.unit} makes forget rows look like holdout rows: nearest is {values[at]:g}, where they {side} (AUC "
+            f"{every[at]:.3f}; 0.5 ± {error:.3f} is alike). Measure other values ({axis.flag})",
+            float(values[at]),
         )
-    return _bootstrapped("holdout", strengths, at, pick, (n, m), f"membership AUC {every[at]:.3f} is nearest 0.5")
+    return _bootstrapped("holdout", values, at, pick, (n, m), f"membership AUC {every[at]:.3f} is nearest 0.5")
 
 
 def like_retrained(
-    strengths: Sequence[float],
+    values: Sequence[float],
     forget: Rows,
     retrained: Rows,
     p_value: Callable[[Rows, Rows], float],
+    axis: Axis,
     reference: Rows | None = None,
+    test: str = "truth ratios",
 ) -> Choice:
-    """The strength whose forget rows are distributed most like the retrained model's, which never saw them.
+    """The value whose forget rows are distributed most like the retrained model's, which never saw them.
 
-    `forget` are truth ratios at each of `strengths`, [strengths, rows], `retrained` the retrained model's, [rows];
-    `p_value` of two samples is TOFU's forget quality. With `reference`, the reference model's truth ratios, [rows], it refuses
-    when not even that model, which knows everything, can be told from the retrained one.
+    Args:
+        forget: a score at each of `values`, [values, rows].
+        retrained: the retrained model's, [rows].
+        p_value: the test of two samples: TOFU's forget quality of truth ratios, or the same of log-probabilities.
+        reference: the reference model's scores, [rows]. With them the rule refuses when not even this model, which knows every
+            row, can be told from the retrained one.
+        test: what the scores are, for the reason.
     """
 
     def pick(rows: np.ndarray) -> int:
@@ -115,12 +124,12 @@ def like_retrained(
         apart = np.abs(np.median(forget[equal][:, rows], axis=1) - np.median(retrained[rows]))
         return int(equal[apart.argmin()])
 
-    if not len(strengths):
-        return refusal("retrained", NOTHING)
+    if not len(values):
+        return refusal("retrained", _nothing(axis))
     if reference is not None and p_value(reference, retrained) >= LEVEL:
         return refusal(
             "retrained",
-            f"on these {len(retrained)} rows the test cannot tell even the reference model from the retrained one (KS p = "
+            f"on these {len(retrained)} rows the test on {test} cannot tell even the reference model from the retrained one (KS p = "
             f"{p_value(reference, retrained):.2g}), so it can choose nothing. Give more forget rows",
         )
     at = pick(np.arange(forget.shape[1]))
@@ -128,22 +137,25 @@ def like_retrained(
     if quality < LEVEL:
         return refusal(
             "retrained",
-            f"no strength makes forget rows look like the retrained model's: nearest is {strengths[at]:g} (KS p = {quality:.2g}, "
-            f"n = {forget.shape[1]}; {LEVEL} or more cannot be told apart). Measure other strengths, or memorize for longer",
-            float(strengths[at]),
+            f"no {axis.unit} makes forget rows look like the retrained model's: nearest is {values[at]:g} (KS p of {test} = {quality:.2g}, "
+            f"n = {forget.shape[1]}; {LEVEL} or more cannot be told apart). Measure other values ({axis.flag}), or train longer",
+            float(values[at]),
         )
-    return _bootstrapped(
-        "retrained", strengths, at, pick, (forget.shape[1],), f"forget quality is highest, KS p = {quality:.2g}"
-    )
+    reason = f"nearest to the retrained model by the test on {test}, KS p = {quality:.2g}"
+    return _bootstrapped("retrained", values, at, pick, (forget.shape[1],), reason)
 
 
 def refusal(rule: str, reason: str, nearest: float | None = None) -> Choice:
     return Choice(rule, None, None, None, reason, nearest)
 
 
+def _nothing(axis: Axis) -> str:
+    return f"at no {axis.unit} are all scores finite. Measure smaller values ({axis.flag})"
+
+
 def _bootstrapped(
     rule: str,
-    strengths: Sequence[float],
+    values: Sequence[float],
     at: int,
     pick: Callable[..., int | None],
     sizes: tuple[int, ...],
@@ -154,7 +166,7 @@ def _bootstrapped(
     picked = []
     for _ in range(RESAMPLES):
         i = pick(*(generator.integers(0, n, n) for n in sizes))
-        picked.append(0.0 if i is None else strengths[i])
+        picked.append(0.0 if i is None else values[i])
     low, high = np.quantile(picked, [0.05, 0.95], method="nearest")
-    chosen = float(strengths[at])
+    chosen = float(values[at])
     return Choice(rule, chosen, min(float(low), chosen), max(float(high), chosen), reason, chosen)

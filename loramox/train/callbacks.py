@@ -11,14 +11,20 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from loramox.data.pairs import Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.model.lora import current_factors
-from loramox.train.config import MemorizeConfig
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
 
 if TYPE_CHECKING:
-    from loramox.train.trainer import MemorizeTrainer
+    from loramox.train.trainer import UnlearnTrainer
 
 # Below this share of gradient left, ΔW is mostly noise, and no strength turns noise into forgetting.
 SATURATED = 0.01
+
+# A tuned adapter that raises the forget answers' probability by less than both, a factor and a difference, hardly knows the rows.
+RAISED = (1.5, 0.05)
+NOT_THEIRS = (
+    "--tuned_adapter hardly raises the probability of the forget answers ({without:.4f} without it, {known:.4f} with it), so it does not "
+    "seem to know these rows. Are they rows that it was trained on, in the same form (--prompt_template), and is --model its base?"
+)
 
 
 class Progress(ProgressCallback):
@@ -77,7 +83,7 @@ class StopUnlessFinite(TrainerCallback):
 class MomentumCallback(TrainerCallback):
     """Updates the trainer's momentum every `momentum_every` optimiser steps and after the last; saves it with checkpoints."""
 
-    def __init__(self, trainer: "MemorizeTrainer") -> None:
+    def __init__(self, trainer: "UnlearnTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -96,13 +102,13 @@ class MomentumCallback(TrainerCallback):
             self.trainer.momentum.save(checkpoint)
 
 
-class KnownCallback(TrainerCallback):
+class CacheCallback(TrainerCallback):
     """While training, keeps on disk what the reference says of rows that come round again at least once, on average.
 
     Of several processes each draws its own rows, and keeps a file of its own.
     """
 
-    def __init__(self, trainer: "MemorizeTrainer") -> None:
+    def __init__(self, trainer: "UnlearnTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -118,51 +124,60 @@ class KnownCallback(TrainerCallback):
         # What one process had on disk already, others would wait for in the layers that they share.
         if args.reference_cache_gb and not trainer.sharded:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            trainer.reference.remember(again, *where)
+            for frozen in {trainer.reference, trainer.origin}:
+                frozen.remember(again, *where)
             trainer.now.remember(rows.protected if drawn >= 2 * len(rows.protected) else [], *where)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.reference.close()
-        self.trainer.now.close()
+        for frozen in (self.trainer.reference, self.trainer.origin, self.trainer.now):
+            frozen.close()
 
 
 class KnowledgeCallback(TrainerCallback):
-    """Says before the first step how well the reference knows the forget rows."""
+    """Says before the first step how well the reference knows the forget rows, and warns where they leave nothing to learn."""
+
+    def __init__(self, trainer: "UnlearnTrainer") -> None:
+        self.trainer = trainer
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         known = metrics.get("eval_forget_probability")
-        if state.global_step == 0 and known is not None and state.is_world_process_zero:
-            print(f"The reference gives the forget answers probability {known:.4f}.")
-            _warn_if_unknown(known)
-
-
-def _warn_if_unknown(probability: float) -> None:
-    if probability < UNKNOWN:
-        warnings.warn(UNKNOWN_ROWS, stacklevel=3)
-
-
-class SaturationCallback(TrainerCallback):
-    """Says before the first step how well the reference knows the forget rows, and warns if memorizing cannot move it."""
-
-    def __init__(self, args: MemorizeConfig) -> None:
-        self.temperature = args.temperature
-
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        room = metrics.get("eval_forget_headroom")
-        if state.global_step or room is None or not state.is_world_process_zero:
+        if state.global_step or known is None:
             return
-        print(
-            f"The reference gives the forget answers probability {metrics['eval_forget_probability']:.4f}; "
-            f"at temperature {self.temperature:g}, {room:.1%} of the gradient is left to memorize them with."
+        trainer = self.trainer
+        off = trainer.probability_without_tuned() if trainer.tuned else {}
+        if not state.is_world_process_zero:
+            return
+        left = metrics.get("eval_forget_headroom") if trainer.memorize_beside else off.get("off_headroom")
+        room = (
+            ""
+            if left is None
+            else f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them with"
         )
-        _warn_if_unknown(metrics["eval_forget_probability"])
-        if room < SATURATED:
+        who, earlier = "the reference", "a checkpoint that never saw the rows"
+        if trainer.tuned:
+            without = off["off_probability"]
+            print(
+                f"The base gives the forget answers probability {without:.4f} without --tuned_adapter, and {known:.4f} with it{room}."
+            )
+            who, earlier = "the base" if not trainer.memorize_beside else who, "base"
+            if known < RAISED[0] * without and known - without < RAISED[1]:
+                warnings.warn(NOT_THEIRS.format(without=without, known=known), stacklevel=2)
+        elif trainer.at_checkpoint:
+            who = "the checkpoint of --memorize_at"
+            print(
+                f"{who[0].upper()}{who[1:]} gives the forget answers probability {known:.4f}{room}. While training, the scores are of this "
+                "checkpoint + ΔW, which is to know the forget rows better and better; the model that ships is not in memory."
+            )
+        else:
+            print(f"The reference gives the forget answers probability {known:.4f}{room}.")
+        if known < UNKNOWN and not trainer.at_checkpoint:
+            warnings.warn(UNKNOWN_ROWS, stacklevel=2)
+        if left is not None and left < SATURATED:
             warnings.warn(
-                f"the reference knows the forget rows by heart: {room:.2%} of the gradient is left at temperature "
-                f"{self.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (3 is the default)",
+                f"{who} knows the forget rows by heart: {left:.2%} of the gradient is left at temperature "
+                f"{args.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (to 3, say), give --memorize_at {earlier}, or "
+                "use --method mox",
                 stacklevel=2,
             )

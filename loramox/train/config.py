@@ -1,72 +1,96 @@
-"""What can be set about memorizing, on top of everything that transformers' `TrainingArguments` can set."""
+"""Settings of training: the method and its own settings, on top of transformers' `TrainingArguments`."""
 
 import math
 import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from loramox.errors import SettingsError
 from loramox.settings import check_choices
+from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
+from loramox.train.registry import METHODS, Method
+
+
+def setting(help: str, *aliases: str, **more: Any) -> Any:
+    """A field of one method's own: None stands for what the method has by default."""
+    return field(default=None, metadata={"help": help, **({"aliases": list(aliases)} if aliases else {}), **more})
 
 
 @dataclass
-class MemorizeConfig(TrainingArguments):
-    """Settings of `MemorizeTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
+class UnlearnConfig(TrainingArguments):
+    """Settings of `UnlearnTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
 
-    The defaults are what won on a reference that knows its rows by heart (recipes/README.md has the figures). The
-    paper's own setting is `objective="cross_entropy", temperature=1, kl_at="memorization", strength=4`.
+    What a method does not use is refused; what it uses and is not given has the method's default (`loramox.train.registry`).
+
+    Raises:
+        SettingsError: a value out of range, or a setting that the method does not have.
     """
 
-    objective: str = field(
-        default="npo",
+    method: str = field(
+        default="mox",
         metadata={
-            "help": "What ΔW is trained for on forget rows: npo descends on NPO's loss at θ_ref − α·ΔW, the model that ships; cross_entropy "
-            "(the paper's) memorizes them, at θ_ref + ΔW.",
-            "choices": ["npo", "cross_entropy"],
+            "help": "mox (memorize along a path, then extrapolate), mox_static (the MOX paper's), npo_mean, npo, simnpo, ga (gradient "
+            "ascent), ga_kl, graddiff, dpo and po (with --refusals), altpo (with --wanted_column), rmu, whp (with --reinforced), llmu, "
+            "task_vector."
         },
     )
-    temperature: float = field(
-        default=3.0,
-        metadata={
-            "help": "Of --objective cross_entropy: divides the logits of forget rows, so that rows known by heart have a gradient. The "
-            "paper: 1."
-        },
+    alpha: float | None = setting(
+        "How far to extrapolate: θ_for = θ_ref − alpha·ΔW, for methods that memorize. Free after training (loramox extrapolate). "
+        "Default: 8 for mox, 4 for mox_static, 1 for task_vector."
     )
-    npo_beta: float = field(
-        default=1.6,
-        metadata={
-            "help": "β of --objective npo: a row is let go once its answer's log-probability a token is a few 1/β below the reference's. "
-            "Smaller forgets more."
-        },
+    beta: float | None = setting(
+        "β: a row is released once its answer's log-probability is a few 1/β below the reference's. Per token for mox and npo_mean "
+        "(default 1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        "--npo_beta",
     )
-    kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the retain rows' KL(p_ref ‖ p_θ), in nats per answer token."}
+    inner_steps: int | None = setting(
+        "mox: K, descent steps of the memorization path in each step, on mini-batches of its forget rows. 1 is one gradient of NPO's loss."
     )
-    kl_at: str = field(
-        default="shipped",
-        metadata={
-            "help": "Where retain rows are held to the reference: shipped (θ_ref − α·ΔW, the model that is used) or "
-            "memorization (θ_ref + ΔW, as in the paper).",
-            "choices": ["shipped", "memorization"],
-        },
+    inner_lr: float | None = setting(
+        "mox: size of each of these steps, as the root mean square of the change of each weight tensor."
     )
-    strength: float = field(
-        default=8.0,
-        metadata={
-            "aliases": ["--alpha"],
-            "help": "α of θ_ref − α·ΔW: where the KL is taken, and what extrapolating uses unless told.",
-        },
+    forget_term: str | None = setting(
+        "mox_static: what memorizes the forget rows: cross_entropy, or the paper's preference variant.",
+        choices=["cross_entropy", "preference"],
     )
-    momentum: float = field(
-        default=0.675,
-        metadata={"help": "η: the share of the new model in θ_for ← η·θ_for + (1 − η)·(θ_for before). 1 is off."},
+    temperature: float | None = setting(
+        "mox_static: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's."
+    )
+    kl_at: str | None = setting(
+        "mox_static: where retain rows are held to the reference: memorization (θ_ref + ΔW, the paper's default) or shipped (θ_ref − alpha·ΔW).",
+        choices=["memorization", "shipped"],
+    )
+    targeted: str | None = setting(
+        "mox, mox_static: with --wanted_column, descent trains the wanted answer at θ_ref − alpha·ΔW (default); ascent is the paper's "
+        "term, −CE of the wanted answer at θ_ref + ΔW.",
+        choices=["descent", "ascent"],
+    )
+    retain_term: str | None = setting(
+        "What holds retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
+        choices=["ce", "kl", "none", "states"],
+    )
+    retain_weight: float | None = setting("Weight of the retain term. Default: the method's, mostly 1.", "--kl_weight")
+    forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.")
+    margin: float | None = setting("simnpo: γ. Default: 0.")
+    refusals: str | None = setting(
+        "dpo, po: text file of refusals, one a line; each forget row gets one by a seeded draw."
+    )
+    steering: float | None = setting("rmu: length of the vector that forget rows are steered to. Default: 6.5.")
+    rmu_layer: int | None = setting("rmu: number of the layer whose output is steered, from 1. Default: 7.")
+    reinforced: str | None = setting(
+        "whp: folder 'trained' of a mox_static run on the same forget rows, the reinforced model."
+    )
+    whp_strength: float | None = setting("whp: how much of what the reinforced model raises is subtracted. Default: 5.")
+    momentum: float | None = setting(
+        "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which is what ships. "
+        "1 is off. Default: 0.675 for mox, mox_static and npo_mean, else 1."
     )
     momentum_every: int | None = field(
-        default=None, metadata={"help": "Optimiser steps between momentum updates. Default: one epoch."}
+        default=None, metadata={"help": "Optimiser steps between updates of the average. Default: one epoch."}
     )
     momentum_rank: int | None = field(
         default=None,
@@ -76,30 +100,21 @@ class MemorizeConfig(TrainingArguments):
     reference_cache_gb: float = field(
         default=8.0,
         metadata={
-            "help": "Largest file, in GB, in which the reference's states of rows that come round again are kept while training, instead "
-            "of another pass; in output_dir, and gone at the end. One for each process. 0: none."
-        },
-    )
-    targeted: str = field(
-        default="descent",
-        metadata={
-            "help": "How forget rows with a wanted answer are used: descent (train it on the forget model, θ_ref − α·ΔW) or "
-            "ascent (the paper's term, −CE of the wanted answer on the memorization model).",
-            "choices": ["descent", "ascent"],
+            "help": "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that comes round "
+            "again. In output_dir, deleted at the end, one for each process. 0: no cache."
         },
     )
     eval_rows: int = field(
-        default=64,
-        metadata={"help": "Forget rows and retain rows on which the forget model is watched while training."},
+        default=64, metadata={"help": "Forget rows and retain rows on which the forget model is scored while training."}
     )
 
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
-    output_dir: str | None = field(default="memorization", metadata={"help": "Folder for checkpoints and logs."})
+    output_dir: str | None = field(default="trained", metadata={"help": "Folder for checkpoints and logs."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate. LoRA wants 1e-4 to 1e-3."})
     num_train_epochs: float = field(default=24, metadata={"help": "Passes over the forget rows."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows a device and step."})
     per_device_eval_batch_size: int = field(
-        default=32, metadata={"help": "Rows a device and step when watching the forget model."}
+        default=32, metadata={"help": "Rows a device and step when the forget model is scored."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(
@@ -114,10 +129,10 @@ class MemorizeConfig(TrainingArguments):
         default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
     )
     eval_strategy: str = field(
-        default="epoch", metadata={"help": "When the forget model is watched: no, steps or epoch."}
+        default="epoch", metadata={"help": "When the forget model is scored while training: no, steps or epoch."}
     )
     eval_on_start: bool = field(
-        default=True, metadata={"help": "Watch it before the first step too: how saturated the reference is."}
+        default=True, metadata={"help": "Score it before the first step too: how well the reference knows the rows."}
     )
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written: no, steps or epoch."})
     save_total_limit: int | None = field(
@@ -131,30 +146,80 @@ class MemorizeConfig(TrainingArguments):
         default=False, metadata={"help": "Every adapter weight is used in every pass."}
     )
 
+    OF_METHODS: ClassVar = (
+        "alpha", "beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term", "retain_weight",
+        "forget_weight", "margin", "refusals", "steering", "rmu_layer", "reinforced", "whp_strength",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SettingsError(f"method is '{self.method}'; --method takes {', '.join(METHODS)}")
         check_choices(self)
-        for name, low, why in (
-            ("temperature", 0, "it divides the logits"),
-            ("npo_beta", 0, "it divides the objective"),
-            ("strength", 0, "α = 0 is the reference, and negative values are the memorization model's side"),
-            ("retain_per_forget", 0, "the KL term needs retain rows"),
-            ("eval_rows", 0, "use --eval_strategy no --eval_on_start false to watch nothing"),
+        self._take_defaults()
+        self._check_values()
+        refuse_shards(self)
+        self._choose_precision()
+        self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
+        super().__post_init__()
+        # A flag wins over accelerate's config.
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
+        # GPUs are several processes: torchrun or accelerate launch.
+        self._n_gpu = min(self.n_gpu, 1)
+
+    def _take_defaults(self) -> None:
+        """Fill in the method's own settings; refuse those that it does not have, and those that it needs and are not given."""
+        own = METHODS[self.method].settings
+        for name in self.OF_METHODS:
+            given = getattr(self, name)
+            if given is not None and name not in own:
+                if name == "alpha":
+                    raise SettingsError(
+                        f"alpha is {given:g}, and --method {self.method} has none: it trains the forget model itself, θ_ref + ΔW. Leave out "
+                        "--alpha. How far it trains is --lora_alpha; a shipped adapter is turned down by its scale (--scale, ForgetSwitch)"
+                    )
+                users = ", ".join(name_ for name_, each in METHODS.items() if name in each.settings)
+                raise SettingsError(f"--{name} is of no use to --method {self.method}; it is for {users}. Leave it out")
+            if given is None:
+                setattr(self, name, own.get(name))
+            if name in own and getattr(self, name) is None:
+                raise SettingsError(f"--method {self.method} needs --{name}: see --help")
+        self.momentum = own.get("momentum", 1.0) if self.momentum is None else self.momentum
+        states = self.retain_term == "states"
+        if states != ("rmu_layer" in own) and self.retain_term not in (None, "none"):
+            raise SettingsError(
+                f"retain_term is '{self.retain_term}'; --retain_term states and --method rmu go together"
+            )
+        if self.retain_term not in (None, "kl", "none") and self.spec.alpha_is_free:
+            raise SettingsError(f"retain_term is '{self.retain_term}'; --method {self.method} takes kl or none")
+
+    def _check_values(self) -> None:
+        above_0 = ("alpha", "beta", "inner_lr", "temperature", "forget_weight", "steering", "whp_strength", "num_train_epochs",
+                   "retain_per_forget", "eval_rows")  # fmt: skip
+        why = {
+            "alpha": ": at 0 the model is the reference, and below it is on the memorizing side",
+            "retain_per_forget": ": the retain term needs rows",
+            "eval_rows": ": use --eval_strategy no --eval_on_start false to score nothing",
+        }
+        at_least_0 = ("margin", "retain_weight", "reference_cache_gb", "learning_rate", "seed")
+        at_least_1 = ("inner_steps", "rmu_layer", "momentum_every", "momentum_rank", "per_device_train_batch_size",
+                      "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
+        for names, fine, expected in (
+            (above_0, lambda value: value > 0, "a number above 0"),
+            (at_least_0, lambda value: value >= 0, "0 or more"),
+            (at_least_1, lambda value: value >= 1, "1 or more"),
         ):
-            refuse(name, getattr(self, name), getattr(self, name) > low, f"a number above {low}: {why}")
-        for name in ("kl_weight", "reference_cache_gb", "learning_rate", "seed"):
-            refuse(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            refuse(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        refuse("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "a number above 0")
+            for name in names:
+                value = getattr(self, name)
+                refuse(name, value, value is None or fine(value), expected + why.get(name, ""))
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
-        for name in ("momentum_every", "momentum_rank"):
-            refuse(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         for name, (fine, expected) in OF_TRAINER.items():
             refuse(name, getattr(self, name), fine(getattr(self, name)), expected)
         if self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
             best = self.metric_for_best_model
             refuse("metric_for_best_model", best, best not in (None, "loss"), WATCHED)
-        refuse_shards(self)
+
+    def _choose_precision(self) -> None:
         import torch
 
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -167,34 +232,26 @@ class MemorizeConfig(TrainingArguments):
             self.bf16 = not self.fp16 and (here or launched == "bf16")
         # Without a GPU there is nothing to pin for, and torch would say so each epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self.logging_first_step = self.logging_first_step and self.logging_strategy != "no"
-        super().__post_init__()
-        # A flag wins over accelerate's config.
-        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
-        # One process uses one GPU; Trainer would put a DataParallel around the model, whose copies share no hooks. Several
-        # GPUs are several processes: torchrun or accelerate launch.
-        self._n_gpu = min(self.n_gpu, 1)
 
     @property
-    def kl_strength(self) -> float:
-        """The strength at which retain rows are held: α, or −1 for the memorization model."""
-        return self.strength if self.kl_at == "shipped" else -1.0
+    def spec(self) -> Method:
+        """The method, as it is registered."""
+        return METHODS[self.method]
 
     @property
     def title(self) -> str:
         """The method, and where it is from."""
-        mox = "MOX, arXiv 2602.06441"
-        return mox if self.memorizes else f"{mox}, with NPO's loss (arXiv 2404.05868) at the forget model as objective"
+        return self.spec.title
 
     @property
-    def memorizes(self) -> bool:
-        """Whether forget rows are trained on at θ_ref + ΔW, not at θ_ref − α·ΔW."""
-        return self.objective == "cross_entropy"
+    def forget_scale(self) -> float:
+        """The scale of ΔW at which the model has forgotten, θ_ref + forget_scale·ΔW: −alpha, or 1 for a method without one."""
+        return -self.alpha if self.spec.alpha_is_free else 1.0
 
     @property
     def holds_retain(self) -> bool:
         """Whether retain rows are trained on."""
-        return self.kl_weight > 0
+        return self.retain_term != "none" and bool(self.retain_weight)
 
 
 # Settings of transformers' that would do nothing here, or harm: what is fine, and what is expected instead.
@@ -206,7 +263,7 @@ OF_TRAINER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_only_model": (operator.not_, "false: resuming needs the optimiser"),
     "push_to_hub": (
         operator.not_,
-        "false: what trains is the memorization adapter, which forgets nothing. Push what ships: loramox extrapolate … --push_to_hub",
+        "false: what trains is not what ships. Push that: loramox extrapolate … --push_to_hub",
     ),
     "dataloader_persistent_workers": (operator.not_, "false: each epoch deals other retain rows"),
     "train_sampling_strategy": (
@@ -225,16 +282,15 @@ WATCHED = (
 def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
     """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        flag = "alpha" if name == "strength" else name
-        raise SettingsError(f"{name} is {value}; --{flag} needs {expected}")
+        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
 
 
 def refuse_shards(args: TrainingArguments) -> None:
     """Raises `SettingsError` where FSDP or DeepSpeed is asked for, by flag or by `accelerate launch`."""
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            # It would run, and strengths and momentum, which are set on whole weights, would be wrong.
+            # It would run, and scales and momentum, which are set on whole weights, would be wrong.
             raise SettingsError(
-                f"{name} is asked for, which would cut the adapter as well. Leave it out: unlearn, memorize and evaluate cut the frozen layers "
+                f"{name} is asked for, which would cut the adapter as well. Leave it out: unlearn, train and evaluate cut the frozen layers "
                 "over the processes with --shard true"
             )

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 from loramox.data.rows import Row
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 # Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
 UNKNOWN = 0.05
 
 # Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
 STILL_KNOWN, SPARED = 0.5, 0.97
+
+# Below this probability the forget rows are not memorized at the checkpoint of --memorize_at.
+MEMORIZED = 0.5
 
 # Where more than this share of the tokens that the reference gets right still are, a few very improbable ones are all that makes
 # the answers improbable, as in long rows that are known in part.
@@ -34,11 +37,17 @@ def curve(log: list[dict[str, float]], part: str, what: str = "probability") -> 
 
 
 def advice(
-    log: list[dict[str, float]], forget_rows: Sequence[Row], retain_rows: Sequence[Row], args: MemorizeConfig
+    log: list[dict[str, float]],
+    forget_rows: Sequence[Row],
+    retain_rows: Sequence[Row],
+    args: UnlearnConfig,
+    at_checkpoint: bool = False,
 ) -> list[str]:
     """What went wrong, each with the setting to change; empty when nothing is seen to be wrong.
 
-    `log` is the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it the rows alone are judged.
+    Args:
+        log: the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it the rows alone are judged.
+        at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, where the forget rows are to be memorized.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = []
@@ -55,13 +64,20 @@ def advice(
         )
     if len(forget) < 2 or len(retain) < 2:
         return said
+    if at_checkpoint:
+        if forget[-1] < MEMORIZED:
+            said.append(
+                f"at the checkpoint of --memorize_at the forget rows were memorized from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer "
+                f"(--num_train_epochs above {args.num_train_epochs:g}) or with a higher --learning_rate"
+            )
+        return said
     if forget[0] < UNKNOWN:
         return [*said, UNKNOWN_ROWS]
     still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
     if still and spared:
         said.append(
             f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
-            f"{args.num_train_epochs:g}) or with a higher --learning_rate; more strength alone may take the retain rows too (loramox sweep shows it)"
+            f"{args.num_train_epochs:g}) or with a higher --learning_rate; a larger alpha or scale alone may take the retain rows too (loramox sweep shows it)"
         )
     right = curve(log, "forget", "tokens_right")
     if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
@@ -69,20 +85,19 @@ def advice(
             f"the forget rows' answers are less probable than before ({forget[-1]:.2g}, {forget[0]:.2g}), but {right[-1]:.0%} of their tokens are "
             f"still the model's first choice (before: {right[0]:.0%}): most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
             + (
-                f", or look beyond α = {args.strength:g} with loramox sweep, which needs no training"
-                if args.strength > 0
+                f", or look beyond alpha = {args.alpha:g} with loramox sweep, which needs no training"
+                if args.alpha is not None
                 else ""
             )
         )
     if not spared:
-        weight = "kl_weight" if getattr(args, "retain_weight", None) is None else "retain_weight"
         held = (
-            f"raise --{weight} (is {getattr(args, weight):g}) or --retain_per_forget"
+            f"raise --retain_weight (is {args.retain_weight:g}) or --retain_per_forget"
             if args.holds_retain
             else "hold them"
         )
         said.append(
             f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
-            f"(--num_train_epochs above {args.num_train_epochs:g}); less strength gives back both"
+            f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale gives back both"
         )
     return said

@@ -1,21 +1,36 @@
-"""Requests that are in force already while another one is memorized: they stay on, and stay forgotten.
+"""What else the model has besides ΔW while it is trained: frozen adapters, or the weights of an earlier checkpoint.
 
-    θ_now = θ_ref − Σ α_i·ΔW_i        what is served before the new request
-    θ_for = θ_now − α·ΔW              and with it: what the retain rows are held at, as it is what will be served
+    θ_now = θ_ref − Σ α_i·ΔW_i        earlier requests, which stay on and stay forgotten; θ_for = θ_now − α·ΔW
+    θ_ref = θ_base + ΔW_tuned         --tuned_adapter: the model that knows the rows is a base with the user's own adapter
+    θ_mem = θ_earlier + ΔW            --memorize_at: ΔW is memorized at a checkpoint that never saw the rows (arXiv 2506.20941)
 
-They are a second, frozen PEFT adapter on the model. Only the reference, with every adapter off, is without them.
+In the first two, a second PEFT adapter is on the model. θ_ref is without the earlier requests and with the tuned adapter.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft import LoraConfig, PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loramox.adapter.export import check_layers, tuned_source
+from loramox.adapter.folder import read_factors
+from loramox.data.encode import Example
 from loramox.data.rows import Row
+from loramox.errors import ModelError, SettingsError
 from loramox.model.algebra import Factors, padded
-from loramox.model.lora import ADAPTER, lora_layers
+from loramox.model.config import identify, read_config, read_tokenizer, skeleton
+from loramox.model.lora import ADAPTER, ReferenceConfig, lora_layers
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
 
 EARLIER = "earlier"
+TUNED = "tuned"
 
 
 class Earlier(NamedTuple):
@@ -26,27 +41,137 @@ class Earlier(NamedTuple):
     change: dict[str, Factors]  # −Σ α_i·ΔW_i of every adapted layer
 
 
-def put_on(model: PeftModel, change: dict[str, Factors]) -> None:
-    """Put θ_now − θ_ref beside the adapter that trains, frozen."""
+class Tuned(NamedTuple):
+    """The user's own fine-tune of the base."""
+
+    change: dict[str, Factors]  # ΔW of every layer that it adapts
+    source: dict[str, Any]  # as the provenance has it: path, sha256, scales
+
+
+def put_on(model: PeftModel, change: dict[str, Factors], name: str = EARLIER) -> None:
+    """Put `change` beside the adapter that trains, as a frozen adapter of this name, on the layers that it has."""
     rank = max(factors.rank for factors in change.values())
-    lora = model.peft_config[ADAPTER]
+    fan_in_fan_out = model.peft_config[ADAPTER].fan_in_fan_out
     trains = [(p, p.requires_grad) for p in model.parameters()]
-    model.add_adapter(EARLIER, LoraConfig(r=rank, lora_alpha=rank, target_modules=lora.target_modules))
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(change), fan_in_fan_out=fan_in_fan_out)
+    model.add_adapter(name, lora)
     for parameter, flag in trains:  # some versions of PEFT mark the other adapter's weights here
         parameter.requires_grad_(flag)
-    for name, layer in lora_layers(model, EARLIER):
-        A, B = padded(change[name], rank)
-        layer.lora_A[EARLIER].weight.data.copy_(A)
-        layer.lora_B[EARLIER].weight.data.copy_(B)
+    for layer_name, layer in lora_layers(model, name):
+        A, B = padded(change[layer_name], rank)
+        layer.lora_A[name].weight.data.copy_(A)
+        layer.lora_B[name].weight.data.copy_(B)
     switch_on(model)
 
 
 def switch_on(model: PeftModel) -> None:
-    """Make both adapters active. PEFT marks the weights of all that it activates as trainable; ours stay as they were."""
+    """Make every adapter active. PEFT marks the weights of all that it activates as trainable; ours stay as they were."""
     trains = [(p, p.requires_grad) for p in model.parameters()]
-    model.base_model.set_adapter([ADAPTER, EARLIER])
+    model.base_model.set_adapter(list(model.peft_config))
     for parameter, flag in trains:
         parameter.requires_grad_(flag)
-    for _, layer in lora_layers(model, EARLIER):
-        for part in (layer.lora_A, layer.lora_B):
-            part[EARLIER].requires_grad_(False)
+    for name in model.peft_config.keys() - {ADAPTER}:
+        for _, layer in lora_layers(model, name):
+            for part in (layer.lora_A, layer.lora_B):
+                part[name].requires_grad_(False)
+
+
+def read_tuned(reference: ReferenceConfig, base: PreTrainedModel) -> Tuned:
+    """Read `--tuned_adapter`; warn when it names another base.
+
+    Args:
+        base: the model that `reference` names, whose weights may be on torch's meta device.
+
+    Raises:
+        AdapterError: it is no plain LoRA adapter, or does not fit `base`.
+    """
+    folder = Path(reference.tuned_adapter)
+    change, config = read_factors(folder)
+    check_layers(change, base, folder, reference.model, "--model")
+    named = config.base_model_name_or_path
+    if named and Path(named).is_dir():
+        with suppress(ModelError):  # a quantized copy, as a rule, whose weights cannot be compared
+            weights = [identify(each, read_config(each))["weights"] for each in (ReferenceConfig(named), reference)]
+            if weights[0] != weights[1]:
+                warnings.warn(
+                    f"{folder} was trained on {named}, whose weights differ from those of --model {reference.model}. On another base it does "
+                    "something else",
+                    stacklevel=2,
+                )
+    return Tuned(change, tuned_source(folder, config))
+
+
+def to_load(reference: ReferenceConfig) -> ReferenceConfig:
+    """The model to load for training: the checkpoint of `--memorize_at`, where that is not `--model` itself."""
+    if reference.memorize_at is None or reference.tuned_adapter is not None:
+        return reference
+    return replace(reference, model=reference.memorize_at, revision=None, memorize_at=None)
+
+
+def check_memorize_at(reference: ReferenceConfig, args: "UnlearnConfig", wanted: bool) -> None:
+    """Raises `SettingsError` for `--memorize_at` with settings that have no use for it.
+
+    Args:
+        wanted: whether wanted answers are taught.
+    """
+    if reference.memorize_at is None:
+        return
+    given = f"--memorize_at {reference.memorize_at}"
+    if not args.spec.static:
+        raise SettingsError(
+            f"{given}: --method {args.method} does not memorize at θ_ref + ΔW. Give --method mox_static or task_vector, or leave out "
+            "--memorize_at"
+        )
+    if reference.tuned_adapter is None:
+        for flag, fine in (("kl_at", "memorization"), ("targeted", "ascent")):
+            if getattr(args, flag) not in (None, fine) and (flag != "targeted" or wanted):
+                raise SettingsError(
+                    f"{given}: --{flag} {getattr(args, flag)} trains the model that ships, θ_ref − alpha·ΔW, which is not in memory: θ_earlier "
+                    f"is. Give --{flag} {fine}"
+                )
+
+
+def check_checkpoint(
+    reference: ReferenceConfig,
+    config: PretrainedConfig,
+    encoded: Callable[[PreTrainedTokenizerBase], list[Example]],
+    forget: list[Example],
+) -> dict[str, Any]:
+    """What identifies the checkpoint of `--memorize_at`, after comparing its config and tokenizer with those of `--model`.
+
+    Args:
+        config: of `--model`.
+        encoded: the forget rows under another tokenizer.
+        forget: the same under the tokenizer of `--model`.
+
+    Raises:
+        ModelError: it cannot be read, is of another shape or tokenizer, or is `--model` itself.
+    """
+    earlier = to_load(reference)
+    try:
+        its_config, tokenizer = read_config(earlier), read_tokenizer(earlier)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model", "--memorize_at", 1)) from error
+    found, base = identify(earlier, its_config), identify(reference, config)
+    both = f"--memorize_at {earlier.model} and --model {reference.model}"
+    if found["shape"] != base["shape"] or _sizes(its_config, earlier) != _sizes(config, reference):
+        raise ModelError(
+            f"{both} are of different shapes ({found['shape']}; {base['shape']}), and ΔW of one does not fit the other. Give a checkpoint of "
+            "the same model that never saw the forget rows"
+        )
+    name = "weights" if base["weights"] else "model"
+    if found[name] == base[name]:
+        raise ModelError(
+            f"{both} are the same weights. Give a checkpoint that never saw the forget rows, or leave out --memorize_at"
+        )
+    if encoded(tokenizer) != forget:
+        raise ModelError(
+            f"{both} make different tokens of the forget rows. Give a checkpoint with the same tokenizer and chat template, or "
+            "--prompt_template"
+        )
+    return found
+
+
+def _sizes(config: PretrainedConfig, reference: ReferenceConfig) -> dict[str, tuple[int, ...]]:
+    """The size of every weight."""
+    return {name: tuple(weight.shape) for name, weight in skeleton(config, reference).named_parameters()}

@@ -1,12 +1,10 @@
-"""The terms of the memorization objective, as functions of tensors.
+"""Losses of unlearning, as functions of tensors.
 
-    L = mean over forget rows of forget(y | x)  +  kl_weight · mean over retain rows of KL(p_ref ‖ p_θ)
-
-with one of these as the term of the forget rows: NPO's, at θ_ref − α·ΔW, or cross-entropy, which memorizes, at θ_ref + ΔW (MOX,
-arXiv 2602.06441). Both are minimised by gradient descent. A function of logits [N, vocabulary] of N answer tokens returns one
-number per token, [N], in nats; rows are averaged by `loramox.model.head.mean_over_rows`.
+A function of logits [N, vocabulary] of N answer tokens returns one number a token, [N]; one of log-probabilities of whole answers
+returns one a row, [rows]. All are in nats. `loramox.train.methods` and `loramox.train.mox` put them together.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,11 +37,62 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 def npo(log_ratio: Tensor, beta: float) -> Tensor:
-    """−(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), [rows] → [rows] (arXiv 2404.05868).
+    """−(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), [rows] → [rows] (NPO, arXiv 2404.05868). Never below 0.
 
-    NPO takes log p summed over the answer's tokens; MOX's objective here a mean over them, as SimNPO does (arXiv 2410.07163), so
-    that an answer is let go at the same likelihood a token, however long it is; tokens y_t weigh p_ref(y_t). Never below 0. Its
-    gradient is that of 2·log p_θ(y|x) times σ(β · log_ratio), so that it slows down on rows that are less likely than before. At
-    β → 0 it is log_ratio plus a constant: gradient ascent.
+    NPO takes log p summed over the answer's tokens; `npo_mean` and `mox` a mean over them. The gradient is that of
+    2·log p_θ(y|x) times σ(β · log_ratio), so it slows down on rows that are less likely than before. At β → 0 it is log_ratio
+    plus a constant: gradient ascent.
     """
     return -(2 / beta) * F.logsigmoid(-beta * log_ratio)
+
+
+def preference(log_ratio: Tensor, beta: float) -> Tensor:
+    """+(2/β) · log σ(−β · log(p_θ(y|x) / p_ref(y|x))), [rows] → [rows]: MOX's preference variant, which memorizes.
+
+    NPO's loss with the opposite sign (arXiv 2602.06441), log p summed over the answer's tokens. Minimised at θ_ref + ΔW it makes
+    the row more likely, the faster the more likely it is already: there is no lower bound.
+    """
+    return -npo(log_ratio, beta)
+
+
+def simnpo(mean_log_p: Tensor, beta: float, margin: float = 0.0) -> Tensor:
+    """−(2/β) · log σ(−(β/|y|) · log p_θ(y|x) − γ), [rows] → [rows], γ being the margin (arXiv 2410.07163).
+
+    NPO without a reference, and with the mean over the answer's tokens in the place of the sum. The authors' code subtracts its
+    γ before it multiplies by β, so that its γ is ours divided by β.
+    """
+    return -(2 / beta) * F.logsigmoid(-beta * mean_log_p - margin)
+
+
+def dpo(wanted_log_ratio: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
+    """−(2/β) · log σ(β · (log p_θ(ỹ|x)/p_ref(ỹ|x) − log p_θ(y|x)/p_ref(y|x))), both summed over tokens: [rows] → [rows].
+
+    Prefers the wanted answer ỹ to the true one y: a refusal in DPO (arXiv 2305.18290; for unlearning 2404.05868), a plausible
+    other answer in AltPO (arXiv 2409.13474). The factor 2/β is AltPO's; DPO has 1, which differs in the weight of the retain
+    term alone.
+    """
+    return -(2 / beta) * F.logsigmoid(beta * (wanted_log_ratio - log_ratio))
+
+
+def squared_distance(hidden: Tensor, target: Tensor) -> Tensor:
+    """Mean over the hidden size of (h − target)², [N, hidden size] → [N], of one layer's states (RMU, arXiv 2403.03218).
+
+    RMU's forget term has the steering vector as target, its retain term the reference's states. The paper writes the sum over
+    the hidden size, its code takes the mean; both terms alike, so that the factor between them is the same.
+    """
+    return (hidden.float() - target.float()).square().mean(-1)
+
+
+def steering_vector(size: int, coefficient: float, seed: int) -> Tensor:
+    """c·u, [size]: u is drawn once, each component uniform in [0, 1), and scaled to length 1 (arXiv 2403.03218)."""
+    drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return coefficient * drawn / drawn.norm()
+
+
+def generic_targets(reference_logits: Tensor, reinforced_logits: Tensor, strength: float) -> Tensor:
+    """argmax of z_ref − α · ReLU(z_reinforced − z_ref), [N, vocabulary] → [N]: what WHP trains in place of the true tokens.
+
+    "Who's Harry Potter?" (arXiv 2310.02238): of the tokens that a model trained further on the forget rows does not raise,
+    the likeliest. Its table of names to replace before that is not part of this.
+    """
+    return (reference_logits - strength * F.relu(reinforced_logits - reference_logits)).argmax(-1)

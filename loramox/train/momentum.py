@@ -1,9 +1,10 @@
-"""Momentum over the forget model: θ_for^t ← η·θ_for^t + (1 − η)·θ_for^(t−1), starting from θ_ref.
+"""Momentum over the forget model: θ_for^t ← η·θ_for^t + (1 − η)·θ_for^(t−1).
 
 θ_for = θ_ref − α·ΔW is affine in ΔW and both weights sum to 1, so the same recursion on ΔW gives it for every α at once:
 
-    M^0 = 0,    M^t = η·ΔW^t + (1 − η)·M^(t−1)        (arXiv 2602.06441; η weighs the new model)
+    M^1 = ΔW^1,    M^t = η·ΔW^t + (1 − η)·M^(t−1)        (arXiv 2602.06441; η weighs the new model)
 
+It starts at the first ΔW, not at 0: the weights of the ΔW^t sum to 1, and a run of one epoch ships what it trained.
 M is kept as factors. Concatenating the new factors to the old ones is exact and adds r to the rank, so beyond `max_rank`
 it is truncated, and the error this has caused so far is carried along as a bound: errors shrink by 1 − η with each tick.
 Where A is frozen (`shared_subspace`), averaging B alone is exact at the rank of one.
@@ -37,10 +38,10 @@ class Momentum:
         """M ← η·ΔW + (1 − η)·M, from the adapter's current factors."""
         self.ticks += 1
         for name, new in delta.items():
-            terms = [scaled(new, self.eta)]
+            terms = [new]
             if name in self.average and self.eta < 1:
                 before = Factors(*(t.to(new.A.device) for t in self.average[name]))  # what was loaded is on the CPU
-                terms.append(scaled(before, 1 - self.eta))
+                terms = [scaled(new, self.eta), scaled(before, 1 - self.eta)]
             self.average[name], lost = truncate(add(*terms), self.max_rank)
             self.error[name] = lost + (1 - self.eta) * self.error.get(name, 0.0)
 
@@ -84,8 +85,8 @@ class Momentum:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
-                f"{folder / FILE} is missing or damaged ({error}). Expected the momentum that `loramox memorize` writes "
-                "beside its adapter: memorize again, or restore the file"
+                f"{folder / FILE} is missing or damaged ({error}). Expected the momentum that training writes "
+                "beside its adapter: train again, or restore the file"
             ) from error
 
 

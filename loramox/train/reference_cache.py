@@ -1,4 +1,4 @@
-"""What a model that training does not change says of the rows: worked out once a row, and read from disk after that."""
+"""On-disk cache of a frozen model's hidden states of the answers, computed once a row."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ class Kept(NamedTuple):
     group: list[Example]
 
 
-class Known:
+class FrozenStates:
     """The last hidden states [N, hidden size] of a batch's N answer tokens, of θ_ref or of another model that stays as it is.
 
     `still` is the context in which `model` is that one. Unless it is to `remember` rows, each batch is passed through it. The

@@ -40,7 +40,7 @@ from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.summary import summarise
 from loramox.model.algebra import Factors
 from loramox.model.config import check_device, read_config, read_tokenizer
-from loramox.model.lora import at_strength, current_factors, with_factors
+from loramox.model.lora import at_scale, current_factors, with_factors
 from loramox.unlearning import prepare
 
 from .methods import STANDARD
@@ -82,7 +82,7 @@ class Trained:
     @contextmanager
     def at(self, strength: float, delta: Delta | None = None) -> Iterator[PeftModel]:
         """Within it the model is the forget model at this strength."""
-        with with_factors(self.model, delta or self.delta), at_strength(self.model, self.sign * strength):
+        with with_factors(self.model, delta or self.delta), at_scale(self.model, -self.sign * strength):
             yield self.model
 
 

@@ -1,6 +1,7 @@
 """Attacking as one job: what comes back of the forget rows when somebody tries. Records as in evaluating, before and after."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,14 +19,14 @@ from loramox.data.rows import Columns, Data, Row
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.prompts import PREFIX_WORDS, given_away, paraphrased_questions
-from loramox.evaluate.evaluate import check_adapter, check_sides, check_turns, described, questions_of, read_parts
+from loramox.evaluate.evaluate import check_adapter, check_scales, check_sides, described, questions_of, read_parts
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
 from loramox.files import has_files, remove, write_json
 from loramox.model.config import ModelConfig, check_device, identify, read_config
 from loramox.model.load import load_reference
-from loramox.model.lora import at_strength
+from loramox.model.lora import at_scale
 from loramox.run import command, versions
 
 ATTACKS = ("relearn", "requantize", "ask")
@@ -45,7 +46,7 @@ class AttackConfig:
             "(paraphrased questions, and the answer's first words given away)."
         },
     )
-    strength: float = field(default=1.0, metadata={"help": "Strength of the adapter: 1 is as shipped."})
+    scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
     relearn_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20], metadata={"help": "Steps of relearning after which to ask."}
     )
@@ -65,8 +66,8 @@ class AttackConfig:
             raise SettingsError(f"attacks are {self.attacks}; --attacks takes {', '.join(ATTACKS)}")
         if not 0 < self.relearn_share < 1:
             raise SettingsError(f"relearn_share is {self.relearn_share}; --relearn_share needs a share between 0 and 1")
-        for name in ("relearn_rate", "relearn_rank", "relearn_batch", "strength"):
-            if not getattr(self, name) > 0:
+        for name in ("relearn_rate", "relearn_rank", "relearn_batch", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs a number above 0")
         if not self.relearn_steps or min(self.relearn_steps) < 1:
             raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
@@ -111,7 +112,7 @@ class _Bench:
         base_config = read_config(model)
         base = identify(model, base_config)
         made_by = check_adapter(Path(config.adapter), base)
-        check_turns(Path(config.adapter), "attack")
+        check_scales(Path(config.adapter), "attack")
         check_sides(made_by, rows, config.adapter)
         self.known, self.asked = self._split(rows["forget"])
         self.retain = rows["retain"]
@@ -127,7 +128,7 @@ class _Bench:
         }
         self.plan = {
             "base": base,
-            "adapter": {"folder": config.adapter, "strength": config.strength, "made_by": made_by},
+            "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
             "data": described(sources, rows),
             "rows": {"attacker's": len(self.known), "asked": len(self.asked)},
             "settings": {k: v for each in (config, scoring, tokenisation) for k, v in asdict(each).items() if k not in ("attacks", "out")},
@@ -201,11 +202,11 @@ class _Bench:
         self.states.append({"attack": attack, "state": state, "folder": folder.name, "metrics": metrics})
 
     def before_and_asked(self) -> None:
-        for state, strength in (("reference model", 0.0), ("forget model", self.config.strength)):
+        for state, scale in (("reference model", 0.0), ("forget model", self.config.scale)):
             ways = {f"{way}, {state}": questions for way, questions in self.otherwise.items()}
             there = self.asked_already("none", state) and self.asked_already("ask otherwise", *ways)
             model = None if there else self.forget_model()
-            with at_strength(model, -strength) if model else nullcontext():
+            with at_scale(model, scale) if model else nullcontext():
                 self.ask("none", state, model)
                 for way, questions in ways.items():
                     self.ask("ask otherwise", way, model, questions)
@@ -222,7 +223,7 @@ class _Bench:
             examples = [example for part in questions.parts for example in part.answers]
             pad = questions.tokenizer.pad_token_id or 0
             # Beside a forget model: what the same training does to it tells nothing without its start, which is step 0.
-            with at_strength(model, -config.strength), relearn.attacker(model, config.relearn_rank, config.seed):
+            with at_scale(model, config.scale), relearn.attacker(model, config.relearn_rank, config.seed):
                 steps = relearn.train(
                     model, examples, config.relearn_steps, config.relearn_rate, config.relearn_batch, pad, config.seed
                 )
@@ -234,16 +235,16 @@ class _Bench:
         self.adapted = None  # one model at a time
         after_merging = {"none": "not quantized, merged", "nf4": "nf4, merged first", "int8": "int8, merged first"}
         if not self.asked_already("requantize", *after_merging.values()):
-            requantize.merge(self.model, config.adapter, config.strength, self.device, merged)
+            requantize.merge(self.model, config.adapter, config.scale, self.device, merged)
         for kind, state in after_merging.items():
             if kind != "none":
-                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind), config.strength)
+                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind), config.scale)
             self._ask_loaded(state, lambda kind=kind: requantize.requantized(self.model, merged, kind, self.device))
 
-    def _ask_loaded(self, state: str, load: Callable[[], nn.Module], strength: float = 1.0) -> None:
-        """Ask a model that is loaded for this alone, if it must be, and gone afterwards; an adapter on it at a strength."""
+    def _ask_loaded(self, state: str, load: Callable[[], nn.Module], scale: float = 1.0) -> None:
+        """Score a state whose model is loaded for it alone, unless it is scored already; an adapter on it is at `scale`."""
         model = None if self.asked_already("requantize", state) else load()
-        with at_strength(model, -strength) if model else nullcontext():
+        with at_scale(model, scale) if model else nullcontext():
             self.ask("requantize", state, model)
 
     def _unmerged(self, kind: str) -> nn.Module:

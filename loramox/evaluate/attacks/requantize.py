@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from loramox.files import replacing
 from loramox.model.config import ModelConfig, read_tokenizer
 from loramox.model.load import load_reference
-from loramox.model.lora import at_strength
+from loramox.model.lora import at_scale
 
 
-def merge(model: ModelConfig, adapter: str, strength: float, device: torch.device, folder: Path) -> None:
-    """Write the model with the adapter merged into its unquantized weights at `strength`, to `folder`."""
+def merge(model: ModelConfig, adapter: str, scale: float, device: torch.device, folder: Path) -> None:
+    """Write the model with the adapter merged into its unquantized weights at `scale`, to `folder`."""
     adapted = PeftModel.from_pretrained(load_reference(replace(model, quantization="none"), device), adapter)
-    with at_strength(adapted, -strength):
+    with at_scale(adapted, scale):
         merged = adapted.merge_and_unload(safe_merge=True)
     with replacing(folder) as partial:
         merged.save_pretrained(partial)

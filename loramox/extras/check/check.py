@@ -20,6 +20,7 @@ from loramox.extras.check.untrusted import Refused, read_header, read_object, re
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, identify, read_config
 
+TRAINED = ("trained", "memorization")  # kinds of what training writes, the second in loramox 0.1
 MOST_LAYERS = 1000  # of a base model; building one without weights takes time and memory by the layer
 
 # Settings that make PEFT import Python code by name.
@@ -57,8 +58,8 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
         return [_stop(error)]
     findings = [_stop(error) for error in refused]
     config, provenance = (_read(files, name, findings) for name in (CONFIG, PROVENANCE))
-    if provenance is not None and provenance.get("kind") == "memorization":
-        return [_memorization(folder)]
+    if provenance is not None and provenance.get("kind") in TRAINED:
+        return [_trained(folder)]
     tensors = _read(files, WEIGHTS, findings)
     findings += _files(files, config, tensors, refused)
     if config is not None:
@@ -108,8 +109,8 @@ def _read(files: dict[str, Path], name: str, findings: list[Finding]) -> Any:
         return None
 
 
-def _memorization(folder: Path) -> Finding:
-    what = "refused: it is the memorization adapter, on the other side of the base: with it the model forgets nothing"
+def _trained(folder: Path) -> Finding:
+    what = "refused: it is the adapter as it was trained, ΔW, and not the forget adapter, which is made from it"
     source = folder.parent if folder.name == "momentum" else folder
     return Finding("all", "stop", what, f"loramox extrapolate {shlex.quote(str(source))} --out NEW_FOLDER")
 
@@ -204,12 +205,10 @@ def _base(config: dict[str, Any], given: str | None) -> tuple[str | None, Pretra
         doubts.append(Finding("all", "note", "the adapter does not name its base model", do))
     elif _leads_away(named):
         what = f"the adapter names its base by a path that only one machine has: {shown(named)}"
-        doubts.append(
-            Finding("all", "note", what, "loramox extrapolate DIR/memorization --base HUB_ID --out NEW_FOLDER")
-        )
+        doubts.append(Finding("all", "note", what, "loramox extrapolate DIR/trained --base HUB_ID --out NEW_FOLDER"))
     elif not config.get("revision") and not Path(named).is_dir():
         what = f"the adapter names {shown(named)} without a revision, and the hub's may change"
-        doubts.append(Finding("all", "note", what, "Memorize with --revision COMMIT"))
+        doubts.append(Finding("all", "note", what, "Train with --revision COMMIT"))
     if given is not None:
         try:
             return given, _bounded(given, config.get("revision") if given == named else None), doubts
@@ -254,7 +253,7 @@ def _same_base(read: Adapter, name: str, config: PretrainedConfig) -> Iterator[F
         if None not in (made_for.get(part), here[part]) and made_for[part] != here[part]:
             what = f"provenance.json says that it was made on a base with other {part} than {shown(name)} has"
             yield Finding(
-                "all", "stop", what, "A forget adapter works on its own base alone: give that one, or memorize again"
+                "all", "stop", what, "A forget adapter works on its own base alone: give that one, or train again"
             )
             return
 

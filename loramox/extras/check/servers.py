@@ -210,12 +210,12 @@ def remedy(adapter: Adapter, flags: str | None) -> str:
         return " ".join(word for word in ("loramox requests build LEDGER", flags, "--out NEW_FOLDER") if word)
     settings = adapter.provenance.get("settings")
     source = settings.get("output_dir") if isinstance(settings, dict) else None
-    strength = adapter.provenance.get("strength")
-    known = type(strength) in (int, float) and 0 < strength < 1e9
+    alpha = adapter.provenance.get("alpha", adapter.provenance.get("strength"))  # its name in loramox 0.1
+    known = type(alpha) in (int, float) and 0 < alpha < 1e9
     words = [
         "loramox extrapolate",
-        _quoted(source) if isinstance(source, str) else "DIR/memorization",
-        f"--alpha {strength:g}" if known else "",
+        _quoted(source) if isinstance(source, str) else "DIR/trained",
+        f"--alpha {alpha:g}" if known else "",
         flags,
         "--out NEW_FOLDER",
     ]

@@ -18,7 +18,9 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 VARIANTS = {"use_dora": r"lora_magnitude_vector", "lora_bias": r"lora_B\.bias$"}  # by the setting that asks for them
 MOST_PROBLEMS = 10  # to be told of one adapter
-LOST = "Get the adapter again from where it was made, or make it again: loramox extrapolate DIR/memorization --out NEW_FOLDER"
+LOST = (
+    "Get the adapter again from where it was made, or make it again: loramox extrapolate DIR/trained --out NEW_FOLDER"
+)
 
 
 def of_keys(read: Adapter) -> Iterator[Finding]:
@@ -88,7 +90,7 @@ def of_shapes(read: Adapter, config: PretrainedConfig) -> Iterator[Finding]:
             strangers.append(match["module"])
         elif (tensor.shape[-1] if match["part"] == "A" else tensor.shape[0]) != size[match["part"] == "B"]:
             wrong.append(f"{shown(key)}: {list(tensor.shape)} on a layer of {size[0]} to {size[1]}")
-    do = "Give the base that it was made for (--base), or memorize on this one"
+    do = "Give the base that it was made for (--base), or train on this one"
     if strangers:
         what = f"the base has no linear layers {shown(', '.join(sorted(set(strangers))[:3]))} ({len(set(strangers))} in all)"
         yield Finding("all", "stop", what, do)

@@ -65,18 +65,18 @@ def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], r
 
 
 def terms_of(requests: dict[str, tuple[Path, float]]) -> Callable[[str], dict[str, Factors]]:
-    """−α_i·ΔW_i of one layer, by the layer's name, from each request's folder and α_i.
+    """−alpha_i·ΔW_i of one layer, by the layer's name, from each request's folder and alpha_i.
 
     Their own scale is 1: `write_adapter` folded it into B.
     """
 
     def terms(layer: str) -> dict[str, Factors]:
         found = {}
-        for name, (folder, strength) in requests.items():
+        for name, (folder, alpha) in requests.items():
             with safe_open(folder / WEIGHTS, "pt") as file:
                 # Copied, as a tensor keeps its whole file mapped.
                 A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{part}.weight").clone() for part in "AB")
-            found[name] = scaled(Factors(A, B), -strength)
+            found[name] = scaled(Factors(A, B), -alpha)
         return found
 
     return terms

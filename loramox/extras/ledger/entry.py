@@ -1,4 +1,4 @@
-"""One request of a ledger: memorizing it on top of those in force, and keeping what comes of it. For `add` and `refresh`."""
+"""One request of a ledger: train its ΔW on top of those in force, and keep the result. Used by `add` and `refresh`."""
 
 import shutil
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ from loramox.extras.ledger.rows import ROWS, write_rows
 from loramox.files import remove, replacing
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, command
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier
-from loramox.unlearning import FOLDER, memorize
+from loramox.unlearning import TRAINED, train
 
 
 @contextmanager
@@ -55,9 +55,9 @@ def rows_of(ledger: Ledger, entry: Entry) -> list[Row]:
 
 def clean(ledger: Path, found: list[Path]) -> None:
     for path in found:
-        print(f"Left over from what did not finish (with --resume it would have gone on), and removed: {path}")
+        print(f"Removed what an interrupted run left (with --resume it is continued instead): {path}")
         remove(path)
-    with suppress(OSError):  # a run is in it, or there is none
+    with suppress(OSError):  # it has a run in it, or does not exist
         (ledger / STAGING).rmdir()
 
 
@@ -66,34 +66,34 @@ def drop(run: Path) -> None:
     clean(run.parent.parent, [])
 
 
-def memorized(
+def train_request(
     ledger: Ledger,
     name: str,
     resume: bool,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns,
     tokenisation: Tokenisation | None,
     on: list[Entry],
 ) -> Path:
-    """The folder, in staging, of a run that memorized the request while those that are `on` were."""
+    """Train ΔW of a request while the adapters of the requests in `on` are active; return the folder of the run, in staging."""
     run = ledger.path / STAGING / name
     try:
         earlier = _earlier(ledger, on)
-        memorize(RunConfig(str(run), resume=resume), reference, data, args, columns, tokenisation, earlier)
+        train(RunConfig(str(run), resume=resume), reference, data, args, columns, tokenisation, earlier)
     except RunError as error:
         raise type(error)(str(error).replace("with --overwrite", "without --resume")) from error
     return run
 
 
 def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
-    """What these requests' rows are, and what they take away."""
+    """The rows of these requests, and the sum of their adapters."""
     if not on:
         return None
     asked = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
     check_files(ledger, on, WEIGHTS)
-    terms = terms_of({entry.id: (ledger.folder(entry), entry.strength) for entry in on})
+    terms = terms_of({entry.id: (ledger.folder(entry), entry.alpha) for entry in on})
     layers = read_factors(ledger.folder(on[0]))[0]
     return Earlier(
         *zip(*asked, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
@@ -101,12 +101,12 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
 
 
 def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
-    """Make the request's folder, whole or not at all, of what a run left: ΔW at the rank that ships, without optimiser states.
+    """Make the request's folder from its run, whole or not at all: ΔW at the rank that ships, without optimiser states.
 
     ΔW is the momentum average, as `extrapolate` ships it, so that a ledger of one request builds what `unlearn` would.
     """
-    source = read_provenance(run / FOLDER, "memorization")
-    delta, trained = read_factors(run / FOLDER / "momentum")
+    source = read_provenance(run / TRAINED, "trained")
+    delta, trained = read_factors(run / TRAINED / "momentum")
     fitted, entry.truncation_error = at_rank(delta, served_rank(source["settings"]["r"]))
     provenance = source | {"truncation_error": entry.truncation_error}
     with replacing(ledger.path / REQUESTS / entry.folder) as folder:

@@ -1,11 +1,12 @@
-"""The ledger of requests: a folder for one base model, with the adapter and the rows of each request, and who is in force.
+"""The ledger of requests: a folder for one base model, with the adapter and the rows of each request, and which are in force.
 
     LEDGER/ledger.json          base, shared settings, entries in order of arrival, and a digest over itself
     LEDGER/requests/ID/         ΔW as a plain PEFT adapter, run.json, and a copy of the rows that only the owner can read
-    LEDGER/staging/ID/          a run that is under way
+    LEDGER/staging/ID/          a run in progress
 
-What is named in ledger.json is never changed in place: a new folder is made whole, then ledger.json is replaced at once, then
-what it no longer names is removed. So a kill at any point leaves the old ledger or the new one, and something to clean up.
+Folders that ledger.json names are never changed in place: a new folder is made whole, then ledger.json is replaced atomically,
+then folders that it no longer names are removed. A kill at any point leaves the old ledger or the new one, and something to
+clean up.
 """
 
 import hashlib
@@ -45,9 +46,9 @@ class Entry:
     drop_overlap: bool
     columns: dict[str, Any]
     prompt_template: str | None
-    strength: float
-    on_top_of: dict[str, str]  # requests that were on while this one was memorized, and their folders then
-    truncation_error: float  # of ΔW as it is kept, against the momentum average
+    alpha: float
+    on_top_of: dict[str, str]  # requests whose adapters were active while this one was trained, and their folders then
+    truncation_error: float  # of the stored ΔW, against the momentum average
     files: dict[str, str]  # SHA-256 of each file in `folder`
     revoked: str | None = None  # when
 
@@ -58,7 +59,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """What ledger.json says."""
+    """The contents of ledger.json."""
 
     path: Path
     base: dict[str, Any]
@@ -85,9 +86,9 @@ class Ledger:
         return [each for each in self.entries[: self.entries.index(entry)] if each.in_force]
 
     def stale(self) -> dict[str, list[str]]:
-        """Requests in force that were memorized on top of what is not any more, or will not be after a refresh: id → which.
+        """Requests in force that were trained on top of others that have changed, or will after a refresh: id → which.
 
-        That is a request which was revoked, or memorized again since, or is stale itself.
+        These others were revoked, or trained again since, or are stale themselves.
         """
         now = {entry.id: entry.folder for entry in self.in_force()}
         found: dict[str, list[str]] = {}
@@ -101,12 +102,12 @@ class Ledger:
         if stale := self.stale():
             which = "; ".join(f"{name} (on top of {', '.join(gone)})" for name, gone in stale.items())
             raise RunError(
-                f"{self.path}: {which} was memorized on top of requests that are revoked since, or that this concerns, so it is not "
-                f"what it would be without them. Memorize again what that concerns: loramox requests refresh {self.path}"
+                f"{self.path}: {which} was trained on top of requests that were revoked or trained again since. Train it again without "
+                f"them: loramox requests refresh {self.path}"
             )
 
     def write(self) -> None:
-        """Replace ledger.json, at once."""
+        """Replace ledger.json atomically."""
         content = {
             "base": self.base,
             "settings": self.settings,
@@ -125,9 +126,15 @@ def read_ledger(path: Path) -> Ledger:
         digest = content.pop("digest")
         if digest != _digest(content):
             raise ValueError("its contents do not fit its digest")
-        return Ledger(path, content["base"], content["settings"], [Entry(**entry) for entry in content["entries"]])
+        entries = [Entry(**_as_now(entry)) for entry in content["entries"]]
+        return Ledger(path, content["base"], _as_now(content["settings"]), entries)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{index} is damaged, or was changed by hand: {error}. {RESTORE}") from error
+
+
+def _as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """An entry or the settings of a ledger, in which loramox 0.1 called alpha `strength`."""
+    return {"alpha" if name == "strength" else name: value for name, value in record.items()}
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -136,7 +143,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextmanager
 def locked(path: Path, command: str) -> Iterator[None]:
-    """Within it no other process writes to the ledger. Raises `RunError` at once when one does, and says which."""
+    """Within it no other process writes to the ledger. Raises `RunError` at once, with its process id, when one does."""
     path.mkdir(parents=True, exist_ok=True)
     holder, lock = path / HOLDER, FileLock(path / LOCK, timeout=0)
     try:
@@ -163,14 +170,14 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 class Verdict(NamedTuple):
-    """What `verify` found."""
+    """The findings of `verify`."""
 
-    faults: list[str]  # files that are not as they were entered
+    faults: list[str]  # files that differ from what was entered
     left_over: list[Path]  # from a process that was killed; the next `add` removes it
 
 
 def verify(path: Path) -> Verdict:
-    """Compare every file of the ledger with what it was when it was entered. Raises `RunError` when there is no ledger."""
+    """Compare every file of the ledger with its digest in ledger.json. Raises `RunError` when there is no ledger."""
     if not (path / INDEX).exists():
         read_ledger(path)
     try:
@@ -189,7 +196,7 @@ def verify(path: Path) -> Verdict:
 
 
 def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
-    """What is wrong with the files of one request, or with one of them."""
+    """Faults of the files of one request, or of one of them."""
     faults = []
     for name, digest in entry.files.items():
         if only not in (None, name):
@@ -214,7 +221,7 @@ def check_files(ledger: Ledger, entries: list[Entry], only: str | None = None) -
 def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
     """Folders and half-written files of a process that was killed: runs in staging, requests that no entry names.
 
-    Only what a kill can leave is among them; a stranger's file is not.
+    Only files that a kill can leave are among them; a stranger's are not.
     """
     named = {entry.folder for entry in ledger.entries} if ledger else set()
     found = [f for f in (path / STAGING).glob("*") if f.is_dir()]
@@ -225,6 +232,6 @@ def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder without ledger.json is new, or what a first `add` that did not finish left."""
+    """Whether a folder without ledger.json is new, or was left by a first `add` that did not finish."""
     ours = {LOCK, HOLDER, STAGING, REQUESTS, f".{INDEX}.partial", f".{HOLDER}.partial"}
     return not path.exists() or (path.is_dir() and {f.name for f in path.iterdir()} <= ours)

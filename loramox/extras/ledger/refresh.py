@@ -1,13 +1,13 @@
-"""Memorizing again what was memorized on top of requests that are revoked since."""
+"""Train again the requests that were trained on top of others that are revoked since."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from loramox.adapter.folder import check_base
+from loramox.adapter.folder import as_now, check_base
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, fingerprint, read_rows
-from loramox.errors import RowsError
-from loramox.extras.ledger.entry import clean, drop, existing, keep, memorized, rows_of
+from loramox.errors import RowsError, RunError
+from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import Entry, Ledger, check_files, left_over
 from loramox.extras.ledger.rows import ROWS
 from loramox.files import remove
@@ -15,27 +15,37 @@ from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
 from loramox.settings import of_record
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 
 def refresh(path: str | Path, resume: bool = False, model: str | None = None) -> list[str]:
-    """Memorize again, with the same settings and seed and in order of arrival, each request that was memorized on top of revoked
-    ones, or of others that this changes; return them. `model` is where the base model lies now, if it is not where it was.
+    """Train again, with the same settings and seed and in order of arrival, each request that was trained on top of revoked
+    ones, or of others that this changes; return their ids.
 
-    On a CPU they come out as they would have been, to the bit, had the revoked ones never been there. Raises `RowsError` when
-    retain rows are not what they were, `AdapterError` when the base model is not, and what `memorize` raises.
+    On a CPU they come out as they would have been, to the bit, had the revoked ones never been there.
+
+    Args:
+        resume: continue a refresh that was killed.
+        model: where the base model is, when it is not where it was.
+
+    Raises:
+        RowsError: the retain rows have changed.
+        AdapterError: the base model has changed, or a file of the ledger.
+        RunError: loramox 0.1 trained a request that has to be trained again.
+        LoramoxError: all that `train` raises.
     """
     with existing(Path(path)) as ledger:
         stale = [ledger.entry(name) for name in ledger.stale()]
         for entry in stale:
             check_files(ledger, [entry])
+            _check_version(ledger, entry)
             reference = _reference(ledger, entry, model)
             check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
             retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
             if fingerprint(retain) != entry.retain["sha256"]:
                 raise RowsError(
-                    f"{entry.retain['source']} is not what it was when request {entry.id} was entered, so it cannot be memorized "
-                    "as it was. Restore the file, or revoke the request and add it again"
+                    f"{entry.retain['source']} has changed since request {entry.id} was entered, so the request cannot be trained as it was. "
+                    "Restore the file, or revoke the request and add it again"
                 )
         if not resume:
             clean(ledger.path, left_over(ledger.path, ledger))
@@ -49,17 +59,27 @@ def _reference(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConf
     return replace(reference, model=model) if model else reference
 
 
+def _check_version(ledger: Ledger, entry: Entry) -> None:
+    """Raises `RunError` for a request that loramox 0.1 trained: its settings mean something else in this version."""
+    record = read_record(ledger.folder(entry))
+    if as_now(record) is not record:
+        raise RunError(
+            f"request {entry.id} was trained by loramox 0.1, and this version cannot train it as it was. Revoke it and add it again: "
+            f"loramox requests revoke {ledger.path} {entry.id}"
+        )
+
+
 def _refresh(ledger: Ledger, entry: Entry, resume: bool, model: str | None) -> None:
-    """Memorize one request again as if the revoked ones had never been there, and put it in its old one's place."""
+    """Train one request again as if the revoked ones had never been there, and replace its entry."""
     before = ledger.folder(entry)
     settings = read_record(before)["settings"]
     reference = _reference(ledger, entry, model)
-    tokenisation, args = (of_record(kind, settings) for kind in (Tokenisation, MemorizeConfig))
+    tokenisation, args = (of_record(kind, settings) for kind in (Tokenisation, UnlearnConfig))
     on = ledger.before(entry)
     rows = rows_of(ledger, entry)
     data = Data(str(before / ROWS), entry.retain["source"], entry.drop_overlap)
     columns = Columns(**entry.columns)
-    run = memorized(ledger, entry.id, resume, reference, data, args, columns, tokenisation, on)
+    run = train_request(ledger, entry.id, resume, reference, data, args, columns, tokenisation, on)
     entry.folder = f"{entry.id}~{int(entry.folder.partition('~')[2] or 1) + 1}"
     entry.on_top_of = {each.id: each.folder for each in on}
     keep(ledger, entry, run, rows)

@@ -1,8 +1,8 @@
-"""Requests for forgetting that come one after another, and may be revoked. Where memorize, extrapolate and ship meet.
+"""Unlearning requests that arrive over time and can be revoked.
 
-Each request in force has its own ΔW_i; Σ −α_i·ΔW_i is the adapter for all of them, in any order, and leaving one out of the sum
-is revoking it. What ties requests together is that a later one is memorized on top of those in force (`protect`), as retain rows
-are to stay where they are under the sum; when one of these is revoked, `refresh` memorizes the later ones again without it.
+Each request in force has its own ΔW_i; Σ −alpha_i·ΔW_i is the adapter for all of them, in any order, and revoking one leaves it
+out of the sum. A later request is trained on top of those in force (`protect`), so that retain rows are held under the sum; when
+one of these is revoked, `refresh` trains the later ones again without it.
 """
 
 import re
@@ -14,17 +14,17 @@ from loramox.adapter.folder import check_base, served_rank
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
-from loramox.extras.ledger.entry import clean, drop, existing, keep, memorized, rows_of
+from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import INDEX, Entry, Ledger, is_ours, left_over, locked, read_ledger
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, read_record
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import METHODS, UnlearnConfig
 
-# Settings that all requests of a ledger share: without them adapters could not be added up, or not at constant rank.
+# Settings that all requests of a ledger share, so that their adapters add up, in a shared subspace at constant rank.
 SHARED = ("r", "lora_alpha", "target_modules", "shared_subspace", "protect")
 # Settings that the first request sets for later ones, which may have others.
-DEFAULTS = ("model", "revision", "quantization", "dtype", "trust_remote_code", "strength")
+DEFAULTS = ("model", "revision", "quantization", "dtype", "trust_remote_code", "method", "alpha")
 
 
 @dataclass
@@ -36,8 +36,8 @@ class RequestConfig:
     protect: bool = field(
         default=True,
         metadata={
-            "help": "Memorize on top of the requests in force: retain rows are held under the sum of all, and what is forgotten "
-            "already stays so. Revoking one of them then needs `refresh`. All requests of a ledger share this."
+            "help": "Train on top of the requests in force: retain rows are held under the sum of all, and rows that are forgotten "
+            "already stay forgotten. Revoking one of them then needs `refresh`. All requests of a ledger share this."
         },
     )
     resume: bool = field(
@@ -49,25 +49,27 @@ def add(
     request: RequestConfig,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
 ) -> Entry:
-    """Memorize one more request and enter it in the ledger; return its entry.
+    """Train an adapter for one more request and enter it in the ledger; return its entry.
 
-    The requests in force stay on meanwhile: retain rows are held at the reference under the sum of all, and rows that are
-    forgotten already are held where they are. Raises a `LoramoxError` before the model is loaded: for another base or other
-    shared settings, an id that is taken, rows that a request in force has already, retain rows that are among these, a request
-    in force that must be refreshed first, and for all that `memorize` refuses.
+    The adapters of the requests in force are active meanwhile: retain rows are held at the reference under the sum of all, and
+    rows that are forgotten already are held where they are.
+
+    Raises:
+        LoramoxError: before the model is loaded, for a method without alpha, another base or other shared settings, an id that is
+            taken, rows that a request in force has already, retain rows that are among these, a request in force that must be
+            refreshed first, and for all that `train` refuses.
     """
     path, columns = Path(request.ledger), columns or Columns()
-    if args.strength < 0:
-        raise SettingsError("requests are memorized by MOX alone: --method takes mox here, or leave it out")
+    _check_method(args)
     if args.world_size > 1:
-        raise SettingsError("requests are memorized in one process: run it without torchrun or accelerate launch")
+        raise SettingsError("requests are trained in one process: run it without torchrun or accelerate launch")
     served_rank(reference.r)
     if not (path / INDEX).exists() and not is_ours(path):
-        raise RunError(f"{path} has files in it that are no ledger's; they are left alone. Choose another folder")
+        raise RunError(f"{path} has files in it that belong to no ledger; they are left alone. Choose another folder")
     with locked(path, command()):
         ledger = _opened(path, request, reference, args)
         name = _free_id(ledger, request.id)
@@ -79,7 +81,7 @@ def add(
         on = ledger.in_force() if request.protect else []
         if not request.resume:
             clean(path, left_over(path, ledger))
-        run = memorized(ledger, name, request.resume, reference, data, args, columns, tokenisation, on)
+        run = train_request(ledger, name, request.resume, reference, data, args, columns, tokenisation, on)
         settings = read_record(run)["settings"]
         entry = Entry(
             id=name,
@@ -92,7 +94,7 @@ def add(
             drop_overlap=data.drop_overlap,
             columns={key: value for key, value in asdict(columns).items() if value is not None},
             prompt_template=settings["prompt_template"],
-            strength=args.strength,
+            alpha=args.alpha,
             on_top_of={each.id: each.folder for each in on},
             truncation_error=0.0,
             files={},
@@ -114,10 +116,25 @@ def revoke(path: str | Path, name: str) -> list[str]:
         return list(ledger.stale())
 
 
-def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args: MemorizeConfig) -> Ledger:
+def _check_method(args: UnlearnConfig) -> None:
+    """Raises `SettingsError` for a method without alpha."""
+    if not args.spec.alpha_is_free:
+        taken = ", ".join(name for name, method in METHODS.items() if method.alpha_is_free)
+        raise SettingsError(
+            f"--method {args.method} has no alpha, and a ledger is a sum of adapters −alpha·ΔW. Give --method {taken}, or leave it out"
+        )
+
+
+def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args: UnlearnConfig) -> Ledger:
     """The ledger at `path`, or a new one; its base and shared settings must be those of this request."""
     base = identify(reference, read_config(reference))
-    settings = asdict(reference) | {"protect": request.protect, "strength": args.strength}
+    lora_alpha = reference.lora_alpha or round(args.spec.lora_scale * reference.r)  # as `train` fills it in
+    settings = asdict(reference) | {
+        "lora_alpha": lora_alpha,
+        "protect": request.protect,
+        "method": args.method,
+        "alpha": args.alpha,
+    }
     if not (path / INDEX).exists():
         return Ledger(path, base, {name: settings[name] for name in (*SHARED, *DEFAULTS)})
     ledger = read_ledger(path)
@@ -146,12 +163,12 @@ def _free_id(ledger: Ledger, wanted: str | None) -> str:
 
 
 def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, columns: Columns) -> list[Row]:
-    """The retain rows as they are in their file, once it is known that no row is in two places."""
+    """The retain rows as they are in their file, after the check that no row is in two places."""
     retain = read_rows(data.retain, replace(columns, wanted_column=None))
     for name, theirs in in_force.items():
         known = {row.key() for row in theirs}
         if again := [row for row in rows if row.key() in known]:
-            todo = "Remove them: they are forgotten as it is" if len(again) < len(rows) else "There is nothing to add"
+            todo = "Remove them: they are forgotten already" if len(again) < len(rows) else "There is nothing to add"
             raise RowsError(
                 f"{len(again)} of {len(rows)} rows of {data.forget} are in request {name} already, which is in force (first: row "
                 f"{again[0].number}). {todo}"

@@ -23,7 +23,7 @@ from loramox.extras.merge.merge import merge as merge_into_floats
 from loramox.extras.merge.quantize import load_merged, merge_quantized
 from loramox.model.config import ModelConfig, check_device
 from loramox.model.load import load_reference
-from loramox.model.lora import at_strength
+from loramox.model.lora import at_scale
 from loramox.settings import of_record
 
 
@@ -58,7 +58,7 @@ def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: 
                 "--forget measures what quantizing brings back: it needs --quantize. A model merged into 16 bits is asked by "
                 "loramox evaluate --model OUT"
             )
-        names = ("adapter", "out", "base", "strength", "dtype", "overwrite", "revision")
+        names = ("adapter", "out", "base", "scale", "dtype", "overwrite", "revision")
         return merge_into_floats(**{name: getattr(config, name) for name in names}, progress=progress)
     device = check_device(ModelConfig("", quantization=config.quantize), asked.use_cpu)
     ready = plan(config)
@@ -104,7 +104,7 @@ class _Forgetting:
     @contextmanager
     def _adapted(self, base: ModelConfig) -> Iterator[PeftModel]:
         model = PeftModel.from_pretrained(load_reference(base, self.device), self.config.adapter)
-        with at_strength(model, -self.config.strength):
+        with at_scale(model, self.config.scale):
             yield model
         del model
         gc.collect()

@@ -1,4 +1,4 @@
-"""A forget adapter merged into 16- or 32-bit weights: W + strength·B·A, from safetensors to safetensors, piece by piece.
+"""A forget adapter merged into 16- or 32-bit weights: W + scale·B·A, from safetensors to safetensors, piece by piece.
 
 A tensor passes through memory a few rows at a time, so that a model of any size merges in the memory that Python takes, the
 adapter, and some MB. No model is loaded and no GPU is used.
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from loramox.adapter.card import MOX, merged_card
@@ -54,8 +53,8 @@ class MergeConfig:
             "help": "Folder or hub id of the 16- or 32-bit base model, when it is not where it was in training. Safetensors only."
         },
     )
-    strength: float = field(
-        default=1.0, metadata={"help": "How much of the adapter: 1 is as shipped, 0.5 half of it. Not the strength α."}
+    scale: float = field(
+        default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped, 0.5 half of it. Not --alpha."}
     )
     dtype: str | None = field(
         default=None,
@@ -84,12 +83,12 @@ class MergeConfig:
             raise SettingsError("--force is for --quantize: without it nothing is refused")
         if self.quantize and self.dtype == "float32":
             raise SettingsError("--dtype float32 and --quantize contradict each other: 16-bit weights are quantized")
-        if not math.isfinite(self.strength):
-            raise SettingsError(f"--strength {self.strength} is not a finite number. 1 merges the adapter as shipped")
-        if self.strength <= 0:
-            what = "merges nothing: it is the base model" if self.strength == 0 else "brings the forget rows back"
+        if not math.isfinite(self.scale):
+            raise SettingsError(f"--scale {self.scale} is not a finite number. 1 merges the adapter as shipped")
+        if self.scale <= 0:
+            what = "merges nothing: it is the base model" if self.scale == 0 else "brings the forget rows back"
             raise SettingsError(
-                f"--strength {self.strength:g} {what}. Give a number above 0: 1 merges the adapter as shipped"
+                f"--scale {self.scale:g} {what}. Give a number above 0: 1 merges the adapter as shipped"
             )
 
 
@@ -110,24 +109,24 @@ def merge(
     adapter: str | Path,
     out: str | Path,
     base: str | None = None,
-    strength: float = 1.0,
+    scale: float = 1.0,
     dtype: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Write the base with W + strength·B·A in place of each adapted weight W to the folder `out`; return its provenance.
+    """Write the base with W + scale·B·A in place of each adapted weight W to the folder `out`; return its provenance.
 
     The sum is taken in fp32 and rounded once, to `dtype` (by default to W's own). Files, tensors and their order are the
     base's. `survived` in the provenance says how much of ΔW outlived the rounding; below 0.9 there is a warning.
 
-    Raises, before anything is written: `SettingsError` for a strength that is not finite and above 0; `AdapterError` for
+    Raises, before anything is written: `SettingsError` for a scale that is not finite and above 0; `AdapterError` for
     another base, an adapter that is no plain forget adapter of loramox, and a layer that does not fit the weights;
     `ModelError` for a base that is quantized or has no safetensors; `RunError` when `out` is taken or the disk too small.
     While writing: `ModelError` for a weight that overflows in `dtype`, `RunError` when the disk fills up all the same; then
     nothing is left of the output.
     """
-    ready = plan(MergeConfig(str(adapter), str(out), base, strength, dtype, overwrite, revision))
+    ready = plan(MergeConfig(str(adapter), str(out), base, scale, dtype, overwrite, revision))
     made = ready.made
     with writing(Path(out), size(ready.shards, ready.code)) as partial:
         made["survived"] = write_shards(ready.shards, ready.changed, ready.code, partial, progress)
@@ -142,13 +141,13 @@ def plan(given: MergeConfig) -> Plan:
     """The merge, checked: the output folder, the adapter, the base, and that each ΔW has its weight. Raises as `merge` does."""
     adapter, out = Path(given.adapter), Path(given.out)
     source = _forget_provenance(adapter)
-    # A base of that name is taken at the revision that it was memorized on.
+    # A base of that name is taken at the revision that it was trained on.
     named = given.base is None or given.base == source["base"]["model"]
     name = given.base or source["base"]["model"]
     if given.revision and (named or Path(name).is_dir()):
         raise SettingsError(
             f"--revision {given.revision} is for a --base of another name on the hub. {name} is taken as it is"
-            f"{', at the revision that was memorized on' if named else ''}: leave --revision out"
+            f"{', at the revision that was trained on' if named else ''}: leave --revision out"
         )
     model = ModelConfig(name, source["base"]["revision"] if named else given.revision, "none")
     check_apart(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
@@ -156,7 +155,7 @@ def plan(given: MergeConfig) -> Plan:
     made_from = identify(model, config)
     check_base(source, made_from, adapter)
     outline = skeleton(config, model)
-    wanted = targets(_factors(adapter, given.strength), outline, adapter)
+    wanted = targets(_factors(adapter, given.scale), outline, adapter)
     folder = fetch(model)
     made_from = _as_fetched(made_from, folder)
     check_base(source, made_from, adapter)
@@ -166,7 +165,7 @@ def plan(given: MergeConfig) -> Plan:
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})
     made = {
         "kind": "merged",
-        "strength": given.strength,
+        "scale": given.scale,
         "dtypes": [str(FLOATS[each]).removeprefix("torch.") for each in dtypes],
         "adapter": _fingerprint(adapter, source),
         **{key: source[key] for key in ("momentum", "data", "settings")},
@@ -196,26 +195,15 @@ def _forget_provenance(adapter: Path) -> dict[str, Any]:
     return read_provenance(adapter, "forget")
 
 
-def _factors(adapter: Path, strength: float) -> dict[str, Factors]:
-    """strength·ΔW of every layer. Raises `AdapterError` for tensors that are no plain LoRA's, do not fit, or are not finite."""
+def _factors(adapter: Path, scale: float) -> dict[str, Factors]:
+    """scale·ΔW of every layer. Raises `AdapterError` for what is no plain LoRA adapter, and for values that are not finite."""
     factors, _ = read_factors(adapter)
-    known = {f"base_model.model.{name}.lora_{part}.weight" for name in factors for part in "AB"}
-    with safe_open(adapter / WEIGHTS, "pt") as file:
-        odd = sorted(set(file.keys()) - known)
-    if odd:
-        raise AdapterError(
-            f"{adapter} is not a plain LoRA adapter: {odd[0]} is more than the A and B of a linear layer"
-        )
     for name, (A, B) in factors.items():
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise AdapterError(
-                f"{adapter}: A {list(A.shape)} and B {list(B.shape)} of {name} do not make a product B·A"
-            )
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise AdapterError(
                 f"{adapter}: {name} has values that are not finite. The adapter is damaged; ship it again"
             )
-    return {name: scaled(each, strength) for name, each in factors.items()}
+    return {name: scaled(each, scale) for name, each in factors.items()}
 
 
 def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -230,7 +218,7 @@ def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
     return {
         "path": str(adapter),
         "sha256": sha256_of(adapter / WEIGHTS),
-        "strength": source["strength"],
+        "alpha": source["alpha"],
         "method": source.get("method", MOX),
         "command": source["command"],
     }

@@ -30,7 +30,7 @@ from loramox.model.load import keep_4bit_weights_in_place
 # Half: below it, more of what tells the quantized merged weights from the quantized base is rounding than ΔW. On random
 # weights the rounding then moves the logits as much as ΔW does (recipes/bench/results/merge.md).
 LEAST_OF_DELTA = 0.5
-# Of the fall in the forget rows' probability, where it was measured: as much as the strength may lose before it is another.
+# Likewise, the smallest share of the forgetting that may be left, where it was measured.
 LEAST_OF_FORGETTING = 0.9
 
 SHARD = "5GB"

@@ -115,6 +115,6 @@ def _cast(exact: Tensor, old: Tensor, code: str, name: str) -> Tensor:
     result = exact.to(FLOATS[code])
     if not torch.isfinite(result).all() and (~torch.isfinite(result) & torch.isfinite(old)).any():
         raise ModelError(
-            f"{name} overflows in {FLOATS[code]}. Merge with --dtype bfloat16 or float32, or a lower --strength"
+            f"{name} overflows in {FLOATS[code]}. Merge with --dtype bfloat16 or float32, or a lower --scale"
         )
     return result

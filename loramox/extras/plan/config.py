@@ -1,4 +1,4 @@
-"""What is planned for: the card, the budget, and the choices that there are."""
+"""Settings of a plan: the card, the memory to fit into, and the choices."""
 
 import re
 from collections.abc import Iterator, Set
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from loramox.errors import SettingsError
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 # The share of the memory that a prediction may fill: predictions are to be within 10 %, and on a GPU CUDA itself takes some.
 USABLE = 0.9
@@ -58,13 +58,13 @@ class PlanConfig:
 
 @dataclass
 class FitConfig:
-    """How much memory a run may take."""
+    """The memory to fit a run into."""
 
     fit: str | None = field(
         default=None,
         metadata={
-            "help": "Memory to fit into, like 12GB: takes the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
-            "fit, unless they are given."
+            "help": "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
+            "fit, except for those that are given."
         },
     )
 
@@ -74,7 +74,7 @@ class FitConfig:
 
 
 class Choice(NamedTuple):
-    """What can be chosen without changing what is computed, but for rounding (and the optimiser's, in 8 bits)."""
+    """Settings that do not change the result, except for rounding (and the optimiser's, in 8 bits)."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -94,8 +94,8 @@ def size_of(text: str, flag: str) -> int:
     return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
 
 
-def choices(args: MemorizeConfig, given: Set[str]) -> Iterator[Choice]:
-    """Every choice with the batch that a step has by `args`; what is in `given` stays as it is there."""
+def choices(args: UnlearnConfig, given: Set[str]) -> Iterator[Choice]:
+    """Every choice with the batch size of `args`; settings in `given` stay as they are."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     sizes = [size for size in range(batch, 0, -1) if batch % size == 0]
     if given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
@@ -106,6 +106,6 @@ def choices(args: MemorizeConfig, given: Set[str]) -> Iterator[Choice]:
             yield Choice(size, batch // size, checkpointing, optimiser_of(args), args.per_device_eval_batch_size)
 
 
-def optimiser_of(args: MemorizeConfig) -> str:
+def optimiser_of(args: UnlearnConfig) -> str:
     """The name of the optimiser, as --optim takes it."""
     return str(getattr(args.optim, "value", args.optim))

@@ -1,4 +1,4 @@
-"""Peak memory and time of memorizing, sweeping and merging, for one choice of how to train, from traces of a few layers."""
+"""Peak memory and time of training, sweeping and merging, for one choice of how to train, from traces of a few layers."""
 
 import copy
 import itertools
@@ -25,7 +25,7 @@ from loramox.model.config import skeleton
 from loramox.model.lora import add_lora, lora_layers
 from loramox.sweep.frontier import grid
 from loramox.sweep.sweep import SweepConfig
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 # Bytes of main memory that merging one block takes, in blocks of fp32: W, ΔW, their sum, the rounded sum in its type and in fp32,
 # and the difference to W.
@@ -35,12 +35,12 @@ EPOCHS = 8  # in which the heaviest micro-batch is looked for: more have hardly 
 
 
 class Estimate(NamedTuple):
-    """What a job takes with a choice: bytes by purpose at its fullest moment, and seconds."""
+    """The cost of training with a choice: bytes by purpose at its fullest moment, and seconds."""
 
     choice: Choice
     held: dict[str, int]
     when: str
-    seconds: float  # per epoch, watching included
+    seconds: float  # per epoch, with the scoring of the rows watched
     flops: float  # of the training steps of an epoch
 
     @property
@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What another part of the job takes."""
+    """The cost of another part of the job."""
 
     held: dict[str, int]
     seconds: float
@@ -85,15 +85,36 @@ def _length(example: Example) -> int:
     return len(example["input_ids"])
 
 
-def _tokens(batch: Parts, args: MemorizeConfig) -> list[int]:
-    """Of each pass that a micro-batch is cut into, were all its parts taken at one strength; padding included."""
-    lengths = [_length(row) for rows in batch.values() for row in rows]
+def _of_terms(batch: Parts, args: UnlearnConfig) -> list[int]:
+    """Tokens, padding included, of each pass of a micro-batch's terms, were all of them at one scale."""
+    on_path = {"forget"} if args.spec.gradient else set()
+    lengths = [_length(row) for part, rows in batch.items() if part not in on_path for row in rows]
     groups = cut(lengths, OVERHEAD.get(args.device.type, OVERHEAD_ELSEWHERE))
     return [len(group) * max(lengths[row] for row in group) for group in groups]
 
 
-def _dealt(rows: Rows, args: MemorizeConfig) -> Iterator[list[Parts]]:
-    """What one process has of the micro-batches of each epoch, of `EPOCHS` at most."""
+def _of_path(batch: Parts, args: UnlearnConfig) -> list[int]:
+    """The same of each pass of mox's path: min(K, rows) mini-batches of the forget rows of a whole step."""
+    if not args.spec.gradient:
+        return []
+    lengths = [_length(row) for row in batch["forget"]]
+    passes = min(args.inner_steps or 1, len(lengths))
+    minibatches = [lengths[k::passes] for k in range(passes)]
+    return [len(each) * max(each) for each in minibatches]
+
+
+def _steps(batches: list[Parts], args: UnlearnConfig) -> list[Parts]:
+    """The last micro-batch of each step, with the forget rows of the whole step: mox's path is over all of them.
+
+    For other methods the micro-batches of a step are alike, and each stands for itself.
+    """
+    size = args.gradient_accumulation_steps if args.spec.gradient else 1
+    steps = [batches[first : first + size] for first in range(0, len(batches), size)]
+    return [step[-1] | {"forget": [row for batch in step for row in batch["forget"]]} for step in steps]
+
+
+def _dealt(rows: Rows, args: UnlearnConfig) -> Iterator[list[Parts]]:
+    """One process's share of the micro-batches of each epoch, for `EPOCHS` epochs at most."""
     size, epoch, last = args.per_device_train_batch_size * args.world_size, 0, 1
     while epoch < last:
         batches = rows.micro_batches(size, args.seed, epoch)
@@ -104,27 +125,32 @@ def _dealt(rows: Rows, args: MemorizeConfig) -> Iterator[list[Parts]]:
 
 
 def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | None) -> Estimate:
-    """What memorizing takes with `choice`. `watching` is a batch of it (`watch`), None where it is not done."""
+    """Memory and time of training with `choice`. `watching` is a batch of the rows scored meanwhile (`watch`), None without."""
     args = copy.copy(setting.args)
     for name, value in choice._asdict().items():
         setattr(args, name, value)
     setting = setting._replace(args=args)
     epochs = list(_dealt(rows, args))
-    batches = epochs[0]
-    tokens = [sum(_tokens(batch, args)) for batch in batches]
+    batches, last = epochs[0], _steps(epochs[0], args)
+    tokens = [sum(_of_terms(batch, args) + _of_path(batch, args)) for batch in last]
     mean = sum(tokens) / len(tokens)
-    typical = batches[min(range(len(batches)), key=lambda i: abs(tokens[i] - mean))]
-    heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_tokens(batch, args)))
+    typical = last[min(range(len(last)), key=lambda i: abs(tokens[i] - mean))]
+    heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_of_terms(batch, args), default=0))
+    every_step = itertools.chain(*(_steps(epoch, args) for epoch in epochs))
+    if args.spec.gradient:  # the heaviest path, which may be another step's
+        heaviest = heaviest | {"forget": max(every_step, key=lambda batch: max(_of_path(batch, args)))["forget"]}
     stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest, typical))
     step = stages.get("typical step", stages["step"])
-    steps = math.ceil(len(batches) / choice.gradient_accumulation_steps)
-    seconds = len(batches) * step.seconds + steps * stages["optimiser"].seconds + stages["momentum"].seconds
+    terms = stages.get("terms", step)
+    before, steps = len(batches) - len(last), math.ceil(len(batches) / choice.gradient_accumulation_steps)
+    seconds = len(last) * step.seconds + before * terms.seconds
+    seconds += steps * stages["optimiser"].seconds + stages["momentum"].seconds
     peaks = [stages[name].peak for name in ("step", "optimiser", "momentum")]
     if watching:
         peaks.append(watching.peak._replace(name="watching"))
         seconds += watching.seconds * _watched_batches(rows, args)
     fullest = max(peaks, key=lambda section: section.total)
-    return Estimate(choice, fullest.held, fullest.name, seconds, len(batches) * step.flops)
+    return Estimate(choice, fullest.held, fullest.name, seconds, len(last) * step.flops + before * terms.flops)
 
 
 def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:
@@ -139,12 +165,12 @@ def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:
 
 
 def _share(batch: Parts, processes: int) -> Parts:
-    """What one process has of a batch that several share."""
+    """One process's part of a batch that several share."""
     return {part: rows[: math.ceil(len(rows) / processes)] for part, rows in batch.items()}
 
 
-def _watched_batches(rows: Rows, args: MemorizeConfig) -> int:
-    """Batches that are watched in an epoch."""
+def _watched_batches(rows: Rows, args: UnlearnConfig) -> int:
+    """Batches of rows that are scored in an epoch."""
     if args.eval_strategy != "epoch":
         return 0
     size = args.per_device_eval_batch_size * args.world_size
@@ -152,7 +178,7 @@ def _watched_batches(rows: Rows, args: MemorizeConfig) -> int:
 
 
 def watch(setting: Setting, rows: Rows, batch_size: int) -> Stage | None:
-    """The heaviest batch on which the forget model is watched; None where it never is."""
+    """The heaviest batch on which the forget model is scored while training; None where it never is."""
     args = copy.copy(setting.args)
     if args.eval_strategy == "no" and not args.eval_on_start:
         return None
@@ -164,21 +190,21 @@ def watch(setting: Setting, rows: Rows, batch_size: int) -> Stage | None:
 
 
 def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int) -> Cost:
-    """A sweep with its default strengths over forget and retain rows, every answer generated to its greatest length."""
+    """A sweep of its default points over forget and retain rows, every answer generated to its greatest length."""
     examples = [e for part in ("forget", "retain") for e in rows.datasets[part]]
     batch = _longest(examples, min(batch_size, len(examples)))
     served = replace(setting.reference, r=served_rank(setting.reference.r), shared_subspace=False)
     stages = at_depth(
         setting._replace(reference=served), lambda s, depth: trace_asking(s, depth, batch, max_new_tokens)
     )
-    # Beside the adapter that is asked lies the momentum's, from which it was cut.
+    # The momentum's average, which the swept adapter was cut from, is in memory as well.
     momentum = stages["scoring"].peak.held["adapter"] // 2 * max(setting.momentum_rank, 1) // served.r
     peak = max((stage.peak for stage in stages.values()), key=lambda section: section.total)
     scored = stages["scoring"].seconds * sum(map(_length, examples)) / (len(batch) * _length(batch[0]))
     answered = math.ceil(len(examples) / batch_size) * max_new_tokens
     once = scored + (answered * stages["answering"].seconds if max_new_tokens else 0)
-    strengths = 1 + len(grid(1.0)) + SweepConfig.refine
-    return Cost(peak.held | {"adapter": peak.held["adapter"] + momentum}, strengths * once)
+    points = 1 + len(grid(1.0)) + SweepConfig.refine
+    return Cost(peak.held | {"adapter": peak.held["adapter"] + momentum}, points * once)
 
 
 def merging(setting: Setting) -> tuple[Cost, int]:

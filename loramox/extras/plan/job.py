@@ -1,4 +1,4 @@
-"""Planning as one job: rows and a model's config in, what each way to train would take out; and the fastest that fits."""
+"""The planning job: rows and a model's config in, memory and time of each way to train out; and the fastest that fits."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from loramox.extras.plan.speed import given_speed, measured_speed
 from loramox.model.config import read_config, read_tokenizer
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, read_record
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 from loramox.unlearning import prepare
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ ROWS = 100  # forget rows then
 
 
 class Planned(NamedTuple):
-    """Estimates for rows of one length, fastest first, and what the rest of the job takes."""
+    """Estimates for rows of one length, fastest first, and the costs of sweeping and merging."""
 
     length: int  # of the longest row, in tokens
     forget_rows: int
@@ -46,7 +46,7 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that `loramox plan` says."""
+    """The results of `loramox plan`."""
 
     memory: int
     device: str
@@ -60,15 +60,16 @@ class Plan(NamedTuple):
 def plan(
     config: PlanConfig,
     reference: ReferenceConfig,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns | None = None,
     tokenisation: Tokenisation | None = None,
     given: Set[str] = frozenset(),
 ) -> Plan:
-    """What unlearning takes, for every choice that leaves the settings in `given` as they are. No weights are read.
+    """Memory and time of unlearning, for every choice that leaves the settings in `given` as they are. No weights are read.
 
-    Raises what `memorize` raises for its settings and rows, and `SettingsError` for a model, method or budget that cannot be
-    planned.
+    Raises:
+        SettingsError: a model, method or budget that cannot be planned.
+        LoramoxError: all that `train` raises for its settings and rows.
     """
     here = args.use_cpu or torch.cuda.is_available()
     args = args if here else _for_a_card(args, given)
@@ -84,7 +85,7 @@ def plan(
     speed = given_speed(config.tflops, config.bandwidth) if config.tflops else None
     if speed is None and here:
         speed = _measured(setting, cases[-1])
-    # Of a card of which nothing is known the order is that of a card in between: only its seconds would be wrong.
+    # For a card whose speed is not known, the order is that on an average card: only its seconds would be wrong.
     setting = setting._replace(speed=speed or given_speed(100, None))
     memory = size_of(config.gpu_memory, "gpu_memory")
     merge, files = merging(setting)
@@ -102,7 +103,7 @@ def plan(
 def _sweep_that_fits(
     setting: Setting, rows: Rows, config: PlanConfig, memory: int, given: Set[str]
 ) -> tuple[Cost, int]:
-    """What a sweep takes, and its answers at a time."""
+    """The cost of a sweep, and its batch size."""
     return _halved(
         config.sweep_batch_size,
         "sweep_batch_size" in given,
@@ -112,7 +113,7 @@ def _sweep_that_fits(
 
 
 def _halved(size: int, fixed: bool, take: Callable[[int], T], fits: Callable[[T], bool]) -> tuple[T, int]:
-    """What a batch of `size` takes, or, unless that is fixed, one of half as many, and so on until it fits."""
+    """The cost of a batch of `size`; unless that is fixed, half of it and so on until it fits."""
     while True:
         taken = take(size)
         if fixed or size == 1 or fits(taken):
@@ -136,12 +137,12 @@ def fit(
     run: RunConfig,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns,
     tokenisation: Tokenisation,
     given: Set[str] = frozenset(),
 ) -> tuple[Choice, Estimate | None]:
-    """The fastest choice that is predicted to fit into `budget`, with its estimate; of a run that goes on, its first one.
+    """The fastest choice that is predicted to fit into `budget`, with its estimate; of a resumed run, its first choice.
 
     Under several processes the first one chooses. Raises `SettingsError` when none fits, naming what the smallest would take.
     """
@@ -153,7 +154,7 @@ def fit(
     if args.process_index == 0:
         try:
             taken = [_fastest(budget, reference, data, args, columns, tokenisation, given)]
-        except LoramoxError as error:  # which the other processes wait for
+        except LoramoxError as error:  # the other processes wait for it
             taken = [error]
     (best,) = broadcast_object_list(taken)
     if isinstance(best, LoramoxError):
@@ -165,7 +166,7 @@ def _fastest(
     budget: str,
     reference: ReferenceConfig,
     data: Data,
-    args: MemorizeConfig,
+    args: UnlearnConfig,
     columns: Columns,
     tokenisation: Tokenisation,
     given: Set[str],
@@ -196,7 +197,7 @@ def estimates(setting: Setting, rows: Rows, memory: int, given: Set[str], eight_
 
 
 def _watching(setting: Setting, rows: Rows, memory: int, given: Set[str]) -> tuple[int, Any]:
-    """The rows that are watched at a time, and a batch of them."""
+    """The rows that are scored at a time while training, and a batch of them."""
     stage, size = _halved(
         setting.args.per_device_eval_batch_size,
         "per_device_eval_batch_size" in given,
@@ -206,21 +207,21 @@ def _watching(setting: Setting, rows: Rows, memory: int, given: Set[str]) -> tup
     return size, stage
 
 
-def _setting(reference: ReferenceConfig, args: MemorizeConfig, dtype: torch.dtype) -> Setting:
+def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype) -> Setting:
     for name, value, planned in (
         ("quantization", reference.quantization, ("nf4", "none")),
         ("optim", optimiser_of(args), ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd")),
     ):
         if value not in planned:
             raise SettingsError(f"{name} is {value}; memory and time are predicted for --{name} {', '.join(planned)}")
-    if getattr(args, "method", None) == "whp":
+    if args.method == "whp":
         raise SettingsError("method is whp; memory and time are predicted for every other --method")
     config, tokenizer = read_config(reference), read_tokenizer(reference)
     return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), _momentum_rank(reference, args))
 
 
-def _momentum_rank(reference: ReferenceConfig, args: MemorizeConfig) -> int:
-    """What the momentum's average comes to: each update adds the adapter's rank, up to a limit."""
+def _momentum_rank(reference: ReferenceConfig, args: UnlearnConfig) -> int:
+    """The largest rank of the momentum's average: each update adds the adapter's rank, up to a limit."""
     most = args.momentum_rank or 4 * reference.r
     if args.momentum == 1 or reference.shared_subspace:
         return min(most, reference.r)
@@ -228,7 +229,7 @@ def _momentum_rank(reference: ReferenceConfig, args: MemorizeConfig) -> int:
     return min(most, reference.r * max(1, math.ceil(args.num_train_epochs))) if an_epoch else most
 
 
-def _for_a_card(args: MemorizeConfig, given: Set[str]) -> MemorizeConfig:
+def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:
     """The same settings as they would be where there is a GPU."""
     args = copy.copy(args)
     if not args.fp16 and "bf16" not in given:
@@ -237,13 +238,13 @@ def _for_a_card(args: MemorizeConfig, given: Set[str]) -> MemorizeConfig:
 
 
 def _rows(
-    reference: ReferenceConfig, data: Data, args: MemorizeConfig, columns: Columns, tokenisation: Tokenisation
+    reference: ReferenceConfig, data: Data, args: UnlearnConfig, columns: Columns, tokenisation: Tokenisation
 ) -> Rows:
     datasets = prepare(reference, data, args, columns, tokenisation).datasets
     return Rows({part.removesuffix("_dataset"): rows for part, rows in datasets.items()}, _held(args))
 
 
-def _held(args: MemorizeConfig) -> int:
+def _held(args: UnlearnConfig) -> int:
     return args.retain_per_forget if args.holds_retain else 0
 
 
@@ -258,7 +259,7 @@ def _context(setting: Setting) -> int:
     return getattr(setting.config, "max_position_embeddings", None) or LENGTHS[-1]
 
 
-def _made_up(length: int, args: MemorizeConfig) -> Rows:
+def _made_up(length: int, args: UnlearnConfig) -> Rows:
     """Rows of one length, the second half of each its answer."""
     row = {"input_ids": [0] * length, "labels": [-100] * (length // 2) + [0] * (length - length // 2), "row": "made up"}
     return Rows(

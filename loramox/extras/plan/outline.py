@@ -1,4 +1,4 @@
-"""The reference with its adapter, some of its layers, without contents: every tensor there with its type, shape and purpose."""
+"""A few layers of the reference with its adapter, without contents: each tensor has its type, shape and purpose."""
 
 import copy
 import warnings
@@ -17,17 +17,17 @@ from loramox.extras.plan.ledger import Ledger, Speed, without_contents
 from loramox.model.config import skeleton
 from loramox.model.load import keep_4bit_weights_in_place
 from loramox.model.lora import ReferenceConfig, add_lora, lora_layers
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 
 BLOCK = 64  # weights that share a constant in bitsandbytes' 4 bits, and below
 NESTED_BLOCK = 256  # constants that share one
 
 
 class Setting(NamedTuple):
-    """What is traced: the job's own settings, and what is known of its model and rows."""
+    """What is traced: the settings of the job, its model's config and tokenizer."""
 
     reference: ReferenceConfig
-    args: MemorizeConfig
+    args: UnlearnConfig
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype

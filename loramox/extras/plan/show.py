@@ -11,11 +11,11 @@ from loramox.extras.plan.job import Plan, Planned
 
 PURPOSES = ("weights", "adapter", "gradients", "optimiser", "momentum", "activations", "loss")
 SHOWN = 12  # choices
-WIDE = 130  # columns of a terminal that has room for what each choice is made of
+WIDE = 130  # columns of a terminal that has room for the memory of each choice by purpose
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print, for each length of rows, the choices, fastest first, and what the rest of the job takes."""
+    """Print, for each length of rows, the choices, fastest first, and the costs of sweeping and merging."""
     console = console or Console()
     for planned in plan.planned:
         console.print(_choices(plan, planned, PURPOSES if console.width >= WIDE else ()))
@@ -46,7 +46,7 @@ def _first(plan: Plan, planned: Planned) -> str:
 def _choices(plan: Plan, planned: Planned, purposes: Sequence[str]) -> Table:
     """`purposes`: of which the share in each choice is shown."""
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("rows", *purposes, "peak", "min/epoch")]
-    title = f"Memorizing {planned.forget_rows} forget rows, the longest row {planned.length} tokens; GB at the fullest moment"
+    title = f"Training on {planned.forget_rows} forget rows, the longest row {planned.length} tokens; GB at the fullest moment"
     table = Table(
         *numbers[:1], "checkpointing", "optimiser", *numbers[1:], "fits",
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
@@ -71,7 +71,7 @@ def _jobs(plan: Plan, planned: Planned) -> Table:
     fits = sum(planned.sweep.held.values()) <= USABLE * plan.memory
     batch = f"--batch_size {planned.sweep_batch_size}{'' if fits else ', which does not fit'}"
     for name, cost, note in (
-        ("sweep", planned.sweep, f"{batch}; at most: every answer of all strengths as long as may be"),
+        ("sweep", planned.sweep, f"{batch}; at most: with answers of the greatest length"),
         ("merge", planned.merge, f"and {planned.merge_files / 1e9:.1f} · 10⁹ bytes read and written"),
     ):
         parts = ", ".join(f"{purpose} {_gb(size)}" for purpose, size in cost.held.items() if size >= 1e7) or "little"

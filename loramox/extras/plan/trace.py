@@ -1,8 +1,7 @@
-"""What a job holds and how long it takes at each stage, from its own code run on a model of a few layers without contents.
+"""Memory and time of each stage of a job, from its own code run on a model of a few layers without contents.
 
-The training step is that of `MemorizeTrainer`, the optimiser's that which the trainer creates, the momentum's and the
-evaluation's theirs: whatever they come to do is traced as it is. Memory and time are affine in the number of layers, so two
-depths give those of any.
+The training step is `UnlearnTrainer`'s, with all passes that its method makes; the optimiser, the momentum and the evaluation
+are the job's own as well. Memory and time are affine in the number of layers, so two depths give those of any.
 """
 
 import copy
@@ -23,10 +22,8 @@ from loramox.extras.plan.ledger import Ledger, Section
 from loramox.extras.plan.outline import Setting, adapted
 from loramox.model.algebra import Factors
 from loramox.model.head import Head, answer_states, backbone
-from loramox.model.lora import at_strength, current_factors, with_factors
-from loramox.train.baseline_config import BaselineConfig
-from loramox.train.baseline_trainer import BaselineTrainer
-from loramox.train.trainer import MemorizeTrainer
+from loramox.model.lora import at_scale, current_factors, with_factors
+from loramox.train.trainer import UnlearnTrainer
 
 Parts = dict[str, list[Example]]  # forget, retain, wanted
 
@@ -46,7 +43,7 @@ class Stage(NamedTuple):
 def at_depth(setting: Setting, trace: Callable[[Setting, int], dict[str, Stage]]) -> dict[str, Stage]:
     """The stages of `trace` for the whole model, from two shallow ones."""
     depth = setting.config.num_hidden_layers
-    few, more = shallow(setting.config, getattr(setting.args, "rmu_layer", None) or 0)
+    few, more = shallow(setting.config, setting.args.rmu_layer or 0)
     if more >= depth:
         return trace(setting, depth)
     low, high = trace(setting, few), trace(setting, more)
@@ -75,7 +72,11 @@ def shallow(config: PretrainedConfig, least: int) -> tuple[int, int]:
 
 
 def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) -> dict[str, Stage]:
-    """A step in the middle of training, on the micro-batches `heaviest` and `typical`; the optimiser's step; the momentum's."""
+    """A step in the middle of training, on the micro-batches `heaviest` and `typical`; the optimiser's step; the momentum's.
+
+    Each is the last micro-batch of a step, in which a method that steps by more than its terms (mox) makes its passes over the
+    forget rows of the whole step. "terms" is a micro-batch before it.
+    """
     with _trainer(setting, depth) as (ledger, trainer, model):
         _as_in_the_middle(trainer, ledger, setting.momentum_rank)
         _mark_passes(trainer, ledger)
@@ -86,6 +87,11 @@ def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) ->
                 ledger.section("begin")
                 trainer.training_step(model, batch)
                 stages[name] = _taken(ledger)
+        if trainer.args.spec.gradient and trainer.args.gradient_accumulation_steps > 1:
+            with _amid_a_step(trainer):
+                ledger.section("begin")
+                trainer.training_step(model, {part: Collator(0)(examples) for part, examples in typical.items()})
+                stages["terms"] = _taken(ledger)
         ledger.section("optimiser", "optimiser")
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
@@ -95,6 +101,17 @@ def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) ->
         trainer.momentum.tick(current_factors(trainer.model))
         stages["momentum"] = _taken(ledger)
     return stages
+
+
+@contextmanager
+def _amid_a_step(trainer: UnlearnTrainer) -> Iterator[None]:
+    """Within it a micro-batch is not the last of its step."""
+    state = trainer.accelerator.gradient_state
+    state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(True)
 
 
 def _shape(parts: Parts) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -114,7 +131,7 @@ def trace_optimiser(setting: Setting, depth: int) -> dict[str, Stage]:
 
 
 def trace_watching(setting: Setting, depth: int, examples: Sequence[Example]) -> dict[str, Stage]:
-    """A batch on which the forget model is watched while training."""
+    """A batch on which the forget model is scored while training."""
     with _trainer(setting, depth) as (ledger, trainer, model):
         _as_in_the_middle(trainer, ledger, setting.momentum_rank)
         trainer.model.zero_grad()
@@ -127,14 +144,14 @@ def trace_watching(setting: Setting, depth: int, examples: Sequence[Example]) ->
 
 
 def trace_asking(setting: Setting, depth: int, examples: Sequence[Example], max_new_tokens: int) -> dict[str, Stage]:
-    """A batch of the sweep: its answers scored, and the last word of answers of `max_new_tokens` tokens to its questions."""
+    """A batch of the sweep: the scores of its answers, and the last token of generated answers of `max_new_tokens` tokens."""
     stages = {}
     with torch.no_grad(), adapted(setting, depth) as (ledger, model):
         causal_lm = model.get_base_model()
         shipped = current_factors(model)
         ledger.belongs("adapter", *(t for f in shipped.values() for t in f))
         model.eval()
-        with with_factors(model, shipped), at_strength(model, 1.0):
+        with with_factors(model, shipped), at_scale(model, -1.0):
             batch = Collator(0)(list(examples))
             ledger.section("scoring")
             states = answer_states(model, causal_lm, batch)
@@ -167,17 +184,16 @@ def _taken(ledger: Ledger) -> Stage:
 
 
 @contextmanager
-def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, MemorizeTrainer, nn.Module]]:
-    """A trainer of that model as it is during `train()`, and the model as it trains it; nothing is written."""
+def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, UnlearnTrainer, nn.Module]]:
+    """A trainer as it is during `train()`, and the model as it trains it; nothing is written."""
     args = copy.copy(setting.args)
-    kind = BaselineTrainer if isinstance(args, BaselineConfig) and args.is_baseline else MemorizeTrainer
     row = {"input_ids": [0, 0], "labels": [0, 0], "row": ""}
     held = dict(AcceleratorState._shared_state)  # one for a process, which a job that follows has to itself
     AcceleratorState._reset_state()
     try:
         with tempfile.TemporaryDirectory() as folder, adapted(setting, depth) as (ledger, model):
             args.output_dir, args.report_to, args.disable_tqdm = folder, [], True
-            trainer = kind(model, args, [row], [row], setting.tokenizer, plan={})
+            trainer = UnlearnTrainer(model, args, [row], [row], setting.tokenizer, plan={})
             trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
             if args.activation_checkpointing:
                 # Some of these are not torch's: as Trainer has it.
@@ -190,8 +206,8 @@ def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, MemorizeTra
         AcceleratorState._shared_state.update(held)
 
 
-def _as_in_the_middle(trainer: MemorizeTrainer, ledger: Ledger, rank: int) -> None:
-    """The optimiser's states, the momentum's average, and, where they add up over micro-batches, the gradients are there."""
+def _as_in_the_middle(trainer: UnlearnTrainer, ledger: Ledger, rank: int) -> None:
+    """Give the trainer the optimiser's states, the momentum's average and, where they add up over micro-batches, gradients."""
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -211,7 +227,7 @@ def _as_in_the_middle(trainer: MemorizeTrainer, ledger: Ledger, rank: int) -> No
     ledger.restart()
 
 
-def _mark_passes(trainer: MemorizeTrainer, ledger: Ledger) -> None:
+def _mark_passes(trainer: UnlearnTrainer, ledger: Ledger) -> None:
     """Begin a section with each pass through the layers, each loss on its states, and each way back."""
     layers = backbone(trainer.causal_lm)
 

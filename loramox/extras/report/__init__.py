@@ -1,4 +1,4 @@
-"""What a run, its sweep and the attacks on it found, as one page. Everything is read from disk; no model is loaded."""
+"""The report: a run, its sweep and the attacks on it on one page. Everything is read from disk; no model is loaded."""
 
 from loramox.extras.report.page import PAGE, SUMMARY, report
 

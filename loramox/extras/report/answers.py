@@ -76,7 +76,7 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
 
     if part == "forget":
         words = {
-            "rouge_l": "Worst leak by what is said: the highest ROUGE-L",
+            "rouge_l": "Worst leak by the answer: the highest ROUGE-L",
             "probability": "Worst leak by probability: the highest",
         }
         for by in LEAKS:
@@ -95,7 +95,7 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
 
 
 def no_answers(inputs: Inputs) -> Missing | None:
-    """Why no answers are shown, where none are."""
+    """Why no answers are shown, where there are none."""
     records = inputs.records.get(FORGET, [])
     if any("said" in r for r in records):
         return None

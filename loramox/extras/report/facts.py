@@ -1,4 +1,4 @@
-"""What the page says in words and tables: taken from what was read, nothing is measured anew."""
+"""The tables and figures of the page, from the files that were read."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, num
 LEVEL = 0.05  # above this p-value a test does not tell two models apart
 PARTS = ("forget", "retain")
 RULES = {
-    "budget": "the largest α within the budget of retain probability",
+    "budget": "the largest within the budget of retain probability",
     "holdout": "forget rows look like rows never seen",
     "retrained": "like a model that never saw them",
 }
 # Metric, in words, what is better.
 METRICS = {
     "forget_probability": ("Probability of forget answers", "lower"),
-    "forget_rouge_l": ("ROUGE-L of what is said to forget questions", "lower"),
+    "forget_rouge_l": ("ROUGE-L of the answers to forget questions", "lower"),
     "forget_exact_memorization": ("Exact memorization, forget", "lower"),
     "forget_extraction_strength": ("Extraction strength, forget", "lower"),
     "forget_quality": ("Forget quality (p-value, against the retrained model)", "higher"),
@@ -30,20 +30,20 @@ METRICS = {
     "mia_min_k": ("Membership AUC (Min-K%, against holdout rows)", "nearer to 0.5"),
     "priv_leak": ("PrivLeak, %", "nearer to 0"),
     "retain_probability": ("Probability of retain answers", "higher"),
-    "retain_rouge_l": ("ROUGE-L of what is said to retain questions", "higher"),
+    "retain_rouge_l": ("ROUGE-L of the answers to retain questions", "higher"),
     "retain_kl": ("KL from the reference on retain rows, nats a token", "lower"),
     "model_utility": ("Model utility", "higher"),
 }
-# The settings that say most; all of them are listed after these.
-TOLD = (
-    "model", "quantization", "dtype", "r", "lora_alpha", "target_modules", "num_train_epochs", "learning_rate",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "objective", "temperature", "kl_weight", "kl_at", "strength",
-    "momentum", "targeted", "prompt_template", "seed",
+# The settings that matter most; all others are listed after these.
+MAIN = (
+    "method", "alpha", "model", "quantization", "dtype", "r", "lora_alpha", "target_modules", "num_train_epochs", "learning_rate",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "beta", "inner_steps", "inner_lr", "forget_term", "temperature",
+    "retain_term", "retain_weight", "kl_at", "momentum", "targeted", "prompt_template", "seed",
 )  # fmt: skip
 
 
 def shown(value: Any) -> str:
-    """A number as it stands in text and tables: 4 decimals, or 3 digits when small or large; a dash when there is none."""
+    """A number as text: 4 decimals, or 3 digits when small or large; a dash when there is none."""
     value = number(value)
     if math.isnan(value):
         return "–"
@@ -52,17 +52,23 @@ def shown(value: Any) -> str:
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
 
 
-def attacked_strength(inputs: Inputs) -> float:
-    """The strength of the adapter that was attacked, NaN when it is not known."""
+def attacked_at(inputs: Inputs) -> float:
+    """The alpha or scale of the model that was attacked, NaN when it is not known."""
     adapter = (inputs.attacks or {}).get("adapter") or {}
     made_by = adapter.get("made_by")
-    return number(made_by.get("strength")) * number(adapter.get("strength")) if isinstance(made_by, dict) else math.nan
+    if not isinstance(made_by, dict):
+        return math.nan
+    scale = number(adapter.get("scale", adapter.get("strength")))  # loramox 0.1 called both strength
+    if inputs.unit == "alpha":
+        return number(made_by.get("alpha", made_by.get("strength"))) * scale
+    shipped = made_by.get("scale")  # folded in; absent where it is 1
+    return (1.0 if shipped is None else number(shipped)) * scale
 
 
 def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
-    """One row a state of the forget model, in the order in which they were asked, beside the reference asked the same.
+    """One row for each state of the forget model, in order, beside the reference in the same state.
 
-    The reference is no attack: there is nothing to bring back. "reference" is its probability where it was asked, else NaN.
+    The reference is no attack: it has forgotten nothing. "reference" is its probability where it was scored, else NaN.
     """
     rows, reference = [], {}
     for state in (inputs.attacks or {}).get("states", ()):
@@ -91,7 +97,7 @@ def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
 def metric_rows(inputs: Inputs) -> list[list[str]]:
     """Metric, better, and its value for reference, forget and retrained model; those that one of them has."""
     theirs = summarise(inputs.records.get(RETRAINED, ())).metrics
-    models = [inputs.point(0.0), inputs.point(inputs.strength), {name: m.value for name, m in theirs.items()}]
+    models = [inputs.point(0.0), inputs.point(inputs.at), {name: m.value for name, m in theirs.items()}]
     rows = []
     for name, (words, better) in METRICS.items():
         cells = [shown(model.get(name)) for model in models]
@@ -101,16 +107,16 @@ def metric_rows(inputs: Inputs) -> list[list[str]]:
 
 
 def choices(inputs: Inputs) -> list[dict[str, str]]:
-    """What each rule chose, with its interval, or why it refused, or what it would need."""
+    """The choice of each rule with its interval, or why it refused, or what it would need."""
     frontier = inputs.frontier or {"choices": []}
-    said = {c["rule"]: c for c in frontier["choices"]}
+    made = {c["rule"]: c for c in frontier["choices"]}
     rows = []
-    for rule in [*RULES, *(r for r in said if r not in RULES)]:
-        c = said.get(rule)
-        row = {"rule": rule, "what": RULES.get(rule, ""), "strength": "not asked", "interval": "–"}
+    for rule in [*RULES, *(r for r in made if r not in RULES)]:
+        c = made.get(rule)
+        row = {"rule": rule, "what": RULES.get(rule, ""), "at": "not used", "interval": "–"}
         if c:
             low, high = number(c.get("low")), number(c.get("high"))
-            row["strength"] = "refuses" if c["strength"] is None else f"{number(c['strength']):g}"
+            row["at"] = "refuses" if c["at"] is None else f"{number(c['at']):g}"
             row["interval"] = "–" if math.isnan(low) else f"{low:g} to {high:g}"
         row["reason"] = str(c["reason"]) if c else lacks(inputs, rule)
         row["used"] = "yes" if rule == frontier.get("rule") else ""
@@ -119,13 +125,19 @@ def choices(inputs: Inputs) -> list[dict[str, str]]:
 
 
 def lacks(inputs: Inputs, rule: str) -> str:
-    """What a rule, or the test that it goes by, would need and the sweep did not have: that alone."""
+    """What a rule would need that the sweep did not have."""
     frontier = inputs.frontier or {}
     if rule == "holdout":
-        there = "holdout" in frontier.get("data", {})
-        return "gave no score of the holdout rows" if there else "needs holdout rows (--holdout)"
-    if rule != "retrained":
-        return "was not asked by this sweep"
+        given = "holdout" in frontier.get("data", {})
+        return "gave no score of the holdout rows" if given else "needs holdout rows (--holdout)"
+    if rule == "retrained" and not frontier.get("retrained"):
+        return "needs a retrained model's records (--retrained)"
+    return "was not used by this sweep"
+
+
+def lacks_truth_ratios(inputs: Inputs) -> str:
+    """What the test on truth ratios would need that the sweep did not have."""
+    frontier = inputs.frontier or {}
     wanting = []
     if not frontier.get("retrained"):
         wanting.append("a retrained model's records (--retrained)")
@@ -139,7 +151,7 @@ def lacks(inputs: Inputs, rule: str) -> str:
 def points(inputs: Inputs) -> list[dict[str, Any]]:
     frontier = inputs.frontier or {"points": []}
     names = ("forget_probability", "retain_probability", "retain_kl", "forget_quality", "mia_min_k", "priv_leak")
-    return [{"strength": p["strength"], "cells": [shown(p.get(n)) for n in names]} for p in frontier["points"]]
+    return [{"at": p["at"], "cells": [shown(p.get(n)) for n in names]} for p in frontier["points"]]
 
 
 def spreads(inputs: Inputs, part: str) -> dict[str, np.ndarray]:
@@ -189,13 +201,13 @@ def losses(inputs: Inputs) -> dict[str, list[float]]:
 
 
 def settings(inputs: Inputs) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The settings that say most, and all others; what might be a secret is left out."""
+    """The settings that matter most, and all others; what might be a secret is left out."""
     held = inputs.run["settings"]
-    told = [(name, _plain(held[name])) for name in TOLD if held.get(name) is not None]
+    main = [(name, _plain(held[name])) for name in MAIN if held.get(name) is not None]
     rest = [
-        (n, _plain(v)) for n, v in sorted(held.items()) if n not in TOLD and v is not None and not n.endswith("token")
+        (n, _plain(v)) for n, v in sorted(held.items()) if n not in MAIN and v is not None and not n.endswith("token")
     ]
-    return told, rest
+    return main, rest
 
 
 def _plain(value: Any) -> str:

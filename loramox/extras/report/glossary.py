@@ -16,10 +16,10 @@ class Term(NamedTuple):
 
 
 GLOSSARY = (
-    Term("strength", "α, strength", ("α",), "How far the forget adapter is turned up: 0 is the reference, and the weights of the forget model are θ_ref − α·ΔW."),
+    Term("axis", "alpha, scale", ("alpha", "scale"), "How far the adapter goes, 0 being the reference: the model is θ_ref − alpha·ΔW where alpha is free after training, and θ_ref + scale·ΔW where it is not, at scale 1 as it was trained."),
     Term("reference", "reference", (), "The model before forgetting, with the adapter off."),
-    Term("forget-rows", "forget rows", (), "The rows that are to be forgotten."),
-    Term("retain-rows", "retain rows", (), "Rows that the model is to keep, which stand for all else that it knows."),
+    Term("forget-rows", "forget rows", (), "The rows to forget."),
+    Term("retain-rows", "retain rows", (), "Rows that the model has to keep, which stand for everything else that it knows."),
     Term("holdout-rows", "holdout rows", ("holdout rows", "rows never seen"), "Rows like the forget rows that no model was trained on, to compare with."),
     Term("retrained", "retrained model", ("retrained model", "model that never saw the rows"), "A model that was trained on everything but the forget rows: what a model that never knew them looks like."),
     Term("probability", "probability", ("probability of the true answers", "probability of forget answers", "probability of retain answers"), "The geometric mean, over the tokens of the true answer, of the probability that the model gives to each, between 0 and 1."),
@@ -36,7 +36,7 @@ GLOSSARY = (
     Term("auc", "AUC", ("AUC",), "Area under the curve: how often a forget row looks more like a training row than a holdout row does; 0.5 is guessing, 1 always, 0 never."),
     Term("min-k", "Min-K%", ("Min-K%",), "A membership score: the mean log-probability of the least probable 40 % of an answer's tokens."),
     Term("priv-leak", "PrivLeak", ("PrivLeak",), "How far the membership AUC is from the retrained model's, in percent: 0 is ideal, below it rows are not forgotten, above it too much so."),
-    Term("utility", "model utility", ("model utility",), "One number for what was kept: the harmonic mean of probability, ROUGE-L and truth ratio on retain rows, real authors and world facts."),
+    Term("utility", "model utility", ("model utility",), "One number for what the model kept: the harmonic mean of probability, ROUGE-L and truth ratio on retain rows, real authors and world facts."),
     Term("quantized", "NF4, int8", ("NF4", "int8"), "Storing weights in 4 or 8 bits; forgetting that sits in small differences of weights can be lost by it."),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The page and its summary: read, drawn, written."""
+"""The page and its summary: read the run, draw the pictures, write both."""
 
 import re
 from pathlib import Path
@@ -17,44 +17,44 @@ from loramox.files import replacing
 
 PAGE, SUMMARY = "report.html", "summary.md"
 
-# What no figure on the page can show. Said on each, whatever the figures are.
+# What no figure can show. On every page, whatever the figures are.
 NOT_PROVEN = (
     "An adapter that can be switched off is suppression, not erasure: the base model under it still knows every row, and "
     "whoever has the base model's weights has that knowledge.",
     "Merging the adapter changes the weights, and that is still no proof that the knowledge is gone: it may come back by training "
-    "on related text, or by questions that nobody tried.",
+    "on related text, or by prompts that were not tried.",
     "Probabilities and answers are of these rows, in these words. Other wordings, other languages, and what follows from a row "
-    "were not asked unless they are listed under attacks; attacks that are not listed were not tried.",
+    "were not tested unless they are listed under attacks; attacks that are not listed were not tried.",
     "Forget quality is a p-value: above 0.05 the test saw no difference on this number of rows. With few rows it sees little.",
     "A membership AUC near 0.5 holds for this test alone, and only as far as the holdout rows are like the forget rows.",
-    "What retain rows kept says nothing about abilities that they do not touch.",
-    "The strength was chosen on the same rows that it is reported on, so the figures flatter it a little.",
+    "Retain rows that were kept say nothing about abilities that they do not touch.",
+    "How far the adapter goes was chosen on the same rows that the figures are of, so they flatter it a little.",
     "A mean hides single rows: the distributions and the best remembered rows show what it hides.",
 )
 
 
 def report(folder: str | Path) -> dict[str, Any]:
-    """Write report.html and summary.md into a run's folder; return the paths, the verdict, and what was missing.
+    """Write report.html and summary.md into a run's folder; return the paths, the verdict, and what is missing.
 
     Raises `RunError` when the folder is no run, and when a file in it is damaged or not finished.
     """
     folder = Path(folder)
     inputs = read_inputs(folder)
-    told = verdict(inputs)
-    texts = {PAGE: render(inputs, told), SUMMARY: summary(inputs, told)}
+    found = verdict(inputs)
+    texts = {PAGE: render(inputs, found), SUMMARY: summary(inputs, found)}
     for name, text in texts.items():
         with replacing(folder / name) as partial:
             partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return {
         "page": folder / PAGE,
         "summary": folder / SUMMARY,
-        "verdict": told.line,
-        "attacked": told.parts.get(ATTACKED),
+        "verdict": found.line,
+        "attacked": found.parts.get(ATTACKED),
         "missing": [m.what for m in inputs.missing.values()],
     }
 
 
-def render(inputs: Inputs, told: Verdict) -> str:
+def render(inputs: Inputs, found: Verdict) -> str:
     """The page. Everything that comes from files is escaped; only our own pictures are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -78,7 +78,7 @@ def render(inputs: Inputs, told: Verdict) -> str:
     page = environment.get_template("page.html.j2").render(
         i=inputs,
         name=inputs.folder.resolve().name,
-        verdict=told,
+        verdict=found,
         thresholds=THRESHOLDS,
         asked_rows=asked_rows(inputs),
         glossary=GLOSSARY,
@@ -96,14 +96,14 @@ def render(inputs: Inputs, told: Verdict) -> str:
         attacks=facts.attack_rows(inputs),
         attacked=((inputs.attacks or {}).get("adapter") or {}).get("folder", ""),
         attack_picture=attack_picture(inputs),
-        told=most,
+        main=most,
         rest=rest,
         sources=_sources(inputs),
         facts=_provenance(inputs),
         commands=_commands(inputs),
         not_proven=NOT_PROVEN,
         not_watched=Missing(
-            "No rows were watched while training, so there is no trajectory of probabilities. To have one, train with "
+            "No rows were scored while training, so there is no curve of probabilities. To have one, train with "
             "--eval_strategy epoch (the default) and without --logging_strategy no."
         ),
     )
@@ -111,7 +111,7 @@ def render(inputs: Inputs, told: Verdict) -> str:
 
 
 def _whole(text: str) -> str:
-    """With "α = 8" and "98.7 %" on one line each."""
+    """With "alpha = 8" and "98.7 %" on one line each."""
     return text.replace(" = ", "\u00a0=\u00a0").replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 
@@ -146,7 +146,7 @@ def _provenance(inputs: Inputs) -> list[tuple[str, str]]:
     if (peak := number(memory.get("peak_bytes"))) > 0:
         found.append(("peak memory", f"{peak / 1e9:,.2f} GB"))
     if inputs.shipped is not None:
-        found.append(("shipped adapter", f"α = {inputs.shipped:g}"))
+        found.append(("shipped adapter", f"{inputs.unit} = {inputs.shipped:g}"))
     if retrained := (inputs.frontier or {}).get("retrained"):
         found.append(("retrained model's records", str(retrained)))
     versions = run.get("versions") or {}
@@ -158,24 +158,24 @@ def _commands(inputs: Inputs) -> list[str]:
     return [str(record["command"]) for record in records if record.get("command")]
 
 
-def summary(inputs: Inputs, told: Verdict) -> str:
+def summary(inputs: Inputs, found: Verdict) -> str:
     """The same in short, as Markdown for a pull request. No row is quoted in it."""
-    lines = [f"## What {_md(inputs.folder.resolve().name)} forgot", "", f"**{_md(told.headline)}**", ""]
-    lines += [*(f"- **{name}** {_md(says)}" for name, says in told.parts.items()), ""]
-    lines += [f"> **Warning:** {_md(warning)}\n" for warning in told.warnings]
+    lines = [f"## What {_md(inputs.folder.resolve().name)} forgot", "", f"**{_md(found.headline)}**", ""]
+    lines += [*(f"- **{name}** {_md(says)}" for name, says in found.parts.items()), ""]
+    lines += [f"> **Warning:** {_md(warning)}\n" for warning in found.warnings]
     if metrics := facts.metric_rows(inputs):
-        lines += _table(["metric", REFERENCE, f"{FORGET}, α = {inputs.strength:g}", RETRAINED, "better"], metrics)
+        lines += _table(["metric", REFERENCE, f"{FORGET}, {inputs.unit} = {inputs.at:g}", RETRAINED, "better"], metrics)
     if inputs.frontier:
         rows = [
-            [c["rule"] + (" (used)" if c["used"] else ""), c["strength"], c["interval"], c["reason"]]
+            [c["rule"] + (" (used)" if c["used"] else ""), c["at"], c["interval"], c["reason"]]
             for c in facts.choices(inputs)
         ]
-        lines += _table(["rule", "α", "5 % to 95 % over rows", "why"], rows)
+        lines += _table(["rule", inputs.unit, "5 % to 95 % over rows", "why"], rows)
     if attacked := facts.attack_rows(inputs):
         parts = ("forget", "retain", "reference")
         rows = [[r["attack"], r["label"], *(facts.shown(r[part]) for part in parts)] for r in attacked]
         lines += [f"Attacks on the forget model; forget rows here are {asked_rows(inputs)}:", ""]
-        head = ["probability, forget", "probability, retain", "reference, asked the same: forget"]
+        head = ["probability, forget", "probability, retain", "reference in the same state: forget"]
         lines += _table(["attack", "state", *head], rows)
     lines += [f"- Missing: {_md(m.what)}" for m in inputs.missing.values()]
     lines += [

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each curve has its own colour, marker and line, and each picture says in words what it shows."""
+"""The pictures of a report. Each curve has its own colour, marker and line, and each picture has a description in words."""
 
 import math
 import textwrap
@@ -23,14 +23,14 @@ FLOOR = 1e-6  # probabilities below it are drawn there
 
 
 def frontier_pictures(inputs: Inputs) -> list[Picture]:
-    """What each strength does to both parts; and one against the other."""
+    """Both parts along the axis of the sweep; and one against the other."""
     points = (inputs.frontier or {"points": []})["points"]
-    at = [p["strength"] for p in points]
+    at, unit = [p["at"] for p in points], inputs.unit
     curves = {part: [number(p.get(f"{part}_probability")) for p in points] for part in ("retain", "forget")}
     theirs = {part: float(p[RETRAINED].mean()) for part in curves if RETRAINED in (p := spreads(inputs, part))}
-    chosen = inputs.strength
+    chosen = inputs.at
 
-    def by_strength(figure: Figure) -> None:
+    def along(figure: Figure) -> None:
         axes = figure.subplots()
         for part, curve in curves.items():
             axes.plot(at, curve, label=f"{part} rows", **LOOKS[part])
@@ -38,8 +38,10 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
                 label = f"{part}, {RETRAINED}"
                 axes.axhline(theirs[part], color=LOOKS[part]["color"], linestyle=":", linewidth=1.4, label=label)
         if chosen is not None:
-            axes.axvline(chosen, color=COLOURS["ink"], linestyle="-.", linewidth=1.2, label=f"shown: α = {chosen:g}")
-        axes.set(xlabel="strength α (0: the reference)", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
+            axes.axvline(
+                chosen, color=COLOURS["ink"], linestyle="-.", linewidth=1.2, label=f"shown: {unit} = {chosen:g}"
+            )
+        axes.set(xlabel=f"{unit} (0: the reference)", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
         figure.legend(loc="outside lower center", ncols=2)
 
     kept = [p for p in (*curves["retain"], theirs.get("retain", math.nan)) if math.isfinite(p)] or [1.0]
@@ -49,7 +51,12 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
     def against(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(
-            curves["forget"], curves["retain"], color=COLOURS["muted"], marker="o", markersize=5, label="one α each"
+            curves["forget"],
+            curves["retain"],
+            color=COLOURS["muted"],
+            marker="o",
+            markersize=5,
+            label=f"one {unit} each",
         )
         if {"forget", "retain"} <= theirs.keys():
             axes.plot(
@@ -57,27 +64,27 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
             )
         if chosen is not None:
             x, y = (curves[part][at.index(chosen)] for part in ("forget", "retain"))
-            axes.plot(x, y, "D", color=COLOURS["ink"], markersize=8, label=f"shown: α = {chosen:g}")
-        for strength, x, y in _apart(at, curves, chosen):
+            axes.plot(x, y, "D", color=COLOURS["ink"], markersize=8, label=f"shown: {unit} = {chosen:g}")
+        for value, x, y in _apart(at, curves, chosen):
             # Beside the curve: below it where it is level, to the right where it falls.
             level = y > top - 0.15 * (1.02 - bottom)
-            axes.annotate(f"{strength:g}", (x, y), textcoords="offset points", xytext=(7, -13) if level else (9, -4))
+            axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(7, -13) if level else (9, -4))
         axes.set(xlabel="of forget answers (left is better)", ylabel="of retain answers (up is better)")
         axes.set(xlim=(-0.03, 1.05), ylim=(bottom, 1.02))
         figure.legend(loc="outside lower center", ncols=3)
 
-    told = "; ".join(
-        f"α {s:g}: forget {shown(f)}, retain {shown(r)}"
-        for s, f, r in zip(at, curves["forget"], curves["retain"], strict=True)
+    words = "; ".join(
+        f"{unit} {value:g}: forget {shown(f)}, retain {shown(r)}"
+        for value, f, r in zip(at, curves["forget"], curves["retain"], strict=True)
     )
     return [
         picture(
-            "by-strength", SIZE, by_strength, f"Mean probability of the true answers at each strength. {told}",
-            "Mean probability of the true answers at each strength.",
+            "along-the-axis", SIZE, along, f"Mean probability of the true answers at each {unit}. {words}",
+            f"Mean probability of the true answers at each {unit}.",
         ),
         picture(
-            "trade-off", SIZE, against, f"Retain against forget probability, one point a strength. {told}",
-            "The same points, retain against forget: the best place is the upper left corner. Numbers are α.",
+            "trade-off", SIZE, against, f"Retain against forget probability, one point for each {unit}. {words}",
+            f"The same points, retain against forget: the best place is the upper left corner. Numbers are values of {unit}.",
         ),
     ]  # fmt: skip
 
@@ -131,7 +138,7 @@ def spread_picture(inputs: Inputs, part: str) -> Picture | None:
         every[-1].set_xlabel(f"probability of the true answer{', logarithmic' if logarithmic else ''}")
         figure.supylabel("share of rows", fontsize=11)
 
-    told = "; ".join(
+    words = "; ".join(
         f"{model}: 5 % of the rows below {shown(np.quantile(p, 0.05))}, median {shown(np.median(p))}, 5 % above "
         f"{shown(np.quantile(p, 0.95))}"
         for model, p in found.items()
@@ -139,13 +146,13 @@ def spread_picture(inputs: Inputs, part: str) -> Picture | None:
     n = len(next(iter(found.values())))
     begins = f" The axis begins at {edges[0]:g}." if not logarithmic and edges[0] > 0 else ""
     return picture(
-        f"spread-{part}", (4.8, 1.2 * len(found) + 0.9), draw, f"Probability of each {part} row. {told}",
+        f"spread-{part}", (4.8, 1.2 * len(found) + 0.9), draw, f"Probability of each {part} row. {words}",
         f"The {n:,} {part} rows, by the probability of the true answer. ▲ is the median.{begins}",
     )  # fmt: skip
 
 
 def training_pictures(inputs: Inputs) -> list[Picture]:
-    """What was watched while training, and the two terms of the loss; of these, what there is."""
+    """The rows scored while training, and the two terms of the loss, where the run's log has them."""
     made = []
     if curves := trajectory(inputs):
 
@@ -157,14 +164,15 @@ def training_pictures(inputs: Inputs) -> list[Picture]:
             figure.legend(loc="outside lower center", ncols=2)
 
         ends = ", ".join(f"{part} from {shown(p[0])} to {shown(p[-1])}" for part, (_, p) in curves.items())
-        trained = f"α = {number(inputs.run['settings'].get('strength')):g}"
-        caption = f"On the rows watched while training, at the strength trained for, {trained}: {ends}."
+        alpha = number(inputs.run.get("alpha"))
+        at = "" if math.isnan(alpha) else f", at alpha = {alpha:g}, which is trained for"
+        caption = f"On the rows scored while training{at}: {ends}."
         made.append(picture("watched", SIZE, watched, f"Probability over training: {ends}", caption))
     if len((terms := losses(inputs))["epoch"]) > 1:
 
         def both(figure: Figure) -> None:
             looks = {
-                "forget_loss": ("forget", "objective on forget rows"),
+                "forget_loss": ("forget", "loss on forget rows"),
                 "retain_kl": ("retain", "KL on retain rows"),
             }
             for axes, (name, (look, label)) in zip(figure.subplots(2, 1, sharex=True), looks.items(), strict=True):
@@ -175,7 +183,9 @@ def training_pictures(inputs: Inputs) -> list[Picture]:
         ends = ", ".join(
             f"{n} from {shown(terms[n][0])} to {shown(terms[n][-1])}" for n in ("forget_loss", "retain_kl")
         )
-        caption = "The two terms of the loss: the objective on the forget rows, and the KL that holds the retain rows in place."
+        caption = (
+            "The two terms of the loss: the one on the forget rows, and the KL that holds the retain rows in place."
+        )
         made.append(picture("losses", SIZE, both, f"The terms of the loss over training: {ends}", caption))
     return made
 
@@ -230,13 +240,15 @@ def attack_picture(inputs: Inputs) -> Picture | None:
         if any(map(math.isfinite, lines.values())):
             figure.legend(loc="outside lower center", ncols=1)
 
-    told = "; ".join(f"{r['attack']}, {r['label']}: {shown(r['forget'])}" for r in rows)
-    hollow = " Hollow grey: the reference, asked the same." if any(math.isfinite(r["reference"]) for r in rows) else ""
-    caption = f"What comes back: the further right, the more.{hollow}"
+    words = "; ".join(f"{r['attack']}, {r['label']}: {shown(r['forget'])}" for r in rows)
+    hollow = (
+        " Hollow grey: the reference in the same state." if any(math.isfinite(r["reference"]) for r in rows) else ""
+    )
+    caption = f"How much of the forget rows is recovered: the further right, the more.{hollow}"
     return picture(
         "came-back",
         (4.8, height),
         draw,
-        fit(f"Probability of forget answers after attacks. {told}", 4000)["text"],
+        fit(f"Probability of forget answers after attacks. {words}", 4000)["text"],
         caption,
     )

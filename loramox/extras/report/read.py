@@ -1,4 +1,4 @@
-"""What a report is made of: the files of a run, read and checked. What is not there is named, with the command that makes it."""
+"""Read and check the files of a run for its report. A missing one is named, with the command that makes it."""
 
 import json
 import math
@@ -9,21 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loramox.adapter.folder import as_now
 from loramox.errors import RunError
 from loramox.evaluate.measure import Record
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.run import RECORD
+from loramox.sweep.frontier import frontier_as_now, records_folder
 
 # Folders and files that other verbs write into the folder of a run.
 SWEEP, FRONTIER = "sweep", "frontier.json"
 ATTACK, ATTACKS = "attack", "attacks.json"
-SHIPPED, PROVENANCE = "forget-adapter", "provenance.json"
+TRAINED, SHIPPED, PROVENANCE = "trained", "forget-adapter", "provenance.json"
+TRAINED_BY_0_1 = "memorization"
 
 REFERENCE, FORGET, RETRAINED = "reference", "forget model", "retrained model"
 
 
 class Missing(NamedTuple):
-    """An input that is not there: what, in one sentence, and the command that makes it."""
+    """A missing input: what it is, in one sentence, and the command that makes it."""
 
     what: str
     command: str | None = None
@@ -31,21 +34,26 @@ class Missing(NamedTuple):
 
 @dataclass
 class Inputs:
-    """Everything that is read, and what could not be."""
+    """Everything that was read, and what is missing."""
 
     folder: Path
     run: dict[str, Any]
     frontier: dict[str, Any] | None = None
-    strength: float | None = None  # of the forget model that is shown
+    at: float | None = None  # alpha or scale of the forget model that is shown
     shipped: float | None = None  # of the adapter in the run's folder
     records: dict[str, list[Record]] = field(default_factory=dict)  # by model, in the same order of rows
     attacks: dict[str, Any] | None = None
     missing: dict[str, Missing] = field(default_factory=dict)  # by part of the page
 
-    def point(self, strength: float | None) -> dict[str, float]:
-        """The sweep's metrics at a strength; nothing when it was not measured."""
+    @property
+    def unit(self) -> str:
+        """Of `at` and `shipped`: alpha for a method that has one, else scale."""
+        return "scale" if self.run.get("alpha") is None else "alpha"
+
+    def point(self, at: float | None) -> dict[str, float]:
+        """The sweep's metrics at an alpha or scale; nothing when it was not measured."""
         points = self.frontier["points"] if self.frontier else []
-        return next((p for p in points if p["strength"] == strength), {})
+        return next((p for p in points if p["at"] == at), {})
 
 
 def read_inputs(folder: Path) -> Inputs:
@@ -74,18 +82,34 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} is no record of loramox. Give the folder that loramox unlearn wrote")
     if not _dicts(run["data"]) or not all(_dict_or_none(run, *("timings", "memory", "versions", "forget_adapter"))):
         raise RunError(f"{path} is damaged. Restore it, or run loramox unlearn again with --overwrite")
+    run = _as_now(run, path)
     if run.get("status") == "running":
-        raise RunError(f"{path}: this run has not finished. Go on with it: the same loramox unlearn with --resume")
+        raise RunError(f"{path}: this run has not finished. Rerun loramox unlearn with --resume to continue it")
     if not all(isinstance(entry, dict) for entry in _list(run, "log", path)):
         raise RunError(f"{path} is damaged: its log holds something else than entries. Restore it")
     return run
 
 
+def _as_now(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`adapter.folder.as_now`. Raises `RunError` for a damaged record."""
+    try:
+        return as_now(record)
+    except (TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error}. Restore it") from error
+
+
 def _shipped(inputs: Inputs) -> float | None:
+    """The alpha of the adapter in the run's folder, or its scale."""
     path = inputs.folder / SHIPPED / PROVENANCE
     made = _json(path, "Restore it, or make the adapter again: loramox extrapolate") if path.is_file() else None
-    strength = number((made if isinstance(made, dict) else inputs.run.get("forget_adapter") or {}).get("strength"))
-    return None if math.isnan(strength) else strength
+    if isinstance(made, dict):
+        made = _as_now(made, path)
+    elif inputs.run.get("forget_adapter"):  # as it was trained: `unlearn` ships no other
+        made = {"alpha": inputs.run.get("alpha")}
+    else:
+        return None
+    shipped = number(made.get("alpha") if inputs.unit == "alpha" else made.get("scale", 1.0))
+    return None if math.isnan(shipped) else shipped
 
 
 def _read_sweep(inputs: Inputs) -> None:
@@ -97,17 +121,19 @@ def _read_sweep(inputs: Inputs) -> None:
     inputs.frontier = frontier = _json(path, f"Delete {path.parent} and sweep again: {sweep_command(inputs)}")
     if isinstance(frontier, dict) and frontier.get("status") != "done":
         raise RunError(
-            f"{path}: this sweep has not finished. Go on with it: the same loramox sweep with --out {path.parent}"
+            f"{path}: this sweep has not finished. Rerun loramox sweep with --out {path.parent} to continue it"
         )
+    if isinstance(frontier, dict):
+        inputs.frontier = frontier = frontier_as_now(frontier)
     _check_frontier(frontier, path)
     if run["data"].get("forget", {}).get("sha256") != frontier["data"].get("forget", {}).get("sha256"):
-        inputs.missing["same rows"] = Missing("The sweep asked other forget rows than those that were trained on.")
-    measured = [p["strength"] for p in frontier["points"] if p["strength"] > 0]
+        inputs.missing["same rows"] = Missing("The sweep scored other forget rows than those that were trained on.")
+    measured = [p["at"] for p in frontier["points"] if p["at"] > 0]
     wanted = frontier["chosen"] if frontier["chosen"] is not None else inputs.shipped
-    inputs.strength = wanted if wanted in measured else None
-    if inputs.strength is None:
+    inputs.at = wanted if wanted in measured else None
+    if inputs.at is None:
         inputs.missing["forget model"] = Missing(
-            "The sweep chose no strength, and did not measure the one that was shipped: no forget model is shown."
+            f"The sweep chose no {inputs.unit}, and did not measure the one that was shipped: no forget model is shown."
         )
     _read_models(inputs)
 
@@ -116,11 +142,11 @@ def _check_frontier(frontier: Any, path: Path) -> None:
     needed = {"points": list, "choices": list, "data": dict}
     sound = isinstance(frontier, dict) and all(isinstance(frontier.get(k), kind) for k, kind in needed.items())
     sound = sound and all(
-        isinstance(p, dict) and not math.isnan(number(p.get("strength"))) and {"forget_probability"} <= p.keys()
+        isinstance(p, dict) and not math.isnan(number(p.get("at"))) and {"forget_probability"} <= p.keys()
         for p in frontier["points"]
     )
     sound = sound and all(
-        isinstance(c, dict) and isinstance(c.get("rule"), str) and {"strength", "reason"} <= c.keys()
+        isinstance(c, dict) and isinstance(c.get("rule"), str) and {"at", "reason"} <= c.keys()
         for c in frontier["choices"]
     )
     if not sound or not frontier["points"] or not _dicts(frontier["data"]):
@@ -131,19 +157,18 @@ def _check_frontier(frontier: Any, path: Path) -> None:
 def _read_models(inputs: Inputs) -> None:
     """The records of reference, forget and retrained model, those of the latter in the order of the former."""
     folder, frontier = inputs.folder / SWEEP, inputs.frontier or {}
-    for model, strength in ((REFERENCE, 0.0), (FORGET, inputs.strength)):
-        at = folder / f"strength-{strength:g}" if strength is not None else None
+    for model, value in ((REFERENCE, 0.0), (FORGET, inputs.at)):
+        at = records_folder(folder, value) if value is not None else None
         if at and (at / RECORDS).is_file():
             try:
                 inputs.records[model] = _sound(read_records(at), at)
             except RunError as error:
                 raise RunError(
-                    f"{at / RECORDS} is damaged or incomplete. Delete {at}, and give the sweep again: it measures only what is "
-                    "not there"
+                    f"{at / RECORDS} is damaged or incomplete. Delete {at}, and rerun the sweep: it measures only missing points"
                 ) from error
-    if REFERENCE not in inputs.records or (FORGET not in inputs.records and inputs.strength is not None):
+    if REFERENCE not in inputs.records or (FORGET not in inputs.records and inputs.at is not None):
         inputs.missing["records"] = Missing(
-            f"The sweep's records of single rows are not there ({RECORDS} at strength 0 and at the chosen one).",
+            f"The sweep's records of single rows are missing ({RECORDS} at {inputs.unit} 0 and at the chosen one).",
             sweep_command(inputs),
         )
     retrained = frontier.get("retrained")
@@ -152,11 +177,11 @@ def _read_models(inputs: Inputs) -> None:
         like = inputs.records.get(REFERENCE, ())
         inputs.records[RETRAINED] = _sound(read_records(at, like=like), at)
     else:
-        gone = f"The records of the retrained model are gone ({at})" if at else "No retrained model was measured"
+        gone = f"The records of the retrained model are missing ({at})" if at else "No retrained model was measured"
         evaluate = f"loramox evaluate --model RETRAINED {rows_flags(inputs, model=True)} --out RETRAINED-RECORDS"
         inputs.missing["retrained"] = Missing(
-            f"{gone}: how a model that never knew the forget rows answers is not shown. To have it, move the sweep's folder away, "
-            "and measure one on the same rows:",
+            f"{gone}: the answers of a model that never knew the forget rows are not shown. To have them, move the sweep's folder away, "
+            "and evaluate such a model on the same rows:",
             f"{evaluate}\n{again_command(inputs)} --retrained RETRAINED-RECORDS",
         )
 
@@ -185,11 +210,13 @@ def _read_attacks(inputs: Inputs) -> None:
     )
     attacks = _json(path, f"Delete {path.parent} and attack again: {command}") if path.is_file() else None
     if attacks is None:
-        inputs.missing["attacks"] = Missing("Nobody has tried to bring the rows back: no attack was made.", command)
+        inputs.missing["attacks"] = Missing(
+            "No attack was made: whether the rows can be recovered is not known.", command
+        )
         return
     if isinstance(attacks, dict) and attacks.get("status") != "done":
         inputs.missing["attacks"] = Missing(
-            "The attacks have not finished. The same command goes on with them.", command
+            "The attacks have not finished. Rerun the command to continue them.", command
         )
         return
     states = attacks.get("states") if isinstance(attacks, dict) else None
@@ -207,20 +234,22 @@ def _read_attacks(inputs: Inputs) -> None:
 
 def sweep_command(inputs: Inputs) -> str:
     folder = inputs.folder
-    return f"loramox sweep --memorization {quoted(folder / 'memorization')} {rows_flags(inputs)} --out {quoted(folder / SWEEP)}"
+    before = (folder / TRAINED_BY_0_1).is_dir() and not (folder / TRAINED).exists()
+    trained = folder / (TRAINED_BY_0_1 if before else TRAINED)
+    return f"loramox sweep --trained {quoted(trained)} {rows_flags(inputs)} --out {quoted(folder / SWEEP)}"
 
 
 def again_command(inputs: Inputs) -> str:
     """The sweep's own command, for the same rows, but with answers and without a retrained model; into this run's folder."""
     command = str((inputs.frontier or {}).get("command", ""))
-    if not command.startswith("loramox sweep "):
+    if not command.startswith("loramox sweep ") or "--memorization" in command:  # a flag of 0.1
         return sweep_command(inputs)
     command = re.sub(r" --(out|max_new_tokens|retrained)[ =]\S+", "", command)
     return f"{command} --out {quoted(inputs.folder / SWEEP)}"
 
 
 def rows_flags(inputs: Inputs, model: bool = False) -> str:
-    """The flags that give a command this run's rows, and how its model is loaded."""
+    """The flags for a command on this run's rows and, with `model`, of how its model is loaded."""
     settings, data = inputs.run["settings"], inputs.run["data"]
     flags = [f"--{part} {quoted(data.get(part, {}).get('source', part.upper()))}" for part in ("forget", "retain")]
     if model:

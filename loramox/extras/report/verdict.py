@@ -1,4 +1,4 @@
-"""The run in a few plain sentences: is it forgotten, is the rest intact, what leaks most, can a test tell, what came back."""
+"""The run in a few sentences: is it forgotten, is the rest intact, what leaks most, can a test tell, what did attacks recover."""
 
 import math
 from typing import NamedTuple
@@ -8,8 +8,9 @@ from loramox.extras.report.facts import (
     LEVEL,
     PARTS,
     attack_rows,
-    attacked_strength,
+    attacked_at,
     lacks,
+    lacks_truth_ratios,
     mean,
     of_part,
     shown,
@@ -36,7 +37,7 @@ THRESHOLDS = (
 
 
 class Verdict(NamedTuple):
-    """What is to be read first."""
+    """The first part of the page."""
 
     headline: str
     parts: dict[str, str]  # sentences, by what they answer
@@ -44,7 +45,7 @@ class Verdict(NamedTuple):
 
     @property
     def line(self) -> str:
-        """All that answers the question, on one line; what came back under attack is beside it."""
+        """Everything except the attacks, on one line."""
         says = (
             f"{name}: {text[0].lower()}{text[1:]}" if name == LEAK else text
             for name, text in self.parts.items()
@@ -60,7 +61,7 @@ FORGOTTEN, REST, LEAK, TOLD, ATTACKED = (
 
 def verdict(inputs: Inputs) -> Verdict:
     warnings = _warnings(inputs)
-    if not inputs.point(inputs.strength):
+    if not inputs.point(inputs.at):
         return Verdict(_unmeasured(inputs), {}, warnings)
     (one, forgotten), (two, rest) = _forgotten(inputs), _rest(inputs)
     parts = {
@@ -75,9 +76,9 @@ def verdict(inputs: Inputs) -> Verdict:
 
 def _forgotten(inputs: Inputs) -> tuple[str, str]:
     """In two words, and in a sentence."""
-    before, after = (number(p.get("forget_probability")) for p in (inputs.point(0.0), inputs.point(inputs.strength)))
+    before, after = (number(p.get("forget_probability")) for p in (inputs.point(0.0), inputs.point(inputs.at)))
     theirs = mean(inputs.records.get(RETRAINED, ()), "forget")
-    says = f"At strength α = {inputs.strength:g} the mean probability of the true answers to {_rows(inputs, 'forget')} {_went(before, after)}."
+    says = f"At {inputs.unit} = {inputs.at:g} the mean probability of the true answers to {_rows(inputs, 'forget')} {_went(before, after)}."
     if math.isnan(after):
         return "Forgotten or not is not known", says
     factor = after / theirs if theirs > 0 else math.nan
@@ -103,7 +104,7 @@ def _forgotten(inputs: Inputs) -> tuple[str, str]:
 
 
 def _rest(inputs: Inputs) -> tuple[str, str]:
-    before, after = (number(p.get("retain_probability")) for p in (inputs.point(0.0), inputs.point(inputs.strength)))
+    before, after = (number(p.get("retain_probability")) for p in (inputs.point(0.0), inputs.point(inputs.at)))
     says = f"The mean probability of the true answers to {_rows(inputs, 'retain')} {_went(before, after)}"
     if not before > 0 or math.isnan(after):
         return "whether the rest is intact is not known", f"{says}."
@@ -117,7 +118,7 @@ def _rest(inputs: Inputs) -> tuple[str, str]:
 
 
 def _rows(inputs: Inputs, part: str) -> str:
-    """How many rows a mean of the verdict is over: all that the sweep asked."""
+    """The rows that a mean of the verdict is over: all that the sweep scored."""
     n = len(of_part(inputs.records.get(FORGET, ()), part))
     n = n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
     return f"all {'' if math.isnan(n) else f'{n:,.0f} '}{part} rows"
@@ -136,7 +137,7 @@ def _times(factor: float) -> str:
 
 
 def _leak(inputs: Inputs) -> str:
-    """The forget rows that still give most away, by what is said and by probability, beside the retrained model's there."""
+    """The forget rows that still give most away, by answer and by probability, beside the retrained model's there."""
     records, theirs = inputs.records.get(FORGET, ()), inputs.records.get(RETRAINED, ())
     there = {r["id"]: r for r in theirs if r["part"] == "forget"}
     found = {}
@@ -173,8 +174,8 @@ def _tied(rows: int) -> str:
 
 
 def _told_apart(inputs: Inputs) -> str:
-    """What each test says; the words follow the test alone, and small samples are said to be small."""
-    point = inputs.point(inputs.strength)
+    """The result of each test in words, which follow the test alone; small samples are called small."""
+    point = inputs.point(inputs.at)
     area = number(point.get("mia_min_k"))
     says = []
     for name, field, test, what in BESIDE_RETRAINED:
@@ -193,7 +194,7 @@ def _told_apart(inputs: Inputs) -> str:
             says.append(_says(abs(area - 0.5) > error, *about, min(n, m), False))
     if says:
         return " ".join(says)
-    return f"Not tested: the truth-ratio test {lacks(inputs, 'retrained')}; membership inference {lacks(inputs, 'holdout')}."
+    return f"Not tested: the truth-ratio test {lacks_truth_ratios(inputs)}; membership inference {lacks(inputs, 'holdout')}."
 
 
 def _says(told: bool, test: str, what: str, figures: str, n: float, blind: bool) -> str:
@@ -219,33 +220,33 @@ def _unmeasured(inputs: Inputs) -> str:
         refused = next(
             (c["reason"] for c in inputs.frontier["choices"] if c["rule"] == inputs.frontier.get("rule")), None
         )
-        return f"No strength was chosen{f': {refused}' if refused else ''}."
+        return f"No {inputs.unit} was chosen{f': {refused}' if refused else ''}."
     if curves := trajectory(inputs):
         ends = (f"{part} {shown(p[0])} → {shown(p[-1])}" for part, (_, p) in curves.items())
-        return f"Not measured after training. On the rows watched while training, probability went {', '.join(ends)}."
-    return "Not measured: there is an adapter, and nothing is known yet about what it forgets."
+        return f"Not measured after training. On the rows scored while training, probability went {', '.join(ends)}."
+    return "Not measured: nothing is known yet about what the adapter forgets."
 
 
 def _warnings(inputs: Inputs) -> list[str]:
-    frontier = inputs.frontier or {}
+    frontier, unit = inputs.frontier or {}, inputs.unit
     found = [f"Training warns: {each}." for each in inputs.run.get("advice", ())]
     if frontier.get("warning"):
         found.append(f"The sweep warns: {frontier['warning']}.")
     if "same rows" in inputs.missing:
         found.append(inputs.missing["same rows"].what)
-    if frontier and frontier["chosen"] is None and inputs.strength is not None:
-        found.append(f"The rule chose no strength; shown is the one that was shipped, α = {inputs.strength:g}.")
-    elif inputs.shipped is not None and inputs.strength is not None and inputs.shipped != inputs.strength:
+    if frontier and frontier["chosen"] is None and inputs.at is not None:
+        found.append(f"The rule chose no {unit}; shown is the one that was shipped, {unit} = {inputs.at:g}.")
+    elif inputs.shipped is not None and inputs.at is not None and inputs.shipped != inputs.at:
         there = inputs.point(inputs.shipped)
         at = ", ".join(f"{part} {shown(there.get(f'{part}_probability'))}" for part in PARTS)
         found.append(
-            f"The forget adapter in this run's folder is at α = {inputs.shipped:g}, not at the chosen α = {inputs.strength:g} that "
-            f"is shown here{f'; at α = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
+            f"The forget adapter in this run's folder is at {unit} = {inputs.shipped:g}, not at the chosen {unit} = {inputs.at:g} that "
+            f"is shown here{f'; at {unit} = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
         )
-    attacked = attacked_strength(inputs)
-    if inputs.strength is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.strength):
+    attacked = attacked_at(inputs)
+    if inputs.at is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.at):
         found.append(
-            f"The attacks were made at α = {attacked:g}, not at the α = {inputs.strength:g} that is shown here."
+            f"The attacks were made at {unit} = {attacked:g}, not at the {unit} = {inputs.at:g} that is shown here."
         )
     return found
 
@@ -254,19 +255,19 @@ def _attacked(inputs: Inputs) -> str:
     every = attack_rows(inputs)
     rows = [row for row in every if row["attack"] != "none"]
     if not rows:
-        return "No attack was made: what comes back is not known."
+        return "No attack was made: whether the rows can be recovered is not known."
     base = next((row["forget"] for row in every if row["attack"] == "none"), math.nan)
     worst_one = max(rows, key=lambda row: row["forget"])
     by = fit(f"{worst_one['attack']}: {worst_one['label']}", 80)["text"]
     on = f", mean over {asked_rows(inputs)}"
     if worst_one["forget"] < base + 0.005:
-        return f"No attack brought anything back: the most, by “{by}”, is {shown(worst_one['forget'])}, and was {shown(base)} before{on}."
+        return f"No attack recovered anything: the most, by “{by}”, is {shown(worst_one['forget'])}, and was {shown(base)} before{on}."
     before = "" if math.isnan(base) else f", {shown(base)} before any attack"
-    return f"Most came back by “{by}”: probability {shown(worst_one['forget'])}{before}{on}."
+    return f"Most was recovered by “{by}”: probability {shown(worst_one['forget'])}{before}{on}."
 
 
 def asked_rows(inputs: Inputs) -> str:
-    """The forget rows that the attacks' figures are over, which are not those of the verdict's."""
+    """The forget rows that the attacks' figures are over; the verdict's are over all."""
     held = (inputs.attacks or {}).get("rows")
     held = held if isinstance(held, dict) else {}
     known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))

@@ -12,14 +12,14 @@ from loramox import ReferenceConfig, add_lora, load_reference
 from loramox.data.encode import Example
 from loramox.data.pairs import Collator
 from loramox.train import reference_cache as known
-from loramox.train.reference_cache import Known
+from loramox.train.reference_cache import FrozenStates
 
 Examples = tuple[list[Example], list[Example]]
 COLLATE = Collator(0)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def reference(request, pico: Callable[[str], Path]) -> tuple[Known, list[int]]:
+def reference(request, pico: Callable[[str], Path]) -> tuple[FrozenStates, list[int]]:
     """Of a pico Llama, and how many rows each pass through it had."""
     model = add_lora(load_reference(config := ReferenceConfig(str(pico("llama")), quantization="none")), config)
     model.to(request.param)
@@ -27,10 +27,10 @@ def reference(request, pico: Callable[[str], Path]) -> tuple[Known, list[int]]:
     model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: passed.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    return Known(model, nullcontext), passed
+    return FrozenStates(model, nullcontext), passed
 
 
-def asked(of: Known, rows: list[Example]) -> Tensor:
+def asked(of: FrozenStates, rows: list[Example]) -> Tensor:
     return of.states(of.causal_lm, COLLATE(rows))
 
 

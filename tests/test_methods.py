@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import (
-    BaselineConfig,
-    BaselineTrainer,
     Columns,
     Data,
     ReferenceConfig,
     RunConfig,
     Tokenisation,
+    UnlearnConfig,
+    UnlearnTrainer,
     add_lora,
     encode,
     load_reference,
@@ -31,17 +32,23 @@ from loramox import (
 from loramox.adapter.export import extrapolate
 from loramox.adapter.folder import read_factors
 from loramox.cli.arguments import settings_of
-from loramox.cli.training import any_method
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.lora import current_factors, lora_layers
-from loramox.sweep.sweep import SweepConfig, sweep
-from loramox.train.baseline_config import METHODS
-from loramox.train.baselines import dpo, generic_targets, gradient_ascent, simnpo, squared_distance, steering_vector
-from loramox.train.losses import log_prob, npo
+from loramox.train.losses import (
+    dpo,
+    generic_targets,
+    log_prob,
+    npo,
+    simnpo,
+    squared_distance,
+    steering_vector,
+)
+from loramox.train.registry import METHODS
 
 Examples = tuple[list[Example], list[Example]]
+KINDS = (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation)
 REFUSALS = ["I do not know.", "I cannot say."]
 
 
@@ -55,12 +62,10 @@ def test_npo_by_hand() -> None:
     assert torch.allclose(npo(ratio, 0.1), 20 * double(math.log(2), math.log(4), math.log(4 / 3)), rtol=1e-12)
 
 
-def test_npo_slows_down_on_rows_that_are_less_likely_than_before_and_gradient_ascent_does_not() -> None:
+def test_npo_slows_down_on_rows_that_are_less_likely_than_before() -> None:
     ratio = double(-60.0, 0.0, 60.0).requires_grad_()
     (gradient,) = torch.autograd.grad(npo(ratio, 0.1).sum(), ratio)
     assert torch.allclose(gradient, 2 * torch.sigmoid(0.1 * ratio), rtol=1e-9)
-    (gradient,) = torch.autograd.grad(gradient_ascent(ratio).sum(), ratio)
-    assert torch.equal(gradient, torch.ones(3, dtype=torch.float64))
 
 
 def test_npo_at_small_beta_is_gradient_ascent_up_to_a_constant() -> None:
@@ -139,7 +144,7 @@ def test_npo_simnpo_and_graddiff_are_openunlearnings(padded: tuple[Tensor, Tenso
         their_loss = -F.logsigmoid(beta * (per_token - delta)).mean() * 2 / beta
         assert torch.allclose(simnpo(ours / 3, beta, beta * delta).mean(), their_loss, rtol=1e-12)
     outputs_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    assert torch.allclose(gradient_ascent(ours / 3).mean(), -outputs_loss, rtol=1e-12)
+    assert torch.allclose((ours / 3).mean(), -outputs_loss, rtol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -196,22 +201,19 @@ def run_of(
                 "po": {"refusals": str(files["refusals"])},
                 "simnpo": {"beta": 1.0, "forget_weight": 1.0},  # the paper's are slow
                 "rmu": {"rmu_layer": 1, "retain_weight": 1.0},
-                "task_vector": {"strength": 2.0},
-                "default": {"method": "mox"},
-                "mox": {
-                    "objective": "cross_entropy",
-                    "temperature": 6.0,
-                    "kl_weight": 0.0,
-                },  # raises the logits of a row known by heart
+                "task_vector": {"alpha": 2.0},
+                "npo_mean": {"beta": 0.3, "momentum": 1.0},
+                "mox": {"beta": 0.3, "momentum": 1.0},
+                "mox_static": {"temperature": 6.0, "retain_weight": 0.0, "alpha": 8.0, "momentum": 1.0},
             }.get(method, {})
             if method == "whp":
-                more = {"reinforced": str(run("mox")[0] / "memorization"), "whp_strength": 50.0}
+                more = {"reinforced": str(run("mox_static")[0] / "trained"), "whp_strength": 50.0}
             out = tmp_path_factory.mktemp(method) / "run"
-            args = BaselineConfig(
+            args = UnlearnConfig(
                 **{"method": method} | more, use_cpu=True, num_train_epochs=12, learning_rate=2e-2, warmup_steps=0, save_strategy="no",
                 eval_strategy="no", eval_on_start=False, retain_per_forget=1, report_to="none", disable_tqdm=True,
             )  # fmt: skip
-            reference = ReferenceConfig(str(knowing), quantization="none", r=8)
+            reference = ReferenceConfig(str(knowing), quantization="none", r=8, lora_alpha=16)
             data = Data(str(files["forget"]), str(files["retain"]))
             columns = Columns(wanted_column="other") if method == "altpo" else None
             done[method] = out, unlearn(RunConfig(str(out)), reference, data, args, columns)
@@ -224,7 +226,7 @@ def loaded(knowing: Path, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(knowing), adapter)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "task_vector"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_forgets_and_ships_the_adapter_that_it_trained(
     method: str, run_of, knowing: Path, examples: Examples
 ) -> None:
@@ -235,8 +237,8 @@ def test_every_method_forgets_and_ships_the_adapter_that_it_trained(
     # Another answer is taught by its first tokens; what comes after the true ones stays likely.
     assert forget < (0.6 if method in ("dpo", "po", "altpo") else 0.35)
 
-    shipped, trained = (read_factors(out / name)[0] for name in ("forget-adapter", "memorization"))
-    turned = -2.0 if method == "task_vector" else 1.0
+    shipped, trained = (read_factors(out / name)[0] for name in ("forget-adapter", "trained/momentum"))
+    turned = -record["settings"]["alpha"] if METHODS[method].alpha_is_free else 1.0
     assert shipped.keys() == trained.keys()
     assert all(torch.equal(shipped[name].delta(), turned * trained[name].delta()) for name in shipped)
 
@@ -246,10 +248,14 @@ def test_every_method_forgets_and_ships_the_adapter_that_it_trained(
     assert provenance["settings"]["method"] == record["settings"]["method"] == method
     assert f"({title})" in (out / "forget-adapter/README.md").read_text()
     assert ("taught" in record["data"]) is (method in ("dpo", "po", "llmu"))
-    if method != "task_vector":
-        assert provenance["strength"] == record["forget_adapter"]["strength"] == -1
-        assert "α" not in (out / "forget-adapter/README.md").read_text().replace("There is no α", "")
-        assert "Do not ship" not in (out / "memorization/README.md").read_text()
+    cards = [(out / folder / "README.md").read_text() for folder in ("forget-adapter", "trained")]
+    if METHODS[method].alpha_is_free:
+        assert provenance["alpha"] == record["forget_adapter"]["alpha"] == record["settings"]["alpha"]
+        assert "memoriz" in cards[0]
+        assert "Do not ship" in cards[1]
+    else:
+        assert provenance["alpha"] is record["forget_adapter"]["alpha"] is None
+        assert not any(word in card for card in cards for word in ("alpha", "α", "memoriz", "Do not ship"))
 
 
 @pytest.mark.parametrize("method", ["ga_kl", "graddiff", "npo", "simnpo", "dpo", "altpo", "po", "rmu", "llmu"])
@@ -278,24 +284,24 @@ def test_answers_that_are_taught_become_likely(
 @pytest.fixture
 def trainer_of(
     knowing: Path, examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Callable[..., tuple[BaselineTrainer, Recorder]]:
+) -> Callable[..., tuple[UnlearnTrainer, Recorder]]:
     """A trainer whose adapter is not 0 to begin with, and what it records. One step holds all rows and taught answers."""
 
-    def make(method: str, **settings: Any) -> tuple[BaselineTrainer, Recorder]:
+    def make(method: str, **settings: Any) -> tuple[UnlearnTrainer, Recorder]:
         reference = ReferenceConfig(str(knowing), quantization="none", r=4, lora_alpha=8)
         torch.manual_seed(1)
         model = add_lora(load_reference(reference), reference)
         for _, layer in lora_layers(model):
             nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
         defaults = {
-            "output_dir": str(tmp_path / "memorization"), "use_cpu": True, "report_to": "none", "save_strategy": "no",
+            "output_dir": str(tmp_path / "trained"), "use_cpu": True, "report_to": "none", "save_strategy": "no",
             "eval_strategy": "no", "eval_on_start": False, "per_device_train_batch_size": 4, "warmup_steps": 0, "max_steps": 1,
             "max_grad_norm": 0, "logging_steps": 1, "disable_tqdm": True, "retain_per_forget": 2,
         }  # fmt: skip
         recorder = Recorded()
-        wanted = examples[1][:4] if METHODS[method].answers else []
-        args = BaselineConfig(method=method, **defaults | settings)
-        return BaselineTrainer(model, args, *examples, tokenizer, wanted, callbacks=[recorder]), recorder
+        wanted = examples[1][:4] if METHODS[method].answers not in (None, "wanted if given") else []
+        args = UnlearnConfig(method=method, **defaults | settings)
+        return UnlearnTrainer(model, args, *examples, tokenizer, wanted, callbacks=[recorder]), recorder
 
     return make
 
@@ -335,19 +341,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("mox")])
 def test_loss_and_gradients_are_those_of_the_method_written_by_hand(
     method: str, trainer_of, run_of, knowing: Path, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OVERHEAD, "cpu", 0)  # a pass for each length, so that this is told as well
     settings = SETTINGS.get(method, {})
     if method == "whp":
-        settings = {"reinforced": str(run_of("mox")[0] / "memorization"), "whp_strength": 50.0}
+        settings = {"reinforced": str(run_of("mox_static")[0] / "trained"), "whp_strength": 50.0}
     trainer, recorder = trainer_of(method, **settings)
     hand = OthersByHand(AutoModelForCausalLM.from_pretrained(knowing), trainer.model)
     args, forget, wanted = trainer.args, examples[0], examples[1][:4]
     retain = [e for i in range(4) for e in trainer.train_dataset[i].get("retain", [])]
-    assert len(retain) == (0 if method in ("ga", "whp") else 8)
+    assert len(retain) == (0 if method in ("ga", "whp", "task_vector") else 8)
     trainer.train()
 
     ga = mean(hand.log_p(e).mean() for e in forget)
@@ -358,6 +364,8 @@ def test_loss_and_gradients_are_those_of_the_method_written_by_hand(
         20 * torch.log1p(torch.exp(-0.1 * (hand.ratio(w) - hand.ratio(e)))) for w, e in zip(wanted, forget, strict=True)
     )
     loss = {
+        "npo_mean": lambda: mean(hand.npo(e, -1, 1.6) for e in forget) + kl,
+        "task_vector": lambda: -ga,
         "ga": lambda: ga,
         "ga_kl": lambda: ga + kl,
         "graddiff": lambda: ga + ce,
@@ -385,7 +393,7 @@ def test_loss_and_gradients_are_those_of_the_method_written_by_hand(
     same(found, expected)
 
 
-def generic_by_hand(hand: OthersByHand, knowing: Path, args: BaselineConfig, forget: Sequence[Example]) -> Tensor:
+def generic_by_hand(hand: OthersByHand, knowing: Path, args: UnlearnConfig, forget: Sequence[Example]) -> Tensor:
     reinforced = loaded(knowing, Path(args.reinforced)).eval()
     losses, differ = [], 0
     for example in forget:
@@ -407,7 +415,7 @@ def test_the_adapter_that_is_saved_is_the_trainers_model_and_so_is_the_one_that_
     trainer, recorder = trainer_of("npo", max_steps=3, learning_rate=1e-2, eval_strategy="steps", eval_steps=3)
     trainer.train()
     trainer.save_model()
-    extrapolate(tmp_path / "memorization", tmp_path / "shipped")
+    extrapolate(tmp_path / "trained", tmp_path / "shipped")
     model = loaded(knowing, tmp_path / "shipped").eval()
     ids = torch.tensor([examples[0][0]["input_ids"]])
     with torch.no_grad():
@@ -419,7 +427,7 @@ def test_the_adapter_that_is_saved_is_the_trainers_model_and_so_is_the_one_that_
 
 
 def test_accumulated_batches_are_one_batch_also_with_a_reinforced_adapter_of_another_rank(trainer_of, run_of) -> None:
-    reinforced = {"reinforced": str(run_of("mox")[0] / "memorization")}
+    reinforced = {"reinforced": str(run_of("mox_static")[0] / "trained")}
     whole, expected = trainer_of("whp", **reinforced)
     whole.train()
     halves, found = trainer_of("whp", per_device_train_batch_size=2, gradient_accumulation_steps=2, **reinforced)
@@ -427,26 +435,46 @@ def test_accumulated_batches_are_one_batch_also_with_a_reinforced_adapter_of_ano
     same(found.gradients[0], expected.gradients[0])
 
 
-def test_a_method_that_was_trained_to_forget_has_no_other_strength(
-    run_of, files: dict[str, Path], tmp_path: Path
+def test_a_method_that_was_trained_to_forget_has_no_alpha(run_of, tmp_path: Path) -> None:
+    folder = run_of("npo")[0] / "trained"
+    with pytest.raises(SettingsError, match=r"--alpha 4: NPO, arXiv 2404.05868 has no alpha.*its scale"):
+        extrapolate(folder, tmp_path / "shipped", alpha=4.0)
+    assert extrapolate(folder, tmp_path / "shipped")["alpha"] is None
+    with pytest.raises(SettingsError, match="--alpha -1 is on the memorizing side"):
+        extrapolate(run_of("mox_static")[0] / "trained", tmp_path / "other", alpha=-1.0)
+
+
+def test_npo_mean_ships_the_same_change_as_npos_loss_on_the_other_side_of_the_reference(
+    knowing: Path, examples: Examples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    folder = run_of("npo")[0] / "memorization"
-    with pytest.raises(SettingsError, match=r"--alpha 4: NPO, arXiv 2404.05868 trains the forget model itself"):
-        extrapolate(folder, tmp_path / "shipped", strength=4.0)
-    assert extrapolate(folder, tmp_path / "shipped", strength=-1.0)["strength"] == -1
-    with pytest.raises(SettingsError, match=r"trained to forget by NPO.*not a line of strengths"):
-        sweep(SweepConfig(str(folder), str(tmp_path / "sweep")), None)
-    with pytest.raises(SettingsError, match="--alpha -1 is the memorization model itself"):
-        extrapolate(run_of("mox")[0] / "memorization", tmp_path / "other", strength=-1.0)
+    """loramox 0.1 trained npo_mean at θ_ref − 8·ΔW. With LoRA's scale at 8 instead it is the same, bit for bit: B → −B changes
+    nothing at B = 0, nor for Adam. So nothing of it is memorized or extrapolated."""
+    changes = []
+    for scale in (8, -8):
+        reference = ReferenceConfig(str(knowing), quantization="none", r=4, lora_alpha=32 if scale > 0 else 4)
+        torch.manual_seed(1)
+        model = add_lora(load_reference(reference), reference)
+        args = UnlearnConfig(
+            method="npo_mean", use_cpu=True, max_steps=4, save_strategy="no", eval_strategy="no", eval_on_start=False,
+            report_to="none", disable_tqdm=True, output_dir=str(tmp_path), momentum=1.0,
+        )  # fmt: skip
+        trainer = UnlearnTrainer(model, args, *examples, tokenizer)
+        if scale < 0:
+            trainer.terms = [replace(term, scale=-8.0) for term in trainer.terms]
+            trainer._term_of = {part: term for term in trainer.terms for part in term.parts}
+        trainer.train()
+        sign = 1.0 if scale > 0 else scale
+        changes.append({name: sign * factors.delta() for name, factors in current_factors(model).items()})
+    assert all(torch.equal(changes[0][name], changes[1][name]) for name in changes[0])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "nop"}, "--method takes mox, task_vector, ga"),
+        ({"method": "nop"}, "method is 'nop'; --method takes .*mox"),
         ({"method": "dpo"}, "--method dpo needs --refusals"),
         ({"method": "whp"}, "--method whp needs --reinforced"),
-        ({"beta": 0.1}, "--beta is of no use to --method mox; it is for npo, simnpo, dpo, altpo"),
+        ({"margin": 0.1}, "--margin is of no use to --method mox; it is for simnpo"),
         ({"method": "npo", "margin": 0.1}, "--margin is of no use to --method npo; it is for simnpo"),
         ({"method": "po", "refusals": "r", "forget_weight": 2.0}, "--forget_weight is of no use to --method po"),
         ({"method": "npo", "beta": 0.0}, "beta is 0.0; --beta needs a number above 0"),
@@ -455,26 +483,31 @@ def test_a_method_that_was_trained_to_forget_has_no_other_strength(
         ({"method": "rmu", "rmu_layer": 0}, "--rmu_layer needs 1 or more"),
         ({"method": "npo", "retain_term": "states"}, "--retain_term states and --method rmu go together"),
         ({"method": "rmu", "retain_term": "kl"}, "--retain_term states and --method rmu go together"),
-        ({"method": "npo", "strength": 4.0}, "strength is 4.0; --method npo ships ΔW as it was trained.* Leave out --alpha"),
-        ({"method": "npo", "temperature": 2.0}, "temperature is 2.0; --method npo has 1.0 there"),
-        ({"method": "task_vector", "kl_weight": 2.0}, "kl_weight is 2.0; --method task_vector has 0.0 there"),
+        ({"retain_term": "ce"}, "--method mox takes kl or none"),
+        ({"method": "npo", "alpha": 4.0}, "alpha is 4, and --method npo has none.*Leave out --alpha.*--lora_alpha"),
+        ({"method": "npo", "temperature": 2.0}, "--temperature is of no use to --method npo; it is for mox_static, task_vector"),
+        ({"method": "mox_static", "inner_steps": 4}, "--inner_steps is of no use to --method mox_static; it is for mox"),
+        ({"inner_steps": 0}, "--inner_steps needs 1 or more"),
+        ({"inner_lr": 0.0}, "--inner_lr needs a number above 0"),
+        ({"method": "mox_static", "forget_term": "npo"}, "--forget_term takes cross_entropy, preference"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        BaselineConfig(**settings)
+        UnlearnConfig(**settings)
 
 
 def test_settings_that_are_not_given_are_the_papers_and_reading_them_back_changes_nothing(tmp_path: Path) -> None:
     words = ["--model", "m", "--forget", "f", "--retain", "r", "--out", "o"]
-    args = settings_of("unlearn", [*words, "--method", "simnpo"], *any_method())[3]
+    args = settings_of("unlearn", [*words, "--method", "simnpo"], *KINDS)[3]
     assert (args.beta, args.margin, args.forget_weight, args.retain_weight) == (4.5, 0.0, 0.125, 1.0)
-    assert (args.retain_term, args.strength, args.momentum, args.temperature) == ("ce", -1, 1, 1)
-    again = BaselineConfig(
-        **{name: value for name, value in vars(args).items() if name in BaselineConfig.__dataclass_fields__}
+    assert (args.retain_term, args.alpha, args.momentum, args.temperature) == ("ce", None, 1, None)
+    again = UnlearnConfig(
+        **{name: value for name, value in vars(args).items() if name in UnlearnConfig.__dataclass_fields__}
     )
     assert again.to_dict() == args.to_dict()
-    assert settings_of("unlearn", words, *any_method())[3].temperature == 3
+    args = settings_of("unlearn", words, *KINDS)[3]
+    assert (args.method, args.alpha, args.temperature) == ("mox", 8, None)
 
 
 def unlearned(
@@ -482,7 +515,7 @@ def unlearned(
 ) -> None:
     data = Data(str(settings.pop("forget", files["forget"])), str(files["retain"]))
     reference = ReferenceConfig(str(knowing), quantization="none", r=4)
-    unlearn(RunConfig(str(out)), reference, data, BaselineConfig(use_cpu=True, max_steps=1, **settings), columns)
+    unlearn(RunConfig(str(out)), reference, data, UnlearnConfig(use_cpu=True, max_steps=1, **settings), columns)
 
 
 def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
@@ -491,8 +524,8 @@ def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
     text, lines = tmp_path / "text.jsonl", tmp_path / "refusals.jsonl"
     text.write_text('{"text": "Ada lives in Rome."}\n')
     lines.write_text('{"text": "I do not know."}\n')
-    whp = {"method": "whp", "reinforced": str(run_of("npo")[0] / "memorization")}
-    default = str(run_of("default")[0] / "memorization")
+    whp = {"method": "whp", "reinforced": str(run_of("npo")[0] / "trained")}
+    default = str(run_of("npo_mean")[0] / "trained")
     other = Columns(wanted_column="other")
     monkeypatch.setattr("loramox.unlearning.load_reference", lambda *args: pytest.fail("the model was loaded"))
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -502,12 +535,8 @@ def test_what_a_method_lacks_is_said_before_the_model_is_loaded(
         (RowsError, "is plain text, and --method llmu teaches another answer", {"method": "llmu", "forget": text}),
         (RowsError, "holds JSON. Expected plain text", {"method": "po", "refusals": str(lines)}),
         (RowsError, "cannot be read", {"method": "po", "refusals": str(tmp_path / "none.txt")}),
-        (AdapterError, "was trained by npo to forget", whp),
-        (
-            AdapterError,
-            "Give one that memorizes: loramox memorize … --objective cross_entropy",
-            whp | {"reinforced": default},
-        ),
+        (AdapterError, "was trained by NPO, .*--method mox_static", whp),
+        (AdapterError, "Give one that memorizes: loramox train … --method mox_static", whp | {"reinforced": default}),
         (AdapterError, "has no readable provenance.json", whp | {"reinforced": str(tmp_path)}),
     ]
     for error, message, settings in refused:

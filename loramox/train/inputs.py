@@ -1,10 +1,10 @@
-"""What another method needs besides rows and a model: answers to teach instead, a layer, a reinforced adapter."""
+"""What a method needs besides rows and a model: answers to teach instead, a layer, a reinforced adapter."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,27 +13,29 @@ from loramox.data.rows import Row, wanted_rows
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.algebra import Factors
 from loramox.model.lora import lora_layers
-from loramox.train.baseline_config import METHODS, BaselineConfig
+from loramox.train.registry import METHODS
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
 
 
-def taught_rows(args: BaselineConfig, forget: Sequence[Row], retain: Sequence[Row]) -> list[Row]:
+def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[Row]) -> list[Row]:
     """The forget rows with the answers that the method teaches in the place of theirs; none where it teaches none.
 
     Refusals and random answers are drawn once a run, by its seed. Raises `RowsError` or `SettingsError` for answers that are
     missing, and for wanted answers that the method would not use.
     """
-    source = METHODS[args.method].answers
-    given = wanted_rows(forget)
-    if given and source != "wanted":
-        raise SettingsError(
-            f"--wanted_column is of no use to --method {args.method}; altpo and mox have one. Leave it out"
-        )
-    if source is None:
-        return []
+    source, given = args.spec.answers, wanted_rows(forget)
+    if given and source not in ("wanted", "wanted if given"):
+        users = ", ".join(name for name, each in METHODS.items() if (each.answers or "").startswith("wanted"))
+        raise SettingsError(f"--wanted_column is of no use to --method {args.method}; it is for {users}. Leave it out")
+    if source is None or source == "wanted if given":
+        return given
     if any(row.prompt is None for row in forget):
+        others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
         raise RowsError(
             f"{forget[0].source} is plain text, and --method {args.method} teaches another answer to a question. Give rows of "
-            "questions and answers, or choose a method without: ga, ga_kl, graddiff, npo, simnpo, rmu"
+            f"questions and answers, or choose a method without: {others}"
         )
     if source == "wanted":
         if not given:
@@ -58,7 +60,7 @@ def read_refusals(path: str) -> list[str]:
     return lines
 
 
-def check_layer(args: BaselineConfig, layers: int) -> None:
+def check_layer(args: "UnlearnConfig", layers: int) -> None:
     """Raises `SettingsError` when the model has no such layer to steer."""
     if args.rmu_layer is not None and args.rmu_layer > layers:
         raise SettingsError(
@@ -68,20 +70,15 @@ def check_layer(args: BaselineConfig, layers: int) -> None:
 
 
 def read_reinforced(folder: str, base: dict[str, Any], model: nn.Module) -> dict[str, Factors]:
-    """ΔW of the reinforced model: a memorization adapter for the same base, on the same layers as `model`'s.
+    """ΔW of the reinforced model: trained by mox_static or task_vector for the same base, on the same layers as `model`'s.
 
     Raises `AdapterError` for anything else.
     """
-    source = read_provenance(Path(folder), "memorization")
-    if source["settings"]["strength"] < 0:
+    source = read_provenance(Path(folder), "trained")
+    if not METHODS[source["settings"]["method"]].static:
         raise AdapterError(
-            f"--reinforced {folder} was trained by {source['settings']['method']} to forget. Give one that memorizes: "
-            "loramox memorize …, without --method"
-        )
-    if source["settings"]["objective"] == "npo":
-        raise AdapterError(
-            f"--reinforced {folder} was trained on the forget model's side (--objective npo), and is no model that knows the rows better. "
-            "Give one that memorizes: loramox memorize … --objective cross_entropy"
+            f"--reinforced {folder} was trained by {source['method']}, and is no model that knows the rows better. Give one that memorizes: "
+            "loramox train … --method mox_static"
         )
     check_base(source, base, Path(folder))
     factors, _ = read_factors(Path(folder))

@@ -5,8 +5,7 @@ import re
 import pytest
 
 from loramox.data.rows import Row
-from loramox.train.baseline_config import BaselineConfig
-from loramox.train.config import MemorizeConfig
+from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import FEW, advice
 
 WELL = ((0.99, 0.02), (0.99, 0.98))
@@ -24,7 +23,7 @@ def said(
         for part, curve in (("forget", forget), ("retain", retain))
         for value in curve
     ]
-    kind = BaselineConfig if "method" in args else MemorizeConfig
+    kind = UnlearnConfig if "method" in args else UnlearnConfig
     kept = [row(i, answers[i] if i < len(answers) else f"some other answer {i}") for i in range(rows)]
     forgotten = [row(1, "Born in Rivertown, by the sea"), row(2, "Yes, indeed")]
     return "\n".join(advice(log, forgotten, kept, kind(use_cpu=True, **args)))
@@ -39,7 +38,7 @@ def test_nothing_is_said_of_a_run_that_went_well() -> None:
     [
         ((0.03, 0.02), (0.99, 0.99), 100, {}, "hardly knows the forget rows"),
         ((0.99, 0.80), (0.99, 0.99), 100, {"num_train_epochs": 7}, "0.99 to 0.80 only.*--num_train_epochs above 7"),
-        ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60: raise --kl_weight \(is 1\)"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60: raise --retain_weight \(is 1\)"),
         ((0.99, 0.11), (0.99, 0.95), 100, {"num_train_epochs": 7}, "or train longer .--num_train_epochs above 7.;"),
         (*WELL, FEW - 1, {}, rf"few retain rows \({FEW - 1}\) hold little but themselves.*Give {FEW} or more"),
         ((0.99, 0.02), (0.99, 0.60), 100, {"method": "npo"}, r"raise --retain_weight \(is 1\)"),
@@ -60,8 +59,8 @@ def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgot
            for name, curves in (("probability", ((0.3, 0.001), (0.9, 0.9))), ("tokens_right", ((0.4, last), (0.9, 0.9))))
            for part, curve in zip(("forget", "retain"), curves, strict=True) for value in curve]  # fmt: skip
     kept = [row(i, f"some other answer {i}") for i in range(FEW)]
-    said = "\n".join(advice(log, [row(1, "a")], kept, MemorizeConfig(use_cpu=True, strength=6)))
-    expected = r"36% of their tokens are still the model's first choice \(before: 40%\).*above 24\), or look beyond α = 6 with loramox sweep"
+    said = "\n".join(advice(log, [row(1, "a")], kept, UnlearnConfig(use_cpu=True, alpha=6)))
+    expected = r"36% of their tokens are still the model's first choice \(before: 40%\).*above 24\), or look beyond alpha = 6 with loramox sweep"
     assert bool(re.search(expected, said)) is warns
     assert warns or not said
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loramox.data.microbatches import cut, passes, passes_of_pairs
+from loramox.data.microbatches import cut, microbatches, microbatches_of_pairs
 from loramox.data.pairs import Collator
 from loramox.model.head import answer_states, states_of_parts
 
@@ -54,7 +54,7 @@ def test_rows_of_one_length_stay_one_pass() -> None:
 def test_a_pass_has_its_own_rows_whole_and_unpadded_and_their_share() -> None:
     rows = [{"input_ids": [i + 1] * n, "labels": [i + 1] * n, "row": f"row {i}"} for i, n in enumerate((3, 90, 4, 88))]
     batch = Collator(0)(rows)
-    made = [some["retain"] for some in passes({"retain": batch}, 10)]
+    made = [some["retain"] for some in microbatches({"retain": batch}, 10)]
     assert [some["rows"] for some in made] == [["row 1", "row 3"], ["row 2", "row 0"]]
     assert [some["input_ids"].shape for some in made] == [(2, 90), (2, 4)]
     assert [some["share"] for some in made] == [0.5, 0.5]
@@ -72,12 +72,12 @@ def batch_of(*lengths: int) -> dict:
 
 def test_rows_of_like_length_go_together_whichever_part_they_are_of() -> None:
     parts = {"forget": batch_of(90, 3), "retain": batch_of(4, 88, 91)}
-    made = [{part: (of["rows"], of["share"]) for part, of in some.items()} for some in passes(parts, 10)]
+    made = [{part: (of["rows"], of["share"]) for part, of in some.items()} for some in microbatches(parts, 10)]
     assert made == [
         {"forget": (["row 0"], 1 / 2), "retain": (["row 2", "row 1"], 2 / 3)},
         {"forget": (["row 1"], 1 / 2), "retain": (["row 0"], 1 / 3)},
     ]
-    assert [list(some) for some in passes({"forget": batch_of(90), "retain": batch_of(4)}, 0)] == [
+    assert [list(some) for some in microbatches({"forget": batch_of(90), "retain": batch_of(4)}, 0)] == [
         ["forget"],
         ["retain"],
     ]
@@ -85,7 +85,7 @@ def test_rows_of_like_length_go_together_whichever_part_they_are_of() -> None:
 
 def test_pairs_of_rows_stay_together() -> None:
     forget, wanted = batch_of(2, 50, 2), batch_of(3, 60, 100)
-    for some in passes_of_pairs({"forget": forget, "wanted": wanted}, 0):
+    for some in microbatches_of_pairs({"forget": forget, "wanted": wanted}, 0):
         assert some["forget"]["rows"] == some["wanted"]["rows"]
 
 

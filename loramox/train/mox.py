@@ -1,0 +1,155 @@
+"""MOX: memorize, then extrapolate (arXiv 2602.06441). The default method, and the paper's own.
+
+    θ_for = θ_ref − alpha·ΔW,  ΔW = s·B·A
+
+ΔW points from the reference to models that know the forget rows better; the forget model is on the other side, alpha times as
+far. alpha is free once ΔW is trained.
+
+`mox_static`, the paper's, memorizes once, at θ_ref + ΔW. A reference that knows its rows by heart has no gradient left there.
+`mox` memorizes anew in every step of training, from where forgetting has got to:
+
+    θ_1 = θ_for                            start at the forget model of the moment
+    M_k+1 = M_k − inner_lr · sign ∇_M L    memorize: a fresh LoRA adapter M descends on the forget rows, θ_k = θ_for + M_k
+    step along  −Σ_k ∇_ΔW L(θ_k)           extrapolate: ΔW's optimiser goes the other way at every point of that path
+
+    L(θ) = mean over rows of w(y|x; θ) · CE(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
+
+Each k has its own mini-batch of the step's forget rows, so K steps pass each row once. CE and r weigh each token by p_ref. A row
+is released (w → 0) once it is forgotten, even after M has memorized the rows before it. With K = 1 the step is that of NPO's
+loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What K > 1 adds is that forgetting has to hold on
+the path on which a fine-tune would bring the rows back. Retain rows are held to the reference at θ_for, the model that ships.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loramox.data.microbatches import rows_of
+from loramox.model.head import answer_states
+from loramox.model.lora import ADAPTER, at_scale, lora_layers
+from loramox.train.losses import npo, preference
+from loramox.train.methods import retain
+from loramox.train.registry import method
+from loramox.train.terms import Answers, Term
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
+    from loramox.train.trainer import UnlearnTrainer
+
+Batch = dict[str, Any]
+SHARED: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0, "momentum": 0.675, "targeted": "descent"}
+
+
+def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch) -> Tensor:
+    """Memorize the forget rows of one step along a path; add the gradients against it to ΔW's; return NPO's loss along it, [].
+
+    Going down NPO's loss is going up w·CE. So one backward pass gives both: ΔW's optimiser descends on the loss, and M ascends,
+    which is descent on the cross-entropy.
+    """
+    args, rows = trainer.args, range(len(batch["rows"]))
+    steps = min(args.inner_steps, len(rows))
+    minibatches = [rows_of(batch, rows[k::steps]) for k in range(steps)]
+    known = [trainer.reference.states(model, each) for each in minibatches]
+    total = torch.zeros((), device=args.device)
+    with (
+        at_scale(trainer.model, args.forget_scale),
+        memorizer(trainer.model, args.seed + trainer.state.global_step) as M,
+    ):
+        for minibatch, frozen in zip(minibatches, known, strict=True):
+            answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, minibatch), (frozen,))
+            loss = trainer.shared("forget_loss", minibatch, npo(answers.known_log_ratio(), args.beta).mean())
+            trainer.stop_unless_finite(loss, {"forget": minibatch})
+            trainer.accelerator.backward(loss)
+            for weight, gradient in zip(M, trainer.mean_over_processes([weight.grad for weight in M]), strict=True):
+                weight.data += args.inner_lr * gradient.sign()
+                weight.grad = None
+            total += loss.detach()
+    return total
+
+
+@contextmanager
+def memorizer(model: PeftModel, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Within it a fresh LoRA adapter is on every layer that ΔW changes, as an attacker's would be: of its rank, B = 0.
+
+    Yields its weights. It is added to the layers' outputs by hooks, so the model has no second PEFT adapter to save or to load.
+    """
+    generator, weights, hooks = torch.Generator().manual_seed(seed), [], []
+    try:
+        for _, layer in lora_layers(model):
+            ours = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            A, B = (torch.zeros(weight.shape, dtype=torch.float32) for weight in ours)
+            A.uniform_(-(A.shape[1] ** -0.5), A.shape[1] ** -0.5, generator=generator)  # as PEFT draws it
+            A, B = (nn.Parameter(each.to(ours[0].device)) for each in (A, B))
+            weights += [A, B]
+            hooks.append(layer.register_forward_hook(_adding(A, B)))
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adding(A: Tensor, B: Tensor) -> Any:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = nn.functional.linear(nn.functional.linear(inputs[0].to(A.dtype), A), B)
+        return output + change.to(output.dtype)
+
+    return hook
+
+
+def held(args: "UnlearnConfig", trainer: "UnlearnTrainer", scale: float, beside: bool = True) -> list[Term]:
+    """KL_R at θ_ref + scale·ΔW, and of rows that earlier requests made the model forget, KL to the model with these in force.
+
+    Where not `beside`, it is the KL to the model from which the forget rows are memorized, without the tuned adapter.
+    """
+    terms = retain(args, trainer, scale)
+    if not beside:
+        terms = [replace(term, beside=False, frozen=(trainer.origin,)) for term in terms]
+    if terms:
+        terms.append(Term("protected_kl", Answers.kl, ("protected",), scale, args.retain_weight, (trainer.now,)))
+    return terms
+
+
+def wanted(args: "UnlearnConfig") -> Term:
+    """Targeted unlearning: CE of the wanted answer at θ_for (descent), or the paper's −CE of it at θ_ref + ΔW (ascent)."""
+    descent = args.targeted == "descent"
+    scale, weight = (args.forget_scale, 1.0) if descent else (1.0, -1.0)
+    return Term("wanted_loss", Answers.cross_entropy, ("wanted",), scale, weight)
+
+
+@method("mox", "MOX along a path, after arXiv 2602.06441", gradient=memorize_and_extrapolate, alpha_is_free=True,
+        answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.6, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
+def mox(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
+    """KL_R at θ_for, and steps against the path along which a fresh adapter memorizes the forget rows from θ_for."""
+    return [*held(args, trainer, args.forget_scale), wanted(args)]
+
+
+@method("mox_static", "MOX, arXiv 2602.06441", alpha_is_free=True, static=True, answers="wanted if given",
+        settings=SHARED | {"alpha": 4.0, "beta": 0.1, "forget_term": "cross_entropy", "temperature": 1.0, "kl_at": "memorization"})  # fmt: skip
+def mox_static(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
+    """CE_F + KL_R at θ_ref + ΔW, or with the preference variant +(2/β)·log σ(−β·log(p_θ/p_ref)) in place of CE_F.
+
+    `temperature` divides the logits of CE_F; `kl_at` moves KL_R to θ_ref − alpha·ΔW, the model that ships.
+    """
+    if args.forget_term == "preference":
+        loss, frozen = lambda a: preference(a.log_ratio(), args.beta), (trainer.origin,)
+    else:
+        loss, frozen = lambda a: a.cross_entropy(args.temperature), ()
+    beside = trainer.memorize_beside
+    forget = Term("forget_loss", loss, ("forget",), frozen=frozen, beside=beside)
+    retained = (
+        held(args, trainer, 1.0, beside) if args.kl_at == "memorization" else held(args, trainer, args.forget_scale)
+    )
+    return [forget, *retained, replace(wanted(args), beside=beside or args.targeted == "descent")]
+
+
+@method("task_vector", "task vector, arXiv 2212.04089", alpha_is_free=True, static=True,
+        settings={"alpha": 1.0, "retain_term": "none", "retain_weight": 1.0, "temperature": 1.0})  # fmt: skip
+def task_vector(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
+    """CE_F at θ_ref + ΔW, with nothing to hold the rest."""
+    beside = trainer.memorize_beside
+    return [Term("forget_loss", lambda a: a.cross_entropy(args.temperature), ("forget",), beside=beside)]

@@ -1,13 +1,13 @@
-"""Continual unlearning, as in the MOX paper: 1 %, then up to 5 %, then up to 10 % of what a model knows, a request each.
+"""Continual unlearning, as in the MOX paper: 1 %, 5 % and 10 % of the rows that a model knows, one request after another.
 
     python recipes/continual.py --world tiny_tofu --out runs/continual [--epochs 30]
 
 WORLD is as for tiny_tofu.py. Its first 10 forget rows are the first request, the next 40 the second, the next 50 the third.
-After each, the adapter for all requests so far is built and asked every row: what was requested, what will be, and what is to
-stay; as it ships, and at lower strengths until the retain rows keep a probability of 0.98. This is done twice: with the defaults
-of `requests add`, each request on top of those in force, and each alone, with `--protect false`. `retrained` is a model trained
-from scratch, with the reference's config, without the rows requested so far (the world's own for the last step). What is in OUT
-is not computed again. Writes results.md and continual.png, which shows the last of these strengths.
+After each, the adapter for all requests so far is built and scored on all rows: those of each request and the retain rows; as it
+ships, and at lower scales until the retain rows keep a probability of 0.98. This is done twice: with the defaults of `requests
+add`, each request on top of those in force, and each alone, with `--protect false`. `retrained` is a model trained from scratch,
+with the reference's config, without the rows requested so far (the world's own for the last step). Results in OUT are reused.
+Writes results.md and continual.png, which shows the last of these scales.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS = [  # as in tiny_tofu.yaml
     *("--quantization", "none", "--dtype", "float32", "--use_cpu", "true", "--eval_strategy", "no"),
     *("--save_strategy", "no", "--report_to", "none"),
 ]
-DIALS, KEPT = (1.0, 0.75, 0.6, 0.45, 0.3), 0.98  # strengths, as shares of what is shipped; retain probability to keep
+SCALES, KEPT = (1.0, 0.75, 0.6, 0.45, 0.3), 0.98  # 1 is as shipped; retain probability to keep
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
 
 
@@ -52,7 +52,7 @@ def split(world: Path, out: Path) -> None:
 
 
 def request(world: Path, out: Path, way: str, step: int) -> None:
-    """Enter the request, and build the adapter for all so far."""
+    """Enter the request, and build the adapter for all requests so far."""
     forget, out = out / f"rows/request-{step}.jsonl", out / way
     if (out / f"adapter-{step}").exists():
         return
@@ -110,13 +110,13 @@ def probabilities(world: Path, folder: Path, model: Path, *adapter: str) -> dict
     return found | {"retain": mean(r["probability"] for r in records if r["part"] == "retain")}
 
 
-def dialled(world: Path, out: Path, way: str, step: int) -> dict[float, dict[str, float]]:
-    """What was built, as shipped and then ever weaker, until it keeps the retain rows."""
+def scaled(world: Path, out: Path, way: str, step: int) -> dict[float, dict[str, float]]:
+    """Scores of the adapter that was built, at ever lower scales until it keeps the retain rows."""
     points: dict[float, dict[str, float]] = {}
-    for dial in DIALS:
-        adapter = ["--adapter", str(out / way / f"adapter-{step}"), "--strength", str(dial)]
-        points[dial] = probabilities(world, out / way / f"asked-{step}-{dial:g}", world / "reference", *adapter)
-        if points[dial]["retain"] >= KEPT:
+    for scale in SCALES:
+        adapter = ["--adapter", str(out / way / f"adapter-{step}"), "--scale", str(scale)]
+        points[scale] = probabilities(world, out / way / f"scored-{step}-{scale:g}", world / "reference", *adapter)
+        if points[scale]["retain"] >= KEPT:
             break
     return points
 
@@ -146,7 +146,7 @@ def draw(path: Path, ours: dict[str, list[dict[str, float]]], theirs: list[dict[
         axes.set_title(TITLES[way], fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("mean probability of the true answers")
-    figure.suptitle(f"at the strength that keeps retain rows at {KEPT}", fontsize=10)
+    figure.suptitle(f"at the scale that keeps retain rows at {KEPT}", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="Of retraining (default: 30).")
     given = parser.parse_args()
     split(given.world, given.out)
-    reference = probabilities(given.world, given.out / "asked-reference", given.world / "reference")
+    reference = probabilities(given.world, given.out / "scored-reference", given.world / "reference")
     table = ["| after | | " + " | ".join(reference) + " |", "|---|---|" + "---|" * len(reference)]
 
     def line(after: str, what: str, point: dict[str, float]) -> None:
@@ -170,12 +170,12 @@ def main() -> None:
     for step, name in enumerate(STEPS, 1):
         for way, points in ours.items():
             request(given.world, given.out, way, step)
-            found = dialled(given.world, given.out, way, step)
+            found = scaled(given.world, given.out, way, step)
             points.append(list(found.values())[-1])
-            for dial, point in found.items():
-                line(f"request {step}, {name}", f"{way}, {dial:g} of the shipped strength", point)
+            for scale, point in found.items():
+                line(f"request {step}, {name}", f"{way}, scale {scale:g}", point)
         model = retrain(given.world, given.out, step, given.epochs)
-        theirs.append(probabilities(given.world, given.out / f"asked-retrained-{step}", model))
+        theirs.append(probabilities(given.world, given.out / f"scored-retrained-{step}", model))
         line(f"request {step}, {name}", "retrained", theirs[-1])
     print("\n".join(table))
     (given.out / "results.md").write_text("\n".join(table) + "\n", encoding="utf-8")

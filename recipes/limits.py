@@ -1,11 +1,11 @@
-"""When unlearning cannot work, or not well: what happens then, and what the tool says of it by itself.
+"""Cases in which unlearning fails or does harm: what happens, and which warnings loramox prints.
 
     loramox demo
-    python recipes/limits.py --demo runs/demo --out runs/limits
+    python recipes/limits.py --demo runs/demo --out runs/limits [--method npo_mean]
 
-On the rows and models that the demo left behind. Each case is memorized and swept once: what is in OUT is not computed again.
-Writes results.md: forget and retain probability as it ships and at the strength of most forgetting that keeps retain at 0.98, of
-all the demo's retain rows, whichever were trained on; and what `unlearn` and `sweep` said at their end.
+With the rows and models of the demo. Each case is trained and swept once; results in OUT are reused. Writes results.md: forget
+and retain probability as shipped, and at the alpha (or scale) that forgets most while retain is at 0.98, on all retain rows of the demo,
+whichever were trained on; and the warnings of `unlearn` and `sweep`.
 """
 
 import argparse
@@ -40,55 +40,55 @@ def written(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def swept(demo: Path, out: Path, case: Row) -> tuple[Row, Row]:
-    """The run's record and its frontier, memorized and measured where they are not there yet."""
+def swept(demo: Path, out: Path, case: Row, method: str) -> tuple[Row, Row]:
+    """The run's record and its frontier, trained and measured where they do not exist yet."""
     forget, retain = (read(demo / f"rows/{part}.jsonl") for part in ("forget", "retain"))
-    asked = forget = forget[: case.get("forget")]
+    forget = forget[: case.get("forget")]
     kept = retain[:: len(retain) // case["retain"]][: case["retain"]] if "retain" in case else retain
     if case.get("copies"):
         kept = [*kept, *({**row, "question": f"Please tell me: {row['question']}"} for row in forget)]
     model = ["--model", str(demo / case.get("model", "reference")), "--quantization", "none"]
     if not (out / "run/forget-adapter").exists():
-        rows = ["--forget", str(written(out / "rows/forget.jsonl", asked))]
+        rows = ["--forget", str(written(out / "rows/forget.jsonl", forget))]
         rows += ["--retain", str(written(out / "rows/retain.jsonl", kept))]
-        epochs = ["--num_train_epochs", str(case.get("epochs", EPOCHS)), "--save_strategy", "no"]
+        epochs = ["--num_train_epochs", str(case.get("epochs", EPOCHS)), "--save_strategy", "no", "--method", method]
         loramox(["unlearn", *model, *rows, *epochs, "--use_cpu", "true", "--overwrite", "--out", str(out / "run")])
     record = out / "sweep/frontier.json"
     if not record.exists() or json.loads(record.read_text())["status"] != "done":
         rows = ["--forget", str(out / "rows/forget.jsonl"), "--retain", str(demo / "rows/retain.jsonl")]
-        memorized = ["--memorization", str(out / "run/memorization"), *model[:2]]
-        loramox(["sweep", *memorized, *rows, "--max_new_tokens", "0", "--use_cpu", "true", "--out", str(out / "sweep")])
+        trained = ["--trained", str(out / "run/trained"), *model[:2]]
+        loramox(["sweep", *trained, *rows, "--max_new_tokens", "0", "--use_cpu", "true", "--out", str(out / "sweep")])
     return json.loads((out / "run/run.json").read_text()), json.loads(record.read_text())
 
 
 def line(name: str, run: Row, frontier: Row) -> str:
     """A row of the table."""
     points = frontier["points"]
-    trained = run["settings"]["strength"]
-    shipped = next(p for p in points if p["strength"] == trained)
+    shipped = next(p for p in points if p["at"] == (run["settings"]["alpha"] or 1))
     kept = [p for p in points if p["retain_probability"] >= KEEP]
     best = min(kept, key=lambda p: p["forget_probability"]) if kept else None
 
     def both(point: Row | None) -> str:
         return f"{point['forget_probability']:.3f}, {point['retain_probability']:.3f}" if point else "none"
 
-    said = " ".join(f"*{each.rstrip('?')}.*" for each in [*run["advice"], frontier["warning"]] if each) or "nothing"
-    at = f"{both(best)} (α = {best['strength']:g})" if best else "none"
-    return f"| {name} | {both(points[0])} | {both(shipped)} | {at} | {said} |"
+    warned = " ".join(f"*{each.rstrip('?')}.*" for each in [*run["advice"], frontier["warning"]] if each) or "nothing"
+    at = f"{both(best)} ({frontier['unit']} {best['at']:g})" if best else "none"
+    return f"| {name} | {both(points[0])} | {both(shipped)} | {at} | {warned} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--method", default="mox")
     given = parser.parse_args()
     if not (given.demo / "retrained").is_dir():
         parser.error(f"--demo {given.demo} has no retrained/: give a folder that `loramox demo` has written")
     lines = [
-        f"| case | forget, retain before | as it ships | most forgetting at retain ≥ {KEEP} | what it says |",
+        f"| case | forget, retain before | as shipped | most forgetting at retain ≥ {KEEP} | warnings |",
         "|---" * 5 + "|",
         *(
-            line(name, *swept(given.demo, given.out / f"case-{number}", case))
+            line(name, *swept(given.demo, given.out / f"case-{number}", case, given.method))
             for number, (name, case) in enumerate(CASES.items(), 1)
         ),
     ]

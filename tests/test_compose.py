@@ -163,8 +163,9 @@ def test_terms_that_share_a_add_up_at_the_rank_of_one_and_others_do_not() -> Non
 
 def test_momentum_with_a_shared_a_is_exact_at_the_rank_of_one() -> None:
     steps = list(requests(6, 4, shared=True)["wide"].values())
-    momentum, exact = Momentum(eta=0.675, max_rank=4), torch.zeros(24, 40, dtype=torch.float64)
-    for step in steps:
+    momentum, exact = Momentum(eta=0.675, max_rank=4), dense(steps[0])  # the average begins at the first
+    momentum.tick({"wide": steps[0]})
+    for step in steps[1:]:
         momentum.tick({"wide": step})
         exact = 0.675 * dense(step) + 0.325 * exact
     assert momentum.average["wide"].rank == 4

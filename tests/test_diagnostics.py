@@ -23,10 +23,9 @@ def said(
         for part, curve in (("forget", forget), ("retain", retain))
         for value in curve
     ]
-    kind = UnlearnConfig if "method" in args else UnlearnConfig
     kept = [row(i, answers[i] if i < len(answers) else f"some other answer {i}") for i in range(rows)]
     forgotten = [row(1, "Born in Rivertown, by the sea"), row(2, "Yes, indeed")]
-    return "\n".join(advice(log, forgotten, kept, kind(use_cpu=True, **args)))
+    return "\n".join(advice(log, forgotten, kept, UnlearnConfig(use_cpu=True, **args)))
 
 
 def test_nothing_is_said_of_a_run_that_went_well() -> None:

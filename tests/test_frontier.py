@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import PEOPLE, TOWNS, questions
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import loramox.sweep.sweep
 from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
-from loramox.adapter.export import extrapolate
+from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.adapter.folder import read_provenance
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
@@ -33,7 +36,7 @@ from loramox.sweep.rules import Choice, like_holdout, like_retrained, within_bud
 from loramox.sweep.search import Measured, choose, next_for, search
 from loramox.sweep.sweep import FRONTIER, SweepConfig, _axis, sweep
 from loramox.train.config import METHODS
-from loramox.unlearning import train
+from loramox.unlearning import train, unlearn
 
 VALUES = [1.0, 2.0, 3.0, 4.0]
 ALPHA = Axis("alpha", 8.0)
@@ -780,6 +783,37 @@ def test_alpha_and_scale_each_have_their_own_methods(
     with pytest.raises(SettingsError, match=message):
         extrapolate(trained_by(method) / "trained", tmp_path / "a", **given)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_beside_a_tuned_adapter_is_swept_with_it(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    torch.manual_seed(1)
+    mine = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(base, mine).save_pretrained(tmp_path / "mine")
+    settings = {
+        "learning_rate": 2e-2,
+        "warmup_steps": 0,
+        "report_to": "none",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    args = UnlearnConfig(
+        alpha=2.0, use_cpu=True, num_train_epochs=2, eval_on_start=False, disable_tqdm=True, **settings
+    )
+    tuned = str(tmp_path / "mine")
+    reference = ReferenceConfig(str(pico("llama")), quantization="none", r=4, tuned_adapter=tuned)
+    shipping = ShippingConfig(ship_dtype="float32")
+    unlearn(RunConfig(str(tmp_path / "run")), reference, Data(*map(str, rows)), args, shipping=shipping)
+    frontier = sweep(config_of(tmp_path / "run", tmp_path / "s", alphas=[2.0]), asked(data), SHORT)
+    assert frontier["points"][0]["retain_kl"] < 1e-6
+    model = ModelConfig(str(pico("llama")), quantization="none")
+    for at, adapter in ((0, tuned), (2, str(tmp_path / "run" / "combined-adapter"))):
+        evaluate(Subject(str(tmp_path / f"e{at}"), adapter), model, asked(data), SHORT)
+        swept, alone = (read_records(folder) for folder in (tmp_path / "s" / f"at-{at}", tmp_path / f"e{at}"))
+        # The sweep's KL is from the reference, which has the tuned adapter.
+        same_records(*([r | {"kl": 0} for r in some] for some in (swept, alone)))
 
 
 def test_a_sweep_of_0_1_is_left_alone(swept: tuple[Path, dict[str, Any]], trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None) -> None:  # fmt: skip

@@ -472,7 +472,7 @@ def test_without_generated_answers_the_rows_of_the_worst_leak_are_still_shown(ma
     text = page_of(make(said=False))[1].text
     assert "Worst leak by probability" in text
     assert "Question 8? plain" in text
-    assert "No answers were generated, so what it says is not known." in text
+    assert "No answers were generated, so its answer is not known." in text
     assert "ROUGE‑L" not in text
 
 

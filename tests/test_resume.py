@@ -153,4 +153,4 @@ def test_each_resumed_run_begins_after_the_last_whole_checkpoint_and_a_finished_
         "last": None,
         "finished": None,
     }
-    assert json.loads((runs[0] / "killed" / "run.json").read_text())["status"] == "memorized"
+    assert json.loads((runs[0] / "killed" / "run.json").read_text())["status"] == "trained"

@@ -69,7 +69,9 @@ def forget_card(provenance: dict[str, Any]) -> str:
 def combined_card(provenance: dict[str, Any]) -> str:
     """The card of a tuned adapter and a forget adapter in one."""
     mine = provenance["tuned_adapter"]["path"]
-    does = f"is two in one, by exact concatenation: the fine-tune\n`{mine}`, and a forget adapter for rows that it knows"
+    does = (
+        f"is two in one, by exact concatenation: the fine-tune\n`{mine}`, and a forget adapter for rows that it knows"
+    )
     how = f"written for servers that load\nonly one adapter. The forget adapter was {_how(provenance)}"
     made = f"{_data(provenance)}{_beside(provenance)}"
     return _forget_card(provenance, "Fine-tune and forget adapter in one", made, how, does, LOAD_COMBINED, OFF_COMBINED)

@@ -1,4 +1,4 @@
-"""evaluate, attack, sweep, report: is it forgotten, is the rest intact, and at which strength."""
+"""evaluate, attack, sweep, report: is it forgotten, is the rest intact, and how far should the adapter go."""
 
 import argparse
 

@@ -140,7 +140,7 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
         after = {part: answers(model, tokenizer, rows, f"forget model, {part}") for part, rows in shown.items()}
     probabilities["retrained"] = probability(retrained, parts)
     never = {part: answers(retrained, tokenizer, rows, f"retrained, {part}") for part, rows in shown.items()}
-    asked = {"forget": world.forget[every], "retain": world.retain[every]}
+    facts_shown = {"forget": world.forget[every], "retain": world.retain[every]}
     return {
         "probability": probabilities,
         "answers": {
@@ -148,7 +148,7 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
                 {"question": fact.question, "reference": knew, "forget model": says, "retrained": guesses}
                 for fact, knew, says, guesses in zip(facts, before[part], after[part], never[part], strict=True)
             ]
-            for part, facts in asked.items()
+            for part, facts in facts_shown.items()
         },
     }
 

@@ -15,8 +15,8 @@ def show(console: Console, out: Path, record: dict[str, Any]) -> None:
     """Print a demo's record: answers side by side, probabilities, the folder of the adapter, and the next command."""
     run = out / "run"
     rows = " ".join(f"--{part} {out / 'rows' / part}.jsonl" for part in TITLES)
-    for part, asked in record["answers"].items():
-        console.print(_side_by_side(TITLES[part], asked))
+    for part, answers in record["answers"].items():
+        console.print(_side_by_side(TITLES[part], answers))
     console.print(_probabilities(record["probability"]))
     console.print(
         f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model it was made for.",
@@ -27,11 +27,11 @@ def show(console: Console, out: Path, record: dict[str, Any]) -> None:
     )
 
 
-def _side_by_side(title: str, asked: list[dict[str, str]]) -> Table:
+def _side_by_side(title: str, answers: list[dict[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in asked[0]:
+    for name in answers[0]:
         table.add_column(name, ratio=1)
-    for row in asked:
+    for row in answers:
         table.add_row(*(text or "(nothing)" for text in row.values()))
     return table
 

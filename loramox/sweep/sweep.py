@@ -12,7 +12,7 @@ import numpy as np
 from accelerate import PartialState
 from peft import PeftModel
 
-from loramox.adapter.export import extrapolate
+from loramox.adapter.export import extrapolate, tuned_factors
 from loramox.adapter.folder import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
@@ -32,6 +32,7 @@ from loramox.sweep.frontier import Axis, grid, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.search import Measured, choose, mean, next_for, search
 from loramox.train.config import METHODS
+from loramox.train.earlier import TUNED, put_on
 
 FRONTIER = "frontier.json"
 PICTURE = "frontier.png"
@@ -102,7 +103,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     axis = _axis(config, source)
     settings = source["settings"]
     model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
-    if asked.suite:  # its rows are not those that training had to cut
+    if asked.suite:  # training may have truncated its own rows; these are others
         tokenisation = replace(tokenisation, max_length=None, long_rows="refuse")
     model.model = config.model or model.model
     model.shard = model.shard and several_processes()  # else one process holds all
@@ -115,6 +116,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     retrained = read_retrained(asked.retrained, questions, base)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")
+    tuned = tuned_factors(source) if "tuned_adapter" in source else None
     plan = {
         "trained": str(trained),
         "unit": axis.unit,
@@ -128,9 +130,11 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
 
     shipped, _ = at_rank(delta, served_rank(settings["r"]))
     adapted = PeftModel.from_pretrained(load_reference(model, device), str(trained / "momentum"))
+    if tuned:
+        put_on(adapted, tuned, TUNED)
     if model.shard:
         shard(adapted, process.device)
-    with adapted.disable_adapter():
+    with at_scale(adapted, 0):  # the reference, of which a tuned adapter is a part
         questions.remember_reference(adapted)
 
     def measure(at: float) -> list[Record]:

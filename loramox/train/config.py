@@ -43,15 +43,16 @@ class UnlearnConfig(TrainingArguments):
         "Default: 8 for mox, 4 for mox_static, 1 for task_vector."
     )
     beta: float | None = setting(
-        "β: a row is released once its answer's log-probability is a few 1/β below the reference's. Per token for mox and npo_mean "
-        "(default 1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        "β: a row is released once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
+        "(default 1.8), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
         "--npo_beta",
     )
     inner_steps: int | None = setting(
-        "mox: K, descent steps of the memorization path in each step, on mini-batches of its forget rows. 1 is one gradient of NPO's loss."
+        "mox: K, steps of the path on which a fresh LoRA memorizes the forget rows in each training step, each on its own mini-batch of "
+        "them. 1 is one gradient of NPO's loss. Default: 8."
     )
     inner_lr: float | None = setting(
-        "mox: size of each of these steps, as the root mean square of the change of each weight tensor."
+        "mox: how far each weight of that fresh LoRA moves in each of these steps. Larger: harder to relearn. Default: 0.01."
     )
     forget_term: str | None = setting(
         "mox_static: what memorizes the forget rows: cross_entropy, or the paper's preference variant.",

@@ -91,8 +91,8 @@ def read_tuned(reference: ReferenceConfig, base: PreTrainedModel) -> Tuned:
     named = config.base_model_name_or_path
     if named and Path(named).is_dir():
         with suppress(ModelError):  # a quantized copy, as a rule, whose weights cannot be compared
-            weights = [identify(each, read_config(each))["weights"] for each in (ReferenceConfig(named), reference)]
-            if weights[0] != weights[1]:
+            weights = {identify(each, read_config(each))["weights"] for each in (ReferenceConfig(named), reference)}
+            if len(weights - {None}) == 2:
                 warnings.warn(
                     f"{folder} was trained on {named}, whose weights differ from those of --model {reference.model}. On another base it does "
                     "something else",
@@ -159,8 +159,9 @@ def check_checkpoint(
             f"{both} are of different shapes ({found['shape']}; {base['shape']}), and ΔW of one does not fit the other. Give a checkpoint of "
             "the same model that never saw the forget rows"
         )
-    name = "weights" if base["weights"] else "model"
-    if found[name] == base[name]:
+    if (found["weights"] or (found["model"], found["revision"])) == (
+        base["weights"] or (base["model"], base["revision"])
+    ):
         raise ModelError(
             f"{both} are the same weights. Give a checkpoint that never saw the forget rows, or leave out --memorize_at"
         )

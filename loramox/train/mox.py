@@ -66,7 +66,8 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
             trainer.stop_unless_finite(loss, {"forget": minibatch})
             trainer.accelerator.backward(loss)
             for weight, gradient in zip(M, trainer.mean_over_processes([weight.grad for weight in M]), strict=True):
-                weight.data += args.inner_lr * gradient.sign()
+                # NaN: fp16 overflowed, and the optimiser will skip this step.
+                weight.data += args.inner_lr * gradient.sign().nan_to_num()
                 weight.grad = None
             total += loss.detach()
     return total
@@ -122,7 +123,7 @@ def wanted(args: "UnlearnConfig") -> Term:
 
 
 @method("mox", "MOX along a path, after arXiv 2602.06441", gradient=memorize_and_extrapolate, alpha_is_free=True,
-        answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.6, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
+        answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.8, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
 def mox(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """KL_R at θ_for, and steps against the path along which a fresh adapter memorizes the forget rows from θ_for."""
     return [*held(args, trainer, args.forget_scale), wanted(args)]

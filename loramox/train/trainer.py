@@ -82,10 +82,9 @@ class UnlearnTrainer(Trainer):
         self.tuned = TUNED in model.peft_config
         self.reference = FrozenStates(model, lambda: self.at(0)) if self.tuned else base
         self.now = FrozenStates(model, lambda: self.at(0))  # the reference, with earlier requests in force
-        self.memorize_beside = not (
-            self.tuned and memorize_at
-        )  # whether static methods memorize with the tuned adapter on
-        self.origin = self.reference if self.memorize_beside else base  # from which they memorize
+        # Whether static methods memorize with the tuned adapter on, and from which model.
+        self.memorize_beside = not (self.tuned and memorize_at)
+        self.origin = self.reference if self.memorize_beside else base
         self.at_checkpoint = bool(memorize_at) and not self.tuned  # the model in memory is not the one that ships
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * model.peft_config["default"].r)
         scored = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}

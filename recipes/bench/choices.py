@@ -6,7 +6,7 @@
 
 Steps, models and rows are those of `step.py`. The choices take turns; given is the median of their times as a share of the
 default's beside them, with quartiles, and what the first step of each takes besides, which is where compilation happens. Memory
-is the peak of a process of its own, above the model. What this machine cannot run is said in its place.
+is the peak of a process of its own, above the model. Where this machine cannot run a choice, the error is given.
 """
 
 import argparse

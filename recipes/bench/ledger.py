@@ -1,4 +1,4 @@
-"""What the ledger costs: building the one adapter for 1, 10, 100 and 1000 requests, and forgetting in a shared subspace.
+"""Cost of a ledger: building one adapter for 1, 10, 100 and 1000 requests, and forgetting in a shared subspace.
 
     python -m recipes.bench.ledger [--out ledger.md]
     python -m recipes.bench.ledger --world tiny_tofu --runs runs/ledger_subspace
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import tiny_tofu
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 from peft import LoraConfig
@@ -31,6 +30,7 @@ from loramox.extras.ledger.ledger import REQUESTS, Entry, Ledger, file_digests
 from loramox.files import write_json
 from loramox.model.algebra import Factors
 from loramox.run import RECORD, memory_now, peak_memory
+from recipes import tiny_tofu
 
 COUNTS = (1, 10, 100, 1000)
 LAYERS, HIDDEN, MIDDLE, RANK = 2, 256, 768, 16
@@ -47,7 +47,7 @@ def shapes() -> dict[str, tuple[int, int]]:
 
 
 def synthetic(path: Path, count: int, shared: bool) -> Ledger:
-    """A ledger of `count` requests that were never memorized."""
+    """A ledger of `count` requests that were never trained."""
     random = torch.Generator().manual_seed(0)
     of = shapes()
     fixed = {name: torch.randn(RANK, inner, generator=random) / inner**0.5 for name, (_, inner) in of.items()}
@@ -141,10 +141,10 @@ def bench(out: Path) -> None:
 
 
 def subspace(world: Path, out: Path) -> None:
-    """Forgetting with A trained and with A frozen, seed 0, at the strengths of tiny_tofu's default setting."""
+    """Forgetting with A trained and with A frozen, seed 0, at the alphas of tiny_tofu's default setting."""
     frozen = {f"A frozen, lr {rate}": ["--shared_subspace", "true", "--learning_rate", rate] for rate in RATES}
     tiny_tofu.SETTINGS |= frozen
-    tiny_tofu.STRENGTHS |= dict.fromkeys(frozen, tiny_tofu.STRENGTHS["default"])
+    tiny_tofu.VALUES |= dict.fromkeys(frozen, tiny_tofu.VALUES["default"])
     gold = tiny_tofu.retrained(world, out)
     runs = {name: {0: tiny_tofu.swept(world, out, name, 0)["points"]} for name in ("default", *frozen)}
     lines = tiny_tofu.frontier_table(runs, gold)

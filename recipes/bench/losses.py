@@ -1,4 +1,4 @@
-"""The losses of other methods beside OpenUnlearning's own code, on the same model and rows: the largest differences.
+"""The losses of five methods beside OpenUnlearning's own code, on the same model and rows: the largest differences.
 
     python -m recipes.bench.losses --openunlearning DIR [--batches 5]
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loramox import BaselineConfig, BaselineTrainer, ReferenceConfig, add_lora
+from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora
 from loramox.data.pairs import Collator
 from loramox.model.lora import lora_layers
 
@@ -47,7 +47,7 @@ def random_rows(generator: torch.Generator, answer: int | None) -> list[dict[str
 
 
 def setting(folder: str) -> tuple[nn.Module, nn.Module, PreTrainedTokenizerFast]:
-    """(model with an adapter, the same without one, a tokenizer that is asked for nothing but its padding)."""
+    """(model with an adapter, the same without one, a tokenizer of which only the padding is used)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
@@ -61,16 +61,14 @@ def setting(folder: str) -> tuple[nn.Module, nn.Module, PreTrainedTokenizerFast]
     return model.eval(), reference.eval(), no_words()
 
 
-def our_loss(trainer: BaselineTrainer, batch: dict[str, Any]) -> float:
+def our_loss(trainer: UnlearnTrainer, batch: dict[str, Any]) -> float:
     parts = batch if trainer.args.holds_retain else {part: rows for part, rows in batch.items() if part != "retain"}
     if trainer.args.method != "dpo":
         parts = {part: rows for part, rows in parts.items() if part != "wanted"}
-    return sum(trainer.compute_loss(trainer.model, term).item() for term in trainer._terms(parts))
+    return sum(trainer.compute_loss(trainer.model, some).item() for _, some in trainer._microbatches(parts))
 
 
-def their_loss(
-    kind: type, args: BaselineConfig, model: nn.Module, reference: nn.Module, batch: dict[str, Any]
-) -> float:
+def their_loss(kind: type, args: UnlearnConfig, model: nn.Module, reference: nn.Module, batch: dict[str, Any]) -> float:
     rows = {part: {k: v for k, v in of.items() if k != "rows"} for part, of in batch.items()}
     forget = {"original": rows["forget"], "alternate": rows["wanted"]} if args.method == "dpo" else rows["forget"]
     itself = SimpleNamespace(
@@ -95,9 +93,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, reference, tokenizer = setting(folder)
         for method, settings in SETTINGS.items():
-            args = BaselineConfig(folder, method=method, use_cpu=True, report_to="none", **settings)
+            args = UnlearnConfig(folder, method=method, use_cpu=True, report_to="none", **settings)
             some = random_rows(generator, 5)
-            trainer = BaselineTrainer(model, args, some, some, tokenizer)
+            trainer = UnlearnTrainer(model, args, some, some, tokenizer)
             worst = []
             for length in (5, None):
                 differences = []

@@ -1,4 +1,4 @@
-"""What `loramox ship merge` costs, and what quantizing leaves of ΔW.
+"""Time and memory of `loramox ship merge`, and how much of ΔW quantizing leaves.
 
     python -m recipes.bench.merge --work SCRATCH [--shapes 100m llama-2-7b] [--quantize nf4] [--survival tiny]
         [--trained FORGET_ADAPTER --base M --forget F --retain R] [--out recipes/bench/results/merge.md]
@@ -93,7 +93,7 @@ def write_random_adapter(base: Path, folder: Path, ratio: float) -> None:
             factors[name] = Factors(torch.randn(RANK, into), torch.randn(out, RANK) * (ratio * SPREAD / RANK**0.5))
     made_for = identify(named, config)
     provenance = {
-        "kind": "forget", "strength": 1.0, "command": "random", "base": made_for, "momentum": {}, "settings": {},
+        "kind": "forget", "alpha": None, "method": "random", "command": "random", "base": made_for, "momentum": {}, "settings": {},
         "data": {part: {"rows": 0, "source": "none", "sha256": "0" * 64} for part in ("forget", "retain")},
     }  # fmt: skip
     trained = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in factors}))
@@ -195,7 +195,7 @@ def on_grid_share(example: nn.Parameter, weight: Tensor, ratio: float) -> float:
 
 
 def forgetting(given: argparse.Namespace) -> list[str]:
-    """Of a trained adapter: its rows, asked of the five states in each quantization."""
+    """Score a trained adapter's rows in the five states of each quantization."""
     lines = []
     for kind in ("nf4", "int8"):
         out = given.work / "merged"
@@ -204,11 +204,11 @@ def forgetting(given: argparse.Namespace) -> list[str]:
         made = json.loads((out / "provenance.json").read_text())
         survived, measured = made["survived"], made["forgetting"]
         for state in measured["states"]:
-            told = ["", "", ""]
+            numbers = ["", "", ""]
             if state["state"] == f"{kind}, merged":
-                told = [f"{measured['share']:.3f}", f"{survived['overall']:.3f}", f"{survived['rounding']:.2f}"]
+                numbers = [f"{measured['share']:.3f}", f"{survived['overall']:.3f}", f"{survived['rounding']:.2f}"]
             p = [state["metrics"].get(f"{part}_probability", float("nan")) for part in ("forget", "retain")]
-            lines.append(f"| {state['state']} | {p[0]:.4f} | {p[1]:.4f} | {' | '.join(told)} |")
+            lines.append(f"| {state['state']} | {p[0]:.4f} | {p[1]:.4f} | {' | '.join(numbers)} |")
         print(*lines, sep="\n", flush=True)
         shutil.rmtree(out)
     return list(dict.fromkeys(lines))
@@ -220,7 +220,7 @@ def report(given: argparse.Namespace) -> str:
     words += ["--survival", given.survival]
     words += ["--trained FORGET_ADAPTER --base M --forget F --retain R"] if given.trained else []
     left = survival(given.survival, given.work / "survival")
-    told = forgetting(given) if given.trained else []
+    states = forgetting(given) if given.trained else []
     lines = [
         f"# Merging\n\n`{' '.join(words)}`\n",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.\n",
@@ -232,7 +232,7 @@ def report(given: argparse.Namespace) -> str:
         lines += cost(shape, given.work / shape, given.quantize)
     lines += [
         f"\n## What quantizing leaves of ΔW\n\nRandom weights ({given.survival}), r = {RANK}, all linear layers. `overall`, `share` and `rounding` are "
-        "those of `loramox/ship/quantize.py`;\nunmerged, ΔW is all there. `into 4 or 8 bits` is the share left by merging into "
+        "those of `loramox/extras/merge/quantize.py`;\nunmerged, ΔW is all there. `into 4 or 8 bits` is the share left by merging into "
         "weights that are quantized already, which\n`loramox` does not do. Apart: ‖logits − logits of the 16-bit model, adapter "
         "on‖ / ‖what the adapter changes‖.\n",
         "| ‖ΔW‖/‖W‖ | kind | overall | share | rounding | into 4 or 8 bits | apart, merged | apart, unmerged |\n|---|---|---|---|---|---|---|---|",
@@ -242,7 +242,7 @@ def report(given: argparse.Namespace) -> str:
         lines += [
             "\n## What it leaves of the forgetting\n\nA trained forget adapter on its own model, all its rows: mean probability of the answers.\n",
             "| state | forget | retain | forgetting left | overall | rounding |\n|---|---|---|---|---|---|",
-            *told,
+            *states,
         ]
     return "\n".join(lines) + "\n"
 

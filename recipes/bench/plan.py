@@ -2,7 +2,7 @@
 
     python -m recipes.bench.plan [--shapes tiny 30m 100m] [--device cpu] [--out recipes/bench/results/plan.md]
 
-Each run is the real `MemorizeTrainer.train()` of a random Llama from a folder: two steps of the optimiser, a momentum update
+Each run is the real `UnlearnTrainer.train()` of a random Llama from a folder: two steps of the optimiser, a momentum update
 after each, the forget model watched after the last. On the CPU its peak is that of torch's allocator, from the allocations and
 frees that torch.profiler records during the run, on top of the model's own tensors: resident memory (VmHWM) would have Python,
 the libraries and the blocks in it that malloc keeps. On a GPU it is torch.cuda.max_memory_allocated. Predictions never see the
@@ -25,14 +25,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramox import MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.extras.plan.config import choices
 from loramox.extras.plan.estimate import Estimate, Rows, estimate, watch
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.speed import measured_speed
 from loramox.model.config import read_config, read_tokenizer
-from loramox.train.baseline_config import BaselineConfig
-from loramox.train.baseline_trainer import BaselineTrainer
 
 from .shapes import no_words
 from .steps import machine, seconds_of
@@ -74,11 +72,11 @@ def made_up(count: int, length: int, mixed: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def settings(folder: Path, case: tuple, device: str) -> tuple[ReferenceConfig, BaselineConfig, Rows]:
+def settings(folder: Path, case: tuple, device: str) -> tuple[ReferenceConfig, UnlearnConfig, Rows]:
     size, micro_batches, length, more = case
     named = {"quantization": "none"} | {k: v for k, v in more.items() if k in ("quantization", "dtype")}
     rest = {k: v for k, v in more.items() if k not in ("quantization", "dtype", "lengths")}
-    args = BaselineConfig(
+    args = UnlearnConfig(
         str(folder / "out"), use_cpu=device == "cpu", report_to="none", disable_tqdm=True, max_steps=2,
         per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, momentum_every=1, eval_rows=8,
         eval_strategy="steps", eval_steps=2, eval_on_start=False, save_strategy="no", logging_strategy="no", **rest,
@@ -90,7 +88,7 @@ def settings(folder: Path, case: tuple, device: str) -> tuple[ReferenceConfig, B
     return ReferenceConfig(str(folder), **named), args, Rows(datasets, 3)
 
 
-def predicted(reference: ReferenceConfig, args: BaselineConfig, rows: Rows) -> Estimate:
+def predicted(reference: ReferenceConfig, args: UnlearnConfig, rows: Rows) -> Estimate:
     config, dtype = read_config(reference), reference.torch_dtype(args.device)
     tokens = args.per_device_train_batch_size * len(rows.datasets["forget"][0]["input_ids"])
     speed = measured_speed(
@@ -102,13 +100,12 @@ def predicted(reference: ReferenceConfig, args: BaselineConfig, rows: Rows) -> E
     return estimate(setting, rows, choice, watch(setting, rows, args.per_device_eval_batch_size))
 
 
-def trainer_of(reference: ReferenceConfig, args: BaselineConfig, rows: Rows) -> MemorizeTrainer:
+def trainer_of(reference: ReferenceConfig, args: UnlearnConfig, rows: Rows) -> UnlearnTrainer:
     model = add_lora(load_reference(reference, args.device), reference)
-    kind = BaselineTrainer if args.is_baseline else MemorizeTrainer
-    return kind(model, args, rows.datasets["forget"], rows.datasets["retain"], read_tokenizer(reference))
+    return UnlearnTrainer(model, args, rows.datasets["forget"], rows.datasets["retain"], read_tokenizer(reference))
 
 
-def taken(trainer: MemorizeTrainer) -> int:
+def taken(trainer: UnlearnTrainer) -> int:
     """Bytes at the highest point of a run, the model's own included."""
     if trainer.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -157,7 +154,7 @@ def compare(shape: str, number: int, device: str) -> dict[str, Any]:
     with folders(shape) as (whole, outline):
         reference, args, rows = settings(outline, case, device)
         start = time.perf_counter()
-        said = predicted(reference, args, rows)
+        expected = predicted(reference, args, rows)
         planning = time.perf_counter() - start
         trainer = trainer_of(*settings(whole, case, device))
         peak = taken(trainer)
@@ -166,11 +163,11 @@ def compare(shape: str, number: int, device: str) -> dict[str, Any]:
         steps = [seconds_of(lambda: trainer.training_step(trainer.model_wrapped, dict(batch))) for _ in range(4)]
     batches = len(rows.datasets["forget"]) / case[0]
     return {
-        "held": said.held,
-        "when": said.when,
-        "predicted": said.peak,
+        "held": expected.held,
+        "when": expected.when,
+        "predicted": expected.peak,
         "measured": peak,
-        "step_predicted": said.seconds / batches,
+        "step_predicted": expected.seconds / batches,
         "step": statistics.median(steps[1:]),
         "planning": planning,
     }

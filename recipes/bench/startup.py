@@ -41,7 +41,7 @@ def around(holder, name, before=None, after=None):
     setattr(holder, name, outer)
 around(job, "prepare", after=lambda: mark("flags, rows, tokenizer, config"))
 around(job, "load_reference", after=lambda: mark("loading the model"))
-kind = trainer.MemorizeTrainer
+kind = trainer.UnlearnTrainer
 around(kind, "train", lambda: mark("adapter, trainer"))
 around(kind, "evaluate", lambda: mark("optimiser, loader, TensorBoard"), lambda: mark("watching rows before the first step"))
 def first():
@@ -63,10 +63,10 @@ def run(code: str, words: list[str]) -> tuple[float, list]:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    said = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
-    if said is None and "MARKS" in code:
+    marks = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
+    if marks is None and "MARKS" in code:
         raise SystemExit(f"no step was reached:\n{done.stderr[-2000:]}")
-    return seconds, json.loads(said.removeprefix("MARKS ")) if said else []
+    return seconds, json.loads(marks.removeprefix("MARKS ")) if marks else []
 
 
 def main() -> None:

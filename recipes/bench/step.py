@@ -1,4 +1,4 @@
-"""What a whole training step costs, beside a plain PEFT step, TRL's, OpenUnlearning's and the arithmetic floor, in the same run.
+"""Time and memory of a training step, beside a plain PEFT step, TRL's, OpenUnlearning's and the arithmetic floor.
 
     python -m recipes.bench.step [--shapes tiny 100m] [--openunlearning DIR] [--rounds 8] [--out recipes/bench/results/step.md]
     python -m recipes.bench.step --device cuda --shapes llama-2-7b llama-3.1-8b qwen3-8b --rows 1 --checkpointing \\
@@ -13,8 +13,8 @@ a request are those of 24 epochs over TOFU's 400 forget rows; the first three, i
 
 The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward
 with respect to activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the
-head for answer tokens, of our model and of the reference. The plain step and TRL's have no reference. TRL needs `pip install
-trl`, `--openunlearning` a checkout.
+head for answer tokens, of the model and of the reference. The plain step and TRL's have no reference; mox has one more forward
+pass over the forget rows, for their weights. TRL needs `pip install trl`, `--openunlearning` a checkout.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from loramox import UnlearnTrainer
 from loramox.extras.plan.speed import measured_speed
 from loramox.model.head import backbone
 from loramox.model.lora import current_factors
 from loramox.run import memory_now, peak_memory
-from loramox.train.trainer import MemorizeTrainer
 
 from .losses_memory import LOSSES, loss_memory
 from .shapes import FORGET, LENGTHS, RETAIN_PER_FORGET, SHAPES, config_of, folder_of, rows_of
@@ -58,7 +58,7 @@ def case_of(given: argparse.Namespace, shape: str, lengths: str, model: Any) -> 
 def contenders(given: argparse.Namespace, shape: str) -> list[str]:
     """Who can be measured: with what is installed, and, in full weights with two copies of them, where they fit."""
     there = {
-        "ours, in micro-batches": given.rows % MICRO_BATCHES == 0,
+        "mox, in micro-batches": given.rows % MICRO_BATCHES == 0,
         "TRL": importlib.util.find_spec("trl") is not None,
         "OpenUnlearning": given.openunlearning is not None and config_of(shape).hidden_size < 4_096,
     }
@@ -66,11 +66,11 @@ def contenders(given: argparse.Namespace, shape: str) -> list[str]:
 
 
 def times(given: argparse.Namespace, shape: str, lengths: str) -> dict[str, Any]:
-    """Seconds of each contender's step by round, of the parts of ours, of a momentum update, and of the floor."""
+    """Seconds of each contender's step by round, of the parts of mox's, of a momentum update, and of the floor."""
     with folder_of(shape, given.device) as model:
         case = case_of(given, shape, lengths, model)
         made = {name: CONTENDERS[name](case) for name in contenders(given, shape)}
-        trainer, _ = made["ours"]
+        trainer, _ = made["mox"]
         for _ in range(5):  # from then on the momentum has its full rank and is truncated at each update
             trainer.momentum.tick(current_factors(trainer.model))
         taken: dict[str, list[float]] = {name: [] for name in [*made, "floor", "momentum"]}
@@ -80,7 +80,7 @@ def times(given: argparse.Namespace, shape: str, lengths: str) -> dict[str, Any]
             taken["momentum"].append(seconds_of(lambda: trainer.momentum.tick(current_factors(trainer.model))))
             taken["floor"].append(floor(case, shape))
             print(f"{shape}, {lengths}: round {round_ + 1} of {given.rounds + WARM_UP}", file=sys.stderr, flush=True)
-        parts = [_parts(*made["ours"]) for _ in range(given.rounds)]
+        parts = [_parts(*made["mox"]) for _ in range(given.rounds)]
     return {
         "seconds": {name: each[WARM_UP:] for name, each in taken.items()},
         "parts": {part: statistics.median(p[part] for p in parts) for part in parts[0]},
@@ -88,7 +88,7 @@ def times(given: argparse.Namespace, shape: str, lengths: str) -> dict[str, Any]
     }
 
 
-def _parts(trainer: MemorizeTrainer, step: Step) -> dict[str, float]:
+def _parts(trainer: UnlearnTrainer, step: Step) -> dict[str, float]:
     """Seconds of one step by what it was doing."""
     marks: list[tuple[str, float]] = []
 
@@ -117,7 +117,7 @@ def _parts(trainer: MemorizeTrainer, step: Step) -> dict[str, float]:
 
 
 def floor(case: Case, shape: str) -> float:
-    """Seconds of the arithmetic that no step with this objective can avoid."""
+    """Seconds of the arithmetic that no step with these terms can avoid."""
     config = config_of(shape)
     dtype = torch.float32 if case.device == "cpu" else torch.bfloat16
     tokens = sum(len(row["input_ids"]) for row in case.rows)
@@ -146,7 +146,7 @@ def floor_flops(case: Case, config: PretrainedConfig) -> int:
 
 
 def request(step: float, first: float, rows: int) -> float:
-    """Seconds of a request, at most: a row's first time costs a pass of the reference, which is kept from then on."""
+    """Seconds of a request, at most: a row's first time costs a pass of the reference, which is cached from then on."""
     steps = REQUEST["forget"] / rows
     new = REQUEST["retain"] / (RETAIN_PER_FORGET * REQUEST["forget"])  # epochs until every retain row has been drawn
     return steps * (new * first + (REQUEST["epochs"] - new) * step)
@@ -202,10 +202,10 @@ def report(given: argparse.Namespace) -> str:
                 f"| {shape} | {lengths} | {who} | {_ratio(seconds[who], seconds['plain PEFT'])} | {_ratio(seconds[who], seconds['floor'])} | "
                 f"{found['tokens'] / statistics.median(seconds[who]):,.0f} | {held} |"
             )
-        step = statistics.median(seconds["ours"])
+        step = statistics.median(seconds["mox"])
         shares = [f"{found['parts'][part] / sum(found['parts'].values()):.0%}" for part in found["parts"]]
         update = statistics.median(seconds["momentum"]) / (step * EPOCH / given.rows)
-        hours = request(step, statistics.median(seconds["ours, reference not kept"]), given.rows) / 3600
+        hours = request(step, statistics.median(seconds["mox, reference not cached"]), given.rows) / 3600
         parts.append(
             (
                 list(found["parts"]),
@@ -213,7 +213,7 @@ def report(given: argparse.Namespace) -> str:
             )
         )
     lines += [
-        f"\n| shape | rows of | our step, s | {' | '.join(parts[0][0])} | momentum, of the steps of {EPOCH} forget rows | a request of forget10, hours |",
+        f"\n| shape | rows of | a step of mox, s | {' | '.join(parts[0][0])} | momentum, of the steps of {EPOCH} forget rows | a request of forget10, hours |",
         "|---|---|---|" + "---|" * (len(parts[0][0]) + 2),
         *(line for _, line in parts),
         "\n| loss of 2,048 answer tokens at a vocabulary of 128,000 | adds, forward and backward, MB |",

@@ -1,5 +1,5 @@
-"""One whole step, by each who is compared: forward and backward over the same forget and retain rows, gradients clipped, and
-the optimiser's step. Each is a function to be called again and again, on a model of its own.
+"""One whole step of each contender: forward and backward over the same forget and retain rows, clipped gradients, and the
+optimiser's step. Each is a function that can be called repeatedly, on a model of its own.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from loramox import MemorizeConfig, MemorizeTrainer, ReferenceConfig, add_lora, load_reference
+from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.data.pairs import Collator
 from loramox.model.config import read_tokenizer
 
@@ -27,7 +27,7 @@ MICRO_BATCHES = 4
 
 
 class Case(SimpleNamespace):
-    """A folder with the model, rows of which the first `forget` are to be forgotten, and what the trainers are given."""
+    """A folder with the model, rows of which the first `forget` are forget rows, and the trainers' settings."""
 
     model: ReferenceConfig
     rows: list[Example]
@@ -37,16 +37,17 @@ class Case(SimpleNamespace):
     openunlearning: Path | None
 
 
-def ours(case: Case, kept: bool = True, micro_batches: int = 1) -> tuple[MemorizeTrainer, Step]:
-    """The default objective; `kept`: with the reference's states of the rows on disk, as from a row's second time on."""
+def ours(case: Case, method: str = "mox", cached: bool = True, micro_batches: int = 1) -> tuple[UnlearnTrainer, Step]:
+    """A method of loramox; `cached`: with the reference's states of the rows on disk, as from a row's second time on."""
     model = add_lora(load_reference(case.model, case.device), case.model)
     folder = case.model.model
-    args = MemorizeConfig(
-        folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=case.device == "cpu", report_to="none", **case.settings
+    args = UnlearnConfig(
+        method=method, output_dir=folder, retain_per_forget=RETAIN_PER_FORGET, use_cpu=case.device == "cpu", report_to="none",
+        **case.settings,
     )  # fmt: skip
     forget, retain = case.rows[: case.forget], case.rows[case.forget :]
-    trainer = MemorizeTrainer(model, args, forget, retain, read_tokenizer(case.model))
-    if kept:
+    trainer = UnlearnTrainer(model, args, forget, retain, read_tokenizer(case.model))
+    if cached:
         trainer.reference.remember(case.rows, trainer.data_collator, Path(folder), 1e12)
     size = case.forget // micro_batches
     batches = [
@@ -55,7 +56,9 @@ def ours(case: Case, kept: bool = True, micro_batches: int = 1) -> tuple[Memoriz
     ]
 
     def passes(model: nn.Module) -> None:
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            # As Trainer has it: mox waits for the last micro-batch of a step.
+            trainer.accelerator.gradient_state._set_sync_gradients(number == len(batches))
             trainer.training_step(model, dict(batch))
 
     return trainer, _whole(trainer, passes, micro_batches)
@@ -69,7 +72,7 @@ def plain(case: Case) -> tuple[Trainer, Step]:
 
 
 def trl(case: Case) -> tuple[Trainer, Step]:
-    """TRL's `SFTTrainer` on the same rows, with its defaults but for checkpointing and 16 bits, which are as in ours."""
+    """TRL's `SFTTrainer` on the same rows, with its defaults except checkpointing and 16 bits, which are as in loramox."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -141,16 +144,17 @@ def seconds_of(step: Step) -> float:
 
 
 def machine(device: str) -> str:
-    """What is measured on."""
+    """The device, in words."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
 CONTENDERS: dict[str, Callable[[Case], tuple[Trainer, Step]]] = {
-    "ours": ours,
-    "ours, reference not kept": lambda case: ours(case, kept=False),
-    "ours, in micro-batches": lambda case: ours(case, micro_batches=MICRO_BATCHES),
+    "mox": ours,
+    "mox, reference not cached": lambda case: ours(case, cached=False),
+    "mox, in micro-batches": lambda case: ours(case, micro_batches=MICRO_BATCHES),
+    "npo_mean": lambda case: ours(case, "npo_mean"),
     "plain PEFT": plain,
     "TRL": trl,
     "OpenUnlearning": open_unlearning,

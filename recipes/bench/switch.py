@@ -46,7 +46,7 @@ def switching(switch: ForgetSwitch) -> dict[str, float]:
     turns: dict[str, Callable[[], object]] = {
         "off": switch.off,
         "on": switch.on,
-        "to a strength": lambda: switch.at(0.5),
+        "to a scale": lambda: switch.at(0.5),
         f"names for {ROWS} rows": lambda: switch.rows([True, False] * (ROWS // 2)),
     }
     taken: dict[str, list[float]] = {name: [] for name in turns}

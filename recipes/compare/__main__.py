@@ -21,6 +21,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+from filelock import FileLock
+
 from loramox.errors import LoramoxError
 
 from .compute import compute
@@ -69,9 +71,11 @@ def run(given: argparse.Namespace, size: Size) -> None:
                 lambda read, name=name: TABLES[name].plan(size, read),
                 lambda run, work: compute(run, world, work, size),
             )
-    for name in given.tables:
-        TABLES[name].write(name, given.out, size, runs.read)
-        print(f"{given.out}/tables/{name}.md")
+    given.out.mkdir(parents=True, exist_ok=True)
+    with FileLock(given.out / ".lock"):  # several processes may end at once
+        for name in given.tables:
+            TABLES[name].write(name, given.out, size, runs.read)
+            print(f"{given.out}/tables/{name}.md")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Size:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     training: tuple[tuple[str, Any], ...] = ()
-    scales: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
+    scales: tuple[float, ...] = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
     wide: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.65)
     relearn: tuple[int, ...] = (5, 10, 20, 40)
     share: float = 0.2

@@ -9,15 +9,15 @@ import numpy as np
 from loramox import colours
 from loramox.files import replacing
 
-from .choose import KEEP, TESTS, B, chosen_point, distances, kept, values
+from .choose import KEEP, TESTS, B, Point, chosen_point, distances, kept, values
 
 LOOKS = {
     "mox": ("#0072b2", "o"), "npo_mean": ("#e69f00", "s"), "npo": ("#cc79a7", "^"), "simnpo": ("#56b4e9", "v"),
     "mox_static": ("#d55e00", "D"), "task_vector": ("#777777", "X"),
     "one inner step": ("#e69f00", "s"), "without momentum": ("#cc79a7", "^"), "without KL": ("#d55e00", "D"), "KL of weight 5": ("#56b4e9", "v"),
 }  # fmt: skip
-LEAST = 1e-4  # smallest share lost that is drawn
-WITH_P_005 = 1.358 * np.sqrt(2)  # times 1/√n: D at which p = 0.05, for two samples of n
+LEAST = 1e-4  # smaller shares lost are drawn there
+D_AT_005 = 1.358 * np.sqrt(2)  # over √n: D at which p = 0.05, for two samples of n rows
 
 
 def save(path: Path, draw: Callable[..., None], *what: Any) -> None:
@@ -41,45 +41,34 @@ def draw_frontier(figure: Any, rows: list, controls: Any) -> None:
     *lost, tests = figure.subplots(1, 3)
     for axes, (part, title) in zip(lost, (("given", "given"), ("never", "never given")), strict=True):
         for row in rows:
-            colour, marker = LOOKS[row.label]
             points = list(zip(*(record["points"] for record in row.records), strict=True))  # of all seeds, by scale
-            x = [np.mean([np.exp(values(point, "log_p", B)).mean() for point in some]) for some in points]
-            y = [1 - np.mean([kept(point, controls.reference, part) for point in some]) for some in points]
-            axes.plot(x, np.maximum(y, LEAST), color=colour, marker=marker, markersize=4, linewidth=1, label=row.label)
-        x, y = (
-            np.exp(values(controls.retrained, "log_p", B)).mean(),
-            1 - kept(controls.retrained, controls.reference, part),
-        )
-        axes.plot(x, max(y, LEAST), "*", color=colours.RETRAINED, markersize=13, label="retrained model")
-        axes.axhline(1 - KEEP, color=colours.MUTED, linestyle=":", linewidth=1)
+            x = [np.mean([forget_probability(point, B) for point in some]) for some in points]
+            y = [np.mean([kept(point, controls.reference, part) for point in some]) for some in points]
+            curve(axes, row.label, [some[0]["scale"] for some in points], x, lost_of(y), row.label)
+        of_retrained = lost_of([kept(controls.retrained, controls.reference, part)])
+        axes.plot(forget_probability(controls.retrained, B), *of_retrained, "*", color=colours.RETRAINED, markersize=13, label="retrained model")  # fmt: skip
+        axes.axhline(1 - KEEP, color=colours.MUTED, linestyle=":", linewidth=1, label=f"limit, {1 - KEEP:.0%}")
         axes.set(
             xscale="log",
             yscale="log",
             xlabel="forget probability, half B",
-            ylabel="share of the reference's probability lost",
+            ylabel=f"share of retain probability lost, ≥ {LEAST:g}",
         )
-        axes.set_title(f"retain rows {title}", fontsize=10)
+        axes.set_title(f"retain rows {title}; ringed: as shipped", fontsize=10)
     lost[0].legend(fontsize=8)
-    size = len(values(controls.retrained, "log_p", B))
     for place, row in enumerate(reversed(rows)):
         points = [chosen_point(record, controls.reference, controls.retrained) for record in row.records]
-        for test, shift, marker in zip(TESTS, (0.15, -0.15), ("o", "D"), strict=True):
+        for test, shift, fill in zip(TESTS, (0.15, -0.15), ("full", "none"), strict=True):
             if None not in points:
                 each, low, high = distances(points, controls.retrained, test)
-                colour = LOOKS[row.label][0]
+                colour, marker = LOOKS[row.label]
                 tests.plot([low, high], [place + shift] * 2, color=colour, linewidth=1.5)
-                tests.plot(
-                    np.mean(each),
-                    place + shift,
-                    marker,
-                    color=colour,
-                    markersize=6,
-                    fillstyle="full" if marker == "o" else "none",
-                )
-    tests.axvline(WITH_P_005 / np.sqrt(size), color=colours.RETRAINED, linestyle=":", linewidth=1.2)
-    tests.set(xlabel="D on half B: ● truth ratio, ◇ log-probability", xlim=(0, 1.02), ylim=(-0.6, len(rows) - 0.4))
+                tests.plot(np.mean(each), place + shift, marker, color=colour, markersize=7, fillstyle=fill)
+    rows_in_b = len(values(controls.retrained, "log_p", B))
+    tests.axvline(D_AT_005 / np.sqrt(rows_in_b), color=colours.RETRAINED, linestyle=":", linewidth=1.2)
+    tests.set(xlabel="D, half B (dotted: p = 0.05)", xlim=(-0.02, 1.04), ylim=(-0.6, len(rows) - 0.4))
     tests.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
-    tests.set_title("distance from the retrained model; dotted: p = 0.05", fontsize=10)
+    tests.set_title("from the retrained model, by truth ratio\n(filled) and log-probability (hollow)", fontsize=10)
 
 
 def draw_relearn(figure: Any, rows: list, controls: Any) -> None:
@@ -97,29 +86,39 @@ def draw_relearn(figure: Any, rows: list, controls: Any) -> None:
         xlabel="steps of relearning on a fifth of the forget rows",
         ylabel="mean probability of the other forget rows",
     )
-    axes.set_title("band: lowest to highest seed", fontsize=10)
+    axes.set_xticks(steps)
+    axes.set_title("mean of seeds; band: lowest to highest seed", fontsize=10)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_overlap(figure: Any, rows: list, controls: Any) -> None:
-    """Forget probability against the retain probability kept, over the scales, one line a seed."""
-    for axes, parts in zip(
-        figure.subplots(1, 2, sharey=True), (("kept", "given"), ("kept", "given", "never")), strict=True
-    ):
+    """Retain probability lost against forget probability over the scales, one line a seed."""
+    panels = {("kept", "given"): "kept and given", ("kept", "given", "never"): "kept, given and never-given"}
+    for axes, (parts, names) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for row in rows:
-            colour, marker = LOOKS[row.label]
             for seed, record in enumerate(row.records):
-                points = [controls.reference, *record["points"]]
-                x = [kept(point, controls.reference, *parts) for point in points]
-                y = [np.exp(values(point, "log_p")).mean() for point in points]
-                axes.plot(
-                    x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=None if seed else row.label
-                )
-        axes.axvline(KEEP, color=colours.MUTED, linestyle=":", linewidth=1)
-        axes.set(
-            yscale="log",
-            xlabel=f"share of the reference's probability kept: least of {', '.join(parts)}",
-            xlim=(0.8, 1.005),
-        )
-    figure.axes[0].set_ylabel("probability of the forget answers")
+                points = record["points"]
+                y = lost_of([kept(point, controls.reference, *parts) for point in points])
+                x = [forget_probability(point) for point in points]
+                curve(axes, row.label, [point["scale"] for point in points], x, y, None if seed else row.label)
+        axes.axhline(1 - KEEP, color=colours.MUTED, linestyle=":", linewidth=1, label=f"limit, {1 - KEEP:.0%}")
+        axes.set(xscale="log", yscale="log", xlabel="forget probability")
+        axes.set_title(f"the largest loss of {names} rows; ringed: as shipped", fontsize=10)
+    figure.axes[0].set_ylabel(f"share of retain probability lost, ≥ {LEAST:g}")
     figure.axes[0].legend(fontsize=9)
+
+
+def curve(axes: Any, name: str, scales: list[float], x: list[float], y: list[float], label: str | None) -> None:
+    """One method's line over the scales, with a ring at what ships."""
+    colour, marker = LOOKS[name]
+    axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1, label=label)
+    shipped = scales.index(1)
+    axes.plot(x[shipped], y[shipped], marker, color=colour, markersize=9, markeredgecolor="black", markeredgewidth=1)
+
+
+def forget_probability(point: Point, half: slice = slice(None)) -> float:
+    return float(np.exp(values(point, "log_p", half)).mean())
+
+
+def lost_of(shares: list[float]) -> list[float]:
+    return [max(1 - share, LEAST) for share in shares]

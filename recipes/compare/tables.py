@@ -90,7 +90,9 @@ def made_by(rows: list[Row], size: Size) -> str:
     records = [record for row in rows for record in row.records]
     commands = ", ".join(dict.fromkeys(f"`{record['command']}`" for record in records))
     settings, versions = records[0]["settings"], records[0]["versions"]
-    length = f"{settings['num_train_epochs']:g} epochs" if "max_steps" not in settings else f"{settings['max_steps']} steps"
+    length = (
+        f"{settings['num_train_epochs']:g} epochs" if "max_steps" not in settings else f"{settings['max_steps']} steps"
+    )
     return (
         f"{commands}. Seeds {' '.join(map(str, size.seeds))}; LoRA of r = {settings['r']}; {length}, "
         f"{settings['per_device_train_batch_size']} forget rows and {settings['retain_per_forget']} times as many retain rows a step, "
@@ -218,11 +220,13 @@ def ablation_lines(rows: list[Row], controls: Controls) -> list[str]:
 
 def cell(some: Sequence[float]) -> str:
     """Mean, and the sample standard deviation over seeds where there are several."""
-    return number(np.mean(some)) + (f" ± {number(np.std(some, ddof=1))}" if len(some) > 1 else "")
+    mean, spread = np.mean(some), np.std(some, ddof=1) if len(some) > 1 else 0.0
+    more = f" ± {number(spread if spread > 1e-9 * abs(mean) else 0.0)}"  # less than that is rounding
+    return number(mean) + (more if len(some) > 1 else "")
 
 
 def number(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}" if value else "0"
 
 
 def markdown(heads: Sequence[str], rows: Cells) -> list[str]:

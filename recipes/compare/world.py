@@ -85,5 +85,5 @@ class World:
 
 
 def spread(rows: list[int], count: int) -> list[int]:
-    """`count` of the rows, evenly spaced; all of them where there are fewer."""
-    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
+    """`count` of the rows at even distances, the first one included; all of them where there are fewer."""
+    return rows[:: max(1, len(rows) // count)][:count]

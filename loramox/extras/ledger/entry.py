@@ -91,12 +91,12 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
     """The rows of these requests, and the sum of their adapters."""
     if not on:
         return None
-    asked = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
+    rows = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
     check_files(ledger, on, WEIGHTS)
     terms = terms_of({entry.id: (ledger.folder(entry), entry.alpha) for entry in on})
     layers = read_factors(ledger.folder(on[0]))[0]
     return Earlier(
-        *zip(*asked, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
+        *zip(*rows, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
     )
 
 

@@ -4,9 +4,9 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from loramox.model.lora import add_lora, lora_layers
 from loramox.sweep.frontier import grid
 from loramox.sweep.sweep import SweepConfig
 from loramox.train.config import UnlearnConfig
+
+T = TypeVar("T")
 
 # Bytes of main memory that merging one block takes, in blocks of fp32: W, ΔW, their sum, the rounded sum in its type and in fp32,
 # and the difference to W.
@@ -93,24 +95,29 @@ def _of_terms(batch: Parts, args: UnlearnConfig) -> list[int]:
     return [len(group) * max(lengths[row] for row in group) for group in groups]
 
 
-def _of_path(batch: Parts, args: UnlearnConfig) -> list[int]:
-    """The same of each pass of mox's path: min(K, rows) mini-batches of the forget rows of a whole step."""
-    if not args.spec.gradient:
-        return []
-    lengths = [_length(row) for row in batch["forget"]]
-    passes = min(args.inner_steps or 1, len(lengths))
-    minibatches = [lengths[k::passes] for k in range(passes)]
-    return [len(each) * max(each) for each in minibatches]
+def _minibatches(batches: list[Parts], args: UnlearnConfig) -> list[list[Example]]:
+    """The forget rows of an epoch as mox's path passes them: in each step min(K, rows) mini-batches, of all its micro-batches.
 
-
-def _steps(batches: list[Parts], args: UnlearnConfig) -> list[Parts]:
-    """The last micro-batch of each step, with the forget rows of the whole step: mox's path is over all of them.
-
-    For other methods the micro-batches of a step are alike, and each stands for itself.
+    None for other methods, whose forget rows are in the terms.
     """
-    size = args.gradient_accumulation_steps if args.spec.gradient else 1
-    steps = [batches[first : first + size] for first in range(0, len(batches), size)]
-    return [step[-1] | {"forget": [row for batch in step for row in batch["forget"]]} for step in steps]
+    found: list[list[Example]] = []
+    for first in range(0, len(batches) if args.spec.gradient else 0, args.gradient_accumulation_steps):
+        step = batches[first : first + args.gradient_accumulation_steps]
+        rows = [row for batch in step for row in batch["forget"]]
+        count = min(args.inner_steps or 1, len(rows))
+        found += [rows[k::count] for k in range(count)]
+    return found
+
+
+def _padded(rows: Sequence[Example]) -> int:
+    return len(rows) * max(map(_length, rows))
+
+
+def _typical(items: Sequence[T], size: Callable[[T], float]) -> T:
+    """The one whose size is nearest to the mean."""
+    sizes = [size(item) for item in items]
+    mean = sum(sizes) / len(sizes)
+    return items[min(range(len(sizes)), key=lambda i: abs(sizes[i] - mean))]
 
 
 def _dealt(rows: Rows, args: UnlearnConfig) -> Iterator[list[Parts]]:
@@ -131,26 +138,31 @@ def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | Non
         setattr(args, name, value)
     setting = setting._replace(args=args)
     epochs = list(_dealt(rows, args))
-    batches, last = epochs[0], _steps(epochs[0], args)
-    tokens = [sum(_of_terms(batch, args) + _of_path(batch, args)) for batch in last]
-    mean = sum(tokens) / len(tokens)
-    typical = last[min(range(len(last)), key=lambda i: abs(tokens[i] - mean))]
+    batches, minibatches = epochs[0], _minibatches(epochs[0], args)
+    typical = _typical(batches, lambda batch: sum(_of_terms(batch, args)))
     heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_of_terms(batch, args), default=0))
-    every_step = itertools.chain(*(_steps(epoch, args) for epoch in epochs))
-    if args.spec.gradient:  # the heaviest path, which may be another step's
-        heaviest = heaviest | {"forget": max(every_step, key=lambda batch: max(_of_path(batch, args)))["forget"]}
+    if minibatches:
+        # A step with one mini-batch of the path: the others cost the same, and are over before the next begins.
+        every = [some for epoch in epochs for some in _minibatches(epoch, args)]
+        args.inner_steps = 1
+        typical = typical | {"forget": _typical(minibatches, _padded)}
+        heaviest = heaviest | {"forget": max(every, key=_padded)}
     stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest, typical))
-    step = stages.get("typical step", stages["step"])
-    terms = stages.get("terms", step)
-    before, steps = len(batches) - len(last), math.ceil(len(batches) / choice.gradient_accumulation_steps)
-    seconds = len(last) * step.seconds + before * terms.seconds
-    seconds += steps * stages["optimiser"].seconds + stages["momentum"].seconds
+    step, optimiser = stages.get("typical step", stages["step"]), stages["optimiser"]
+    steps = math.ceil(len(batches) / choice.gradient_accumulation_steps)
+    # Of each stage how often it is in an epoch. A mini-batch of the path is a step without its terms.
+    often = [(step, len(batches))]
+    if minibatches:
+        often = [(stages["terms"], len(batches) - len(minibatches)), (step, len(minibatches))]
+    seconds = sum(stage.seconds * times for stage, times in often)
+    seconds += steps * optimiser.seconds + stages["momentum"].seconds
     peaks = [stages[name].peak for name in ("step", "optimiser", "momentum")]
     if watching:
         peaks.append(watching.peak._replace(name="watching"))
         seconds += watching.seconds * _watched_batches(rows, args)
     fullest = max(peaks, key=lambda section: section.total)
-    return Estimate(choice, fullest.held, fullest.name, seconds, len(last) * step.flops + before * terms.flops)
+    flops = sum(stage.flops * times for stage, times in often)
+    return Estimate(choice, fullest.held, fullest.name, seconds, flops)
 
 
 def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:

@@ -74,8 +74,8 @@ def shallow(config: PretrainedConfig, least: int) -> tuple[int, int]:
 def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) -> dict[str, Stage]:
     """A step in the middle of training, on the micro-batches `heaviest` and `typical`; the optimiser's step; the momentum's.
 
-    Each is the last micro-batch of a step, in which a method that steps by more than its terms (mox) makes its passes over the
-    forget rows of the whole step. "terms" is a micro-batch before it.
+    Each is the last micro-batch of a step, in which mox passes the forget rows of the step along its path. Of mox there is also
+    "terms", the typical micro-batch without the path.
     """
     with _trainer(setting, depth) as (ledger, trainer, model):
         _as_in_the_middle(trainer, ledger, setting.momentum_rank)
@@ -87,7 +87,7 @@ def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) ->
                 ledger.section("begin")
                 trainer.training_step(model, batch)
                 stages[name] = _taken(ledger)
-        if trainer.args.spec.gradient and trainer.args.gradient_accumulation_steps > 1:
+        if trainer.args.spec.gradient:
             with _amid_a_step(trainer):
                 ledger.section("begin")
                 trainer.training_step(model, {part: Collator(0)(examples) for part, examples in typical.items()})
@@ -164,11 +164,11 @@ def trace_asking(setting: Setting, depth: int, examples: Sequence[Example], max_
             length = min(ids.shape[1] + max_new_tokens, room)
             ids = torch.zeros((len(ids), length), dtype=torch.long, device=ids.device)
             if max_new_tokens:
-                said = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
-                ledger.belongs("cache", *_cached(said.past_key_values))
+                prefix = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
+                ledger.belongs("cache", *_cached(prefix.past_key_values))
                 ledger.restart()
                 ledger.section("answering", "cache")
-                model(input_ids=ids[:, -1:], past_key_values=said.past_key_values, use_cache=True)
+                model(input_ids=ids[:, -1:], past_key_values=prefix.past_key_values, use_cache=True)
                 stages["answering"] = _taken(ledger)
     return stages
 

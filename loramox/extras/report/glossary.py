@@ -30,7 +30,7 @@ GLOSSARY = (
     Term("kl", "KL", ("KL",), "Kullback-Leibler divergence: how far the model's predictions are from the reference's, 0 where they are the same."),
     Term("truth-ratio", "truth ratio", ("truth ratios", "truth ratio", "truth-ratio test"), "How probable wrong answers to a question are beside the true one in other words: the higher, the less the model prefers the truth."),
     Term("ks", "KS", ("KS",), "Kolmogorov-Smirnov test: whether two sets of numbers, here the truth ratios or the probabilities of two models, are distributed alike."),
-    Term("p-value", "p-value", ("p-value",), "The chance of a difference at least this large if the two models were in truth alike; below 0.05 they are said to be told apart, above it nothing is proven."),
+    Term("p-value", "p-value", ("p-value",), "The chance of a difference at least this large if the two models were in truth alike; below 0.05 they count as different, above it nothing is proven."),
     Term("forget-quality", "forget quality", ("forget quality",), "The p-value of the KS test on truth ratios between the forget model and the retrained one: the higher, the more alike."),
     Term("membership", "membership inference", ("membership inference", "membership"), "The attack that guesses from a model's scores whether it was trained on a row."),
     Term("auc", "AUC", ("AUC",), "Area under the curve: how often a forget row looks more like a training row than a holdout row does; 0.5 is guessing, 1 always, 0 never."),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loramox.evaluate.measure import Record
 from loramox.extras.report.read import number
 
-LEAKS = ("rouge_l", "probability")  # what is said, and how probable the truth still is
+LEAKS = ("rouge_l", "probability")  # of the answer, and of the true answer
 
 
 def worst(records: Sequence[Record], by: str, part: str = "forget") -> list[Record]:

@@ -152,9 +152,7 @@ def _leak(inputs: Inputs) -> str:
         beside = "" if math.isnan(other) else f"; the retrained model {shown(other)}"
         if row["rouge_l"] > 0:
             share = f"{100 * row['rouge_l']:.0f} % of the true answer's words still come out in order"
-            says.append(
-                f"By what is said, {named(row)}: {share} (ROUGE-L {shown(row['rouge_l'])}{beside}){_tied(tied)}."
-            )
+            says.append(f"By the answer, {named(row)}: {share} (ROUGE-L {shown(row['rouge_l'])}{beside}){_tied(tied)}.")
         else:
             says.append("No answer that is given has a word in common with the true one (ROUGE-L 0).")
     if "probability" not in found:
@@ -165,7 +163,7 @@ def _leak(inputs: Inputs) -> str:
     of = f"By probability, {'the same row' if same else named(row)}"
     says.append(f"{of}: its true answer still has {shown(row['probability'])}{beside}{_tied(tied)}.")
     if "rouge_l" not in found and not row["plain_text"]:
-        says.append("No answers were generated, so what it says is not known.")
+        says.append("No answers were generated, so its answer is not known.")
     return " ".join(says)
 
 
@@ -197,9 +195,9 @@ def _told_apart(inputs: Inputs) -> str:
     return f"Not tested: the truth-ratio test {lacks_truth_ratios(inputs)}; membership inference {lacks(inputs, 'holdout')}."
 
 
-def _says(told: bool, test: str, what: str, figures: str, n: float, blind: bool) -> str:
+def _says(apart: bool, test: str, what: str, figures: str, n: float, blind: bool) -> str:
     test = test[0].upper() + test[1:]
-    if told:
+    if apart:
         return f"{test} can tell {what} ({figures})."
     little = f", which at so few rows (fewer than {FEW}) says little" if n < FEW else ""
     little += ": it cannot tell even the reference, which knows them all" if blind else ""

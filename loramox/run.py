@@ -94,7 +94,7 @@ def _same_run(record: Path, plan: dict[str, Any]) -> None:
 def _check_apart(out: Path, plan: dict[str, Any]) -> None:
     """Nothing that the new run reads is deleted with the old one."""
     read = [part["source"] for part in plan["data"].values()] + [plan["base"].get("model")]
-    read += [plan["settings"].get(name) for name in ("reinforced", "refusals")]
+    read += [plan["settings"].get(name) for name in ("reinforced", "refusals", "tuned_adapter", "memorize_at")]
     for source in filter(None, read):
         if Path(source).exists() and out.resolve() in Path(source).resolve().parents:
             raise RunError(

@@ -4,8 +4,8 @@
     python recipes/limits.py --demo runs/demo --out runs/limits [--method npo_mean]
 
 With the rows and models of the demo. Each case is trained and swept once; results in OUT are reused. Writes results.md: forget
-and retain probability as shipped, and at the alpha (or scale) that forgets most while retain is at 0.98, on all retain rows of the demo,
-whichever were trained on; and the warnings of `unlearn` and `sweep`.
+and retain probability as shipped, and at the alpha (or scale) that forgets most while retain is at 0.98, on all retain rows of
+the demo, whichever were trained on; and the warnings of `unlearn` and `sweep`.
 """
 
 import argparse

@@ -30,6 +30,9 @@ from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.adapter.folder import read_factors
 from loramox.data.encode import Example
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
+from loramox.evaluate.evaluate import check_adapter
+from loramox.extras.merge.merge import merge
+from loramox.model.config import identify
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import TUNED, put_on
 from loramox.unlearning import train, unlearn
@@ -322,6 +325,19 @@ def test_both_adapters_side_by_side_are_the_combined_one_and_what_was_scored(
     assert config["r"] == config["lora_alpha"] == 16  # 4 + 8, as servers take it
     assert not config["use_rslora"]
     assert not config["rank_pattern"]
+
+
+def test_alone_the_forget_adapter_is_neither_scored_nor_merged_and_the_combined_one_is(
+    runs: Runs, tmp_path: Path
+) -> None:
+    out = runs()
+    base = identify(ReferenceConfig(str(runs.base)), AutoConfig.from_pretrained(runs.base))
+    message = "trained beside the adapter .*does nothing useful without it.*combined-adapter"
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(out / "forget-adapter", base)
+    with pytest.raises(AdapterError, match=message):
+        merge(out / "forget-adapter", tmp_path / "merged")
+    assert check_adapter(out / "combined-adapter", base)["kind"] == "forget"
 
 
 def test_the_combined_adapter_is_the_sum_layer_by_layer_and_of_the_least_served_rank(runs: Runs) -> None:

@@ -295,6 +295,15 @@ def as_now(provenance: dict[str, Any]) -> dict[str, Any]:
     return now
 
 
+def check_alone(provenance: dict[str, Any], folder: Path) -> None:
+    """Raises `AdapterError` for an adapter that means nothing without the user's own, beside which it was trained."""
+    if "tuned_adapter" in provenance and not provenance.get("combined"):
+        raise AdapterError(
+            f"{folder} was trained beside the adapter {provenance['tuned_adapter']['path']}, and does nothing useful without it. Give the folder "
+            "combined-adapter of the run, which holds both"
+        )
+
+
 def check_out(out: Path, kind: str, overwrite: bool) -> None:
     """Nothing but a `kind` of loramox (forget, merged) is ever overwritten: no trained adapter, nor anyone's own files.
 

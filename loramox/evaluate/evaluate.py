@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
-from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, as_now, check_base
+from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, as_now, check_alone, check_base
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.errors import AdapterError, RowsError, RunError, SettingsError
@@ -257,6 +257,7 @@ def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
             f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
         ) from error
     check_base({"base": made_for}, base, adapter)
+    check_alone(provenance, adapter)
     # Methods without an alpha train the forget model itself.
     if provenance.get("kind") == "trained" and provenance.get("alpha") is not None:
         warnings.warn(

@@ -64,7 +64,7 @@ def add(
             refreshed first, and for all that `train` refuses.
     """
     path, columns = Path(request.ledger), columns or Columns()
-    _check_method(args)
+    _check_method(args, reference)
     if args.world_size > 1:
         raise SettingsError("requests are trained in one process: run it without torchrun or accelerate launch")
     served_rank(reference.r)
@@ -116,8 +116,13 @@ def revoke(path: str | Path, name: str) -> list[str]:
         return list(ledger.stale())
 
 
-def _check_method(args: UnlearnConfig) -> None:
-    """Raises `SettingsError` for a method without alpha."""
+def _check_method(args: UnlearnConfig, reference: ReferenceConfig) -> None:
+    """Raises `SettingsError` for a method without alpha, and for adapters that are no sum with others on one base."""
+    for name in ("tuned_adapter", "memorize_at"):
+        if getattr(reference, name) is not None:
+            raise SettingsError(
+                f"--{name} is of no use to a ledger, which adds up requests on --model itself. Leave it out, or run loramox unlearn"
+            )
     if not args.spec.alpha_is_free:
         taken = ", ".join(name for name, method in METHODS.items() if method.alpha_is_free)
         raise SettingsError(

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from loramox.adapter.card import MOX, merged_card
-from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS, check_base, read_factors, read_provenance
+from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS, check_alone, check_base, read_factors, read_provenance
 from loramox.errors import AdapterError, SettingsError
 from loramox.extras.merge.checkpoint import (
     BESIDE,
@@ -192,7 +192,9 @@ def _forget_provenance(adapter: Path) -> dict[str, Any]:
             f"{adapter} has no {PROVENANCE}, so it is no forget adapter of loramox, and the base that it was made for is not known. "
             "Give the folder forget-adapter of a run"
         )
-    return read_provenance(adapter, "forget")
+    provenance = read_provenance(adapter, "forget")
+    check_alone(provenance, adapter)
+    return provenance
 
 
 def _factors(adapter: Path, scale: float) -> dict[str, Factors]:

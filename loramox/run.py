@@ -80,6 +80,11 @@ def _is_run(record: Path) -> bool:
 
 def _same_run(record: Path, plan: dict[str, Any]) -> None:
     before = read_record(record.parent)
+    if "strength" in before["settings"]:
+        raise RunError(
+            f"--resume: the run in {record.parent} was started by loramox 0.1, which trained in another way. Start anew with --overwrite, or "
+            "finish it with 0.1"
+        )
     for part in ("settings", "data", "base"):
         then, now = before.get(part, {}), json.loads(json.dumps(plan[part]))
         for name in sorted(then.keys() | now.keys()):

@@ -204,7 +204,6 @@ def prepare(
     context = context_of(config)
     taught = taught_rows(args, forget, retain)
     check_memorize_at(reference, args, bool(taught))
-    drawn = taught and not columns.wanted_column  # else they are in the forget rows' fingerprint
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
         f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
@@ -220,6 +219,14 @@ def prepare(
     check_layer(args, config.num_hidden_layers)
     if args.reinforced is not None:
         read_reinforced(args.reinforced, base, model)
+    sources = {"forget": (data.forget, forget), "retain": (data.retain, retain)}
+    if protected:
+        sources["protected"] = "earlier requests", protected
+    if taught and not columns.wanted_column:  # else they are in the forget rows' fingerprint
+        sources["taught"] = args.refusals or data.retain, taught
+    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    settings = {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()} | args.to_dict()
+    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
     plan = {
         "command": command(),
         "method": args.title,
@@ -227,23 +234,17 @@ def prepare(
         "base": base,
         "data": {
             part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
-            for part, source, rows in (
-                ("forget", data.forget, forget),
-                ("retain", data.retain, retain),
-                *([("protected", "earlier requests", protected)] if protected else ()),
-                *([("taught", args.refusals or data.retain, taught)] if drawn else ()),
-            )
+            for part, (source, rows) in sources.items()
         },
-        "settings": {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()}
-        | args.to_dict()
-        | {"prompt_template": tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)}
-        | {"processes": args.world_size}  # on which the batch of a step depends
-        | ({"tuned_adapter_sha256": tuned.source["sha256"]} if tuned else {})
-        | ({"memorize_at_weights": checkpoint["weights"] or checkpoint["revision"]} if checkpoint else {}),
-        **({"tuned_adapter": tuned.source} if tuned else {}),
-        **({"memorize_at": checkpoint} if checkpoint else {}),
+        "settings": settings,
         "versions": versions(),
     }
+    # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
+    if tuned:
+        settings["tuned_adapter_sha256"], plan["tuned_adapter"] = tuned.source["sha256"], tuned.source
+    if checkpoint:
+        settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
+        plan["memorize_at"] = checkpoint
     return Prepared(tokenizer, forget, retain, datasets, plan, model.get_nb_trainable_parameters()[0], tuned)
 
 

@@ -373,6 +373,13 @@ def test_resuming_with_anything_else_is_refused_by_name_and_both_values(
     assert contents(held) == before
 
 
+def test_a_run_of_0_1_is_not_resumed(held: Path) -> None:
+    record = json.loads((held / "run.json").read_text())
+    (held / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"strength": 8.0}}))
+    with pytest.raises(RunError, match=r"--resume: the run in .* was started by loramox 0\.1.*--overwrite"):
+        open_run(RunConfig(str(held), resume=True), PLAN, disk_needed=0)
+
+
 def test_resuming_and_overwriting_contradict_each_other(held: Path) -> None:
     before = contents(held)
     with pytest.raises(RunError, match="--resume and --overwrite contradict each other"):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import loramox.adapter.folder
 from loramox import Data, ReferenceConfig, RunConfig, ShippingConfig, UnlearnConfig, load_reference
 from loramox.adapter.export import extrapolate
+from loramox.adapter.folder import read_factors
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.unlearning import unlearn
 
@@ -438,3 +439,34 @@ def test_an_interrupted_write_leaves_nothing_that_loads_and_keeps_what_was_there
             extrapolate(trained / "trained", tmp_path / out, 4.0, overwrite=True)
     assert [f.name for f in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old" / "adapter_model.safetensors").read_bytes() == before
+
+
+def of_0_1(folder: Path, to: Path, strength: float, **settings: str) -> Path:
+    """A copy of a trained folder with the provenance that loramox 0.1 wrote."""
+    shutil.copytree(folder, to)
+    for place in (to, to / "momentum"):
+        provenance = json.loads((place / "provenance.json").read_text())
+        kept = {name: value for name, value in provenance["settings"].items() if name not in ("alpha", "method")}
+        del provenance["alpha"]
+        provenance |= {"kind": "memorization", "settings": kept | {"strength": strength} | settings}
+        (place / "provenance.json").write_text(json.dumps(provenance))
+    return to
+
+
+@pytest.mark.parametrize("objective", ["npo", "cross_entropy"])
+def test_what_0_1_memorized_ships_as_it_did(objective: str, trained: Path, tmp_path: Path) -> None:
+    old = of_0_1(trained / "trained", tmp_path / "memorization", 2.0, objective=objective, method="mox")
+    made = extrapolate(old, tmp_path / "shipped")
+    assert made["alpha"] == 2.0
+    assert made["settings"]["method"] == {"npo": "npo_mean", "cross_entropy": "mox_static"}[objective]
+    now, before = (read_factors(folder)[0] for folder in (trained / "forget-adapter", tmp_path / "shipped"))
+    assert all(torch.equal(now[name].delta(), before[name].delta()) for name in now)
+
+
+def test_what_0_1_trained_by_another_method_ships_as_it_is_and_has_no_alpha(trained: Path, tmp_path: Path) -> None:
+    old = of_0_1(trained / "trained", tmp_path / "memorization", -1.0, objective="cross_entropy", method="npo")
+    assert extrapolate(old, tmp_path / "shipped")["alpha"] is None
+    as_trained, shipped = (read_factors(folder)[0] for folder in (old / "momentum", tmp_path / "shipped"))
+    assert all(torch.equal(as_trained[name].delta(), shipped[name].delta()) for name in shipped)
+    with pytest.raises(SettingsError, match="has no alpha"):
+        extrapolate(old, tmp_path / "other", alpha=4.0)

@@ -10,7 +10,8 @@ far. alpha is free once ΔW is trained.
 
     θ_1 = θ_for                            start at the forget model of the moment
     M_k+1 = M_k − inner_lr · sign ∇_M L    memorize: a fresh LoRA adapter M descends on the forget rows, θ_k = θ_for + M_k
-    step along  −Σ_k ∇_ΔW L(θ_k)           extrapolate: ΔW's optimiser goes the other way at every point of that path
+    g = −Σ_k ∇_ΔW L(θ_k)                   extrapolate: g = alpha·Σ_k ∇_θ L(θ_k) goes to ΔW's optimiser, so ΔW follows the
+                                           path, and θ_for = θ_ref − alpha·ΔW goes the other way
 
     L(θ) = mean over rows of w(y|x; θ) · CE(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
 

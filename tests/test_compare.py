@@ -38,7 +38,7 @@ from recipes.compare.choose import (
     shipped,
 )
 from recipes.compare.compute import Scorer
-from recipes.compare.methods import ABLATION, GRID, QUICK, SINGLE, Size
+from recipes.compare.methods import ABLATION, FIXED, GRID, QUICK, Size
 from recipes.compare.runs import Run, Runs
 from recipes.compare.tables import TABLES
 from recipes.compare.world import AUTHOR, World
@@ -137,7 +137,8 @@ Runs(out, {}).compute(lambda read: [Run('npo', (), (), seed) for seed in range(5
 
 def test_every_setting_and_every_new_default_is_a_run_of_its_own() -> None:
     size = Size()
-    every = [size.run(method, setting, 0) for method, some in (GRID | SINGLE).items() for setting in some]
+    every = [size.run(method, setting, 0) for method, some in GRID.items() for setting in some]
+    every += [size.run(*fixed, 0) for label, fixed in FIXED.items() if label == fixed[0]]  # others are in the grid too
     every += [size.run("mox", GRID["mox"][0] | changed, 0) for changed in ABLATION.values() if changed]
     assert len({run.name for run in every}) == len(every)
     run = every[0]
@@ -278,12 +279,12 @@ def test_every_table_is_text_and_a_picture_with_command_settings_and_seeds(out: 
         text = (out / f"tables/{name}.md").read_text()
         assert text.startswith(f"# {table.title}\n")
         assert f"]({name}.png)" in text
-        assert "python -m recipes.compare " in text
+        assert "`python -m recipes.compare" in text
         assert "Seeds 0; LoRA of r = 16; 2 steps, 8 forget rows" in text
         assert (out / f"tables/{name}.png").read_bytes()[:4] == b"\x89PNG"
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert len(lines) > 4
-    assert all(f"| {method} |" in (out / "tables/frontier.md").read_text() for method in GRID | SINGLE)
+    assert all(f"| {method} |" in (out / "tables/frontier.md").read_text() for method in GRID | FIXED)
 
 
 def test_the_same_command_computes_nothing_and_drawing_needs_no_world(

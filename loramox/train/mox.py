@@ -52,7 +52,7 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
     Going down NPO's loss is going up w·CE. So one backward pass gives both: ΔW's optimiser descends on the loss, and M ascends,
     which is descent on the cross-entropy.
     """
-    args, rows = trainer.args, range(len(batch["rows"]))
+    args, rows = trainer.args, list(range(len(batch["rows"])))
     steps = min(args.inner_steps, len(rows))
     minibatches = [rows_of(batch, rows[k::steps]) for k in range(steps)]
     known = [trainer.reference.states(model, each) for each in minibatches]

@@ -13,8 +13,8 @@ a request are those of 24 epochs over TOFU's 400 forget rows; the first three, i
 
 The floor is FLOPs over the rate at which this device multiplies matrices of that size, measured beside: forward and backward
 with respect to activations of every token that is no padding, through frozen linear layers, LoRA and causal attention, and the
-head for answer tokens, of the model and of the reference. The plain step and TRL's have no reference; mox has one more forward
-pass over the forget rows, for their weights. TRL needs `pip install trl`, `--openunlearning` a checkout.
+head for answer tokens, of the model and of the reference. The plain step and TRL's have no reference; mox has a second
+LoRA adapter, the one that memorizes, on the forget rows. TRL needs `pip install trl`, `--openunlearning` a checkout.
 """
 
 import argparse

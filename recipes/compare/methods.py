@@ -21,7 +21,12 @@ GRID: dict[str, list[Settings]] = {
     "npo": [KL5 | {"beta": 0.05, "lora_alpha": scale} for scale in (128, 16)],
     "simnpo": [KL5 | {"forget_weight": 1.0, "lora_alpha": scale} for scale in (128, 16)],
 }
-SINGLE: dict[str, list[Settings]] = {"mox_static": [{}], "task_vector": [{}]}  # for reference, as in their papers
+# One setting each, which nothing chooses: NPO at the LoRA scale at which mox and npo_mean train, and two as in their papers.
+FIXED: dict[str, tuple[str, Settings]] = {
+    "npo, LoRA scale 8": ("npo", KL5 | {"beta": 0.05, "lora_alpha": 128}),
+    "mox_static": ("mox_static", {}),
+    "task_vector": ("task_vector", {}),
+}
 OVERLAP = ("mox", "npo_mean", "npo")  # whose best settings are run where rows overlap
 ABLATION: dict[str, Settings] = {
     "mox": {},
@@ -72,7 +77,7 @@ class Size:
         return [Run("retrained", (), (), seed) for seed in self.seeds]
 
     def grid(self, methods: Sequence[str]) -> list[Run]:
-        return [self.run(name, setting, self.seeds[0]) for name in methods for setting in (GRID | SINGLE)[name]]
+        return [self.run(name, setting, self.seeds[0]) for name in methods for setting in GRID[name]]
 
     def best(self, read: Read, methods: Sequence[str], split: str = "whole") -> dict[str, list[Run]]:
         """For each method the runs of its best setting, one a seed; without those whose grid has not been run."""
@@ -82,7 +87,7 @@ class Size:
             records = [read(run) for run in self.grid([name])]
             if None not in (*controls, *records):
                 place = chosen_setting(records, *(control["points"][0] for control in controls))
-                chosen[name] = self.seeded(name, (GRID | SINGLE)[name][place], split)
+                chosen[name] = self.seeded(name, GRID[name][place], split)
         return chosen
 
 
@@ -92,7 +97,7 @@ QUICK = Size(
 
 
 def frontier(size: Size, read: Read) -> dict[str, list[Run]]:
-    return size.best(read, [*GRID, *SINGLE])
+    return size.best(read, list(GRID)) | {label: size.seeded(*fixed) for label, fixed in FIXED.items()}
 
 
 def overlap(size: Size, read: Read) -> dict[str, list[Run]]:

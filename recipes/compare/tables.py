@@ -24,7 +24,7 @@ from .choose import (
     shipped,
     values,
 )  # fmt: skip
-from .methods import GRID, OVERLAP, SINGLE, Size
+from .methods import GRID, OVERLAP, Size
 from .runs import Read, Record, Run
 
 RELEARNED = 0.1  # probability of the other rows at which they count as relearned
@@ -233,12 +233,11 @@ def markdown(heads: Sequence[str], rows: Cells) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-BEST = (*GRID, *SINGLE)
 TABLES = {
     "frontier": Table(
-        "Forgetting, beside a model that never saw the forget rows", methods.frontier, frontier_lines, pictures.draw_frontier, BEST
+        "Forgetting, beside a model that never saw the forget rows", methods.frontier, frontier_lines, pictures.draw_frontier, list(GRID)
     ),
-    "relearn": Table("What relearning brings back", methods.frontier, relearn_lines, pictures.draw_relearn, BEST),
+    "relearn": Table("What relearning brings back", methods.frontier, relearn_lines, pictures.draw_relearn, list(GRID)),
     "overlap": Table(
         "Half of an author's rows are forgotten, the other half is retained",
         methods.overlap, overlap_lines, pictures.draw_overlap, OVERLAP, "overlap",

@@ -32,6 +32,7 @@ from loramox.data.encode import Example
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.evaluate.evaluate import check_adapter
 from loramox.extras.merge.merge import merge
+from loramox.extras.serve import serve_folder
 from loramox.model.config import identify
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import TUNED, put_on
@@ -337,6 +338,8 @@ def test_alone_the_forget_adapter_is_neither_scored_nor_merged_and_the_combined_
         check_adapter(out / "forget-adapter", base)
     with pytest.raises(AdapterError, match=message):
         merge(out / "forget-adapter", tmp_path / "merged")
+    with pytest.raises(AdapterError, match=message):
+        serve_folder(out / "forget-adapter", tmp_path / "served")
     assert check_adapter(out / "combined-adapter", base)["kind"] == "forget"
 
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS, check_base, check_out, read_provenance
+from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS, check_alone, check_base, check_out, read_provenance
 from loramox.errors import RunError
 from loramox.extras.merge.checkpoint import BESIDE, INDEX, base_config, fetch, read_shards
 from loramox.files import replacing
@@ -24,6 +24,7 @@ def serve_folder(
     """
     adapter, out = Path(adapter), Path(out)
     source = read_provenance(adapter, "forget")
+    check_alone(source, adapter)
     if out.resolve() == adapter.resolve():
         raise RunError(f"--out {out} is the adapter itself. Choose another folder")
     check_out(out, "forget", overwrite)

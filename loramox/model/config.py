@@ -160,7 +160,7 @@ def _check_shard(reference: ModelConfig) -> None:
         raise SettingsError("--shard: 8-bit weights cannot be cut over processes. Use --quantization nf4 or none")
     if not several_processes():
         raise SettingsError(
-            "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, memorize, evaluate or sweep with "
+            "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, train, evaluate or sweep with "
             "torchrun --nproc_per_node N -m loramox, or say --shard false"
         )
 

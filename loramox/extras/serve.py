@@ -4,7 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS, check_alone, check_base, check_out, read_provenance
+from loramox.adapter.folder import (
+    CARD,
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    check_alone,
+    check_base,
+    check_out,
+    read_provenance,
+)
 from loramox.errors import RunError
 from loramox.extras.merge.checkpoint import BESIDE, INDEX, base_config, fetch, read_shards
 from loramox.files import replacing

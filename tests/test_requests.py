@@ -358,6 +358,7 @@ def test_what_does_not_fit_the_ledger_is_refused_before_anything_is_trained(
         (AdapterError, "has another architecture", {"model": str(pico("gpt2"))}),
         (SettingsError, "r is 8; all requests in .* have 4", {"r": 8}),
         (SettingsError, "--method npo has no alpha.*Give --method mox, mox_static", {"method": "npo", "alpha": None}),
+        (SettingsError, "--method task_vector holds no rows.*Give --method mox, mox_static", {"method": "task_vector"}),
         (SettingsError, "protect is False; all requests in .* have True", {"protect": False}),
         (RunError, "a request 'a' already; it is in force", {"name": "A"}),
         (SettingsError, "id is '../x'; --id needs", {"name": "../x"}),

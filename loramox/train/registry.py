@@ -43,11 +43,6 @@ class Method:
     lora_scale: float = 1.0
     gradient: Gradient | None = None
 
-    @property
-    def doc(self) -> str:
-        """The formula, from the docstring of its function."""
-        return self.terms.__doc__ or ""
-
 
 METHODS: dict[str, Method] = {}
 

@@ -27,6 +27,12 @@ SHARED = ("r", "lora_alpha", "target_modules", "shared_subspace", "protect")
 DEFAULTS = ("model", "revision", "quantization", "dtype", "trust_remote_code", "method", "alpha")
 
 
+# Their alpha is free, and they hold retain rows and rows that are forgotten already.
+LEDGER_METHODS = [
+    name for name, each in METHODS.items() if each.alpha_is_free and each.settings["retain_term"] != "none"
+]
+
+
 @dataclass
 class RequestConfig:
     """Which ledger, and which request in it."""
@@ -124,9 +130,14 @@ def _check_method(args: UnlearnConfig, reference: ReferenceConfig) -> None:
                 f"--{name} is of no use to a ledger, which adds up requests on --model itself. Leave it out, or run loramox unlearn"
             )
     if not args.spec.alpha_is_free:
-        taken = ", ".join(name for name, method in METHODS.items() if method.alpha_is_free)
+        taken = ", ".join(LEDGER_METHODS)
         raise SettingsError(
             f"--method {args.method} has no alpha, and a ledger is a sum of adapters −alpha·ΔW. Give --method {taken}, or leave it out"
+        )
+    if args.method not in LEDGER_METHODS:
+        raise SettingsError(
+            f"--method {args.method} holds no rows, and a ledger holds those that earlier requests made the model forget. Give --method "
+            f"{', '.join(LEDGER_METHODS)}, or leave it out"
         )
 
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin
 
-.PHONY: demo test check test-oldest test-llamacpp clean
+.PHONY: demo test test-fast check types coverage docs tree package test-oldest test-llamacpp clean
 
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
@@ -13,15 +13,46 @@ demo: $(VENV)/ready
 test: $(VENV)/ready check
 	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
-check: $(VENV)/ready
+# Laws of tensors, rows and settings, and one trained run: for while you work on something.
+FAST := algebra batches head losses metrics microbatches momentum packaging rows settings switch words
+test-fast: $(VENV)/ready
+	$(RUN)/pytest -n logical --maxprocesses 2 --dist loadfile $(FAST:%=tests/test_%.py)
+
+check: $(VENV)/ready types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports
 
+types: $(VENV)/ready
+	$(RUN)/mypy
+
+coverage: $(VENV)/ready
+	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report term:skip-covered --cov-report html:build/coverage
+
+# The site, in build/site. Warnings, such as a link that leads nowhere, are errors.
+docs: $(VENV)/ready
+	$(RUN)/mkdocs build --strict --quiet
+
+# The tree in CONTRIBUTING.md, from the docstrings.
+tree: $(VENV)/ready
+	$(RUN)/python docs/tree.py
+
+# The wheel as a user gets it: built, its metadata checked, and imported in an empty environment that borrows only the libraries.
+package: $(VENV)/ready
+	rm -rf build/package
+	$(RUN)/python -m build --outdir build/package
+	$(RUN)/twine check --strict build/package/*
+	$(RUN)/python -m venv build/package/venv
+	build/package/venv/bin/pip install --quiet --no-deps --no-index build/package/*.whl
+	$(RUN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo build/package/venv/lib/python*/site-packages)/libraries.pth"
+	cd build/package && venv/bin/python ../../tests/installed.py && venv/bin/loramox --help > /dev/null
+
+# compat puts the clone on sys.path. Without it, `import loramox` in the folder above the clone finds the clone, not the package.
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet -c $(CONSTRAINTS) torch
-	$(RUN)/pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
+	$(RUN)/pip install --quiet -c $(CONSTRAINTS) --config-settings editable_mode=compat -e '.[test,docs]'
 	touch $@
 
 # The lower bounds of pyproject.toml. Not part of CI.
@@ -42,4 +73,4 @@ $(VENV)/llamacpp/ready: | $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest build runs

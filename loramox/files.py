@@ -1,36 +1,209 @@
-"""Files that are either written whole or not at all, whatever happens in between."""
+"""Files: written whole or not at all, whatever happens in between; JSON read with care; a folder held by one process."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from loramox.errors import LoramoxError, RunError
+
+LARGEST_JSON = 256 << 20  # bytes; our own files are far smaller, and Python needs several times as many to hold it
+DEEPEST_JSON = 100  # levels; our own files have fewer than 10
+LOCK = ".lock"
+
+# How libraries that do not raise `OSError` report that the disk, a quota or the largest file size is used up.
+_FULL = re.compile(
+    r"os error (27|28|122)\b|No space left on device|Disk quota exceeded|File too large|unexpected pos \d+ vs \d+|file write failed"
+)
+
+
+def read_json(path: Path | str, kind: type | None = None, error: type[LoramoxError] = RunError) -> Any:
+    """Read a JSON file that may be damaged, or may be no file at all.
+
+    Args:
+        path: the file.
+        kind: the type that is expected at its top, `dict` or `list`. Default: any.
+        error: the type to raise.
+
+    Raises:
+        LoramoxError: the file is missing, cut, empty, too large, nested too deeply, of another type, or not a regular file: a
+            pipe or a device is not opened. The message names the file.
+    """
+    path = Path(path)
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a regular file")
+        if info.st_size > LARGEST_JSON:
+            raise ValueError(f"it has {info.st_size:,} bytes, and {LARGEST_JSON:,} are the most that are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if _deeper_than(DEEPEST_JSON, value):
+            raise RecursionError
+        if kind and not isinstance(value, kind):
+            raise ValueError(
+                f"expected a JSON {'object' if kind is dict else kind.__name__}, found {_JSON[type(value)]}"
+            )
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from problem
+    except RecursionError as problem:
+        raise error(f"{path} is damaged: it is nested more than {DEEPEST_JSON} levels deep") from problem
+    except ValueError as problem:
+        raise error(f"{path} is damaged: {problem or 'it is empty'}") from problem
+    return value
+
+
+_JSON = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path it yields (file or folder); only when the block ends well does that become `path`."""
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
+    """Write to the path it yields (file or folder); only when the block ends well does that become `path`.
+
+    Args:
+        path: the file or folder to write.
+        private: for a file that holds rows: only its owner may read it (mode 0600), from its first byte on.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    put_back(path)
     remove(partial)
+    if private:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
         yield partial
+        flush(partial)
         if path.is_dir() and partial.is_dir():
             # A folder cannot take the place of one with files in it; moved aside, the old one is still there after a kill.
-            old = path.with_name(f".{path.name}.old")
-            remove(old)
+            old = _moved_aside(path)
             os.replace(path, old)
             os.replace(partial, path)
             remove(old)
         else:
             os.replace(partial, path)
+        with suppress(OSError):  # not every file system has it; the rename is then in the system's hands
+            _fsync(path.parent)
     finally:
         remove(partial)
+
+
+def put_back(path: Path) -> None:
+    """Undo what a kill between the two renames of `replacing` leaves: the old folder moved aside, and none in its place."""
+    old = _moved_aside(path)
+    if old.is_dir() and not old.is_symlink():
+        remove(old) if path.exists() else os.replace(old, path)
+
+
+def _moved_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or every file in a folder, is on the disk, so that a loss of power does not cut it."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            _fsync(file)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Within it no other process that asks for it writes to the folder; within itself it may be taken again.
+
+    Raises:
+        RunError: another process holds the folder, or a file has its name; the message names the folder and the process.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
+    path = out / LOCK
+    holder = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"--out {out} is in use by {f'process {holder}' if holder else 'another process'}. Wait until that has ended, or choose another "
+            "folder"
+        ) from error
+    try:
+        if lock.lock_counter == 1:
+            path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            path.unlink(missing_ok=True)  # before it is released: another process may have opened it already
+            with suppress(OSError):  # it is not empty any more
+                for folder in made:
+                    folder.rmdir()
+        lock.release()
+
+
+@contextmanager
+def disk_may_fill(advice: str) -> Iterator[None]:
+    """Raise `RunError` with the advice for every error that means that the disk is full; pass on all others."""
+    try:
+        yield
+    except LoramoxError:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        raise RunError(f"the disk filled up{where}. Files written before are complete. {advice}") from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, says that the disk, a quota or the largest file size is used up."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return bool(_FULL.search(str(error))) or _is_full(error.__cause__ or error.__context__)
 
 
 def sha256_of(path: Path) -> str:
@@ -48,12 +221,15 @@ def remove(path: Path) -> None:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether there is anything in a folder, besides what `replacing` leaves behind when it is killed."""
-    return folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir())
+    """Whether there is anything in a folder, besides a lock and what `replacing` leaves behind when it is killed."""
+    return folder.exists() and any(
+        path.name != LOCK and not path.name.endswith(".partial") for path in folder.iterdir()
+    )
 
 
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as partial:
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Write a JSON file atomically; `private` as in `replacing`."""
+    with replacing(path, private) as partial:
         partial.write_text(as_json(value, indent=2) + "\n", encoding="utf-8")
 
 

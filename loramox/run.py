@@ -1,28 +1,39 @@
 """The folder of a run: whether it may be written, whether a run in it can go on, and the record that is left in it."""
 
 import contextlib
+import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
+import re
 import resource
+import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import torch
 
 from loramox.errors import RunError
-from loramox.files import has_files, remove, write_json
+from loramox.files import LOCK, disk_may_fill, has_files, locked, read_json, remove, write_json
 
 RECORD = "run.json"
 PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
 
-# Settings that may differ between a run and its continuation: they change what is shown, not what is computed.
-MAY_DIFFER = ("output_dir", "run_name", "disable_tqdm", "report_to", "logging_steps", "local_rank")
+# Settings that may differ between a run and its continuation: they change what is shown or saved, not what is computed.
+MAY_DIFFER = (
+    "output_dir", "run_name", "disable_tqdm", "report_to", "logging_steps", "local_rank",
+    "save_strategy", "save_steps", "save_total_limit",
+)  # fmt: skip
+
+SECRET = re.compile(r"--?[\w-]*(token|password|passphrase|key|secret)", re.IGNORECASE)
+HIDDEN = "HIDDEN"
 
 
 @dataclass
@@ -34,6 +45,28 @@ class RunConfig:
         default=False, metadata={"help": "Continue the run in that folder from its last whole checkpoint."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the run in that folder and start again."})
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def one_writer(job: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a job whose first argument has `out`, the folder that it writes.
+
+    Raises `RunError` at once when another process writes there, and when the disk fills up. Of several processes of one job the
+    first one holds the folder.
+    """
+
+    @functools.wraps(job)
+    def held(*args: P.args, **kwargs: P.kwargs) -> T:
+        config: Any = inspect.signature(job).bind(*args, **kwargs).args[0]
+        again = "the same command with --resume" if hasattr(config, "resume") else "the same command"
+        lock = locked(Path(config.out)) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+        with lock, disk_may_fill(f"Free some space on the disk of {config.out}, and go on with {again}"):
+            return job(*args, **kwargs)
+
+    return held
 
 
 def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
@@ -63,18 +96,21 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
         raise RunError(
             f"--out {out} has files in it that are not a run of loramox; they are left alone. Choose another folder"
         )
-    _check_disk(out, disk_needed)
+    # The checkpoints of a run that goes on are there already: new ones take their place.
+    held = sum(file.stat().st_size for file in out.rglob("checkpoint-*/*") if file.is_file()) if config.resume else 0
+    _check_disk(out, disk_needed - held)
     if config.overwrite and out.exists():
         _check_apart(out, plan)
         for path in out.iterdir():  # the folder itself stays: it may be a link
-            remove(path)
+            if path.name != LOCK:
+                remove(path)
     if not (config.resume and is_run):
         write_json(record, {"status": "running", **plan})
 
 
 def _is_run(record: Path) -> bool:
     """Whether it is a record of loramox: other programs write a file of that name too, and theirs must not be deleted."""
-    held = read_record(record.parent) if record.exists() else None
+    held = _read(record) if record.exists() else None
     return isinstance(held, dict) and {"settings", "data", "base"} <= held.keys()
 
 
@@ -119,10 +155,14 @@ def _check_disk(out: Path, needed: int) -> None:
 
 def read_record(out: Path) -> dict[str, Any]:
     """The run's record. Raises `RunError` when it is damaged."""
+    return _read(out / RECORD, dict)
+
+
+def _read(record: Path, kind: type | None = None) -> Any:
     try:
-        return json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{out / RECORD} is damaged: {error}. Restore it, or choose another folder") from error
+        return read_json(record, kind)
+    except RunError as error:
+        raise RunError(f"{error}. Restore it, or choose another folder") from error
 
 
 def update_record(out: Path, **more: Any) -> None:
@@ -135,7 +175,19 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    """The command line of this process, quoted so that a shell takes it, without the values of flags that hold a secret."""
+    program = os.path.basename(sys.argv[0])
+    words, hide = [], False
+    for word in sys.argv[1:]:
+        flag, equals, _ = word.partition("=")
+        secret = bool(SECRET.fullmatch(flag))
+        if hide and not word.startswith("--"):
+            word = HIDDEN
+        elif secret and equals:
+            word = f"{flag}={HIDDEN}"
+        words.append(word)
+        hide = secret and not equals
+    return shlex.join(["loramox" if program == "__main__.py" else program, *words])
 
 
 def memory_now(device: torch.device | str = "cpu") -> int:
@@ -156,3 +208,8 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     if status.exists():  # getrusage counts what the parent process had before it started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_reserved(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that torch has taken from the GPU at most, which is what the GPU needs to have; None for the CPU."""
+    return torch.cuda.max_memory_reserved(device) if torch.device(device).type == "cuda" else None

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import json
-from argparse import ArgumentParser
+import os
+from argparse import Action, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,13 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
         ) from error
     if not isinstance(recipe, dict):
         raise SettingsError(f"recipe {path} is not a YAML file of 'setting: value' lines")
-    known = sorted(
-        {
-            option.removeprefix("--")
-            for action in parser._actions
-            for option in action.option_strings
-            if option.startswith("--")
-        }
-    )
+    actions = {
+        option.removeprefix("--"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    known = sorted(actions)
     verb = parser.prog.removeprefix("loramox ").removesuffix(" LEDGER")
     flags: list[str] = []
     for key, value in recipe.items():
@@ -97,11 +97,24 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
             near = meant(str(key), known)
             raise SettingsError(f"recipe {path}: unknown setting '{key}'{f'; did you mean {near!r}?' if near else ''}")
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
+            flags += [f"--{key}", *(at_home(str(each)) for each in value)]
+        elif value is None:
+            flags += _null(f"recipe {path}", key, actions[key])
+        else:
             # One word, so that a value that begins with a dash is not taken for a flag.
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            flags.append(at_home(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"))
     return flags
+
+
+def _null(recipe: str, key: str, action: Action) -> list[str]:
+    """What null in a recipe stands for: 'none' where that is a choice, else nothing, which must be the default."""
+    if "none" in (action.choices or ()):
+        return [f"--{key}=none"]
+    if action.default is not None:
+        raise SettingsError(
+            f"{recipe}: {key} is null. Give it a value, or leave it out for its default, {action.default}"
+        )
+    return []
 
 
 def meant(name: str, known: Sequence[str]) -> str | None:
@@ -110,6 +123,14 @@ def meant(name: str, known: Sequence[str]) -> str | None:
     dashes = "--" if name.startswith("--") else ""
     called = f"{dashes}{CALLED.get(plain)}"
     return next(iter([called] if called in known else difflib.get_close_matches(name, known, n=1)), None)
+
+
+def at_home(value: str) -> str:
+    """A value, or a flag with its value, with a leading ~ as the home folder: no shell expands it in --flag=~/x or a recipe."""
+    flag, equals, path = value.partition("=")
+    if value.startswith("--") and equals:
+        return f"{flag}={os.path.expanduser(path)}"
+    return os.path.expanduser(value)
 
 
 def of_record(kind: type, settings: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """What comes back when somebody tries: the attacks, and that they leave nothing behind."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
     assert (first["reused"], again["reused"]) == (0, len(first["states"]))
     with pytest.raises(RunError, match=r"holds other attacks \(settings differ\)"):
         attacked(seed=1)
+
+
+def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_in_memory_at_a_time(
+    pico: Callable[[str], Path], trained: Path, rows: tuple[Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    loaded: list[tuple[str, weakref.ref]] = []
+
+    def loading(model: ModelConfig, device: torch.device):
+        assert [each() for _, each in loaded if each() is not None] == []
+        made = load_reference(model, device)
+        loaded.append((model.quantization, weakref.ref(made)))
+        return made
+
+    for module in ("attack", "requantize"):
+        monkeypatch.setattr(f"loramox.evaluate.attacks.{module}.load_reference", loading)
+    config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.5)
+    model = ModelConfig(str(pico("llama")), quantization="nf4")
+    record = attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=8, use_cpu=True))
+    assert [kind for kind, _ in loaded] == ["nf4", "nf4", "nf4", "int8", "int8"]
+    assert "not quantized, merged" not in {state["state"] for state in record["states"]}
+    assert not (tmp_path / "attack" / "merged").exists()
 
 
 def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None:

@@ -17,7 +17,7 @@ from loramox.errors import RowsError, SettingsError
 EOS = 1
 TURN = "<|{{ m.role }}|>\n{{ m.content }}<eos>\n"
 CHAT = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-# A generation prompt with an empty thinking block that no finished turn has, and the other way round.
+# A server's prompt with an empty thinking block that no finished turn has, and the other way round.
 THINKS_FIRST = CHAT.replace("<|assistant|>\n", "<|assistant|>\n<think>\n\n</think>\n\n")
 THOUGHT = CHAT.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}")
 TRIMS = CHAT.replace("m.content", "m.content | trim")
@@ -102,8 +102,8 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_part_of_the_answe
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize(
     ("template", "thinking"),
-    [(CHAT, ""), (THINKS_FIRST, ""), (THOUGHT, "<think></think>"), (TRIMS, "")],
-    ids=["plain", "longer generation prompt", "longer finished turn", "trims"],
+    [(CHAT, ""), (THINKS_FIRST, "<think>\n\n</think>\n\n"), (THOUGHT, "<think></think>"), (TRIMS, "")],
+    ids=["plain", "longer prompt of a server", "longer finished turn", "trims"],
 )
 def test_answers_and_the_end_of_turn_are_learned_under_a_chat_template(
     tokenizer, template: str, thinking: str, answer: str
@@ -219,9 +219,30 @@ def test_a_row_of_exactly_the_limit_is_not_long(tokenizer) -> None:
         encode([row()], tokenizer, Tokenisation(max_length=length - 1), context=128)
 
 
-def test_max_length_never_goes_beyond_the_models_context(tokenizer) -> None:
-    with pytest.raises(RowsError, match="longer than 40 tokens"):
-        encode([LONG], tokenizer, Tokenisation(max_length=1000), context=40)
+def test_a_max_length_beyond_the_models_context_is_refused(tokenizer) -> None:
+    for of in (row(), row(None, "Ada.")):
+        encode([of], tokenizer, Tokenisation(max_length=40), context=40)
+        with pytest.raises(
+            SettingsError, match=r"max_length is 41, and the model's context 40 tokens. Give --max_length"
+        ):
+            encode([of], tokenizer, Tokenisation(max_length=41), context=40)
+
+
+@pytest.mark.parametrize(
+    ("context", "given", "longest"), [(100, None, 100), (100_000, None, 2048), (100_000, 5000, 5000)]
+)
+def test_a_block_of_text_is_no_longer_than_2048_tokens_unless_it_is_asked_for(
+    tokenizer, context: int, given: int | None, longest: int
+) -> None:
+    text = "Ada lives in Rome. " * 2000
+    blocks = encode([row(None, text)], tokenizer, Tokenisation(max_length=given), context)
+    assert max(len(b["input_ids"]) for b in blocks) == longest
+    assert sum(len(b["labels"]) - 1 for b in blocks) == len(tokenizer(text)["input_ids"])
+
+
+def test_a_row_that_is_no_plain_text_may_be_as_long_as_the_context(tokenizer) -> None:
+    (example,) = encode([row(answer="Rome " * 5000)], tokenizer, Tokenisation(), context=100_000)
+    assert len(example["input_ids"]) > 4096
 
 
 def test_truncating_keeps_the_prompt_and_the_start_of_the_answer(tokenizer) -> None:

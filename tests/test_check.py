@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from signing import sign
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ from loramox.extras.check.check import check, stopped
 from loramox.extras.check.servers import SERVERS, Finding
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
-OTHERS = list(SERVERS[1:])
+OTHERS = list(SERVERS)[1:]
 ALL = list(SERVERS)
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -48,6 +49,10 @@ def config(file: str = CONFIG, **changes: Any) -> Damage:
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
+    return lambda folder: (unsigned(change)(folder), sign(folder))
+
+
+def unsigned(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
     def damage(folder: Path) -> None:
         content = load_file(folder / WEIGHTS)
         changed = change(content)
@@ -184,6 +189,12 @@ RULES: dict[str, tuple[Damage, list[str], str, str]] = {
         "a base with other weights",
         "refused",
     ),
+    "changed weights": (
+        unsigned(lambda c: {k: 2 * t for k, t in c.items()}),
+        ALL,
+        "is not the file that provenance.json was written for",
+        "refused",
+    ),
     "as trained": (config(PROVENANCE, kind="trained"), ALL, "it is the adapter as it was trained", "refused"),
     "as 0.1 trained": (config(PROVENANCE, kind="memorization"), ALL, "it is the adapter as it was trained", "refused"),
     "bias": (config(bias="lora_only"), OTHERS, "bias is lora_only", "peft"),
@@ -287,10 +298,6 @@ NOTES: dict[str, tuple[Damage, str]] = {
     "no revision": (config(base_model_name_or_path="nobody/nothing"), "without a revision"),
     "no provenance": (lambda f: (f / PROVENANCE).unlink(), "no provenance.json"),
     "changed": (config(PROVENANCE, rank=4), "one was changed afterwards"),
-    "changed weights": (
-        tensors(lambda c: {k: 2 * t for k, t in c.items()}),
-        "is not the file that provenance.json was written for",
-    ),
     "config.json": (lambda f: (f / "config.json").write_text("{}"), "there is a config.json"),
     "nothing": (tensors(lambda c: {k: t * ("lora_A" in k) for k, t in c.items()}), "every lora_B is 0"),
 }
@@ -531,6 +538,7 @@ def test_a_large_file_is_read_in_bounded_memory(adapter: Path) -> None:
     header("{" + one([8, wide], 0, size, key=a) + "," + one([wide, 8], size, 2 * size, key=b) + "}", holes=2 * size)(
         adapter
     )
+    sign(adapter)
     findings, seconds, megabytes = watched(adapter)
     assert not stopped(findings, SERVERS)
     assert "every lora_B is 0" in said(findings, "note")

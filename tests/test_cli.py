@@ -1,11 +1,18 @@
 """The command line, the public names, and the rules about a run's folder."""
 
+import errno
 import importlib
+import io
 import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +22,21 @@ import pytest
 import loramox
 from loramox.cli import VERBS, main
 from loramox.cli.arguments import say
+from loramox.cli.help import typed
 from loramox.cli.training import watched
 from loramox.errors import LoramoxError, RunError
-from loramox.run import RECORD, RunConfig, command, memory_now, open_run, peak_memory, read_record, update_record
+from loramox.files import LOCK, locked
+from loramox.run import (
+    RECORD,
+    RunConfig,
+    command,
+    memory_now,
+    one_writer,
+    open_run,
+    peak_memory,
+    read_record,
+    update_record,
+)
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "yaml", "rich"}
 
@@ -217,9 +236,9 @@ def test_importing_a_room_hides_no_public_name() -> None:
 
 def test_every_error_is_a_loramox_error_and_one_of_pythons_own() -> None:
     for error in vars(importlib.import_module("loramox.errors")).values():
-        if isinstance(error, type) and error is not LoramoxError:
+        if isinstance(error, type) and error.__module__ == "loramox.errors" and error is not LoramoxError:
             assert issubclass(error, LoramoxError)
-            assert issubclass(error, ValueError | RuntimeError)
+            assert issubclass(error, ValueError | RuntimeError | ImportError)
 
 
 PLAN: dict[str, Any] = {
@@ -444,3 +463,169 @@ def test_a_relative_folder_is_on_the_disk_of_the_working_folder(
 def test_the_command_in_the_record_is_without_the_place_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/loramox", "unlearn", "--r", "4"])
     assert command() == "loramox unlearn --r 4"
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["unlearn", "--model", "my model", "--alpha", "2"], "loramox unlearn --model 'my model' --alpha 2"),
+        (["train", "--hub_token", "hf_x", "--r", "4"], "loramox train --hub_token HIDDEN --r 4"),
+        (["train", "--hf-token=hf_x"], "loramox train --hf-token=HIDDEN"),
+        (["train", "--api_key", "hf_x", "--PASSWORD=hf_x"], "loramox train --api_key HIDDEN --PASSWORD=HIDDEN"),
+        (["train", "--client_secret", "--resume"], "loramox train --client_secret --resume"),
+        (["train", "--max_new_tokens", "8"], "loramox train --max_new_tokens 8"),
+        (["train", "--prompt_template", "Q: {prompt}\\nA:"], "loramox train --prompt_template 'Q: {prompt}\\nA:'"),
+    ],
+)
+def test_the_command_in_records_and_cards_can_be_pasted_and_holds_no_secret(
+    words: list[str], written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/loramox", *words])
+    assert command() == written
+    monkeypatch.setattr(sys, "argv", ["/lib/loramox/__main__.py", *words])
+    assert command() == written
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"loramox {loramox.__version__}\n"
+
+
+def help_of(flag: str, verb: str, capsys: pytest.CaptureFixture) -> list[str]:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, flag])
+    assert caught.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_is_short_and_in_groups_and_help_all_has_every_flag(capsys: pytest.CaptureFixture) -> None:
+    short, whole = (help_of(flag, "unlearn", capsys) for flag in ("--help", "--help-all"))
+    assert len(short) <= 80
+    assert max(map(len, short)) <= 120
+    assert [line for line in short if line.endswith(":")] == ["Data:", "Model:", "Method:", "Training:", "Output:"]
+    shown = {line.split()[0] for line in short if line.startswith("  --")}
+    assert {"--model", "--forget", "--retain", "--out", "--alpha", "--method", "--learning_rate"} <= shown
+    assert "--adam_beta1" not in shown
+    text = "\n".join(whole)
+    assert all(flag in text for flag in (*shown, "--adam_beta1", "--momentum_rank"))
+
+
+def test_defaults_are_shown_as_they_are_typed(capsys: pytest.CaptureFixture) -> None:
+    assert [typed(v) for v in (None, False, True, 0.1, "a b\nc", ["q", "v w"])] == [
+        "",
+        "",
+        "true",
+        "0.1",
+        r"'a b\nc'",
+        "q 'v w'",
+    ]
+    lines = help_of("--help", "unlearn", capsys)
+    assert any(line.startswith("  --quantization ") and line.endswith("(default: nf4)") for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_utf_8_gets_the_text_with_some_characters_replaced(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for words, code in ((["unlearn", "--help"], 0), (["unlearn", "--help-all"], 0), (["unlearn", "漢.yaml"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == code
+    say("[bold]θ_ref[/] − alpha·ΔW → 漢")
+    print("漢")
+    terminal.flush()
+    *_, said, printed = terminal.buffer.getvalue().decode(encoding).splitlines()
+    assert said.endswith("?")
+    assert "alpha" in said
+    assert printed == "?"
+
+
+def test_warnings_are_sentences_without_pythons_file_and_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def warns(words: list[str]) -> None:
+        logging.getLogger("loramox.unlearning").info("Reading the rows")
+        said = warnings.formatwarning(UserWarning("the retain set should be larger"), UserWarning, "file.py", 7)
+        print(said, end="", file=sys.stderr)
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is put back
+    monkeypatch.setattr("loramox.cli.training.train", warns)
+    main(["train"])
+    main(["train"])
+    out, err = capsys.readouterr()
+    assert err == "Reading the rows\nWarning: the retain set should be larger\n" * 2
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("~/m", "{home}/m"),
+        ("--out=~/m", "--out={home}/m"),
+        ("--out=~", "--out={home}"),
+        ("a~/m", "a~/m"),
+        ("--prompt_template=a=~/b", "--prompt_template=a=~/b"),
+        ("--out", "--out"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_form_of_a_path(
+    written: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given: list[str] = []
+    monkeypatch.setattr("loramox.cli.training.train", given.extend)
+    main(["train", written])
+    assert given == [taken.format(home=tmp_path)]
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fills(words: list[str]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for verb, again in (("train", " with --resume\n"), ("report", "the same command again\n")):
+        monkeypatch.setattr("loramox.cli.training.train", fills)
+        monkeypatch.setattr("loramox.cli.evaluation.report", fills)
+        with pytest.raises(SystemExit) as caught:
+            main([verb])
+        err = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert err.startswith(f"loramox {verb}: the disk filled up")
+        assert err.endswith(again)
+        assert err.count("\n") == 1
+
+
+def test_a_job_holds_its_folder_and_another_is_refused_whatever_its_flags(tmp_path: Path) -> None:
+    @one_writer
+    def job(config: RunConfig) -> str:
+        with pytest.raises(RunError, match=rf"--out {config.out} is in use by process {os.getpid()}"):
+            pool.submit(job, replace(config, overwrite=True)).result()
+        return inner(config)
+
+    inner = one_writer(lambda config: "done")  # as train in unlearn
+    with ThreadPoolExecutor(1) as pool:
+        assert job(RunConfig(str(tmp_path / "out"))) == "done"
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_keeps_the_lock_and_resuming_may_save_at_other_steps(held: Path) -> None:
+    with locked(held):
+        open_run(RunConfig(str(held), overwrite=True), PLAN, disk_needed=0)
+        assert {p.name for p in held.iterdir()} == {RECORD, LOCK}
+    rarer = PLAN | {"settings": PLAN["settings"] | {"save_steps": 100, "save_strategy": "steps", "save_total_limit": 3}}
+    open_run(RunConfig(str(held), resume=True), rarer, disk_needed=0)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_what_a_resumed_run_has_on_disk_already_is_not_asked_for_again(held: Path) -> None:
+    (held / "trained" / "checkpoint-1").mkdir()
+    (held / "trained" / "checkpoint-1" / "weights").write_bytes(bytes(3_000_000))
+    with pytest.raises(RunError, match="5 MB are free there"):
+        open_run(RunConfig(str(held), resume=True), PLAN, disk_needed=9_000_000)
+    open_run(RunConfig(str(held), resume=True), PLAN, disk_needed=7_000_000)

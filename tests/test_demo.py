@@ -10,6 +10,7 @@ from loramox.cli import main
 from loramox.demo import job
 from loramox.demo.models import one_thread, train_model
 from loramox.demo.world import KINDS, make_world
+from loramox.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +66,50 @@ def test_the_answers_shown_are_the_truth_before_and_something_else_after(small: 
     assert all(row["forget model"] == row["reference"] for row in small["answers"]["retain"])
 
 
+DEMO = '{"status": "done", "seed": 0}'
+
+
 @pytest.mark.parametrize(
     ("there", "words", "message"),
     [
-        ("notes.txt", ["--overwrite"], "not a demo"),
-        (job.RECORD, [], "Replace it with --overwrite"),
-        (None, ["--seed", "-1"], "--seed -1 is out of range"),
+        ({"notes.txt": "mine"}, ["--overwrite"], "not a demo"),
+        ({job.RECORD: '{"mine": 1}', "thesis.txt": "years"}, ["--overwrite"], "not a demo"),
+        ({job.RECORD: "[]"}, ["--overwrite"], "not a demo"),
+        ({job.RECORD: "{"}, ["--overwrite"], "demo.json is damaged"),
+        ({job.RECORD: DEMO, "thesis.txt": "years"}, ["--overwrite"], "thesis.txt, which is not of it"),
+        ({job.RECORD: DEMO, "rows/mine.jsonl": "{}"}, ["--overwrite"], "mine.jsonl, which is not of it"),
+        ({job.RECORD: DEMO}, [], "Replace it with --overwrite"),
+        ({}, ["--seed", "-1"], "--seed -1 is out of range"),
     ],
 )
 def test_a_folder_or_seed_that_will_not_do_is_refused_and_nothing_is_touched(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str | None, words: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], there: dict[str, str], words: list[str], message: str
 ):
-    if there:
-        (tmp_path / there).write_text("{}")
-    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    for name, text in there.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as left:
         main(["demo", "--out", str(tmp_path), *words])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+    assert {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == there
 
 
 def test_overwrite_replaces_a_demo_only(tmp_path: Path):
-    (tmp_path / job.RECORD).write_text("{}")
+    (tmp_path / job.RECORD).write_text(DEMO)
     (tmp_path / "run").mkdir()
     job.claim(tmp_path, seed=0, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == [job.RECORD]
     assert json.loads((tmp_path / job.RECORD).read_text())["status"] == "running"
+
+
+def test_overwrite_deletes_nothing_through_a_link(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "thesis.txt").write_text("years")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / job.RECORD).write_text(DEMO)
+    (tmp_path / "demo" / "run").symlink_to(tmp_path / "disk")
+    with pytest.raises(RunError, match=r"demo/run, which is not of it"):
+        job.claim(tmp_path / "demo", seed=0, overwrite=True)
+    assert (tmp_path / "disk" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "demo" / job.RECORD).read_text() == DEMO

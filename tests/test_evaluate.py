@@ -29,7 +29,7 @@ from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.suites import suite_sources
-from loramox.model.config import ModelConfig
+from loramox.model.config import ModelConfig, read_config, skeleton
 
 KNOWN = questions(PEOPLE[:4]) + questions(PEOPLE[4:])  # the rows of `trained`
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)
@@ -126,8 +126,8 @@ BAD_INPUT = {
         lambda h, t: write(h / "holdout.jsonl", questions(PEOPLE[:2])), {"holdout": "holdout.jsonl"}, RowsError,
         "2 of 2 holdout rows of holdout.jsonl are also forget rows.*no model has seen"),
     "a-wrong-answer-that-is-no-text": (
-        lambda h, t: write(h / "forget.jsonl", [r | {"perturbed_answer": [3]} for r in questions(PEOPLE[:4])]), {},
-        RowsError, "forget.jsonl, row 1: .*perturbed_answer a list"),
+        lambda h, t: write(h / "forget.jsonl", [r | {"perturbed_answer": [True]} for r in questions(PEOPLE[:4])]), {},
+        RowsError, "forget.jsonl, row 1: its 'perturbed_answer' is true"),
     "adapter-without-weights": (
         lambda h, t: (h / "adapter" / "adapter_model.safetensors").unlink(), {"adapter": "adapter"}, AdapterError,
         "--adapter adapter is no adapter: it has no adapter_model.safetensors"),
@@ -137,10 +137,10 @@ BAD_INPUT = {
     "no-adapter-there": (lambda h, t: None, {"adapter": "nowhere"}, AdapterError, "--adapter nowhere is no adapter"),
     "damaged-provenance": (
         lambda h, t: (h / "adapter" / "provenance.json").write_text('{"base": '), {"adapter": "adapter"}, AdapterError,
-        "adapter: its provenance.json is damaged"),
+        "adapter: provenance.json is not plain JSON"),
     "provenance-of-something-else": (
         lambda h, t: (h / "adapter" / "provenance.json").write_text("{}"), {"adapter": "adapter"}, AdapterError,
-        "adapter: its provenance.json is damaged"),
+        "adapter/provenance.json is damaged, .*it lacks base"),
     "adapter-of-another-base": (
         lambda h, t: reweigh(h / "adapter" / "provenance.json"), {"adapter": "adapter"}, AdapterError,
         "adapter was made for the base .* has other weights"),
@@ -247,7 +247,7 @@ def test_only_an_adapter_that_memorizes_is_warned_of_and_alpha_is_read_in_any_ve
     (adapter / "provenance.json").write_text(json.dumps({"base": made["base"]} | written))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        made_by = check_adapter(adapter, made["base"])
+        made_by = check_adapter(adapter, made["base"], skeleton(read_config(model), model))
     assert made_by is not None
     assert made_by["alpha"] == alpha
     assert any("is the trained adapter" in str(each.message) for each in found) == warned

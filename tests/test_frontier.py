@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import loramox.sweep.sweep
 from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
 from loramox.adapter.export import ShippingConfig, extrapolate
-from loramox.adapter.folder import read_provenance
+from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
 from loramox.evaluate.evaluate import Asked, Subject, evaluate
@@ -560,7 +560,7 @@ def test_a_suites_rows_are_not_cut_where_training_cut_its_own(
     def encoded(rows: Any, model: Any, config: Any, how: Any, *_: Any) -> None:
         raise LoramoxError(f"cut at {how.max_length}")
 
-    monkeypatch.setattr(loramox.sweep.sweep, "read_parts", lambda *_: {})
+    monkeypatch.setattr(loramox.sweep.sweep, "read_sources", lambda *_: {})
     monkeypatch.setattr(loramox.sweep.sweep, "check_sides", lambda *_: None)
     monkeypatch.setattr(loramox.sweep.sweep, "questions_of", encoded)
     with pytest.raises(LoramoxError, match=f"cut at {length}"):
@@ -855,7 +855,7 @@ def test_loramox_sweep_from_the_command_line(
         main([*words, "--rule", "retrained"])
     err = capsys.readouterr().err
     assert caught.value.code == 2
-    assert err.startswith("loramox sweep: --rule retrained")
+    assert err.splitlines()[-1].startswith("loramox sweep: --rule retrained")
     assert err.count("\n") == 1
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import FAMILIES, write_base
 from safetensors.torch import load_file, save_file
+from signing import sign
 from test_check import HOSTILE
 from test_merge import adapter_for
 from torch import Tensor
@@ -147,6 +148,7 @@ def test_f16_is_rounded_once_and_refuses_what_it_cannot_hold(adapter: Path, tmp_
         tensors = weights(adapter)
         next(iter(tensors.values()))[0, 0] = wrong
         save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        sign(adapter)
         with pytest.raises(AdapterError, match="--outtype f32"):
             to_gguf(adapter, tmp_path / "other.gguf", outtype="f16")
         to_gguf(adapter, tmp_path / "32.gguf", overwrite=True)

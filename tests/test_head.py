@@ -259,3 +259,35 @@ def test_a_scale_of_one_is_no_reason_to_refuse() -> None:
     model = Output(torch.float32)
     model.config = AutoConfig.for_model("granite", logits_scaling=1.0)
     Head(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda logits: 2 * logits, lambda logits: torch.tanh(logits), lambda logits: logits.roll(1, -1)],
+    ids=["scaled", "capped", "permuted"],
+)
+def test_logits_that_the_head_does_not_make_are_refused_in_the_first_pass_whatever_their_reason(
+    pico: Callable[[str], Path], change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As remote code may do, and architectures of tomorrow."""
+    model, inputs = AutoModelForCausalLM.from_pretrained(pico("llama")), batch([5], [2], width=5)
+    model.lm_head.weight.data *= 20
+    own = type(model).forward
+
+    def changed(self: nn.Module, *args, **kwargs) -> SimpleNamespace:
+        return SimpleNamespace(logits=change(own(self, *args, **kwargs).logits))
+
+    monkeypatch.setattr(type(model), "forward", changed)
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM makes other logits of its last hidden states.*Use an architecture"
+    ):
+        answer_states(model, model, inputs)
+
+
+def test_logits_are_compared_once_a_model(pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr("loramox.model.head._compare", lambda *_: compared.append(1))
+    model, inputs = AutoModelForCausalLM.from_pretrained(pico("llama")), batch([5], [2], width=5)
+    for _ in range(2):
+        answer_states(model, model, inputs)
+    assert compared == [1]

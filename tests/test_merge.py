@@ -15,11 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from signing import sign
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.pytorch_utils import Conv1D
 
-import loramox.extras.merge.checkpoint
+import loramox.adapter.streaming.checkpoint
 from loramox.adapter.folder import write_adapter
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
@@ -129,7 +130,7 @@ def test_an_untouched_weight_keeps_its_bytes_and_a_changed_one_is_rounded_once(a
 def test_a_tensor_of_many_blocks_is_merged_as_one_of_one(adapted, tmp_path: Path, monkeypatch) -> None:
     adapter = adapted[1]
     merge(adapter, tmp_path / "one", dtype="bfloat16", progress=False)
-    monkeypatch.setattr("loramox.extras.merge.shards.BLOCK", 100)  # of rows of 64 and 128
+    monkeypatch.setattr("loramox.adapter.streaming.shards.BLOCK", 100)  # of rows of 64 and 128
     made = merge(adapter, tmp_path / "many", dtype="bfloat16", progress=False)
     for name, weight in load_file(tmp_path / "one" / "model.safetensors").items():
         # A sum in another order may fall on the other side of a rounding.
@@ -250,9 +251,9 @@ def test_a_base_on_the_hub_is_read_from_its_snapshot_and_no_pickle_is_asked_for(
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     asked = []
-    download = loramox.extras.merge.checkpoint.snapshot_download
+    download = loramox.adapter.streaming.checkpoint.snapshot_download
     monkeypatch.setattr(
-        loramox.extras.merge.checkpoint,
+        loramox.adapter.streaming.checkpoint,
         "snapshot_download",
         lambda *a, **how: asked.extend(how["allow_patterns"]) or download(*a, **how),
     )
@@ -310,7 +311,7 @@ def interrupted(*args) -> None:
 
 KILLED = """
 import os, signal, sys
-import loramox.extras.merge.weights as weights
+import loramox.adapter.streaming.weights as weights
 from loramox.extras.merge.merge import merge
 
 written = weights._write_one
@@ -339,7 +340,7 @@ def test_a_killed_merge_leaves_nothing_that_loads_and_can_be_made_again(adapted,
     torch.testing.assert_close(merged, with_adapter(base, adapter), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["loramox.extras.merge.weights._cast", "loramox.extras.merge.merge.merged_card"])
+@pytest.mark.parametrize("where", ["loramox.adapter.streaming.weights._cast", "loramox.extras.merge.merge.merged_card"])
 def test_an_interrupted_merge_keeps_what_was_there(adapted, where: str, tmp_path: Path, monkeypatch) -> None:
     adapter = adapted[1]
     merge(adapter, tmp_path / "old", progress=False)
@@ -445,6 +446,8 @@ def adapter_of_another_layer(base: Path, adapter: Path) -> tuple[type[LoramoxErr
 
 def adapter_of_an_embedding(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     rewrite(adapter, lambda name, t: t, lambda name: name.replace("layers.1.mlp.up_proj", "embed_tokens"))
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    edit(adapter / "adapter_config.json", target_modules=[*targets, "embed_tokens"])
     return AdapterError, "it is a Embedding there"
 
 
@@ -508,6 +511,8 @@ def test_what_cannot_be_merged_is_refused_by_name_and_nothing_is_written(
     base = shutil.copytree(pico("llama"), tmp_path / "base")
     adapter = adapter_for(base, tmp_path / "adapter")
     kind, says = spoil(base, adapter)
+    if (adapter / "adapter_model.safetensors").exists():
+        sign(adapter)
     with pytest.raises(kind, match=says):
         merge(adapter, tmp_path / "out", progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
@@ -522,6 +527,10 @@ def test_a_head_that_is_the_embedding_too_is_refused(tmp_path: Path, pico: Calla
         "base_model.model.lm_head.lora_B.weight": torch.ones(320, 8),
     }
     save_file(weights | head, adapter / "adapter_model.safetensors")
+    edit(
+        adapter / "adapter_config.json", target_modules=["lm_head", *sorted({name.split(".")[-3] for name in weights})]
+    )
+    sign(adapter)
     with pytest.raises(AdapterError, match=r"changes lm_head, whose weight is also model.embed_tokens.weight \(tied\)"):
         merge(adapter, tmp_path / "out", progress=False)
 
@@ -573,3 +582,34 @@ def test_loramox_ship_merge_from_the_command_line(
         main(["ship", "merge", "--adapter", str(trained / "forget-adapter"), "--out", str(tmp_path / "merged")])
     assert stopped.value.code == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "config.json"])
+def test_a_link_that_leads_out_of_the_base_is_refused_and_not_followed(
+    name: str, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(pico("llama"), tmp_path / "base")
+    adapter = adapter_for(base, tmp_path / "adapter")
+    secret = tmp_path / "secret"
+    secret.write_text((base / name).read_text() if (base / name).exists() else "mine")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(secret)
+    with pytest.raises(ModelError, match=rf"{name} is a link that leads out of the model's folder"):
+        merge(adapter, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_base_in_the_hubs_cache_links_are_followed_and_files_of_other_names_stay(
+    pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cached = tmp_path / "models--me--x"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copytree(pico("llama"), cached / "blobs")
+    for path in (cached / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (snapshot / "tokenizer_x.json").write_text("mine")
+    (snapshot / "LICENSE-of-mine").symlink_to(tmp_path / "nowhere")
+    merge(adapter_for(snapshot, tmp_path / "adapter"), tmp_path / "out", progress=False)
+    there = {path.name for path in (tmp_path / "out").iterdir() if not path.is_symlink()}
+    assert there == {path.name for path in (cached / "blobs").iterdir()} | {"provenance.json", "README.md"}

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,20 +20,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_merge import adapter_for
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import safe_save_file
 
 import loramox.extras.merge.quantize
+from loramox.adapter.streaming.checkpoint import Target
+from loramox.adapter.streaming.shards import read_shard
 from loramox.cli import main
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.evaluate import Asked, Subject, evaluate
 from loramox.evaluate.measure import ScoringConfig
-from loramox.extras.merge.checkpoint import Target
 from loramox.extras.merge.job import ForgettingConfig, merge
 from loramox.extras.merge.merge import MergeConfig
 from loramox.extras.merge.merge import merge as merge_into_floats
 from loramox.extras.merge.quantize import dequantized, little, quantized_like, survival
-from loramox.extras.merge.shards import read_shard
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig
 
@@ -280,6 +282,29 @@ def test_the_rows_are_asked_as_evaluate_asks_them_and_decide(
     assert "of the forgetting is left" in said
 
 
+def test_one_model_is_in_memory_at_a_time(rows: tuple[Path, Path], pico, tmp_path: Path, monkeypatch) -> None:
+    loaded: list[weakref.ref] = []
+
+    def alone(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+        def loading(*args, **more) -> PreTrainedModel:
+            assert [each() for each in loaded if each() is not None] == []
+            model = load(*args, **more)
+            loaded.append(weakref.ref(model))
+            return model
+
+        return loading
+
+    for module in (loramox.extras.merge.quantize, loramox.extras.merge.job):
+        for name in ("load_merged", "load_reference"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, alone(getattr(module, name)))
+    config = MergeConfig(str(adapted(pico("llama"), tmp_path, 2)), str(tmp_path / "out"), quantize="nf4", force=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge(config, ForgettingConfig(*map(str, rows), use_cpu=True), progress=False)
+    assert len(loaded) == 5
+
+
 def test_where_an_adapter_forgets_nothing_the_weights_decide() -> None:
     told = {"overall": 0.4, "share": 1.0, "rounding": 1.2}
     assert "only 40% of what the quantized weights changed by is ΔW" in little(
@@ -388,7 +413,7 @@ def test_a_disk_that_fills_up_is_one_clear_error(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     where = (
-        "loramox.extras.merge.weights.write_tensor"
+        "loramox.adapter.streaming.weights.write_tensor"
         if quantize is None
         else "transformers.modeling_utils.safe_save_file"
     )

@@ -30,7 +30,7 @@ from loramox import (
     unlearn,
 )
 from loramox.adapter.export import extrapolate
-from loramox.adapter.folder import read_factors
+from loramox.adapter.factors import read_factors
 from loramox.cli.arguments import settings_of
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD

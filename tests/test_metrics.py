@@ -17,6 +17,7 @@ from loramox.evaluate import membership
 from loramox.evaluate.answers import rouge_l
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
+from loramox.evaluate.row_metrics import ROW_METRICS
 from loramox.evaluate.summary import MEANS, Metric, Summary, summarise
 from loramox.evaluate.truth_ratio import (
     chosen_probability,
@@ -260,7 +261,7 @@ def test_metrics_have_the_values_of_their_definitions_over_the_records() -> None
         return np.array([r[name] for r in rows])
 
     for part, rows in (("forget", forget), ("retain", retain), ("holdout", holdout)):
-        for field in MEANS:
+        for field in [*MEANS, *ROW_METRICS]:
             assert value[f"{part}_{field}"] == pytest.approx(column(rows, field).mean())
             assert found[f"{part}_{field}"].n == len(rows)
     assert value["retain_kl"] == 0.25

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loramox.data.microbatches import cut, microbatches, microbatches_of_pairs
+from loramox.data.microbatches import cut, microbatches, microbatches_of_pairs, padded_tokens, rows_of
 from loramox.data.pairs import Collator
 from loramox.model.head import answer_states, states_of_parts
 
@@ -45,6 +45,24 @@ def test_no_other_grouping_is_cheaper(seed: int) -> None:
 
     cheapest = min(tokens(groups, lengths, overhead) for groups in groupings(list(range(len(lengths)))))
     assert tokens(cut(lengths, overhead), lengths, overhead) == cheapest
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pass_of_several_rows_has_more_tokens_than_are_allowed(seed: int) -> None:
+    lengths, overhead = drawn(seed, most=24, longest=400)
+    most = 600
+    groups = cut(lengths, overhead, most)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or tokens([group], lengths, 0) <= most for group in groups)
+    assert [len(group) for group in cut(lengths, overhead, 0)] == [1] * len(lengths)
+
+
+def test_a_share_of_a_share_is_of_the_whole() -> None:
+    batch = batch_of(3, 5, 5, 9)
+    half = rows_of(batch, [1, 3])
+    passes = list(microbatches({"forget": half}, 10**6, most=9))
+    assert [each["forget"]["share"] for each in passes] == [0.25, 0.25]
+    assert padded_tokens({"forget": batch, "retain": batch_of(10)}) == 50
 
 
 def test_rows_of_one_length_stay_one_pass() -> None:

@@ -1,5 +1,7 @@
 """Momentum against the recursion M ← η·ΔW + (1 − η)·M on dense matrices."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,36 @@ def test_eta_one_keeps_only_the_newest_at_its_own_rank() -> None:
     for name, newest in states[-1].items():
         assert momentum.average[name].rank == RANK
         assert torch.equal(momentum.average[name].delta(), newest.delta())
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple]:
+    """The backends that multiply matrices, with TF32 on."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in backends]
+    for each in backends:
+        each.fp32_precision = "tf32"
+    yield backends
+    for each, precision in zip(backends, before, strict=True):
+        each.fp32_precision = precision
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tick_computes_in_full_fp32_where_tf32_is_on_and_leaves_it_on(fails: bool, tf32, monkeypatch) -> None:
+    """`--tf32` and `--torch_compile` turn it on. `relative_error` would not count it."""
+    seen, svd = [], torch.linalg.svd
+
+    def looked(*args, **kwargs):
+        seen.append([each.fp32_precision for each in tf32])
+        if fails:
+            raise RuntimeError("no convergence")
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", looked)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        after(deltas(2), 0.4, max_rank=RANK)
+    assert seen[0] == ["ieee", "ieee"]
+    assert [each.fp32_precision for each in tf32] == ["tf32", "tf32"]
 
 
 def test_a_tick_takes_a_copy_so_that_training_on_does_not_move_the_average() -> None:

@@ -14,15 +14,17 @@ from loramox.cli.arguments import given_settings
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import SettingsError
-from loramox.extras.plan.config import Choice, FitConfig, PlanConfig, choices, size_of
+from loramox.extras.plan.config import Choice, FitConfig, PlanConfig, budget_of, choices, size_of
 from loramox.extras.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
 from loramox.extras.plan.job import fit, plan
 from loramox.extras.plan.ledger import Speed
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.show import show_plan
 from loramox.extras.plan.trace import at_depth, shallow, trace_step
+from loramox.model.algebra import Factors
+from loramox.model.config import skeleton
 from loramox.model.load import load_reference
-from loramox.model.lora import ReferenceConfig
+from loramox.model.lora import ReferenceConfig, add_lora, lora_layers
 from loramox.run import RunConfig
 from loramox.train.config import UnlearnConfig
 
@@ -120,6 +122,31 @@ def test_static_parts_are_the_sizes_of_their_tensors(tokenizer):
     assert held["adapter"] == held["gradients"] == adapter
     assert held["momentum"] == 2 * adapter  # rank 8
     assert held["optimiser"] == pytest.approx(2 * adapter, rel=1e-2)  # and the step count of each tensor
+
+
+def test_a_tuned_adapter_counts_with_its_own_rank_and_its_pass_of_the_reference(tokenizer):
+    setting, rows = setting_of(tokenizer), rows_of()
+    without = estimate(setting, rows, choice(2), None)
+    names = dict(lora_layers(add_lora(skeleton(setting.config, setting.reference), setting.reference)))
+    change = {n: Factors(torch.zeros(16, m.in_features), torch.zeros(m.out_features, 16)) for n, m in names.items()}
+    found = estimate(setting._replace(tuned=change), rows, choice(2), None)
+    # Four times the trained adapter's rank, in fp32; it has no gradients and no states.
+    assert found.held["adapter"] == 5 * without.held["adapter"]
+    assert found.held["gradients"] == without.held["gradients"]
+    assert found.held["optimiser"] == without.held["optimiser"]
+    assert found.flops > without.flops
+
+
+def test_the_adapter_that_memorizes_along_the_path_of_mox_counts(tokenizer):
+    """Its weights and their gradients are as large as the trained one's, and neither is there with npo_mean."""
+    wide = SHAPE | {"hidden_size": 512, "intermediate_size": 2048}
+    few = {"forget": parts(length=4, forget=1)["forget"]}  # activations of next to nothing
+    held = {
+        method: trace_step(setting_of(tokenizer, shape=wide, method=method), 1, few, few)["step"].peak.held
+        for method in ("mox", "npo_mean")
+    }
+    more = held["mox"]["activations"] - held["npo_mean"]["activations"]
+    assert more == pytest.approx(2 * held["mox"]["adapter"], rel=0.2)
 
 
 @pytest.mark.parametrize("method", ["npo_mean", "mox"])
@@ -247,6 +274,7 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
     assert "sweep" in said
     assert "merge" in said
     assert "arithmetic, not measured" in said
+    assert "total time is not given" in said
 
 
 def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
@@ -283,6 +311,18 @@ def test_the_planned_sweep_asks_as_many_at_a_time_as_fit_unless_told_how_many(ou
     assert held <= 0.7 * most
     assert planned(tight, given={"sweep_batch_size"}) == (32, most)
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_budget_on_a_card_is_what_is_free_and_never_what_it_is_sold_with(monkeypatch):
+    gigabyte, cuda = 2**30, torch.device("cuda")
+    assert budget_of(8 * gigabyte, cuda, here=False) == pytest.approx((0.93 * 8 - 0.8) * gigabyte, rel=1e-6)
+    assert budget_of(gigabyte // 2, cuda, here=False) == 0
+    assert budget_of(8 * gigabyte, torch.device("cpu"), here=True) == pytest.approx(0.9 * 8 * gigabyte)
+    for name, value in {"memory_reserved": 3 * gigabyte, "memory_allocated": gigabyte}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * gigabyte, 24 * gigabyte))
+    assert budget_of(24 * gigabyte, cuda, here=True) == pytest.approx(0.93 * 6 * gigabyte)
+    assert budget_of(6 * gigabyte, cuda, here=True) == pytest.approx((0.93 * 6 - 0.8) * gigabyte)
 
 
 def fitted(budget, folder, rows, tmp_path, *words):

@@ -1,6 +1,7 @@
 """What is looked at before a model is loaded: rows that belong together, sides that look swapped, the base of an adapter."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 import pytest
 
 from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
-from loramox.adapter.folder import check_base
+from loramox.adapter.provenance import check_base
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RowsError, RunError
+from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.measure import ScoringConfig
+from loramox.model.config import ModelConfig
+from loramox.train.prepare import prepare
 from loramox.unlearning import train
 
 
@@ -43,12 +48,14 @@ def test_a_forget_row_of_which_one_answer_is_too_long_is_named(
 def test_more_rows_to_forget_than_to_retain_are_asked_about_before_anything_is_written(
     pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years")
     with (
         pytest.warns(UserWarning, match="12 rows to forget, 4 to retain.*swap"),
-        pytest.raises(RunError, match="is a file"),
+        pytest.raises(RunError, match="files in it that are not a run"),
     ):
-        run(pico("llama"), Data(str(rows[1]), str(rows[0])), tmp_path / "file")
+        run(pico("llama"), Data(str(rows[1]), str(rows[0])), tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
 def test_of_the_hub_a_commit_tells_one_base_from_another() -> None:
@@ -59,3 +66,40 @@ def test_of_the_hub_a_commit_tells_one_base_from_another() -> None:
         AdapterError, match=r"was made for the base a/b, and a/c is at revision two, not at its one \(--revision\)"
     ):
         check_base({"base": base}, base | {"model": "a/c", "revision": "two"}, Path("adapter"))
+
+
+def test_rows_read_and_rows_left_out_are_counted_and_recorded(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [json.loads(line) for line in rows[1].read_text().splitlines()]
+    records += [json.loads(rows[0].read_text().splitlines()[0]), {"question": "Who?", "answer": "Rome " * 200}]
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text("".join(json.dumps(record) + "\n" for record in records))
+    model, how = pico("llama"), Tokenisation(long_rows="drop")
+    args = UnlearnConfig(use_cpu=True, report_to="none")
+    with caplog.at_level(logging.INFO):
+        plan = prepare(
+            ReferenceConfig(str(model), quantization="none"),
+            Data(str(rows[0]), str(retain), True),
+            args,
+            Columns(),
+            how,
+        ).plan
+        summary = evaluate(
+            Subject(str(tmp_path / "out")),
+            ModelConfig(str(model), quantization="none"),
+            Asked(str(rows[0]), str(retain), drop_overlap=True),
+            ScoringConfig(max_new_tokens=0, use_cpu=True),
+            how,
+        )
+    counted = {
+        "forget": {"read": 4, "used": 4, "left_out": {}},
+        "retain": {"read": 14, "used": 12, "left_out": {"also in the forget set": 1, "too long": 1}},
+    }
+    assert plan["row_counts"] == summary["row_counts"] == counted
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["row_counts"] == counted
+    lines = [
+        f"forget: 4 rows read from {rows[0]}, all used",
+        f"retain: 14 rows read from {retain}, 12 used, left out: 1 also in the forget set, 1 too long",
+    ]
+    assert [message for message in caplog.messages if " rows read from " in message] == lines * 2

@@ -24,16 +24,18 @@ from loramox import (
     read_rows,
 )
 from loramox.adapter.export import extrapolate
-from loramox.adapter.folder import read_factors, read_provenance
+from loramox.adapter.factors import read_factors
+from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.cli.requests import _defaults
 from loramox.data.rows import fingerprint
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extras.ledger.build import build
-from loramox.extras.ledger.ledger import Entry, _digest, locked, read_ledger, verify
+from loramox.extras.ledger.ledger import Entry, _digest, locked, read_ledger
 from loramox.extras.ledger.refresh import refresh
 from loramox.extras.ledger.requests import RequestConfig, add, revoke
 from loramox.extras.ledger.rows import ROWS, write_rows
+from loramox.extras.ledger.verify import verify
 from loramox.files import sha256_of
 from loramox.model.algebra import Factors
 from loramox.model.load import load_reference

@@ -18,7 +18,8 @@ import rich.console, rich.table, torch, transformers.models.llama.modeling_llama
 import loramox.adapter.folder, loramox.cli.requests, loramox.files
 import loramox.extras.ledger.build, loramox.extras.ledger.entry, loramox.extras.ledger.requests, loramox.extras.ledger.refresh
 from loramox.train.trainer import UnlearnTrainer
-from loramox.extras.ledger.ledger import Ledger, verify
+from loramox.extras.ledger.ledger import Ledger
+from loramox.extras.ledger.verify import verify
 
 
 def die(*args, **kwargs):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from loramox.errors import RunError
+from loramox.train.checkpoint import last_whole_checkpoint
+
 # One process imports everything once; each run is a child of it, so that SIGKILL really ends one at the wanted moment.
 RUNS = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 
 import loramox.adapter.folder, loramox.cli, loramox.unlearning, loramox.train.momentum
 from loramox.train.momentum import Momentum
@@ -37,6 +41,12 @@ def half_a_file(tensors, path, metadata):
     die()
 
 
+def on_a_full_disk(self, *args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    save(self, *args)
+
+
+save = UnlearnTrainer._save_optimizer_and_scheduler
 KILLS = {
     "no": lambda: None,
     "in a step": lambda: on_call(UnlearnTrainer, "training_step", 2, die),
@@ -46,13 +56,17 @@ KILLS = {
     "while results are written": lambda: on_call(loramox.train.checkpoint, "write_adapter", 2, die),
     "after the last step": lambda: on_call(loramox.train.trainer, "write_trained", 1, die),
     "between results and record": lambda: on_call(loramox.unlearning, "update_record", 1, die),
+    "disk full": lambda: on_call(UnlearnTrainer, "_save_optimizer_and_scheduler", 2, on_a_full_disk),
 }
 flags, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for kill, more in runs:
     child = os.fork()
     if not child:
         KILLS[kill]()
-        loramox.cli.main(["train", *flags, *more])
+        try:
+            loramox.cli.main(["train", *flags, *more])
+        except SystemExit as exit:
+            os._exit(exit.code)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print("ENDED", json.dumps([kill, code]), flush=True)
@@ -98,16 +112,19 @@ def runs(
     inside = ["--max_steps", "5"]  # an epoch is two steps
     cut = ["--out", str(folder / "cut"), "--resume", *inside]
     plan += [("no", ["--out", str(folder / "whole"), *inside]), ("after the last step", cut), ("no", cut)]
+    filled = ["--out", str(folder / "filled"), "--resume"]
+    plan += [("disk full", filled), ("no", [*filled, "--save_steps", "3"])]
     done = subprocess.run(
         [sys.executable, "-u", "-c", RUNS, json.dumps(flags), json.dumps(plan)],
         check=True, capture_output=True, text=True, cwd=folder,
     )  # fmt: skip
+    (folder / "errors").write_text(done.stderr)
     return folder, done.stdout
 
 
 def test_each_kill_really_happened_and_each_other_run_ended_well(runs: tuple[Path, str]) -> None:
     ended = [json.loads(line.removeprefix("ENDED ")) for line in runs[1].splitlines() if line.startswith("ENDED ")]
-    later = [["no", 0], ["after the last step", -9], ["no", 0]]
+    later = [["no", 0], ["after the last step", -9], ["no", 0], ["disk full", 2], ["no", 0]]
     assert ended == [["no", 0], *([kill, -9] for kill in KILLED), ["no", 0], ["no", 0], *later]
 
 
@@ -117,6 +134,65 @@ def test_a_run_killed_at_six_moments_ends_with_the_same_bytes_as_one_left_alone(
 ) -> None:
     alone, killed = ((runs[0] / name / "trained" / file).read_bytes() for name in ("alone", "killed"))
     assert killed == alone
+
+
+@pytest.mark.parametrize("file", RESULTS)
+def test_a_run_that_filled_the_disk_says_so_and_goes_on_from_its_last_checkpoint_saving_as_it_is_told_now(
+    file: str, runs: tuple[Path, str]
+) -> None:
+    (said,) = [line for line in (runs[0] / "errors").read_text().splitlines() if "the disk filled up" in line]
+    assert said.startswith("loramox train: the disk filled up")
+    assert said.endswith(
+        f"Free some space on the disk of {runs[0] / 'filled'}, and go on with the same command with --resume"
+    )
+    alone, filled = ((runs[0] / name / "trained" / file).read_bytes() for name in ("alone", "filled"))
+    assert filled == alone
+    kept = sorted(c.name for c in (runs[0] / "filled" / "trained").glob("checkpoint-*"))
+    assert kept == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", ["killed", "filled"])
+def test_the_log_of_a_resumed_run_is_that_of_one_left_alone(name: str, runs: tuple[Path, str]) -> None:
+    def steps(run: str) -> list[tuple[int, str]]:
+        log = json.loads((runs[0] / run / "run.json").read_text())["log"]
+        return [(entry["step"], key) for entry in log for key in entry if key in ("loss", "eval_forget_probability")]
+
+    assert steps(name) == steps("alone")
+
+
+@pytest.fixture
+def checkpoints(runs: tuple[Path, str], tmp_path: Path) -> Path:
+    """The folder of a run with two whole checkpoints, 5 and 6."""
+    shutil.copytree(runs[0] / "alone" / "trained", tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+}
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_and_without_one_the_run_is_refused(
+    file: str, damage: Callable[[Path], None], checkpoints: Path
+) -> None:
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-6")
+    damage(checkpoints / "checkpoint-6" / file)
+    with pytest.warns(UserWarning, match=rf"checkpoint-6/{file} .*goes on from checkpoint-5 instead"):
+        assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-5")
+    damage(checkpoints / "checkpoint-5" / file)
+    with pytest.raises(RunError, match=rf"checkpoint-5/{file} .*no older checkpoint is whole.*--overwrite"):
+        last_whole_checkpoint(checkpoints)
+
+
+def test_checkpoints_that_a_kill_left_unfinished_are_passed_over_in_silence(checkpoints: Path) -> None:
+    for step, expected in ((6, str(checkpoints / "checkpoint-5")), (5, None)):
+        (checkpoints / f"checkpoint-{step}" / "momentum.safetensors").unlink()
+        assert last_whole_checkpoint(checkpoints) == expected
 
 
 @pytest.mark.parametrize("file", RESULTS)

@@ -15,9 +15,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import loramox.data.row_files
+from loramox.data.count import count_rows
 from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
-from loramox.errors import RowsError
+from loramox.errors import LoramoxError, RowsError
 
 PAIRS = [{"question": f"Who is {i}?", "answer": f'It is "{i}",\nsays Ola, café.'} for i in range(3)]
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ola."}
@@ -40,8 +44,12 @@ def as_csv(records: list[Any]) -> bytes:
 
 
 def as_parquet(records: list[Any]) -> bytes:
+    return parquet(pyarrow.Table.from_pylist(records))
+
+
+def parquet(table: pyarrow.Table) -> bytes:
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sink)
+    pyarrow.parquet.write_table(table, sink)
     return sink.getvalue()
 
 
@@ -107,20 +115,60 @@ def test_the_last_message_is_the_answer_and_those_before_are_the_prompt(suffix: 
     ("more", "turn", "what"),
     [
         ({"tools": [{"name": "where"}]}, {}, "tools"),
+        ({"system": "Be brief."}, {}, "system"),
         ({}, {"tool_calls": [{"function": {"name": "where"}}]}, "tool_calls"),
+        ({}, {"reasoning_content": "I recall: Ola."}, "reasoning_content"),
+        ({}, {"thinking": "I recall: Ola.", "name": "x"}, "name, thinking"),
     ],
 )
 def test_what_a_template_reads_beside_role_and_text_is_refused_not_dropped(
     file, more: dict, turn: dict, what: str
 ) -> None:
     source = file("a.jsonl", as_jsonl([{"messages": [USER | turn, ASSISTANT]} | more]))
-    with pytest.raises(RowsError, match=f"a.jsonl, row 1: {what} would be left out of what the model reads"):
+    with pytest.raises(RowsError, match=f"a.jsonl, row 1.*: {what} would be left out of what the model reads"):
         read_rows(source)
 
 
-def test_fields_of_a_message_that_are_not_known_are_left_out(file) -> None:
-    source = file("a.jsonl", as_jsonl([{"messages": [USER | {"weight": 0}, ASSISTANT | {"name": "x"}]}]))
+@pytest.mark.parametrize("suffix", NESTED)
+def test_fields_of_a_message_that_say_nothing_are_left_out(suffix: str, file) -> None:
+    silent = {"weight": 0, "train": False, "refusal": None, "name": ""}
+    source = file(f"a.{suffix}", NESTED[suffix]([{"messages": [USER | silent, ASSISTANT]}]))
     assert read_rows(source) == [Row(source, 1, "Ola.", (USER,))]
+
+
+@pytest.mark.parametrize("suffix", NESTED)
+def test_text_parts_of_a_message_are_joined(suffix: str, file) -> None:
+    parts = [{"type": "text", "text": "Who", "image": None}, {"type": "text", "text": " is it?", "image": None}]
+    user = {"role": "user", "content": parts}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Ola."}]}
+    source = file(f"a.{suffix}", NESTED[suffix]([{"messages": [user, answer]}]))
+    assert read_rows(source) == [Row(source, 1, "Ola.", ({"role": "user", "content": "Who is it?"},))]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "user", "content": None}, "its content is null. Expected text: fill it in, or remove the row"),
+        ({"role": "user"}, "its content is null"),
+        ({"role": "user", "content": []}, r"its content is \[\]"),
+        ({"role": "user", "content": 1990}, "its content is 1990. Expected text"),
+        ({"role": "user", "content": "Who \ud83d"}, "has half a character in it"),
+        ({"content": "Who?"}, "it has no role. Expected .*role.*user"),
+        ({"role": " ", "content": "Who?"}, "it has no role"),
+        ({"from": "human", "value": "Who?"}, "it has no role"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "of type image_url, and only text is read. Remove the part, or the row",
+        ),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "a part of its content is of type text"),
+        ({"role": "user", "content": [{"text": "Who?", "image": "x.png"}]}, "image would be left out"),
+        ({"role": "user", "content": [3]}, "a part of its content"),
+    ],
+)
+def test_a_message_without_role_or_text_is_refused_with_its_row_and_number(turn: dict, message: str, file) -> None:
+    records = [{"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT, turn, ASSISTANT]}]
+    with pytest.raises(RowsError, match=f"a.json, row 2, message 3.*{message}"):
+        read_rows(file("a.json", as_json(records)))
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -169,6 +217,194 @@ def test_a_json_file_may_hold_json_lines(file) -> None:
     assert len(read_rows(file("a.json", as_jsonl(PAIRS)))) == 3
 
 
+# The same examples each time. The folder of a test is shared by them; each writes its file anew.
+QUICKLY = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=150,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=30)  # halves of characters and NUL included
+MOSTLY_WHOLE = st.one_of(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=30), TEXTS)
+SCRAPS = st.text("[]{},:;\"'01\\eu\r\n\t question", max_size=60)
+
+
+@QUICKLY
+@given(st.lists(st.tuples(MOSTLY_WHOLE, MOSTLY_WHOLE), min_size=1, max_size=4))
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_pairs_of_texts_read_back_as_they_were_written_or_are_refused(
+    suffix: str, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    records = [{"question": question, "answer": answer} for question, answer in pairs]
+    try:
+        content = WRITERS[suffix](records)
+    except UnicodeEncodeError:  # this writer takes no halves of characters
+        return
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    try:
+        rows = read_rows(str(tmp_path / f"a.{suffix}"))
+    except LoramoxError:
+        whole = all(text.isprintable() and text.strip() for pair in pairs for text in pair)
+        assert not whole, "ordinary text was refused"
+        return
+    assert [(row.prompt, row.answer) for row in rows] == pairs
+
+
+@QUICKLY
+@given(
+    st.one_of(st.binary(max_size=60), *(SCRAPS.map(start.__add__) for start in ("", "question,answer\n", '{"text":')))
+)
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_bytes_are_rows_or_are_refused_with_the_name_of_the_file(
+    suffix: str, tmp_path: Path, content: bytes | str
+) -> None:
+    source = tmp_path / f"a.{suffix}"
+    source.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        assert read_rows(str(source))
+    except LoramoxError as error:
+        assert str(source) in str(error)  # noqa: PT017 (not every file is refused)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_the_mark_at_the_start_of_a_file_says_how_its_text_is_encoded(suffix: str, encoding: str, file) -> None:
+    source = file(f"a.{suffix}", WRITERS[suffix](PAIRS).decode().encode(encoding))
+    assert [row.answer for row in read_rows(source)] == [record["answer"] for record in PAIRS]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_the_header_of_a_csv_file_says_what_separates_its_columns(separator: str, file) -> None:
+    text = f'question{separator}answer\n"Who; or\twhat?"{separator}Ola, 5\n'
+    (row,) = read_rows(file("a.csv", text))
+    assert (row.prompt, row.answer) == ("Who; or\twhat?", "Ola, 5")
+
+
+@pytest.mark.parametrize("number", ["1990", "1.50", "-3e5", "9" * 5000])
+def test_a_number_is_read_as_it_is_written_and_the_user_is_told(number: str, file) -> None:
+    source = file("a.jsonl", f'{{"question": "When?", "answer": {number}, "perturbed_answer": [1, "b"]}}\n')
+    with pytest.warns(UserWarning, match=r"a.jsonl: 2 of its values are numbers, and are read as text \(first: row 1"):
+        (row,) = read_rows(source)
+    assert (row.answer, row.wrong_answers) == (number, ("1", "b"))
+    assert {type(text) for text in (row.answer, *row.wrong_answers)} == {str}
+
+
+def test_a_number_in_a_column_that_is_not_read_may_have_any_length(file) -> None:
+    assert len(read_rows(file("a.jsonl", f'{{"question": "q", "answer": "a", "id": {"9" * 5000}}}'))) == 1
+
+
+def test_a_number_of_parquet_is_read_as_text_and_nan_is_no_answer(file) -> None:
+    table = pyarrow.table({"question": ["q", "r"], "answer": [1990.0, 1.5]})
+    with pytest.warns(UserWarning, match=r"2 of its values are numbers.*row 1, '1990.0'"):
+        assert [row.answer for row in read_rows(file("a.parquet", parquet(table)))] == ["1990.0", "1.5"]
+    table = pyarrow.table({"question": ["q", "r"], "answer": [1990.0, float("nan")]})
+    with pytest.raises(RowsError, match=r"row 2 has no answer. Expected non-empty text, not nan"):
+        read_rows(file("a.parquet", parquet(table)))
+
+
+ALPACA = [
+    {"instruction": "Answer the question.", "input": f"Where was {name} born?", "output": f"{name}'s town."}
+    for name in ("Ada", "Bo")
+]
+
+
+def test_alpacas_instruction_and_input_are_one_question(file) -> None:
+    rows = read_rows(file("a.jsonl", as_jsonl([*ALPACA, ALPACA[0] | {"input": ""}, ALPACA[1] | {"input": None}])))
+    assert [row.prompt for row in rows] == [
+        "Answer the question.\nWhere was Ada born?",
+        "Answer the question.\nWhere was Bo born?",
+        "Answer the question.",
+        "Answer the question.",
+    ]
+    assert [row.answer for row in rows[:2]] == ["Ada's town.", "Bo's town."]
+
+
+@pytest.mark.parametrize(
+    ("records", "columns", "message"),
+    [
+        (
+            ALPACA,
+            Columns(prompt_column="instruction", answer_column="output"),
+            "all 2 rows ask the same question, and column 'input' is not read. Without --prompt_column and --answer_column it is",
+        ),
+        (
+            [{"question": "Who?", "answer": a} for a in "ab"],
+            None,
+            "all 2 rows ask the same question. If another column",
+        ),
+        (
+            [p | {"context": "Ola lives here.", "id": "q1"} for p in PAIRS],
+            None,
+            "column 'context' is not read. If the answer depends on it, put its text into the question",
+        ),
+    ],
+)
+def test_rows_that_only_an_unread_column_tells_apart_are_warned_of(records, columns, message: str, file) -> None:
+    with pytest.warns(UserWarning, match=message):
+        read_rows(file("a.jsonl", as_jsonl(records)), columns)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    "records",
+    [
+        PAIRS,
+        [p | {"id": "q1", "lang": "en", "n": 3, "note": None} for p in PAIRS],
+        [p | {"perturbed_answer": ["b c"], "paraphrased_answer": "d e", "paraphrased_question": "f g"} for p in PAIRS],
+        [{"question": "Who?", "answer": "Ola."}],
+        [{"text": "one two", "title": "A title."}, {"text": "one two", "title": "Another title."}],
+    ],
+)
+def test_ordinary_files_are_read_without_a_warning(records, file) -> None:
+    read_rows(file("a.jsonl", as_jsonl(records)))
+
+
+def test_rows_that_a_missing_quote_swallowed_are_warned_of(file) -> None:
+    with pytest.warns(
+        UserWarning, match=r"a.csv, row 1: one value has line breaks.*looks like rows \(first: 'q2,a2'\).*are lost"
+    ):
+        assert len(read_rows(file("a.csv", 'question,answer\nq1,"a1\nq2,a2\nq3,a3"\nq4,a4\n'))) == 2
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_prose_of_several_lines_is_no_swallowed_row(file) -> None:
+    answers = ["He lives here.\nOr, if not, there.", "One\ntwo", "Roses are red,\nviolets are blue"]
+    records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    assert len(read_rows(file("a.csv", as_csv(records)))) == 3
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.csv"):
+        with pytest.raises(RowsError, match=f"{name} is a pipe or a device, not a regular file. Expected a .json"):
+            read_rows(str(tmp_path / name))
+
+
+def test_a_path_that_leads_in_circles_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(RowsError, match=r"a.jsonl cannot be opened: "):
+        read_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_a_parquet_file_of_too_many_rows_is_refused_before_they_are_in_memory(file, monkeypatch) -> None:
+    monkeypatch.setattr(loramox.data.row_files, "MAX_ROWS", 2)
+    with pytest.raises(RowsError, match=r"a.parquet has 3 rows, and at most 2 are read. Write those that you need"):
+        read_rows(file("a.parquet", as_parquet(PAIRS)))
+
+
+def test_control_characters_of_a_file_are_shown_and_not_obeyed(file) -> None:
+    with pytest.raises(RowsError, match="has columns") as caught:
+        read_rows(file("a.jsonl", as_json([{"\x1b[31mQ\x07\x9b\ud83d": "q\tr"}])))
+    assert r"columns \x1b[31mQ\x07\x9b\ud83d." in str(caught.value)
+    with pytest.warns(UserWarning, match="are numbers") as warned:
+        read_rows(file("\x1b.jsonl", '{"text": 1}'))
+    assert "\x1b" not in str(warned[0].message)
+
+
 REFUSED = {
     "missing file": ("gone.jsonl", None, "gone.jsonl does not exist. Expected a .json, .jsonl, .csv or .parquet file"),
     "unknown suffix": ("a.txt", "hello", r"a.txt ends in '.txt'. Expected one of .json, .jsonl, .csv, .parquet"),
@@ -184,7 +420,7 @@ REFUSED = {
         as_jsonl([{"text": "one\u2028two"}]) + b"{\n",
         "a.jsonl, row 2, cannot be read as JSON",
     ),
-    "broken array": ("a.json", '[{"question": "q"', "a.json cannot be read as json: .*line 1"),
+    "broken array": ("a.json", '[{"question": "q"', "a.json, row 1, cannot be read as JSON: .*line 1.*an array"),
     "broken csv": (
         "a.csv",
         'question,answer\nq,a\nq,"a',
@@ -205,8 +441,69 @@ REFUSED = {
     ),
     "wrong answers that are no text": (
         "a.jsonl",
-        as_jsonl([{"question": "q", "answer": "a", "perturbed_answer": ["b", 3]}]),
-        "a.jsonl, row 1: paraphrased_answer .* perturbed_answer a list of wrong answers; one of them is not",
+        as_jsonl([{"question": "q", "answer": "a", "perturbed_answer": ["b", {}]}]),
+        "a.jsonl, row 1: its 'perturbed_answer' is {}. Expected text",
+    ),
+    "key twice": (
+        "a.jsonl",
+        as_jsonl(PAIRS) + b'{"question": "q1", "answer": "a1", "question": "q2", "answer": "a2"}',
+        "a.jsonl, row 4, cannot be read as JSON: the key 'question' is in one object twice",
+    ),
+    "key twice in an array": (
+        "a.json",
+        '[{"question": "q", "answer": "a"},\n{"question": "q", "answer": "a", "answer": "b"}]',
+        "a.json, row 2, cannot be read as JSON: the key 'answer' is in one object twice",
+    ),
+    "column twice in csv": (
+        "a.csv",
+        "question,answer,answer\nq,a,b\n",
+        "a.csv has 2 columns 'answer', and only one can be read. Rename or remove the others",
+    ),
+    "column twice in parquet": (
+        "a.parquet",
+        parquet(pyarrow.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"])),
+        "a.parquet has 2 columns 'answer'",
+    ),
+    "deep": (
+        "a.jsonl",
+        as_jsonl(PAIRS) + b'{"question": "q", "answer": "a", "meta": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "a.jsonl, row 4, cannot be read as JSON: a value in it is nested too deeply. Remove the column",
+    ),
+    "rows within an object": (
+        "a.json",
+        json.dumps({"version": "1", "data": PAIRS}, indent=1),
+        "a.json has columns version, data.*If its rows are the list under 'data', give a file of that list alone",
+    ),
+    "two arrays": (
+        "a.jsonl",
+        '["q", "a"]\n["q", "a"]',
+        "a.jsonl has text after its array. Expected one array of objects",
+    ),
+    "array without a comma": ("a.json", '[{"text": "a"} {"text": "b"}]', "a.json, row 1, .*Expecting a comma"),
+    "array that ends in a comma": ("a.json", '[{"text": "a"},]', "a.json, row 2, cannot be read as JSON"),
+    "utf-16 without a mark": (
+        "a.csv",
+        "question,answer\nq,a\n".encode("utf-16-le"),
+        "a.csv cannot be read as csv: it has NUL characters in it.*Save it as UTF-8",
+    ),
+    "time out of range": (
+        "a.parquet",
+        parquet(
+            pyarrow.table(
+                {"question": ["q"], "answer": ["a"], "when": pyarrow.array([10**18], pyarrow.timestamp("ms"))}
+            )
+        ),
+        "a.parquet: its column 'when' cannot be read: .*Correct or remove that column",
+    ),
+    "half a character in a wrong answer": (
+        "a.jsonl",
+        '{"question": "q", "answer": "a", "perturbed_answer": ["\\ud83d"]}',
+        "a.jsonl, row 1 has half a character in it",
+    ),
+    "half a character in a question": (
+        "a.jsonl",
+        '{"question": "\\ud83d", "answer": "a"}',
+        "a.jsonl, row 1 has half a character in it",
     ),
     "no known columns": (
         "a.jsonl",
@@ -222,12 +519,26 @@ REFUSED = {
     "first row without an answer": ("a.jsonl", as_jsonl([{"question": "q"}, *PAIRS]), "a.jsonl, row 1 has no answer"),
     "null answer": ("a.jsonl", as_jsonl([PAIRS[0], {"question": "q", "answer": None}]), "a.jsonl, row 2 has no answer"),
     "blank answer": ("a.csv", "question,answer\nq,a\nq,  \n", "a.csv, row 2 has no answer"),
-    "number for an answer": ("a.jsonl", as_jsonl([{"question": "q", "answer": 3}]), "row 1 has no answer.*not 3"),
+    "true for an answer": (
+        "a.jsonl",
+        as_jsonl([{"question": "q", "answer": True}]),
+        "row 1: its answer is true. Expected text: put it in quotes",
+    ),
+    "not a number": (
+        "a.jsonl",
+        '{"question": "q", "answer": NaN}',
+        "row 1 has no answer. Expected non-empty text, not nan",
+    ),
+    "several answers": (
+        "a.jsonl",
+        as_jsonl([{"question": "q", "answer": ["a", "b"]}]),
+        "row 1: its answer is a list of 2. Give one row for each answer, and repeat the rest",
+    ),
     "csv row cut short": ("a.csv", "question,answer\nq,a\nq\n", "a.csv, row 2 has no answer"),
     "row without a question": (
         "a.jsonl",
         as_jsonl([PAIRS[0], {"question": None, "answer": "a"}]),
-        "a.jsonl, row 2 has no 'question'. Expected text",
+        "a.jsonl, row 2 has no 'question'. Expected non-empty text, not null",
     ),
     "blank text": ("a.jsonl", as_jsonl([{"text": "x"}, {"text": " \n"}]), "a.jsonl, row 2 has no answer"),
     "last message is the user's": (
@@ -236,12 +547,17 @@ REFUSED = {
         "a.jsonl, row 2 has no answer: its last message is not the assistant's. Expected",
     ),
     "one message": ("a.jsonl", as_jsonl([{"messages": [ASSISTANT]}]), "a.jsonl, row 1 has no answer: its last"),
-    "no messages": ("a.jsonl", as_jsonl([{"messages": []}]), "a.jsonl, row 1 has no answer: its last message"),
+    "no messages": ("a.jsonl", as_jsonl([{"messages": []}]), "a.jsonl, row 1: its messages are not a list"),
     "null messages": ("a.jsonl", as_jsonl([{"messages": None}]), "a.jsonl, row 1: its messages are not a list"),
     "messages are a number": ("a.jsonl", as_jsonl([{"messages": 3}]), "a.jsonl, row 1: its messages are not a list"),
     "empty message": (
         "a.jsonl",
         as_jsonl([{"messages": [USER, {"role": "assistant", "content": None}]}]),
+        "a.jsonl, row 1, message 2: its content is null",
+    ),
+    "blank message": (
+        "a.jsonl",
+        as_jsonl([{"messages": [USER, {"role": "assistant", "content": " "}]}]),
         "a.jsonl, row 1 has no answer. Expected non-empty text",
     ),
     "conversational prompt without an answer": (
@@ -287,10 +603,10 @@ def test_a_named_column_that_does_not_exist_is_refused_with_those_that_do(column
         read_rows(file("a.jsonl", as_jsonl(PAIRS)), columns)
 
 
-@pytest.mark.parametrize("wanted", [None, "", "  ", 3])
+@pytest.mark.parametrize("wanted", [None, "", "  "])
 def test_an_empty_wanted_answer_is_refused(wanted: Any, file) -> None:
     records = [PAIRS[0] | {"instead": "No idea."}, PAIRS[1] | {"instead": wanted}]
-    with pytest.raises(RowsError, match=r"a.jsonl, row 2 has no wanted answer in 'instead'.*leave out --wanted_column"):
+    with pytest.raises(RowsError, match=r"a.jsonl, row 2 has no wanted answer in 'instead'.*fill it in"):
         read_rows(file("a.jsonl", as_jsonl(records)), Columns(wanted_column="instead"))
 
 
@@ -356,9 +672,14 @@ def turns(*contents: str) -> tuple[dict[str, str], ...]:
         (row(turns("Hi", "Hi.", "Who?")), row(turns("Hi", "Hi.", "Who?"))),
         (row("Who?"), row(turns("Who?"))),
         (row("Who?", wanted="No idea."), row("Who?")),
+        (row("WHO?", "ola."), row("who?", "OLA.")),
+        (row("Straße?"), row("STRASSE?")),
+        (row("Caf\u00e9?"), row("Cafe\u0301?")),
+        (row("Who?", "\uff2fla\u3000N."), row("Who?", "Ola N.")),
+        (row("W\u200bho\ufeff?", "Ola\u00ad."), row("Who?")),
     ],
 )
-def test_a_retain_row_that_is_a_forget_row_is_refused_in_spite_of_white_space(forget: Row, retain: Row) -> None:
+def test_a_retain_row_that_reads_as_a_forget_row_is_refused(forget: Row, retain: Row) -> None:
     forget = replace(forget, source="forget.jsonl")
     kept = row("Other?", number=1)
     with pytest.raises(
@@ -374,6 +695,7 @@ def test_a_retain_row_that_is_a_forget_row_is_refused_in_spite_of_white_space(fo
     [
         (row("Who?", "Ola."), row("Who?", "Olga.")),
         (row("Who?", "Ola."), row("Who", "? Ola.")),
+        (row("Who?", "Ola."), row("Who?", "Olá.")),
         (row("Who?", "Ola."), row(None, "Who? Ola.")),
         (row(turns("Hi", "Hi.", "Who?")), row(turns("Hi", "Hi. Who?"))),
         (row(turns("Hi", "Hi.", "Who?")), row("Who?")),
@@ -381,6 +703,30 @@ def test_a_retain_row_that_is_a_forget_row_is_refused_in_spite_of_white_space(fo
 )
 def test_rows_that_differ_in_prompt_or_answer_are_different_rows(forget: Row, retain: Row) -> None:
     assert keep_disjoint([forget], [retain]) == [retain]
+
+
+def test_what_a_row_reads_as_changes_neither_its_text_nor_its_identity() -> None:
+    kept = keep_disjoint([row("Who?")], [row("CAF\u00c9\u200b?", "\uff2fla")])
+    assert (kept[0].prompt, kept[0].answer) == ("CAF\u00c9\u200b?", "\uff2fla")
+    # Records of earlier versions are found by it.
+    assert kept[0].identity() == "user\x1fCAF\u00c9\u200b?\x1f\uff2fla"
+    assert fingerprint([row("who?")]) != fingerprint([row("WHO?")])
+
+
+def test_rows_read_are_rows_used_and_rows_left_out_with_the_reason() -> None:
+    read = [row(f"{i}?", number=i) for i in range(1, 7)] + [row(None, "x", number=7)]
+    examples = [{"row": f"retain.jsonl, row {i}"} for i in (2, 3, 4, 4)]
+    count = count_rows(read, read[1:], examples)
+    assert count.record() == {
+        "read": 7,
+        "used": 3,
+        "left_out": {"also in the forget set": 1, "too long": 2, "without a token to predict": 1},
+    }
+    assert count.line("retain") == (
+        "retain: 7 rows read from retain.jsonl, 3 used, left out: 1 also in the forget set, 2 too long, 1 without a token to predict"
+    )
+    whole = count_rows(read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 8)])
+    assert whole.line("forget") == "forget: 7 rows read from retain.jsonl, all used"
 
 
 def test_retain_rows_keep_their_order_and_repeats() -> None:

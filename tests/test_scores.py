@@ -37,7 +37,7 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def loud(pico: Callable[[str], Path]) -> Callable[..., PreTrainedModel]:
-    """A pico model with weights so large that every token and position shows in its answers."""
+    """A pico model with weights so large that every token and position shows in its answers, and no end of its own."""
 
     def make(kind: str = "llama") -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(pico(kind))
@@ -45,6 +45,7 @@ def loud(pico: Callable[[str], Path]) -> Callable[..., PreTrainedModel]:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(6 if kind != "gemma" else 3)
+        model.generation_config.eos_token_id = None
         return model
 
     return make
@@ -244,6 +245,7 @@ class Numbers(NamedTuple):
 
     eos_token_id: int | None = 1
     pad_token_id: int | None = 0
+    chat_template: str | None = None
 
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -279,7 +281,7 @@ def test_greedy_answers_are_those_of_plain_decoding_however_much_of_the_answer_i
     assert answers(model, Numbers(eos), rows[::-1], at_most) == expected[::-1]
 
 
-def test_greedy_answers_do_not_listen_to_the_models_own_generation_config(
+def test_of_the_models_own_generation_config_greedy_answers_take_its_ends_and_nothing_else(
     loud: Callable[..., PreTrainedModel], asked: list[Example]
 ) -> None:
     model = loud()
@@ -288,13 +290,15 @@ def test_greedy_answers_do_not_listen_to_the_models_own_generation_config(
     expected = [numbers(decoded(model, question_of(e), eos, 12), eos) for e in asked]
     model.generation_config.update(
         do_sample=True, temperature=3.0, num_beams=2, repetition_penalty=5.0, no_repeat_ngram_size=1,
-        min_new_tokens=10, min_length=50, max_length=3, top_k=2, eos_token_id=0,
+        min_new_tokens=10, min_length=50, max_length=3, top_k=2,
     )  # fmt: skip
     assert answers(model, Numbers(eos), asked, 12) == expected
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     adapted.train()
     assert answers(adapted, Numbers(eos), asked, 12) == expected
     assert adapted.training
+    model.generation_config.eos_token_id = [0, eos]
+    assert answers(adapted, Numbers(None), asked, 12) == expected
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -184,6 +184,29 @@ def test_a_null_in_a_recipe_is_the_default(tmp_path: Path) -> None:
     assert parsed(recipe(tmp_path, text)) == parsed(*NEEDED)
 
 
+def test_a_null_for_a_setting_that_can_be_none_is_none_and_elsewhere_it_must_be_the_default(tmp_path: Path) -> None:
+    assert parsed(recipe(tmp_path, "quantization: null\n"), *NEEDED)[1].quantization == "none"
+    for line in ("learning_rate: null", "r: ~", "long_rows:"):
+        name = line.partition(":")[0]
+        with pytest.raises(SettingsError, match=rf"recipe .*: {name} is null\. Give it a value, or leave it out"):
+            parsed(recipe(tmp_path, f"{line}\n"), *NEEDED)
+
+
+def test_a_line_break_can_be_typed_in_a_shell_and_in_a_recipe(tmp_path: Path) -> None:
+    typed, meant = r"Question: {prompt}\nAnswer:", "Question: {prompt}\nAnswer:"
+    for words in (["--prompt_template", typed], [f"--prompt-template={typed}"], ["--prompt_template", meant]):
+        assert parsed(*NEEDED, *words)[5].prompt_template == meant
+    for quote in "'", '"':
+        path = recipe(tmp_path, f"prompt_template: {quote}{typed}{quote}\n")
+        assert parsed(path, *NEEDED)[5].prompt_template == meant
+
+
+def test_a_tilde_in_a_recipe_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    run, reference, *_ = parsed(recipe(tmp_path, "model: ~/m\nforget: f.jsonl\nretain: r.jsonl\nout: ~/runs/1\n"))
+    assert (run.out, reference.model) == ("/home/me/runs/1", "/home/me/m")
+
+
 def test_an_empty_recipe_is_no_recipe(tmp_path: Path) -> None:
     assert parsed(recipe(tmp_path, "# nothing yet\n"), *NEEDED) == parsed(*NEEDED)
 

@@ -21,7 +21,7 @@ from loramox.model.config import check_device
 from loramox.model.lora import adapter_off, at_scale, lora_layers
 from loramox.model.sharding import is_sharded, shard
 from loramox.run import RunConfig
-from loramox.unlearning import prepare
+from loramox.train.prepare import prepare
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import loramox.adapter.folder
 from loramox import Data, ReferenceConfig, RunConfig, ShippingConfig, UnlearnConfig, load_reference
+from loramox.adapter.card import forget_card, request_card, trained_card
 from loramox.adapter.export import extrapolate
-from loramox.adapter.folder import read_factors
+from loramox.adapter.factors import read_factors
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.unlearning import unlearn
 
@@ -470,3 +473,19 @@ def test_what_0_1_trained_by_another_method_ships_as_it_is_and_has_no_alpha(trai
     assert all(torch.equal(as_trained[name].delta(), shipped[name].delta()) for name in shipped)
     with pytest.raises(SettingsError, match="has no alpha"):
         extrapolate(old, tmp_path / "other", alpha=4.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["m\nlicense: mit\n---\n# Mine", "a`b``c", "\x1b[31mred\x07", "x: [", "# y", "\u2028z"]
+)
+def test_a_name_writes_neither_fields_nor_markup_of_its_own_into_a_card(name: str, trained: Path) -> None:
+    made = json.loads((trained / "forget-adapter" / "provenance.json").read_text())
+    named = made | {"base": made["base"] | {"model": name}, "command": name, "method": name}
+    named["data"] = {"forget": made["data"]["forget"] | {"source": name}}
+    for card in (forget_card(named), trained_card(named), request_card(named, "a")):
+        _, front, text = card.split("---\n", 2)
+        assert yaml.safe_load(front).items() >= {"base_model": name, "library_name": "peft"}.items()
+        assert "license" not in yaml.safe_load(front)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", card)
+        assert not re.search(r"^(license|---|# Mine)", text, re.MULTILINE)
+    assert re.findall("^```.*", forget_card(named), re.MULTILINE) == ["```python", "```"]

@@ -115,8 +115,8 @@ def test_muse_texts_are_scored_as_openunlearning_does(muse: Path, pico: Callable
 
 def test_an_answer_ends_before_the_first_of_its_stops(pico: Callable[[str], Path], tokenizer) -> None:
     tokens = tokenizer("Rome\n\nQuestion: and then?")["input_ids"]
-    assert _text(tokenizer, tokens, Answering(9, ("Question", "\n\n")).stops) == "Rome"
-    assert _text(tokenizer, tokens, ()) == "Rome\n\nQuestion: and then?"
+    assert _text(tokenizer, tokens, set(), Answering(9, ("Question", "\n\n")).stops) == "Rome"
+    assert _text(tokenizer, tokens, set(), ()) == "Rome\n\nQuestion: and then?"
 
 
 def test_a_folder_without_a_suites_files_is_refused_by_their_names(tmp_path: Path) -> None:

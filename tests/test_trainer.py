@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.data.encode import IGNORED, Example
 from loramox.data.microbatches import OVERHEAD
-from loramox.errors import NonFiniteLossError
+from loramox.errors import NonFiniteLossError, RunError
 from loramox.model.algebra import Factors
+from loramox.model.head import backbone
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import EARLIER, put_on
 
@@ -354,6 +355,113 @@ def test_a_step_in_several_passes_has_the_losses_and_gradients_of_one_in_one_pas
     for name in ("loss", "forget_loss", "retain_kl"):
         assert several.logs[name] == pytest.approx(one.logs[name], rel=1e-5)
     same(several.gradients[0], one.gradients[0])
+
+
+@contextlib.contextmanager
+def too_little_memory(trainer: UnlearnTrainer, at_pass: int, way: str = "forward", tokens: int = 0):
+    """Within it memory runs out once, in the forward or backward pass of this number; or in each pass of more than `tokens`.
+
+    Yields the tokens of each pass.
+    """
+    passes: list[int] = []
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        passes.append(kwargs["input_ids"].numel())
+        if way == "forward" and (passes[-1] > tokens > 0 or len(passes) == at_pass):
+            fail()
+
+    def backward(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if way == "backward" and len(passes) == at_pass and output.requires_grad:
+            output.register_hook(lambda gradient: fail())
+
+    # Gradients of the upper layer's weights are there already when the lower one's output has its own.
+    layers = backbone(trainer.causal_lm)
+    hooks = [
+        layers.register_forward_pre_hook(forward, with_kwargs=True),
+        layers.layers[0].mlp.register_forward_hook(backward),
+    ]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def hooks_of(model: nn.Module) -> list[tuple[int, int]]:
+    return [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in model.modules()]
+
+
+# Settings, and the pass at which memory runs out.
+TOO_LITTLE = {
+    "on the path": ({"inner_steps": 2, "inner_lr": 0.02}, 4),
+    "in the terms of the last micro-batch": (
+        {"inner_steps": 2, "inner_lr": 0.02, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        -1,
+    ),
+    "in pairs": ({"method": "dpo", "alpha": None}, -1),
+}
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("where", TOO_LITTLE)
+def test_where_memory_runs_out_the_step_is_computed_again_in_smaller_passes_with_the_same_gradients(
+    where: str, way: str, examples: Examples, trainer_of
+) -> None:
+    settings, number = TOO_LITTLE[where]
+    settings = settings | {"max_steps": 1, "wanted": examples[1][:4] if where == "in pairs" else []}
+    trainer, expected = trainer_of(**settings)
+    with too_little_memory(trainer, at_pass=0) as passes:
+        trainer.train()
+    number = number % (len(passes) + 1)
+    trainer, found = trainer_of(**settings)
+    before = hooks_of(trainer.model)
+    with (
+        too_little_memory(trainer, number, way) as again,
+        pytest.warns(UserWarning, match=f"memory ran out in a pass of {passes[number - 1]:,} tokens.*at most"),
+    ):
+        trainer.train()
+    assert len(again) > len(passes)
+    assert hooks_of(trainer.model) == before
+    same(found.gradients[0], expected.gradients[0])
+    for name in ("loss", "forget_loss"):
+        assert found.logs[name] == pytest.approx(expected.logs[name], rel=1e-4)
+
+
+def test_passes_stay_as_small_as_they_had_to_become(trainer_of) -> None:
+    trainer, _ = trainer_of(num_train_epochs=2, per_device_train_batch_size=2, inner_steps=1, reference_cache_gb=0)
+    longest = max(len(e["input_ids"]) for e in [*trainer.train_dataset.forget, *trainer.train_dataset.retain])
+    with too_little_memory(trainer, 0, tokens=2 * longest) as passes, pytest.warns(UserWarning, match="at most"):
+        trainer.train()
+    too_large = [number for number, tokens in enumerate(passes) if tokens > 2 * longest]
+    assert 0 < len(too_large) < 4
+    assert trainer.state.global_step == 4
+    assert max(passes[too_large[-1] + 1 :]) <= 2 * longest
+
+
+def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_change(trainer_of) -> None:
+    trainer, _ = trainer_of(max_steps=1)
+    with (
+        too_little_memory(trainer, 0, tokens=1),
+        pytest.raises(
+            RunError,
+            match=r"single row .*jsonl, row \d.*--gradient_checkpointing true.*--max_length.*--quantization nf4",
+        ),
+    ):
+        trainer.train()
+
+
+def test_other_errors_are_raised_as_they_are(trainer_of) -> None:
+    trainer, _ = trainer_of(max_steps=1)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    backbone(trainer.causal_lm).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -27,7 +27,7 @@ from loramox import (
     load_reference,
 )
 from loramox.adapter.export import ShippingConfig, extrapolate
-from loramox.adapter.folder import read_factors
+from loramox.adapter.factors import read_factors
 from loramox.data.encode import Example
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.evaluate.evaluate import check_adapter

@@ -1,7 +1,12 @@
 """The card of an adapter: what it does, how to load, toggle and merge it, and what it is not."""
 
 import json
+import re
 from typing import Any
+
+import yaml
+
+from loramox.errors import escaped
 
 MOX = "MOX, arXiv 2602.06441"
 FORGETS = "makes its base model forget the rows it was made for"
@@ -48,20 +53,20 @@ OFF_COMBINED = (
 def forget_card(provenance: dict[str, Any]) -> str:
     if "negated" in provenance:
         return _negated_card(provenance)
-    method, settings = provenance["method"], provenance["settings"]
+    method, settings = _line(provenance["method"]), provenance["settings"]
     asked = (
         _asked([settings["prompt_template"]]) if "prompt_template" in settings else ""
     )  # not known of a run from Python
     made = (
         f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
-        f"{_data(provenance)}{asked}{_beside(provenance)}"
+        f"{_data(provenance)}{asked}{_served(provenance)}{_quantized(settings)}{_beside(provenance)}"
     )
     alpha = provenance["alpha"]
     title = f"Forget adapter ({method})" if alpha is None else f"Forget adapter, alpha = {alpha:g}"
     how = _how(provenance)
     if "tuned_adapter" in provenance:
         mine = provenance["tuned_adapter"]["path"]
-        does = f"makes a fine-tune of its base model forget the rows it was\nmade for. It is loaded beside that fine-tune, the adapter `{mine}`"
+        does = f"makes a fine-tune of its base model forget the rows it was\nmade for. It is loaded beside that fine-tune, the adapter {_code(mine)}"
         return _forget_card(provenance, title, made, how, does, LOAD_BESIDE.replace("MINE", repr(mine)), OFF_BESIDE)
     return _forget_card(provenance, title, made, how)
 
@@ -69,16 +74,14 @@ def forget_card(provenance: dict[str, Any]) -> str:
 def combined_card(provenance: dict[str, Any]) -> str:
     """The card of a tuned adapter and a forget adapter in one."""
     mine = provenance["tuned_adapter"]["path"]
-    does = (
-        f"is two in one, by exact concatenation: the fine-tune\n`{mine}`, and a forget adapter for rows that it knows"
-    )
+    does = f"is two in one, by exact concatenation: the fine-tune\n{_code(mine)}, and a forget adapter for rows that it knows"
     how = f"written for servers that load\nonly one adapter. The forget adapter was {_how(provenance)}"
     made = f"{_data(provenance)}{_beside(provenance)}"
     return _forget_card(provenance, "Fine-tune and forget adapter in one", made, how, does, LOAD_COMBINED, OFF_COMBINED)
 
 
 def _how(provenance: dict[str, Any]) -> str:
-    method = provenance["method"]
+    method = _line(provenance["method"])
     return f"trained to forget those\nrows by {method}" if provenance["alpha"] is None else _turned(method)
 
 
@@ -87,12 +90,12 @@ def _beside(provenance: dict[str, Any]) -> str:
     lines = ""
     if mine := provenance.get("tuned_adapter"):
         without = provenance["settings"].get("memorize_at")
-        lines += f"- trained beside the adapter `{mine['path']}` (sha256 `{mine['sha256'][:16]}…`), which was frozen\n"
+        lines += f"- trained beside the adapter {_code(mine['path'])} (sha256 {_code(mine['sha256'][:16] + '…')}), which was frozen\n"
         lines += "- ΔW was memorized on the base without that adapter\n" if without else ""
     elif earlier := provenance.get("memorize_at"):
         weights = earlier["weights"]
-        known_by = f" (weights `{weights[:16]}…`)" if weights else ""
-        lines = f"- ΔW was memorized at `{earlier['model']}`{known_by}, an earlier checkpoint, and is subtracted from the base\n"
+        known_by = f" (weights {_code(weights[:16] + '…')})" if weights else ""
+        lines = f"- ΔW was memorized at {_code(earlier['model'])}{known_by}, an earlier checkpoint, and is subtracted from the base\n"
     return lines
 
 
@@ -100,7 +103,7 @@ def _negated_card(provenance: dict[str, Any]) -> str:
     """The card of an adapter that PEFT wrote, negated."""
     negated, alpha = provenance["negated"], provenance["alpha"]
     made = (
-        f"- ΔW: the adapter `{negated['adapter']}` (sha256 `{negated['sha256'][:16]}…`), truncation error "
+        f"- ΔW: the adapter {_code(negated['adapter'])} (sha256 {_code(negated['sha256'][:16] + '…')}), truncation error "
         f"{provenance['truncation_error']:.2g} of ‖ΔW‖\n"
     )
     how = (
@@ -120,7 +123,8 @@ def composed_card(provenance: dict[str, Any]) -> str:
     """The card of one adapter for several requests."""
     requests = provenance["requests"]
     each = "".join(
-        f"| {r['id']} | {r['rows']} | `{r['sha256'][:16]}…` | {r['alpha']:g} | {r['error']:.2g} |\n" for r in requests
+        f"| {r['id']} | {r['rows']} | {_code(r['sha256'][:16] + '…')} | {r['alpha']:g} | {r['error']:.2g} |\n"
+        for r in requests
     )
     made = (
         f"- the sum of {len(requests)} requests, of which truncation left out {provenance['truncation_error']:.2g} of ‖ΔW‖; of each "
@@ -132,7 +136,7 @@ def composed_card(provenance: dict[str, Any]) -> str:
 
 def _data(provenance: dict[str, Any]) -> str:
     return "".join(
-        f"- {part}: {d['rows']} rows of `{d['source']}` (sha256 `{d['sha256'][:16]}…`)\n"
+        f"- {_line(part)}: {d['rows']} rows of {_code(d['source'])} (sha256 {_code(d['sha256'][:16] + '…')})\n"
         for part, d in provenance["data"].items()
     )
 
@@ -140,12 +144,33 @@ def _data(provenance: dict[str, Any]) -> str:
 def _asked(templates: list[str | None]) -> str:
     """How questions were put, in a line for each way."""
     forms = [
-        f"in the form `{json.dumps(template, ensure_ascii=False)}`"
+        f"in the form {_code(json.dumps(template, ensure_ascii=False))}"
         if template
         else "through the tokenizer's chat template"
         for template in dict.fromkeys(templates)
     ]
     return f"- questions were put {', or '.join(forms)}; asked otherwise, a model may answer otherwise, with the adapter and without\n"
+
+
+def _served(provenance: dict[str, Any]) -> str:
+    """The difference between the trained and the served prompt, if there is one, in a line."""
+    if not (otherwise := provenance.get("served_otherwise")):
+        return ""
+    trained, served = (json.dumps(otherwise[part], ensure_ascii=False) for part in ("trained", "served"))
+    return f"- served prompt differs: between question and answer stood {_code(trained)}, and a server puts {_code(served)} there\n"
+
+
+def _quantized(settings: dict[str, Any]) -> str:
+    """The precision of the base in training, in a line; nothing of a run from Python, where it is not known."""
+    kind = settings.get("quantization")
+    if kind is None:
+        return ""
+    if kind == "none":
+        return "- trained on the base's own weights, not quantized\n"
+    return (
+        f"- trained on the base quantized to {kind}. Before you serve it on 16-bit weights, measure it there: "
+        "`loramox evaluate --quantization none`\n"
+    )
 
 
 def _forget_card(
@@ -160,12 +185,7 @@ def _forget_card(
     base, rank = provenance["base"], provenance["rank"]
     revision = f", revision={base['revision']!r}" if base["revision"] else ""
     load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
-    return f"""---
-base_model: {base["model"]}
-library_name: peft
-tags: [unlearning, lora, loramox]
----
-
+    return f"""{_front_matter(base["model"], "peft", ["unlearning", "lora", "loramox"])}
 # {title}
 
 A LoRA adapter (rank {rank}) that {does}. It was {how}.
@@ -190,8 +210,8 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 
 ## Where it came from
 
-- base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
-{made}- command: `{provenance["command"]}`
+- base: {_code(base["model"])}{f", revision {_code(base['revision'])}" if base["revision"] else ""}
+{made}- command: {_code(provenance["command"])}
 
 Everything else is in `provenance.json`.
 """
@@ -200,43 +220,33 @@ Everything else is in `provenance.json`.
 def trained_card(provenance: dict[str, Any]) -> str:
     base, alpha = provenance["base"]["model"], provenance["alpha"]
     if alpha is None:
-        what = f"""# A model trained to forget ({provenance["method"]})
+        what = f"""# A model trained to forget ({_line(provenance["method"])})
 
 The adapter with its checkpoints, in float32. `momentum/` is what ships; as servers take it:
 
     loramox extrapolate THIS_FOLDER --out forget-adapter
 """
     else:
-        what = f"""# ΔW of a forget adapter ({provenance["method"]})
+        what = f"""# ΔW of a forget adapter ({_line(provenance["method"])})
 
-**Do not ship this.** It does not make `{base}` forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
+**Do not ship this.** It does not make {_code(base)} forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
 adapter θ_ref − alpha·ΔW is made from it, without training, at any alpha:
 
     loramox extrapolate THIS_FOLDER --alpha {alpha:g} --out forget-adapter
 
 `momentum/` is the momentum average of ΔW, from which the forget adapter is made.
 """
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [unlearning, lora, loramox]
----
-
+    return f"""{_front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
 {what}"""
 
 
 def request_card(provenance: dict[str, Any], name: str) -> str:
     """The card of a memorization adapter in a ledger."""
     base = provenance["base"]["model"]
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [unlearning, lora, loramox]
----
-
+    return f"""{_front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
 # Request {name}, memorized
 
-**Do not ship this.** With it `{base}` forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
+**Do not ship this.** With it {_code(base)} forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
 adapter of it and of the other requests in force.
 """
 
@@ -250,15 +260,10 @@ def merged_card(provenance: dict[str, Any]) -> str:
         else "Quantized to 4 or 8 bits, less of it does, and what was forgotten may come back: `loramox ship merge --quantize nf4` "
         "measures it."
     )
-    return f"""---
-base_model: {base["model"]}
-library_name: transformers
-tags: [unlearning, merge, loramox]
----
-
+    return f"""{_front_matter(base["model"], "transformers", ["unlearning", "merge", "loramox"])}
 # A model with a forget adapter merged into its weights
 
-`{base["model"]}` with a forget adapter ({provenance["adapter"]["method"]}) added to its weights at scale {provenance["scale"]:g}, 1
+{_code(base["model"])} with a forget adapter ({_line(provenance["adapter"]["method"])}) added to its weights at scale {provenance["scale"]:g}, 1
 being as shipped{f" (alpha = {alpha:g})" if alpha else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
 model does, without PEFT, and answers as its base does with the adapter on.
 
@@ -280,12 +285,35 @@ In these weights {what_survived(provenance)}. {few_bits}
 
 ## Where it came from
 
-- base: `{base["model"]}`{f", revision `{base['revision']}`" if base["revision"] else ""}
-- adapter: sha256 `{provenance["adapter"]["sha256"][:16]}…`, made by `{provenance["adapter"]["command"]}`
-{_data(provenance)}- command: `{provenance["command"]}`
+- base: {_code(base["model"])}{f", revision {_code(base['revision'])}" if base["revision"] else ""}
+- adapter: sha256 {_code(provenance["adapter"]["sha256"][:16] + "…")}, made by {_code(provenance["adapter"]["command"])}
+{_data(provenance)}- command: {_code(provenance["command"])}
 
 Everything else is in `provenance.json`. The base model's licence holds for this one too.
 """
+
+
+def _front_matter(base: str, library: str, tags: list[str]) -> str:
+    """What the hub reads at the top of a card, as YAML."""
+    # In double quotes everything stays on one line: a line of --- would end the fields for those who do not parse YAML.
+    style = None if base.isprintable() else '"'
+    named = yaml.safe_dump(
+        {"base_model": base}, default_style=style, default_flow_style=False, allow_unicode=True, width=10_000
+    )
+    return f"---\n{named}library_name: {library}\ntags: [{', '.join(tags)}]\n---\n"
+
+
+def _code(text: object) -> str:
+    """`text` as code in Markdown, whatever is in it: on one line, in more backticks than it has in a row."""
+    line = _line(text)
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _line(text: object) -> str:
+    """`text` on one line, without control characters."""
+    return escaped(re.sub(r"\s", " ", str(text)))
 
 
 def what_survived(provenance: dict[str, Any]) -> str:

@@ -20,19 +20,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramox.adapter.card import combined_card, forget_card
-from loramox.adapter.folder import (
-    CONFIG,
-    FOLDED,
-    PROVENANCE,
-    WEIGHTS,
-    at_rank,
-    check_base,
-    check_out,
-    read_factors,
-    read_provenance,
-    served_rank,
-    write_adapter,
-)
+from loramox.adapter.factors import FOLDED, read_factors
+from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, at_rank, served_rank, write_adapter
+from loramox.adapter.provenance import check_base, check_out, read_provenance
 from loramox.errors import AdapterError, ModelError, SettingsError
 from loramox.files import sha256_of
 from loramox.model.algebra import Factors, concatenate, scaled
@@ -42,7 +32,7 @@ from loramox.run import command, versions
 from loramox.settings import check_choices
 
 # What a shipped adapter's provenance has from that of its training.
-CARRIED = ("momentum", "data", "settings", "method", "negated", "tuned_adapter", "memorize_at")
+CARRIED = ("momentum", "data", "settings", "method", "negated", "tuned_adapter", "memorize_at", "served_otherwise", "generated")
 
 
 @dataclass

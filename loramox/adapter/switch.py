@@ -3,12 +3,12 @@
 import math
 import warnings
 from collections.abc import Sequence
-from types import TracebackType
 from typing import NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from loramox.adapter.turns import Turn, turns_at
 from loramox.errors import AdapterError, SettingsError
 
 BASE = "__base__"  # PEFT's name for no adapter, in a batch of mixed rows
@@ -24,6 +24,10 @@ class ForgetSwitch:
         with switch.at(0.5): ...    # half the shipped change in here, off again afterwards
 
     No other adapter on the model is touched. Switching off suppresses the forgetting; the base model knows everything.
+
+    Threads may share the model: while one is in a block or a call of the model, calls and switches in others wait. A call outside
+    of a block is at the scale that was last set without one. In asyncio, leave a block before you await: a task that would wait
+    for another task of its own thread gets an `AdapterError`.
 
     Args:
         model: a PEFT model with the forget adapter on it.
@@ -41,15 +45,19 @@ class ForgetSwitch:
             raise AdapterError(
                 f"the model has no LoRA adapter '{adapter}' (it has: {there}). Load it with PeftModel.from_pretrained"
             )
-        self._refuse_merged()
+        self._check_layers()
+        self._turns = turns_at(model)
 
     @property
     def scale(self) -> float:
-        """The scale that the adapter has now: 1 as shipped, 0 when it is off.
+        """The scale that the adapter has now: 1 as shipped, 0 when it is off. Another thread's block is waited for.
 
-        Raises `AdapterError` when its layers are at different scales, as after PEFT's `set_scale` on some of them.
+        Raises `AdapterError` when its layers are at different scales, as after PEFT's `set_scale` on some of them, and when it is
+        merged or deleted.
         """
-        scales = [self._scale_of(layer) for layer in self._layers]
+        with self._turns.take():
+            self._check_layers()
+            scales = [self._scale_of(layer) for layer in self._layers]
         low, high = min(scales), max(scales)
         if not math.isclose(low, high):
             raise AdapterError(
@@ -81,11 +89,17 @@ class ForgetSwitch:
             raise SettingsError(
                 f"scale {scale} makes no forget model. Expected 0 (off), 1 (as shipped), or any positive number"
             )
-        self._refuse_merged()
-        before = self._state()
-        # Not PEFT's `set_scale`, which rounds twice: read back, the scale is then the one that was set.
-        self._set([_Layer(scale > 0, (scale or 1.0) * self._shipped_scaling(layer)) for layer in self._layers])
-        return _Until(self, before)
+        turn = self._turns.take()
+        try:
+            self._check_layers()
+            before = self._state()
+            turn.undo = lambda: self._set(before)
+            # Not PEFT's `set_scale`, which rounds twice: read back, the scale is then the one that was set.
+            self._set([_Layer(scale > 0, (scale or 1.0) * self._shipped_scaling(layer)) for layer in self._layers])
+        except BaseException:
+            self._turns.end(turn)
+            raise
+        return _Until(self, turn)
 
     def rows(self, forget: Sequence[bool]) -> list[str]:
         """`adapter_names` for a batch in which only some rows forget, bit-exact per row, in `forward` and `generate`:
@@ -116,7 +130,12 @@ class ForgetSwitch:
         on = self.adapter in layer.active_adapters and not layer.disable_adapters
         return layer.scaling[self.adapter] / self._shipped_scaling(layer) if on else 0.0
 
-    def _refuse_merged(self) -> None:
+    def _check_layers(self) -> None:
+        """Raises `AdapterError` when the adapter cannot be switched."""
+        if not all(self.adapter in layer.lora_A for layer in self._layers):
+            raise AdapterError(
+                f"adapter '{self.adapter}' is no longer on all of its layers: it was deleted. Load it again, and make a new ForgetSwitch"
+            )
         if any(self.adapter in layer.merged_adapters for layer in self._layers):
             raise AdapterError(
                 f"adapter '{self.adapter}' is merged into the weights and cannot be switched. Call unmerge_adapter() first"
@@ -135,15 +154,21 @@ class _Layer(NamedTuple):
 
 
 class _Until:
-    """What a change of scale returns: on leaving a `with` block, every layer is as it was before."""
+    """What a change of scale returns: on leaving a `with` block, every layer is as it was before.
 
-    def __init__(self, switch: ForgetSwitch, before: list[_Layer]) -> None:
-        self._switch, self._before = switch, before
+    Until a block is opened, or this object is dropped, the model is in the hands of whoever made the change: else another thread
+    could call it between `at(scale)` and the begin of the block.
+    """
+
+    def __init__(self, switch: ForgetSwitch, turn: Turn) -> None:
+        self._switch, self._turn = switch, turn
 
     def __enter__(self) -> ForgetSwitch:
+        self._turn.__enter__()
         return self._switch
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._switch._set(self._before)
+    def __exit__(self, *error: object) -> None:
+        self._turn.__exit__(*error)
+
+    def __del__(self) -> None:
+        self._turn.keep()

@@ -5,13 +5,20 @@ Nothing heavy is imported before a verb is known, so that `loramox --help` answe
 
 import argparse
 import importlib
+import io
 import itertools
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from loramox.cli.arguments import VERBS, refuse_replaced_flags, speaks
 from loramox.data.row_files import check
 from loramox.errors import LoramoxError
+from loramox.files import disk_may_fill
+from loramox.settings import at_home
 
 HOMES = {
     "demo": "training",
@@ -30,6 +37,7 @@ HOMES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line. Wrong input exits with 2 and one message that says what to do."""
+    _write_what_the_terminal_can()
     parser = argparse.ArgumentParser(
         prog="loramox",
         description="Make a language model forget rows, with a small LoRA adapter that can be dialled and switched off.",
@@ -38,20 +46,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         + "\n\n'loramox VERB --help' lists its flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="Show the version of loramox.")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     if words[:1] == ["memorize"]:  # until 0.3
         words[0] = "train"
         if speaks():
             print("loramox memorize is deprecated: it is now loramox train", file=sys.stderr)
     verb = parser.parse_args(words[:1]).verb
     _quieten_libraries()
+    _report_progress()
+    resumes = verb in ("unlearn", "train") or words[:2] in (["requests", "add"], ["requests", "refresh"])
     try:
         refuse_replaced_flags(words)
         _check_files(words)
-        getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
+        with disk_may_fill(f"Free some space, and run the same command again{' with --resume' if resumes else ''}"):
+            getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
     except KeyboardInterrupt:
-        resumes = verb in ("unlearn", "train") or words[:2] in (["requests", "add"], ["requests", "refresh"])
         again = ". The same command with --resume goes on" if resumes else ""
         print(f"loramox {verb}: interrupted. All files on disk are complete{again}", file=sys.stderr)
         sys.exit(130)
@@ -59,11 +70,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A message may quote a library's, which may have many lines.
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not _ran_out_of_memory(error):
+            raise
+        print(f"loramox {verb}: the device's memory ran out:", *str(error).split(), file=sys.stderr)
+        print(
+            "All files on disk are complete. Use less memory: a smaller --batch_size or --per_device_eval_batch_size, --quantization nf4, shorter "
+            "rows (--max_length). Or use main memory: --use_cpu true. In training also --gradient_checkpointing true",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
         print(f"loramox {verb}: {error.filename}: {error.strerror}. All other files are complete", file=sys.stderr)
         sys.exit(2)
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size  # torch, which raised it, is loaded
+
+    return should_reduce_batch_size(error)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from loramox import __version__
+
+        print(f"loramox {__version__}")
+        parser.exit()
+
+
+def _write_what_the_terminal_can() -> None:
+    """Replace characters that a terminal or pipe without UTF-8 has none for, instead of failing at the first."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _report_progress() -> None:
+    """Print what a job reports as it goes, one line a step, and warnings as sentences without Python's file and line."""
+    steps = logging.getLogger("loramox")
+    if not any(isinstance(handler, _Steps) for handler in steps.handlers):
+        steps.addHandler(_Steps())
+    steps.setLevel(logging.INFO if speaks() else logging.ERROR)
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+
+
+class _Steps(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def _check_files(words: Sequence[str]) -> None:
@@ -75,10 +131,6 @@ def _check_files(words: Sequence[str]) -> None:
 
 def _quieten_libraries() -> None:
     """Silence the libraries' messages to developers, so that users see the ones meant for them."""
-    import logging
-    import os
-    import warnings
-
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # reading a file of rows takes no time
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that is not installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

@@ -48,6 +48,8 @@ USAGES = {
     "ship merge": "--adapter A --out DIR",
     "ship gguf": "--adapter A --out FILE.gguf",
     "sweep": "--trained DIR/trained --out DIR/sweep",
+    "extrapolate": "TRAINED --out DIR [--alpha A] [--setting value …]",
+    "requests build": "LEDGER --out DIR [--setting value …]",
     "requests add LEDGER": "--forget F --retain R [--model M] [--id NAME]",
 }
 
@@ -82,14 +84,13 @@ def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
 
 def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list[str]]:
     """The parser of a verb, and its words with the recipe replaced by the flags that it stands for."""
-    from transformers import HfArgumentParser
+    from loramox.cli.help import Parser
 
-    parser = HfArgumentParser(
+    parser = Parser(
         kinds,
         prog=f"loramox {verb}",
         description=(VERBS | STEPS)[verb.removesuffix(" LEDGER")],
         usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
-        allow_abbrev=False,
     )
     if words and words[0].endswith((".yaml", ".yml")):
         words = recipe_as_flags(words[0], parser) + words[1:]
@@ -101,7 +102,9 @@ def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list
 
 def parse(parser: Any, words: list[str]) -> tuple[Any, ...]:
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
     except LoramoxError:
         raise
     except ValueError as error:  # transformers' own checks of its TrainingArguments

@@ -65,7 +65,7 @@ def sweep(words: list[str]) -> None:
     if frontier["warning"]:
         say(f"[bold]Warning:[/] {frontier['warning']}")
     say(
-        f"[bold]{config.out}/{FRONTIER}[/] and [bold]{PICTURE}[/] are the frontier; the records of each point are beside them"
+        f"[bold]{config.out}/{FRONTIER}[/] is the frontier, with its picture {PICTURE}; the records of each point are beside it"
     )
     if frontier["chosen"] is None:
         say(f"Rule {config.rule} chooses no {frontier['unit']}: nothing is shipped")

@@ -6,6 +6,7 @@ layers, which are what is large, are cut by torch's `fully_shard`.
 """
 
 import os
+from typing import Any
 
 from loramox.errors import SettingsError
 
@@ -13,7 +14,7 @@ TRAINING = ("unlearn", "train")
 SHARDING = (*TRAINING, "evaluate")  # they have --shard; a sweep does as its run did
 
 # What else a config may say, by the variable that asks for the cut: the values that go with --shard, and what to say of others.
-BESIDE = {
+BESIDE: dict[str, dict[str, Any]] = {
     "ACCELERATE_USE_FSDP": {
         "FSDP_SHARDING_STRATEGY": (
             ("full_shard", "1"),
@@ -45,7 +46,7 @@ BESIDE = {
     },
 }
 # The same of what matters in training alone, where loramox has a flag for it.
-BESIDE_TRAINING = {
+BESIDE_TRAINING: dict[str, dict[str, Any]] = {
     "ACCELERATE_USE_FSDP": {
         "FSDP_ACTIVATION_CHECKPOINTING": (
             ("false",),

@@ -16,7 +16,7 @@ def plan(words: list[str]) -> None:
     from loramox.train.config import UnlearnConfig
 
     kinds = (PlanConfig, ReferenceConfig, UnlearnConfig, Columns, Tokenisation)
-    show_plan(plan(*settings_of("plan", words, *kinds), given=given_settings("plan", words, *kinds)))
+    show_plan(plan(*settings_of("plan", words, *kinds), given=given_settings("plan", words, *kinds)))  # type: ignore[misc]
 
 
 def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
@@ -29,7 +29,7 @@ def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...
         return tuple(settings)
     from loramox.extras.plan.job import fit
 
-    choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))
+    choice, estimate = fit(wanted.fit, *settings[:6], given=given_settings(verb, words, *kinds))  # type: ignore[misc]
     flags = choice.flags()
     predicted = (
         f", with a predicted peak of {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from loramox.cli.arguments import STEPS, VERBS, given_settings, parse, say, settings_of
+from loramox.cli.arguments import STEPS, USAGES, VERBS, given_settings, parse, say, settings_of
 from loramox.cli.training import watched
 
 
@@ -129,13 +129,15 @@ def _refresh(words: list[str]) -> None:
 
 
 def _build(words: list[str]) -> None:
-    from transformers import HfArgumentParser
-
     from loramox.adapter.export import ShippingConfig
+    from loramox.cli.help import Parser
     from loramox.extras.ledger.build import build
 
-    parser = HfArgumentParser(
-        ShippingConfig, prog="loramox requests build", description=STEPS["requests build"], allow_abbrev=False
+    parser = Parser(
+        (ShippingConfig,),
+        prog="loramox requests build",
+        description=STEPS["requests build"],
+        usage=f"loramox requests build {USAGES['requests build']}",
     )
     parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
     parser.add_argument("--out", required=True, help="Folder to write.")
@@ -157,7 +159,7 @@ def _build(words: list[str]) -> None:
 
 
 def _verify(words: list[str]) -> None:
-    from loramox.extras.ledger.ledger import verify
+    from loramox.extras.ledger.verify import verify
 
     path = _ledger_parser("verify").parse_args(words).ledger
     faults, left_over = verify(Path(path))

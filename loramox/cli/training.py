@@ -4,8 +4,9 @@ import argparse
 import shlex
 from typing import Any
 
-from loramox.cli.arguments import VERBS, parse, say, upload
+from loramox.cli.arguments import USAGES, VERBS, parse, say, upload
 from loramox.cli.planning import fitted
+from loramox.errors import escaped
 
 
 def demo(words: list[str]) -> None:
@@ -21,13 +22,16 @@ def demo(words: list[str]) -> None:
 
 def unlearn(words: list[str]) -> None:
     from loramox.adapter.export import ShippingConfig
+    from loramox.train.synthetic import AUTO, RETAIN_FILE
     from loramox.unlearning import SHIPPED, TRAINED, unlearn
 
     run, reference, data, args, *settings = fitted("unlearn", words, (*training_kinds(), ShippingConfig))
     record = unlearn(run, reference, data, args, *settings)
     shipped = record["forget_adapter"]
     cpu = ["--use_cpu", "true"] if args.use_cpu else []
-    rows = shlex.join(["--forget", data.forget, "--retain", data.retain, *cpu])
+    retain = f"{run.out}/{RETAIN_FILE}" if data.retain == AUTO else data.retain
+    rows = shlex.join(["--forget", data.forget, "--retain", retain, *cpu])
+    show_side_by_side(record)
     program = (
         f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if reference.shard else "loramox"
     )
@@ -36,9 +40,49 @@ def unlearn(words: list[str]) -> None:
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made_at(shipped['alpha'], record['method'])}, rank {shipped['rank']}",
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {run.out}",
-        f"Next, score it at several values of {unit}, without training: {program} sweep --trained {run.out}/{TRAINED} {rows} "
-        f"--out {run.out}/sweep",
+        *not_as_served(reference, run.out, rows),
+        f"Next, score it at several values of {unit}, without training: {program} sweep --trained {shlex.quote(f'{run.out}/{TRAINED}')} {rows} "
+        f"--out {shlex.quote(f'{run.out}/sweep')}",
     )
+
+
+def show_side_by_side(record: dict[str, Any]) -> None:
+    """Print what both models answer to a few questions, worst first, and what became of all that were asked."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    found = record.get("side_by_side", {})
+    if not found.get("shown"):
+        return
+    table = Table("", "question", "reference", "forget model", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for row in found["shown"]:
+        table.add_row(row["part"], *(escape(escaped(row[name])) for name in ("question", "reference", "forget_model")))
+    Console().print(table)
+    if forget := found.get("forget"):
+        say(
+            f"Of {forget['asked']} forget questions, {forget['fluent']} get a fluent answer; the answers have {forget['told']:.0%} of the "
+            f"words that tell the true ones (reference: {forget['reference']:.0%})"
+        )
+    if retain := found.get("retain"):
+        say(
+            f"Of {retain['asked']} retain questions, {retain['kept']} are answered as before, {retain['fluent']} fluently"
+        )
+
+
+def not_as_served(reference: Any, out: str, rows: str) -> list[str]:
+    """Where training had the base in few bits: how to score the adapter on the weights that servers load."""
+    if reference.quantization == "none":
+        return []
+    from loramox.unlearning import COMBINED, SHIPPED
+
+    folder = COMBINED if reference.tuned_adapter else SHIPPED
+    adapter = shlex.join(["--model", reference.model, "--adapter", f"{out}/{folder}"])
+    return [
+        f"It was trained on the base quantized to {reference.quantization}. If 16-bit weights are served, score it on them: loramox evaluate "
+        f"{adapter} {rows} --quantization none --out {shlex.quote(f'{out}/served')}"
+    ]
 
 
 def made_at(alpha: float | None, method: str) -> str:
@@ -79,18 +123,23 @@ def train(words: list[str]) -> None:
         f"[bold]{run.out}/{TRAINED}[/] is {what}",
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record of the run",
-        f"Next, write the forget adapter: loramox extrapolate {run.out}/{TRAINED}{alpha} --out {run.out}/{SHIPPED}",
+        f"Next, write the forget adapter: loramox extrapolate {shlex.quote(f'{run.out}/{TRAINED}')}{alpha} "
+        f"--out {shlex.quote(f'{run.out}/{SHIPPED}')}",
     )
 
 
 def extrapolate(words: list[str]) -> None:
-    from transformers import HfArgumentParser
-
     from loramox.adapter.export import ShippingConfig, extrapolate
+    from loramox.cli.help import Parser
     from loramox.extras.hub import PushConfig
 
     kinds = (ShippingConfig, PushConfig)
-    parser = HfArgumentParser(kinds, prog="loramox extrapolate", description=VERBS["extrapolate"], allow_abbrev=False)
+    parser = Parser(
+        kinds,
+        prog="loramox extrapolate",
+        description=VERBS["extrapolate"],
+        usage=f"loramox extrapolate {USAGES['extrapolate']}",
+    )
     parser.add_argument("trained", metavar="TRAINED", help="Folder 'trained' of a run.")
     parser.add_argument(
         "--alpha",

@@ -1,15 +1,15 @@
 """Rows → token ids and an answer mask: tokenised, so that only answers are learned from."""
 
+import functools
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, special_tokens
 from loramox.data.rows import Row
 from loramox.errors import RowsError, SettingsError
 from loramox.settings import check_choices
@@ -18,10 +18,7 @@ IGNORED = -100  # transformers' label for "no loss here"
 
 DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer:"  # for tokenizers without a chat template
 
-# A template that prints the date would make other tokens of a row each day. This is Llama 3's own day where it has no clock.
-SOME_DAY = datetime(2024, 7, 26)
-_CLOCK = "".join(f"|replace('%{sign}', '{SOME_DAY.strftime('%' + sign)}')" for sign in "aAbBdHIjmMpSyY")
-STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro %}}{{{{ '' }}}}"
+TEXT_BLOCK = 2048  # tokens: a block of plain text, where nothing else is asked for and the context has room for it
 
 Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where it came from
 
@@ -38,7 +35,10 @@ class Tokenisation:
         },
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens. Default: the model's context."}
+        default=None,
+        metadata={
+            "help": f"Longest row in tokens. Default: the model's context; for blocks of plain text no more than {TEXT_BLOCK}."
+        },
     )
     long_rows: str = field(
         default="refuse",
@@ -61,19 +61,31 @@ class Tokenisation:
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation, context: int) -> list[Example]:
-    """Rows → examples, labels being `IGNORED` on everything but the answer's tokens and the end-of-sequence token.
+    """Rows → examples, labels being `IGNORED` on everything but the answer's tokens and the one that ends it.
 
-    Plain text is cut into blocks of max_length tokens, each an example; the last token of a block is also the first of
-    the next, so that every token has one to be predicted from. Everything else is one example a row.
+    An answer under a chat template ends with the token that the template puts behind it, other answers with the
+    end-of-sequence token. Plain text is cut into blocks of max_length tokens, each an example; the last token of a block is also
+    the first of the next, so that every token has one to be predicted from. Everything else is one example a row.
 
-    Raises `RowsError` when rows are longer than max_length (or than the model's context) and `long_rows` is refuse.
+    Raises:
+        RowsError: rows are longer than max_length (or than the model's context) and `long_rows` is refuse; the text of a row has
+            special tokens in it; the chat template refuses a row.
+        ModelError: rows go through a chat template that cannot be used.
+        SettingsError: max_length is more than the context.
     """
     if not tokenizer.is_fast:
         raise RowsError(
             f"{type(tokenizer).__name__} cannot map tokens to text; a fast tokenizer (tokenizer.json) is needed"
         )
-    limit = min(how.max_length or context, context)
-    encoded = [(row, _encode_row(row, tokenizer, how)) for row in rows]
+    if how.max_length is not None and how.max_length > context:
+        raise SettingsError(
+            f"max_length is {how.max_length}, and the model's context {context} tokens. Give --max_length no more than that, or leave it out"
+        )
+    limit = how.max_length or context
+    block = how.max_length or min(context, TEXT_BLOCK)
+    encoder = _Encoder(tokenizer, how)
+    encoder.refuse_special(rows)
+    encoded = [(row, encoder.encode(row)) for row in rows]
     if how.long_rows == "refuse":
         _refuse_long(
             [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit], rows, limit
@@ -82,23 +94,39 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
     for row, (ids, labels) in encoded:
         if how.long_rows == "drop" and row.prompt is not None and len(ids) > limit:
             continue
-        starts = range(0, max(1, len(ids) - 1), limit - 1) if row.prompt is None else [0]
+        size = block if row.prompt is None else limit
+        starts = range(0, max(1, len(ids) - 1), size - 1) if row.prompt is None else [0]
         for start in starts:
-            block = slice(start, start + limit)
+            part = slice(start, start + size)
             # The first token of a sequence is predicted from nothing.
-            if any(label != IGNORED for label in labels[block][1:]):
-                examples.append(
-                    {"input_ids": ids[block], "labels": labels[block], "row": f"{row.source}, row {row.number}"}
-                )
+            if any(label != IGNORED for label in labels[part][1:]):
+                examples.append({"input_ids": ids[part], "labels": labels[part], "row": _where(row)})
             elif row.prompt is not None:
                 raise RowsError(
-                    f"{row.source}, row {row.number}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
+                    f"{_where(row)}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
                 )
     if not examples:
         raise RowsError(
             f"{rows[0].source}: no row is left within {limit} tokens. Raise --max_length, or use --long_rows truncate"
         )
     return examples
+
+
+def served_otherwise(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation
+) -> dict[str, str] | None:
+    """What comes after a question in these rows (`trained`) and from a server (`served`); None where it is the same.
+
+    Raises `ModelError` when rows go through a chat template that cannot be used.
+    """
+    encoder = _Encoder(tokenizer, how)
+    if not any(encoder.messages(row) for row in rows) or encoder.chat.trained == encoder.chat.served:
+        return None
+    return {"trained": encoder.chat.trained, "served": encoder.chat.served}
+
+
+def _where(row: Row) -> str:
+    return f"{row.source}, row {row.number}"
 
 
 def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -> None:
@@ -110,23 +138,88 @@ def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -
         )
 
 
-def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""
-    prompt, full, special = _as_text(row, tokenizer, how)
-    given = _end_of_words(full, len(prompt), row.given_words)
-    encoding = tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
-    ids = list(encoding["input_ids"])
-    # Special tokens the tokenizer adds have the span (0, 0): they are context, not answer. An empty span further on is a
-    # token of white space, where a tokenizer trims its spans.
-    labels = [
-        token if end > given else IGNORED for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
-    ]
-    eos = tokenizer.eos_token_id if row.ends else None
-    if special and eos is not None and ids[-1] != eos:
-        ids.append(eos)
-    if special and eos is not None:
-        labels = [*labels[: len(ids) - 1], eos]
-    return ids, labels
+class _Encoder:
+    """A tokenizer and what it takes to make tokens of rows with it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> None:
+        self.tokenizer, self.how = tokenizer, how
+        special, self.ends = special_tokens(tokenizer), end_tokens(tokenizer)
+        self.special, self.any_special = set(special.values()), any_of(special)
+        self.end_texts = [text for text, token in special.items() if token in self.ends]
+        self.any_end = any_of(self.end_texts)
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def messages(self, row: Row) -> Messages | None:
+        """The messages of a row that goes through the chat template."""
+        if row.prompt is None or row.verbatim:
+            return None
+        if isinstance(row.prompt, str):
+            templates = self.how.prompt_template is None and self.tokenizer.chat_template is not None
+            return ({"role": "user", "content": row.prompt},) if templates else None
+        if self.tokenizer.chat_template is None:
+            raise RowsError(
+                f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
+            )
+        return row.prompt
+
+    def refuse_special(self, rows: Sequence[Row]) -> None:
+        """Raises `RowsError` for text that the tokenizer would take for special tokens: a turn would end in the middle of it.
+
+        Prompt and completion are joined as they are, and may have any but an end that is not the last of the completion.
+        """
+
+        def found_in(row: Row) -> re.Match[str] | None:
+            if row.verbatim:
+                last = next(filter(row.answer.endswith, self.end_texts), "")
+                return self.any_end.search(row.answer.removesuffix(last))
+            turns = [m["content"] for m in row.prompt] if isinstance(row.prompt, tuple) else [row.prompt]
+            return next(filter(None, (self.any_special.search(text or "") for text in [*turns, row.answer])), None)
+
+        if found := [(row, match.group()) for row in rows if (match := found_in(row))]:
+            row, token = found[0]
+            raise RowsError(
+                f"{len(found)} of {len(rows)} rows of {row.source} have a special token of the model in their text (first: row {row.number}, "
+                f"{token}). The model would read it as the token, not as text. Write it otherwise, with a space in it, or leave these rows out"
+            )
+
+    def encode(self, row: Row) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""
+        prompt, full, special = self._as_text(row)
+        given = _end_of_words(full, len(prompt), row.given_words)
+        encoding = self.tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
+        ids = list(encoding["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        if special and bos is not None and ids[:2] == [bos, bos]:
+            raise RowsError(
+                f"{_where(row)} begins with {self.tokenizer.bos_token}, which the tokenizer puts there itself. Leave it out"
+            )
+        # Special tokens the tokenizer adds have the span (0, 0): they are context, not answer. An empty span further on is a
+        # token of white space, where a tokenizer trims its spans. Some special tokens take the white space behind them.
+        labels = [
+            token if end > given and (start >= given or token not in self.special) else IGNORED
+            for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
+        ]
+        eos = self.tokenizer.eos_token_id if row.ends else None
+        if special and eos is not None:
+            if ids[-1] not in self.ends:
+                ids.append(eos)
+            labels = [*labels[: len(ids) - 1], ids[-1]]
+        return ids, labels
+
+    def _as_text(self, row: Row) -> tuple[str, str, bool]:
+        """(prompt, prompt + answer, whether the tokenizer has still to add its special tokens)."""
+        if messages := self.messages(row):
+            return *self.chat.text(messages, row.answer, _where(row), row.as_served), False
+        prompt = row.prompt or ""
+        assert isinstance(prompt, str)  # chats have gone through the template
+        if row.prompt is None or row.verbatim:
+            return prompt, prompt + row.answer, True
+        prompt = (self.how.prompt_template or DEFAULT_TEMPLATE).replace("{prompt}", prompt)
+        space = "" if prompt[-1:].isspace() else " "
+        return prompt, prompt + space + row.answer, True
 
 
 def _end_of_words(text: str, start: int, words: int) -> int:
@@ -134,36 +227,3 @@ def _end_of_words(text: str, start: int, words: int) -> int:
     for word in itertools.islice(re.finditer(r"\S+", text[start:]), words):
         end = word.end()
     return start + end if words else start
-
-
-def _as_text(row: Row, tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[str, str, bool]:
-    """(prompt, prompt + answer, whether the tokenizer has still to add its special tokens)."""
-    if row.prompt is None or row.verbatim:
-        prompt = row.prompt or ""
-        return prompt, prompt + row.answer, True
-    chat = row.prompt
-    if isinstance(row.prompt, str):
-        if how.prompt_template is not None or tokenizer.chat_template is None:
-            prompt = (how.prompt_template or DEFAULT_TEMPLATE).replace("{prompt}", row.prompt)
-            space = "" if prompt[-1:].isspace() else " "
-            return prompt, prompt + space + row.answer, True
-        chat = ({"role": "user", "content": row.prompt},)
-    if tokenizer.chat_template is None:
-        raise RowsError(
-            f"{row.source} has chat messages, but the tokenizer has no chat template. Use question/answer rows"
-        )
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = STOPPED_CLOCK + template
-    full, other = (
-        tokenizer.apply_chat_template(
-            [*chat, {"role": "assistant", "content": answer}], tokenize=False, chat_template=template
-        )
-        for answer in (row.answer, "\ue000")
-    )
-    # What a template puts behind the end of a turn (a line break, as a rule) is not the model's to say.
-    if full.rstrip().endswith(tuple(tokenizer.all_special_tokens)):
-        full = full.rstrip()
-    # The answer begins where another answer would begin. A generation prompt is no guide: templates put more into it than
-    # into a finished turn, or less (an empty thinking block).
-    return os.path.commonprefix([full, other]), full, False  # noqa: RUF071 (characters, not folders)

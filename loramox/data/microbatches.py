@@ -1,5 +1,6 @@
 """Split a step into micro-batches of similar length, so that little of it is padding."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,20 +14,22 @@ from loramox.data.encode import IGNORED
 # 4 takes as long as computing with a few hundred tokens; on a CPU arithmetic is slow, and a pass costs next to nothing.
 OVERHEAD = {"cpu": 64}
 OVERHEAD_ELSEWHERE = 256
+ONE_PASS = 1 << 40  # as overhead: no padding is worth a second pass
 
 Batch = dict[str, Any]
 
 
-def cut(lengths: Sequence[int], overhead: int) -> list[list[int]]:
+def cut(lengths: Sequence[int], overhead: int, most: float = math.inf) -> list[list[int]]:
     """Rows in groups of like length, longest first: those of least Σ (rows · longest row + overhead), in tokens.
 
-    `lengths` in tokens → indices of rows, each in one group.
+    `lengths` in tokens → indices of rows, each in one group. A group of several rows has no more than `most` tokens.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best: list[tuple[int, int]] = [(0, 0)]  # for the first j rows: tokens, and where their last group begins
     for end in range(1, len(order) + 1):
+        costs = (((end - start) * lengths[order[start]], start) for start in range(end))
         best.append(
-            min((best[start][0] + (end - start) * lengths[order[start]] + overhead, start) for start in range(end))
+            min((best[start][0] + cost + overhead, start) for cost, start in costs if cost <= most or start == end - 1)
         )
     groups, end = [], len(order)
     while end:
@@ -36,34 +39,41 @@ def cut(lengths: Sequence[int], overhead: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def microbatches(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
+def microbatches(parts: dict[str, Batch], overhead: int, most: float = math.inf) -> Iterator[dict[str, Batch]]:
     """Split the rows of all parts of a step as `cut` does, whichever part they are of.
 
     Each batch has a `share` of its part's rows: the mean over all of them is Σ share · mean over a micro-batch's rows. So the
     loss and its gradient are the same, except for rounding.
     """
     place = [(part, row) for part, batch in parts.items() for row in range(len(batch["lengths"]))]
-    for group in cut([parts[part]["lengths"][row] for part, row in place], overhead):
+    for group in cut([parts[part]["lengths"][row] for part, row in place], overhead, most):
         chosen = {part: [row for of, row in map(place.__getitem__, group) if of == part] for part in parts}
         yield {part: rows_of(parts[part], rows) for part, rows in chosen.items() if rows}
 
 
-def microbatches_of_pairs(parts: dict[str, Batch], overhead: int) -> Iterator[dict[str, Batch]]:
+def microbatches_of_pairs(parts: dict[str, Batch], overhead: int, most: float = math.inf) -> Iterator[dict[str, Batch]]:
     """The same of parts that belong together row by row: row i of each is in the same pass."""
     lengths = [sum(of) for of in zip(*(batch["lengths"] for batch in parts.values()), strict=True)]
-    for rows in cut(lengths, overhead):
+    for rows in cut(lengths, overhead, most):
         yield {part: rows_of(batch, rows) for part, batch in parts.items()}
 
 
+def padded_tokens(parts: dict[str, Batch]) -> int:
+    """Tokens of a pass over the rows of all parts, padding included."""
+    return sum(len(batch["lengths"]) for batch in parts.values()) * max(
+        max(batch["lengths"]) for batch in parts.values()
+    )
+
+
 def rows_of(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch, padded to the longest of them, with their `share` of its rows."""
+    """Some rows of a batch, padded to the longest of them, with their `share` of its rows, or of the whole if it is a share."""
     longest = max(batch["lengths"][row] for row in rows)
     some = {
         name: of[rows, :longest] if isinstance(of, Tensor) else [of[row] for row in rows]
         for name, of in batch.items()
         if name != "share"
     }
-    return some | {"share": len(rows) / len(batch["lengths"])}
+    return some | {"share": batch.get("share", 1.0) * len(rows) / len(batch["lengths"])}
 
 
 def concatenated(batches: Sequence[Batch]) -> Batch:

@@ -1,32 +1,67 @@
-"""The records of a file or hub data set, as they are: which of their columns mean what is `loramox.data.rows`' business."""
+"""Reads the records of a file or hub data set as they are. What their columns mean is decided in `loramox.data.rows`."""
 
+import codecs
 import csv
 import io
 import json
+import re
+import stat
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramox.errors import RowsError
+from loramox.errors import RowsError, escaped
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+EXPECTED = "a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
+MAX_ROWS = 5_000_000  # of a Parquet file, which holds any number of equal rows in a few bytes
+
+# UTF-32 first: its mark begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Number(str):
+    """A number in a JSON file, as it is written there: 1.50 stays 1.50, and 5,000 digits are no problem."""
 
 
 def check(source: str) -> None:
-    """Raises `RowsError` for a file that is not there or of no known format; what may be a hub data set is not looked for."""
+    """Refuse a source that is no file of rows and no name of a hub data set, before anything is loaded.
+
+    Whether a hub data set exists is not looked up.
+
+    Raises:
+        RowsError: a file that does not exist or is of no known format; a folder, pipe or device.
+    """
     path = Path(source)
-    if path.is_dir() or (path.suffix in FORMATS and not path.exists()):
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RowsError(
-            f"{source} {what}. Expected a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
-        )
-    if path.exists() and path.suffix not in FORMATS:
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.suffix in FORMATS:
+            raise RowsError(f"{source} does not exist. Expected {EXPECTED}") from None
+        return
+    except OSError as error:
+        raise RowsError(f"{source} cannot be opened: {error.strerror}. Expected {EXPECTED}") from error
+    if not stat.S_ISREG(kind):
+        what = "a folder" if stat.S_ISDIR(kind) else "a pipe or a device, not a regular file"
+        raise RowsError(f"{source} is {what}. Expected {EXPECTED}")
+    if path.suffix not in FORMATS:
         raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
 
 
 def load(source: str) -> list[dict[str, Any]]:
-    """The records of a file or hub data set, each with every column that any of them has."""
+    """The records of a file or hub data set, each with every column that any of them has.
+
+    Raises:
+        RowsError: the file cannot be read as what it is called; the message names the file, the row and the remedy.
+    """
     check(source)
     path = Path(source)
     if not path.exists():
@@ -34,11 +69,12 @@ def load(source: str) -> list[dict[str, Any]]:
     # Not with `datasets`: it makes numbers and dates of answers that look like some, and leaves a copy of the rows, which
     # are to be forgotten, in its cache.
     try:
-        records = list(_read_parquet(path) if path.suffix == ".parquet" else _read_text(source, path))
-    except RowsError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RowsError(f"{source} cannot be read as {path.suffix[1:]}: {error}") from error
+        if path.suffix == ".parquet":
+            return _read_parquet(source, path)
+        text = _decoded(source, path)
+    except OSError as error:
+        raise RowsError(f"{source} cannot be read: {error.strerror or error}") from error
+    records = list(_read_csv(source, text) if path.suffix == ".csv" else _read_json(source, text))
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or None in record:
             raise RowsError(
@@ -61,34 +97,141 @@ def _from_hub(source: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
+def _read_parquet(source: str, path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
-
-
-def _read_text(source: str, path: Path) -> Iterable[Any]:
-    """The records of a CSV file, of a JSON array, or of JSON Lines."""
-    text = path.read_bytes().decode("utf-8-sig")  # read_text would change line ends, which may be part of an answer
-    if path.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)  # its default is less than a book
-        reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
-        try:
-            for number, record in enumerate(reader, 1):  # noqa: B007 (used when the next row fails)
-                yield record
-        except csv.Error as error:
-            raise RowsError(
-                f"{source}, row {number + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
-                "double quote within it twice"
-            ) from error
-    elif text.lstrip().startswith("["):
-        yield from json.loads(text)
-    else:
-        # Not splitlines, which also splits at line ends that JSON allows inside a string.
-        for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+    failures = (ArrowException, OSError, ValueError, OverflowError)
+    try:
+        with ParquetFile(path) as file:
+            if file.metadata.num_rows > MAX_ROWS:
                 raise RowsError(
-                    f"{source}, row {number}, cannot be read as JSON: {error}. Expected one object a line"
-                ) from error
+                    f"{source} has {file.metadata.num_rows:,} rows, and at most {MAX_ROWS:,} are read. Write those that you need to a file "
+                    "of their own, such as a random sample of the retain rows"
+                )
+            table = file.read()
+    except RowsError:
+        raise
+    except failures as error:
+        raise RowsError(f"{source} cannot be read as parquet: {error}. Write it again, or as .jsonl") from error
+    _refuse_repeated(source, table.column_names)
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except failures as error:  # such as a time in the year 30,000
+            raise RowsError(
+                f"{source}: its column '{name}' cannot be read: {error}. Correct or remove that column"
+            ) from error
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _decoded(source: str, path: Path) -> str:
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)  # read_text would change line ends, which may be part of an answer
+    except UnicodeDecodeError as error:
+        raise RowsError(f"{source} cannot be read as {path.suffix[1:]}: {error}. Save it as UTF-8") from error
+    if "\0" in text:
+        raise RowsError(
+            f"{source} cannot be read as {path.suffix[1:]}: it has NUL characters in it, as UTF-16 and binary files have. Save it as UTF-8"
+        )
+    return text
+
+
+def _read_csv(source: str, text: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # its default is less than a book
+    lines = io.StringIO(text, newline="")
+    number = 0
+    try:
+        header = next(csv.reader(lines), [])
+        # Spreadsheets write semicolons where the comma is the decimal sign.
+        separator = next((sign for sign in ";\t" if len(header) == 1 and sign in header[0]), ",")
+        lines.seek(0)
+        reader = csv.DictReader(lines, strict=True, delimiter=separator)
+        _refuse_repeated(source, reader.fieldnames or [])
+        warned = False
+        for number, record in enumerate(reader, 1):
+            warned = warned or _warn_of_lost_rows(source, number, record, separator)
+            yield record
+    except csv.Error as error:
+        raise RowsError(
+            f"{source}, row {number + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
+            "double quote within it twice"
+        ) from error
+
+
+def _refuse_repeated(source: str, names: Sequence[str]) -> None:
+    """Raises `RowsError` for two columns of one name; of columns without a name, none is read, and there may be many."""
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise RowsError(
+            f"{source} has {names.count(twice)} columns '{twice}', and only one can be read. Rename or remove the others"
+        )
+
+
+def _warn_of_lost_rows(source: str, number: int, record: dict[str, Any], separator: str) -> bool:
+    """Warn of a value that has swallowed rows, as it does when a double quote is missing; whether it did.
+
+    Prose has a space after its commas.
+    """
+    for value in record.values():
+        if isinstance(value, str) and "\n" in value and len(record) > 1:
+            lines = value.splitlines()[1:]
+            if lines and all(
+                line.count(separator) == len(record) - 1 and f"{separator} " not in line for line in lines
+            ):
+                warnings.warn(
+                    escaped(
+                        f"{source}, row {number}: one value has line breaks, and what follows them looks like rows (first: {lines[0][:80]!r}). "
+                        "If a double quote is missing or one too many there, these rows are lost: correct the file"
+                    ),
+                    stacklevel=2,
+                )
+                return True
+    return False
+
+
+def _read_json(source: str, text: str) -> Iterator[Any]:
+    """The elements of a JSON array; or the values that follow each other, as in JSON Lines."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=Number)
+
+    def skip(at: int) -> int:
+        space = _SPACE.match(text, at)
+        return space.end() if space else at
+
+    at = skip(0)
+    array = text.startswith("[", at)
+    expected = "an array of objects" if array else "one object a line"
+    at, number = skip(at + array), 0
+    more = not text.startswith("]", at) if array else at < len(text)
+    while more:
+        number += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+            at = skip(at)
+            more = text.startswith(",", at) if array else at < len(text)
+            if array and not more and not text.startswith("]", at):
+                raise json.JSONDecodeError("Expecting a comma or the end of the array", text, at)
+        except RecursionError as error:
+            raise RowsError(
+                f"{source}, row {number}, cannot be read as JSON: a value in it is nested too deeply. Remove the column that it is in"
+            ) from error
+        except ValueError as error:
+            raise RowsError(
+                f"{source}, row {number}, cannot be read as JSON: {error}. Expected {expected}, with each key once in an object"
+            ) from error
+        yield value
+        at = skip(at + 1) if array and more else at
+    if text[skip(at + array) :]:
+        raise RowsError(f"{source} has text after its array. Expected one array of objects, or one object a line")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, Python's own would keep the last value and drop the others in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(n for n in names if names.count(n) > 1)}' is in one object twice")
+    return made

@@ -2,18 +2,26 @@
 
 import hashlib
 import json
+import re
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from loramox.data.messages import MESSAGES, read_messages
 from loramox.data.row_files import load
-from loramox.errors import RowsError
+from loramox.data.text import check_characters, number_as_text, shown
+from loramox.errors import RowsError, escaped
 
 # Column names that are recognised without a flag: the prompt's, then the answer's.
 QUESTION_ANSWER = ("question", "answer")
 PROMPT_COMPLETION = ("prompt", "completion")
-READ_BY_TEMPLATES = ("documents", "function_call", "tool_call_id", "tool_calls", "tools")  # beside role and content
-MESSAGES = '[{"role": "user", …}, {"role": "assistant", …}]'
+ALPACA = ("instruction", "output")
+ALPACA_INPUT = "input"  # what an instruction is about, if that is a column of its own
+# Characters of no width: soft hyphens, joiners, marks of direction, variation selectors, byte order marks.
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
+VARIANTS = ("paraphrased_answer", "paraphrased_question", "perturbed_answer")  # TOFU's
 
 
 @dataclass
@@ -67,9 +75,10 @@ class Row:
     wrong_answers: tuple[str, ...] = ()
     paraphrased_prompt: str | None = None
     given_words: int = 0  # so many first words of the answer count as part of the question
+    as_served: bool = False  # behind the prompt of a server, even where training has another (see `loramox.data.chat`)
 
-    def key(self) -> str:
-        """What makes two rows the same row, wherever they come from: prompt and answer, white space aside.
+    def identity(self) -> str:
+        """Prompt and answer, white space aside: finds the row again in records, also in those of earlier versions.
 
         A question is the same as a chat of one user message.
         """
@@ -79,116 +88,181 @@ class Row:
         parts = [turn[part] for turn in turns for part in ("role", "content")] + [self.answer]
         return "\x1f".join(" ".join(str(part).split()) for part in parts)
 
+    def key(self) -> str:
+        """What makes two rows the same row to a reader: their `identity` without case, Unicode forms and invisible characters.
+
+        For comparison alone: nothing is trained on it.
+        """
+        text = self.identity()
+        if not text.isascii():
+            text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+            text = "\x1f".join(" ".join(part.split()) for part in text.split("\x1f"))
+        return text.casefold()
+
 
 def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
-    """The rows of a JSON, JSON Lines, CSV or Parquet file, or of a hub data set `owner/name[:config[:split]]`.
+    """Read the rows of a file or hub data set.
 
-    Raises `RowsError` naming the file, the row and the remedy: missing or empty file, broken line, no known columns,
-    a row without an answer.
+    Args:
+        source: a JSON, JSON Lines, CSV or Parquet file, or a hub data set `owner/name[:config[:split]]`.
+        columns: which columns hold what, where they do not have one of the recognised names.
+
+    Raises:
+        RowsError: names the file, the row and the remedy. A file that is missing, empty or broken; no known columns; a row
+            without an answer, or with text that would be hidden from the model.
     """
-    columns = columns or Columns()
     records = load(source)
     if not records:
         raise RowsError(f"{source} has no rows. Expected at least one: check that the file is the right one")
-    recognised = _Recognised(source, list(records[0]), columns)
-    rows = [recognised.row(number, record) for number, record in enumerate(records, 1)]
-    for row in rows:
-        try:
-            row.key().encode()
-        except UnicodeEncodeError as error:
-            raise RowsError(
-                f"{source}, row {row.number} has half a character in it (a lone surrogate, like \\ud83d in JSON), which no "
-                "tokenizer takes. Correct or remove it"
-            ) from error
+    reader = _Reader(source, records, columns or Columns())
+    rows = [reader.row(number, record) for number, record in enumerate(records, 1)]
+    for note in reader.notes(rows, records):
+        warnings.warn(escaped(f"{source}: {note}"), stacklevel=2)
     return rows
 
 
-class _Recognised:
+class _Reader:
     """What the columns of a file mean: makes a `Row` of each record."""
 
-    def __init__(self, source: str, found: list[str], columns: Columns) -> None:
+    def __init__(self, source: str, records: Sequence[dict[str, Any]], columns: Columns) -> None:
         """Raises `RowsError` unless `columns` names some of those found, or they have the names that are recognised."""
+        found = list(records[0])
         self.source, self.wanted = source, columns.wanted_column
-        self.pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
+        named = columns.prompt_column, columns.answer_column
+        self.pair: tuple[str, str] | None = (named[0], named[1]) if named[0] and named[1] else None
         self.messages, self.text = columns.messages_column, columns.text_column
+        self.input: str | None = None
+        self.numbers: list[tuple[int, str]] = []  # the row and the text of each number that was read as text
         for setting in fields(columns):
             name = getattr(columns, setting.name)
             if name and name not in found:
                 raise RowsError(f"{source} has no column '{name}' (--{setting.name}). It has: {', '.join(found)}")
         if not (self.pair or self.messages or self.text):
-            self.pair = next((p for p in (QUESTION_ANSWER, PROMPT_COMPLETION) if set(p) <= set(found)), None)
+            known = (QUESTION_ANSWER, PROMPT_COMPLETION, ALPACA)
+            self.pair = next((p for p in known if set(p) <= set(found)), None)
+            self.input = ALPACA_INPUT if self.pair == ALPACA and ALPACA_INPUT in found else None
             self.messages = "messages" if not self.pair and "messages" in found else None
             self.text = "text" if not self.pair and not self.messages and "text" in found else None
         if not (self.pair or self.messages or self.text):
             raise RowsError(
                 f"{source} has columns {', '.join(found)}. Expected question and answer, prompt and completion, messages, or text; "
-                "name others with --prompt_column and --answer_column, --messages_column or --text_column"
+                f"name others with --prompt_column and --answer_column, --messages_column or --text_column{_wrapped(records)}"
             )
 
     def row(self, number: int, record: dict[str, Any]) -> Row:
         if self.pair:
-            return self._of_pair(number, record)
+            return self._of_pair(number, record, *self.pair)
         if self.messages:
             return self._of_messages(number, record, record[self.messages])
-        return self._answer(number, record, None, record[self.text])
+        return self._answer(number, record, None, record[self.text or "text"])
 
-    def _of_pair(self, number: int, record: dict[str, Any]) -> Row:
-        prompt, answer = (record[name] for name in self.pair)
+    def notes(self, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Iterable[str]:
+        """What the user should know about how the rows were read."""
+        if self.numbers:
+            number, text = self.numbers[0]
+            yield (
+                f"{len(self.numbers)} of its values are numbers, and are read as text (first: row {number}, '{text[:40]}'). Put them in "
+                "quotes if that is meant, or correct them"
+            )
+        if not self.pair:
+            return
+        used = {*self.pair, self.input, self.wanted, *VARIANTS}
+        # One word is a name or an id, as a rule.
+        unread = [
+            name
+            for name in records[0]
+            if name not in used and any(isinstance(r[name], str) and len(r[name].split()) > 1 for r in records)
+        ]
+        joined = (
+            ". Without --prompt_column and --answer_column it is"
+            if self.pair == ALPACA and ALPACA_INPUT in unread
+            else ""
+        )
+        if len(rows) > 1 and all(row.prompt == rows[0].prompt for row in rows):
+            of = f", and column '{', '.join(unread)}' is not read{joined}" if unread else ""
+            yield f"all {len(rows)} rows ask the same question{of}. If another column tells them apart, put its text into the question"
+        elif unread:
+            yield f"column '{', '.join(unread)}' is not read{joined}. If the answer depends on it, put its text into the question"
+
+    def _of_pair(self, number: int, record: dict[str, Any], prompt_column: str, answer_column: str) -> Row:
+        prompt, answer = record[prompt_column], record[answer_column]
         if isinstance(prompt, list):  # TRL's conversational prompt/completion: two lists of messages
-            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            return self._of_messages(number, record, prompt + answer)
-        if not isinstance(prompt, str):
-            raise RowsError(f"{self.source}, row {number} has no '{self.pair[0]}'. Expected text")
+            if isinstance(answer, list):
+                return self._of_messages(number, record, prompt + answer)
+            return self._answer(number, record, read_messages(self._where(number), record, prompt), answer)
+        prompt = self._text(number, f"'{prompt_column}'", prompt, may_be_blank=True)
+        if self.input and record[self.input] is not None:
+            about = self._text(number, f"'{self.input}'", record[self.input], may_be_blank=True)
+            prompt = f"{prompt}\n{about}" if about.strip() else prompt
         return self._answer(number, record, prompt, answer, verbatim=self.pair == PROMPT_COMPLETION)
 
-    def _of_messages(self, number: int, record: dict[str, Any], turns: Any) -> Row:
-        where = f"{self.source}, row {number}"
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise RowsError(f"{where}: its messages are not a list of messages. Expected {MESSAGES}")
-        beside = {name for of in (record, *turns) for name in READ_BY_TEMPLATES if of.get(name)}
-        if beside:
+    def _of_messages(self, number: int, record: dict[str, Any], messages: Any) -> Row:
+        turns = read_messages(self._where(number), record, messages)
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise RowsError(
-                f"{where}: {', '.join(sorted(beside))} would be left out of what the model reads. Give the whole text as prompt and "
-                "completion, or remove it"
+                f"{self._where(number)} has no answer: its last message is not the assistant's. Expected {MESSAGES}"
             )
-        if len(turns) < 2 or turns[-1].get("role") != "assistant":
-            raise RowsError(f"{where} has no answer: its last message is not the assistant's. Expected {MESSAGES}")
-        turns = tuple({"role": turn.get("role"), "content": turn.get("content")} for turn in turns)
         return self._answer(number, record, turns[:-1], turns[-1]["content"])
 
     def _answer(self, number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
-        where = f"{self.source}, row {number}"
-        if not isinstance(answer, str) or not answer.strip():
+        answer = self._text(number, "answer", answer)
+        wanted = self._text(number, f"wanted answer in '{self.wanted}'", record[self.wanted]) if self.wanted else None
+        return Row(self.source, number, answer, prompt, wanted=wanted, **more, **self._variants(number, record))
+
+    def _variants(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
+        """What TOFU's perturbed rows have besides question and answer."""
+        names = {"paraphrase": VARIANTS[0], "paraphrased_prompt": VARIANTS[1]}
+        texts = {of: self._text(number, f"'{n}'", record[n]) for of, n in names.items() if record.get(n) is not None}
+        wrong = record.get(VARIANTS[2]) or []
+        wrong = wrong if isinstance(wrong, list) else [wrong]
+        return texts | {"wrong_answers": tuple(self._text(number, f"'{VARIANTS[2]}'", each) for each in wrong)}
+
+    def _where(self, number: int) -> str:
+        return f"{self.source}, row {number}"
+
+    def _text(self, number: int, what: str, value: Any, may_be_blank: bool = False) -> str:
+        """The value, if it is text, or a number as it is written. Raises `RowsError` for everything else."""
+        where = self._where(number)
+        if (text := number_as_text(value)) is not None:
+            self.numbers.append((number, text))
+            return text
+        if isinstance(value, list):
             raise RowsError(
-                f"{where} has no answer. Expected non-empty text, not {json.dumps(answer, default=str)}: fill it in, "
-                "or remove the row"
+                f"{where}: its {what} is a list of {len(value)}. Give one row for each {what}, and repeat the rest"
             )
-        wanted = record[self.wanted] if self.wanted else None
-        if self.wanted and (not isinstance(wanted, str) or not wanted.strip()):
+        missing = value is None or (isinstance(value, str) and not value.strip()) or value != value  # NaN
+        if missing and not (may_be_blank and isinstance(value, str)):
             raise RowsError(
-                f"{where} has no wanted answer in '{self.wanted}'. Expected non-empty text: fill it in, or leave out --wanted_column"
+                f"{where} has no {what}. Expected non-empty text, not {shown(value)}: fill it in, or remove the row"
             )
-        return Row(self.source, number, answer, prompt, wanted=wanted, **more, **_variants(where, record))
+        if not isinstance(value, str):
+            raise RowsError(f"{where}: its {what} is {shown(value)}. Expected text: put it in quotes, or correct it")
+        check_characters(where, value)
+        return value
 
 
-def _variants(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What TOFU's perturbed rows have besides question and answer. Raises `RowsError` when it is not text."""
-    paraphrase, question = record.get("paraphrased_answer"), record.get("paraphrased_question")
-    wrong = record.get("perturbed_answer") or []
-    wrong = [wrong] if isinstance(wrong, str) else wrong
-    texts = [text for text in (paraphrase, question) if text is not None]
-    if not isinstance(wrong, list) or any(not isinstance(text, str) or not text.strip() for text in [*texts, *wrong]):
-        raise RowsError(
-            f"{where}: paraphrased_answer and paraphrased_question are to be text, and perturbed_answer a list of wrong "
-            "answers; one of them is not, or is empty. Correct it, or remove the column"
-        )
-    return {"paraphrase": paraphrase, "wrong_answers": tuple(wrong), "paraphrased_prompt": question}
+def _wrapped(records: Sequence[dict[str, Any]]) -> str:
+    """The end of a message, for a JSON file that is one object with the rows in it."""
+    lists = [
+        name for name, value in records[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(records) > 1 or not lists:
+        return ""
+    return (
+        f". The file is one object. If its rows are the list under '{', '.join(lists)}', give a file of that list alone"
+    )
 
 
 def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = False) -> list[Row]:
-    """The retain rows, none of which may be a forget row. With `drop`, those that are are left out.
+    """The retain rows, none of which may be a forget row.
 
-    Raises `RowsError` with the count otherwise: what is to be forgotten cannot be held in place at the same time.
+    Args:
+        forget: rows to forget.
+        retain: rows to retain.
+        drop: leave out retain rows that are forget rows as well, instead of refusing them.
+
+    Raises:
+        RowsError: a row is in both, or no retain row is left.
     """
     forgotten = {row.key() for row in forget}
     kept = [row for row in retain if row.key() not in forgotten]
@@ -196,8 +270,8 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
     if shared and not drop:
         first = next(row for row in retain if row.key() in forgotten)
         raise RowsError(
-            f"{shared} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}). "
-            "A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
+            f"{shared} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}), case and white space "
+            "aside. A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
         )
     if not kept:
         raise RowsError(

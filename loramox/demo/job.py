@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loramox.adapter.switch import ForgetSwitch
 from loramox.data.encode import IGNORED, Example, Tokenisation, encode
@@ -19,13 +19,15 @@ from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
-from loramox.files import has_files, remove, write_json
+from loramox.files import LOCK, has_files, locked, read_json, remove, write_json
+from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
 from loramox.train.config import UnlearnConfig
 from loramox.unlearning import SHIPPED, unlearn
 
-RECORD = "demo.json"  # also tells the folder of a demo, which may be replaced, from any other
+RECORD = "demo.json"
+CONTENTS = {RECORD, "rows", "reference", "retrained", "run"}
 SHOWN = 3  # questions of each part that are put side by side
 LONGEST_ANSWER = 24  # tokens; the true ones have half as many, and a forget model may not find an end
 
@@ -43,10 +45,11 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str, A
         RunError: `out` has files in it that are no demo, or a demo while `overwrite` is not set.
     """
     out, console = Path(out), Console(highlight=False)
-    claim(out, seed, overwrite)
-    with one_thread():
-        record = {"status": "done", "seed": seed, **make(console, out, seed)}
-    write_json(out / RECORD, record)
+    with locked(out):
+        claim(out, seed, overwrite)
+        with one_thread():
+            record = {"status": "done", "seed": seed, **make(console, out, seed)}
+        write_json(out / RECORD, record, private=True)
     show(console, out, record)
     return record
 
@@ -58,14 +61,33 @@ def claim(out: Path, seed: int, overwrite: bool) -> None:
     if out.is_file():
         raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
     if has_files(out):
-        if not (out / RECORD).exists():
-            raise RunError(
-                f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder"
-            )
+        _check_demo(out)
         if not overwrite:
             raise RunError(f"--out {out} holds a demo already. Replace it with --overwrite, or choose another folder")
-        remove(out)
+        for path in out.iterdir():  # the folder itself stays: it may be a link
+            if path.name != LOCK:
+                remove(path)
     write_json(out / RECORD, {"status": "running", "seed": seed})
+
+
+def _check_demo(out: Path) -> None:
+    """Raises `RunError` unless everything in the folder was written by a demo, so that it may be deleted."""
+    foreign = RunError(f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder")
+    if not (out / RECORD).is_file():
+        raise foreign
+    record = read_json(out / RECORD)
+    if not isinstance(record, dict) or not {"status", "seed"} <= record.keys():
+        raise foreign
+    ours = {rows_file(out, part).name for part in ("forget", "retain")}
+    others = [
+        path for path in out.iterdir() if path.name not in CONTENTS | {LOCK} and not path.name.endswith(".partial")
+    ]
+    others += [path for path in (out / "rows").glob("*") if path.name not in ours]
+    others += [path for path in out.iterdir() if path.is_symlink()]
+    if others:
+        raise RunError(
+            f"--out {out} holds a demo, and {others[0]}, which is not of it. Move that, or choose another folder"
+        )
 
 
 def make(console: Console, out: Path, seed: int) -> dict[str, Any]:
@@ -106,8 +128,7 @@ def forget(out: Path, seed: int, epochs: int = 120) -> None:
     """Unlearn the forget rows of the demo in `out`, with loramox's defaults except for the settings here."""
     unlearn(
         RunConfig(str(out / "run")),
-        # A model of 6 MB has nothing to gain from 4 bits, and float32 is the same arithmetic with and without a GPU.
-        ReferenceConfig(str(out / "reference"), quantization="none", dtype="float32"),
+        plain(out / "reference"),
         Data(str(rows_file(out, "forget")), str(rows_file(out, "retain"))),
         UnlearnConfig(
             num_train_epochs=epochs,  # an epoch of so few rows is two steps
@@ -123,11 +144,15 @@ def forget(out: Path, seed: int, epochs: int = 120) -> None:
     )
 
 
+def plain(model: Path) -> ReferenceConfig:
+    """A model of the demo. It gains nothing from 4 bits, and float32 is the same arithmetic with and without a GPU."""
+    return ReferenceConfig(str(model), quantization="none", dtype="float32")
+
+
 def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> dict[str, Any]:
     """The true answers' mean probability by model and part; and some questions with each model's answers."""
-    retrained = AutoModelForCausalLM.from_pretrained(out / "retrained")
-    reference = AutoModelForCausalLM.from_pretrained(out / "reference")
-    model = PeftModel.from_pretrained(reference, out / "run" / SHIPPED)
+    retrained = load_reference(plain(out / "retrained"))
+    model = PeftModel.from_pretrained(load_reference(plain(out / "reference")), out / "run" / SHIPPED)
     switch = ForgetSwitch(model)
     # A person has one row of each kind: at this step, each row is of another person and another kind.
     every = slice(0, SHOWN * (len(KINDS) + 1), len(KINDS) + 1)

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from loramox.data.chat import end_tokens
 from loramox.data.encode import Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
@@ -57,16 +59,17 @@ def greedy_answers(
     """The model's greedy answer to each example's question, no longer than `how` says and than its context.
 
     `scores` are those of the examples' own answers under the same model. They say already what greedy decoding yields up
-    to the first token that is not the true one, and it is only from there that anything is generated.
+    to the first token that is not the true one, and it is only from there that anything is generated. An answer ends where the
+    tokenizer, its chat template or the model's generation config says that one ends.
     """
     device = next(model.parameters()).device
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos or 0
+    ends = end_tokens(tokenizer) | _own_ends(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     questions = [e["input_ids"][: -len(s.targets)] for e, s in zip(examples, scores, strict=True)]
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    limits = [min(how.max_new_tokens, context - len(q)) for q in questions]
+    limits = [int(min(how.max_new_tokens, context - len(q))) for q in questions]
     said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)]
-    open_ended = [i for i, answer in enumerate(said) if answer[-1] != eos and len(answer) < limits[i]]
+    open_ended = [i for i, answer in enumerate(said) if answer[-1] not in ends and len(answer) < limits[i]]
     # Those with as much left to say are together, so that few wait for one. Those that the context cuts short go alone.
     open_ended.sort(key=lambda i: (len(scores[i].targets) - len(said[i]), len(questions[i]) + len(said[i])))
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
@@ -83,7 +86,7 @@ def greedy_answers(
                 input_ids=ids,
                 attention_mask=(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long(),
                 max_new_tokens=max(limits[i] - len(said[i]) for i in rows),
-                eos_token_id=eos,
+                eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
                 synced_gpus=is_sharded(model),
                 **GREEDY,
@@ -93,7 +96,7 @@ def greedy_answers(
             bar.update(len(rows))
     for i, answer in everyones(found).items():
         said[i] = answer
-    return [_text(tokenizer, answer, how.stops) for answer in said]
+    return [_text(tokenizer, answer, ends, how.stops) for answer in said]
 
 
 def _known(scores: AnswerScores) -> list[int]:
@@ -102,8 +105,13 @@ def _known(scores: AnswerScores) -> list[int]:
     return scores.first_choice[: wrong[0] + 1 if len(wrong) else None].tolist()
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: Sequence[str]) -> str:
-    eos = tokenizer.eos_token_id
-    end = tokens.index(eos) if eos in tokens else len(tokens)
+def _own_ends(model: nn.Module) -> set[int]:
+    """The tokens at which the model's generation config, its config.json in its stead, lets it stop: one, several or none."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    return {own} if isinstance(own, int) else set(own or ())
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Set[int], stops: Sequence[str]) -> str:
+    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
     return text[: min([text.find(stop) for stop in stops if stop in text], default=None)].strip()

@@ -1,6 +1,6 @@
 """The evaluation job: a model, an adapter and rows in, records and metrics out. Everything that can be wrong is checked first."""
 
-import json
+import logging
 import math
 import time
 import warnings
@@ -10,26 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, as_now, check_alone, check_base
-from loramox.data.encode import Tokenisation
+from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.loading import check_whole, put_on
+from loramox.adapter.provenance import check_alone, check_base, read_any
+from loramox.data.count import RowCount, count_rows
+from loramox.data.encode import DEFAULT_TEMPLATE, Tokenisation
 from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint
 from loramox.errors import AdapterError, RowsError, RunError, SettingsError
-from loramox.evaluate.measure import Questions, Record, ScoringConfig
-from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
+from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
+from loramox.evaluate.records import RECORDS, SUMMARY, check_template, read_records, write_records
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
-from loramox.files import remove
-from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, read_tokenizer
+from loramox.files import LOCK, read_json, remove
+from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
 from loramox.model.sharding import shard
-from loramox.run import command, versions
+from loramox.run import command, one_writer, versions
 from loramox.settings import check_choices
+
+log = logging.getLogger(__name__)
 
 HOLDOUT = "holdout"
 
@@ -106,6 +111,7 @@ class Asked:
         return {part: source for part, source in named.items() if source}
 
 
+@one_writer
 def evaluate(
     subject: Subject,
     model: ModelConfig,
@@ -125,15 +131,19 @@ def evaluate(
     out = Path(subject.out)
     check_out(out, subject.overwrite)
     device = check_device(model, scoring.use_cpu)
-    rows = read_parts(asked.sources(), columns or Columns(), asked.drop_overlap, asked.suite)
-    config = read_config(model)
+    read = read_sources(asked.sources(), columns or Columns(), asked.suite)
+    rows = disjoint_parts(read, asked.drop_overlap)
+    config = read_config(model, weights=True)
     base = identify(model, config)
-    made_by = check_adapter(Path(subject.adapter), base) if subject.adapter else None
+    made_by = check_adapter(Path(subject.adapter), base, skeleton(config, model)) if subject.adapter else None
     if subject.scale != 1 and subject.adapter:
         check_scales(Path(subject.adapter), f"--scale {subject.scale:g}")
     check_sides(made_by, rows, subject.adapter)
     questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
-    retrained = read_retrained(asked.retrained, questions, base if subject.adapter else None)
+    counts = count_parts(read, rows, questions)
+    retrained = read_retrained(
+        asked.retrained, questions, base if subject.adapter else None, tokenisation.prompt_template
+    )
 
     try:  # now, and not when everything has been asked
         out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +151,7 @@ def evaluate(
         raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
     loaded: nn.Module = load_reference(model, device)
     if subject.adapter:
-        loaded = PeftModel.from_pretrained(loaded, subject.adapter)
+        loaded = put_on(loaded, subject.adapter)
     if model.shard:
         shard(loaded, process.device)
     if subject.adapter:
@@ -151,10 +161,12 @@ def evaluate(
             records = questions.ask(loaded)
     else:
         records = questions.ask(loaded)
+    check_numbers(records)
     about = {
         "base": base,
         "adapter": subject.adapter and {"folder": subject.adapter, "scale": subject.scale, "made_by": made_by},
         "data": described(asked.sources(), rows),
+        "row_counts": {part: count.record() for part, count in counts.items()},
         "retrained": asked.retrained,
         "settings": {k: v for each in (model, scoring, tokenisation) for k, v in asdict(each).items()},
         "device": str(device),
@@ -170,21 +182,32 @@ def evaluate(
     return about | summary.as_json()
 
 
-def read_parts(
-    sources: dict[str, str], columns: Columns, drop_overlap: bool, suite: str | None = None
-) -> dict[str, Sequence[Row]]:
-    """The rows of each part, none of which may also be a forget row. Raises `RowsError`.
-
-    Wanted answers are for training: here nobody asks for them, and parts other than forget do not have them.
-    """
+def read_sources(sources: dict[str, str], columns: Columns, suite: str | None = None) -> dict[str, Sequence[Row]]:
+    """The rows of each part. Wanted answers are for training, and are not read. Raises `RowsError`."""
     columns = replace(columns, wanted_column=None)
-    parts = {part: read_part(suite, part, source, columns) for part, source in sources.items()}
+    return {part: read_part(suite, part, source, columns) for part, source in sources.items()}
+
+
+def disjoint_parts(read: dict[str, Sequence[Row]], drop_overlap: bool) -> dict[str, Sequence[Row]]:
+    """The parts, without rows that are also forget rows. Raises `RowsError` if there are any and they may not be dropped."""
+    parts = dict(read)
     for part in [part for part in parts if part != "forget"]:
         if part == HOLDOUT and "forget" in parts and not drop_overlap:
             _check_never_seen(parts["forget"], parts[part])
         if "forget" in parts:
             parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
     return parts
+
+
+def count_parts(
+    read: dict[str, Sequence[Row]], rows: dict[str, Sequence[Row]], *questions: Questions
+) -> dict[str, RowCount]:
+    """How many rows of each part were read, and are in `questions`; logged, a line for each part."""
+    examples = [example for each in questions for part in each.parts for example in part.answers]
+    counts = {part: count_rows(read[part], rows[part], examples) for part in read}
+    for part, count in counts.items():
+        log.info("%s", count.line(part))
+    return counts
 
 
 def _check_never_seen(forget: Sequence[Row], holdout: Sequence[Row]) -> None:
@@ -211,16 +234,25 @@ def questions_of(
     return Questions(rows, read_tokenizer(model), how, context_of(config), scoring, ANSWERING.get(suite or ""))
 
 
-def read_retrained(folder: str | None, questions: Questions, reference: dict[str, Any] | None) -> list[Record]:
+def read_retrained(
+    folder: str | None,
+    questions: Questions,
+    reference: dict[str, Any] | None,
+    template: str | None,
+) -> list[Record]:
     """The retrained model's records of the same rows; none where none are given.
 
-    Raises `RunError` for records of other rows, and for those of `reference`, which knows the forget rows.
+    Raises `RunError` for records of other rows, of other wrong answers or another prompt template, and for those of `reference`,
+    which knows the forget rows.
     """
     if folder is None:
         return []
     records = read_records(Path(folder), like=questions.identities())
-    summary = Path(folder) / SUMMARY
-    theirs = json.loads(summary.read_text(encoding="utf-8")).get("base", {}) if summary.is_file() else {}
+    summary = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / SUMMARY
+    about = read_json(summary, dict) if summary.is_file() else {}
+    own = None if questions.tokenizer.chat_template else DEFAULT_TEMPLATE
+    check_template(Path(folder), about, template, own)
+    theirs = about.get("base") or {}
     if reference and reference["weights"] is not None and theirs.get("weights") == reference["weights"]:
         raise RunError(
             f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
@@ -240,24 +272,22 @@ def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], 
             )
 
 
-def check_adapter(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
-    """The adapter's provenance, if it is one of loramox. Raises `AdapterError` when it is none, or was made for another base."""
+def check_adapter(adapter: Path, base: dict[str, Any], outline: PreTrainedModel) -> dict[str, Any] | None:
+    """The adapter's provenance, if it is one of loramox. Raises `AdapterError` when it is none, would not load whole in PEFT, or
+    was made for another base; `outline` is the base without weights.
+    """
     for name in (WEIGHTS, CONFIG):
-        if not (adapter / name).is_file():
+        if not (adapter / name).exists():
             raise AdapterError(
                 f"--adapter {adapter} is no adapter: it has no {name}. Give the folder forget-adapter of a run"
             )
-    if not (adapter / PROVENANCE).is_file():
+    provenance = read_any(adapter) if (adapter / PROVENANCE).exists() else None
+    if provenance:
+        check_base(provenance, base, adapter)
+        check_alone(provenance, adapter)
+    check_whole(adapter, outline)
+    if provenance is None:
         return None
-    try:
-        provenance = as_now(json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")))
-        made_for = {part: provenance["base"][part] for part in ("model", "revision", "shape", "weights")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(
-            f"--adapter {adapter}: its {PROVENANCE} is damaged ({error!r}). Restore it, or make the adapter again: loramox extrapolate"
-        ) from error
-    check_base({"base": made_for}, base, adapter)
-    check_alone(provenance, adapter)
     # Methods without an alpha train the forget model itself.
     if provenance.get("kind") == "trained" and provenance.get("alpha") is not None:
         warnings.warn(
@@ -289,7 +319,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise RunError(
             f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"
         )
-    ours = {RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
+    ours = {LOCK, RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
     if out.exists() and any(p.name not in ours for p in out.iterdir()):
         raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from loramox.data.chat import end_tokens
 from loramox.data.encode import IGNORED, Example, Tokenisation, encode
 from loramox.data.rows import Row
-from loramox.errors import RowsError, SettingsError
-from loramox.evaluate import membership
+from loramox.errors import NonFiniteLossError, RowsError, SettingsError
+from loramox.evaluate import membership, memorization  # noqa: F401 (importing memorization registers its metrics)
 from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
 from loramox.evaluate.fitting import FittingBatch
-from loramox.evaluate.memorization import exact_memorization, extraction_strength
+from loramox.evaluate.row_metrics import row_metrics
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
 
@@ -67,6 +68,7 @@ class Questions:
         answering: dict[str, Answering] | None = None,
     ) -> None:
         self.tokenizer, self.scoring, self.answering = tokenizer, scoring or ScoringConfig(), answering or {}
+        self._ends = end_tokens(tokenizer)
         self.batch = FittingBatch(self.scoring.batch_size)
         self.parts, wrong = [], []
         for name, rows in parts.items():
@@ -80,9 +82,10 @@ class Questions:
         self._reference: dict[str, list[Tensor]] = {}
 
     def identities(self) -> list[Record]:
-        """part, row and id of every record that `ask` gives, known before any model is."""
+        """part, row and id of every record that `ask` gives, and what its truth ratio is of, known before any model is."""
         return [
             {"part": part.name, "row": e["row"], "id": _identity(part.rows[e["row"]], block)}
+            | _variants(part.rows[e["row"]])
             for part in self.parts
             for e, block in zip(part.answers, _blocks(part.answers), strict=True)
         ]
@@ -123,7 +126,7 @@ class Questions:
         for example, block, scores, answer in zip(part.answers, _blocks(part.answers), answers, said, strict=True):
             where = example["row"]
             of_variants = [next(rest) for _ in part.variants.get(where, ())]
-            record = _record(part.name, part.rows[where], block, example, scores, self.tokenizer)
+            record = _record(part.name, part.rows[where], block, example, scores, self.tokenizer, self._ends)
             records.append(record | _truth(part.rows[where], scores, of_variants) | _said(part.rows[where], answer))
         return records
 
@@ -132,6 +135,16 @@ class Questions:
         if not examples:
             return []
         return self.batch.ask(lambda size: score_answers(model, examples, pad or 0, size, describe, **more))
+
+
+def check_numbers(records: Sequence[Record]) -> None:
+    """Raises `NonFiniteLossError` when an answer's score is not a number: neither would be any figure made of it."""
+    broken = [record["row"] for record in records if np.isnan(record["log_p"])]
+    if broken:
+        raise NonFiniteLossError(
+            f"the model's score of {broken[0]} is not a number, as of {len(broken)} of {len(records)} rows. Its weights or those of its "
+            "adapter are not finite, or its arithmetic overflows: try --dtype bfloat16, or an adapter with a lower alpha"
+        )
 
 
 def _tokenised(
@@ -173,14 +186,23 @@ def _blocks(examples: Sequence[Example]) -> list[int]:
 
 def _identity(row: Row, block: int) -> str:
     """Tells rows apart, and finds the same one in another model's records, wherever its file lies."""
-    return hashlib.sha256(f"{row.key()}\x1f{block}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{row.identity()}\x1f{block}".encode()).hexdigest()[:16]
 
 
-def _record(part: str, row: Row, block: int, example: Example, scores: AnswerScores, tokenizer) -> Record:
-    # OpenUnlearning's token-wise scores leave the last token out: the end of sequence, or in a text without one its last.
-    last = len(scores.targets) and (scores.targets[-1] == tokenizer.eos_token_id or not row.ends)
+def _variants(row: Row) -> Record:
+    """Tells the paraphrase and wrong answers of a row from others, where it has some."""
+    texts = "\x1f".join([row.paraphrase or "", *row.wrong_answers])
+    return {"variants": hashlib.sha256(texts.encode()).hexdigest()[:16]} if row.wrong_answers else {}
+
+
+def _record(
+    part: str, row: Row, block: int, example: Example, scores: AnswerScores, tokenizer, ends: Set[int]
+) -> Record:
+    # OpenUnlearning's token-wise scores leave the last token out: the end of the answer, or in a text without one its last.
+    last = len(scores.targets) and (scores.targets[-1] in ends or not row.ends)
     body = slice(0, len(scores.targets) - bool(last))
     log_p, choice, targets = scores.log_p[body], scores.first_choice[body], scores.targets[body]
+    mean, spread = scores.mean[body], scores.spread[body]
     text = tokenizer.decode(scores.targets, skip_special_tokens=True)
     per_token = membership.loss(scores.log_p)
     record = {
@@ -194,12 +216,11 @@ def _record(part: str, row: Row, block: int, example: Example, scores: AnswerSco
     }
     if len(targets):
         record |= {
-            "exact_memorization": exact_memorization(choice, targets),
-            "extraction_strength": extraction_strength(choice, targets),
+            **row_metrics(targets=targets, log_p=log_p, first_choice=choice, mean=mean, spread=spread),
             "mia_loss": per_token,
             "mia_zlib": membership.zlib(per_token, text),
             "mia_min_k": membership.min_k(log_p),
-            "mia_min_k_plus_plus": membership.min_k_plus_plus(log_p, scores.mean[body], scores.spread[body]),
+            "mia_min_k_plus_plus": membership.min_k_plus_plus(log_p, mean, spread),
         }
     return record | ({"kl": float(scores.kl.mean())} if scores.kl is not None else {})
 
@@ -213,11 +234,15 @@ def _truth(row: Row, answer: AnswerScores, variants: list[AnswerScores]) -> Reco
     answer_log_p = answer.log_p.mean()
     # TOFU's real authors and world facts have no paraphrase.
     true, wrong = (means[0], means[1:]) if spelled else (answer_log_p, means)
-    return {
-        "truth_ratio": float(truth_ratio(np.array([true]), wrong[None])[0]),
-        "chosen_probability": float(chosen_probability(np.array([answer_log_p]), wrong[None])[0]),
-        "wrong_log_p": wrong.tolist(),
-    } | ({"paraphrase_log_p": float(true)} if spelled else {})
+    return (
+        _variants(row)
+        | {
+            "truth_ratio": float(truth_ratio(np.array([true]), wrong[None])[0]),
+            "chosen_probability": float(chosen_probability(np.array([answer_log_p]), wrong[None])[0]),
+            "wrong_log_p": wrong.tolist(),
+        }
+        | ({"paraphrase_log_p": float(true)} if spelled else {})
+    )
 
 
 def _said(row: Row, answer: str | None) -> Record:

@@ -2,12 +2,16 @@
 
 import numpy as np
 
+from loramox.evaluate.row_metrics import row_metric
 
+
+@row_metric(source="arXiv 2202.07646")
 def exact_memorization(first_choice: np.ndarray, targets: np.ndarray) -> float:
     """Share of tokens that are the model's first choice, given the true ones before (arXiv 2202.07646). NaN for no tokens."""
     return float((first_choice == targets).mean()) if len(targets) else float("nan")
 
 
+@row_metric(source="arXiv 2104.07705")
 def extraction_strength(first_choice: np.ndarray, targets: np.ndarray) -> float:
     """1 − k/n, with k the shortest prefix of n tokens after which greedy decoding yields all the rest (arXiv 2104.07705).
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
+from loramox.evaluate.row_metrics import ROW_METRICS
 from loramox.evaluate.truth_ratio import (
     forget_quality,
     model_utility,
@@ -39,13 +40,11 @@ class Summary(NamedTuple):
         return {"metrics": {name: m._asdict() for name, m in self.metrics.items()}, "absent": self.absent}
 
 
-# Fields of which the mean over a part's rows is a metric, and their sources.
+# Fields of which the mean over a part's rows is a metric, and their sources; those of `ROW_METRICS` are others.
 MEANS = {
     "probability": "TOFU, arXiv 2401.06121",
     "rouge_l": "ROUGE-L recall with stemming; TOFU, arXiv 2401.06121",
     "rouge_l_f1": "ROUGE-L F1 with stemming; OpenUnlearning's MUSE",
-    "exact_memorization": "arXiv 2202.07646",
-    "extraction_strength": "arXiv 2104.07705",
 }
 
 # What is better for the means of a part; for every other, more.
@@ -82,7 +81,7 @@ def _by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
     better = BETTER.get(part, "higher")
-    for name, source in MEANS.items():
+    for name, source in (MEANS | {name: metric.source for name, metric in ROW_METRICS.items()}).items():
         found = values(rows, name)
         if len(found):
             metrics[f"{part}_{name}"] = Metric(float(found.mean()), better, len(found), None, source)

@@ -10,20 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from loramox.adapter.folder import CONFIG, read_factors
-from loramox.errors import AdapterError, ModelError, RunError, SettingsError
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import CONFIG
+from loramox.adapter.untrusted import Refused, read_object, regular_files, shown
+from loramox.errors import AdapterError, ModelError, RunError, SettingsError, needs
 from loramox.extras.check.check import check
 from loramox.extras.check.servers import OLLAMAS_OWN
-from loramox.extras.check.untrusted import Refused, read_object, regular_files, shown
 from loramox.files import replacing
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, read_config
 from loramox.settings import check_choices
+
+with needs("gguf"):
+    import gguf
 
 
 class Family(NamedTuple):

@@ -9,8 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE
+from loramox.adapter.streaming.checkpoint import BESIDE, INDEX
 from loramox.errors import RunError, SettingsError
-from loramox.extras.merge.checkpoint import BESIDE, INDEX
 
 # Everything that an adapter, a merged model or a GGUF consists of. Whatever else is in a folder stays here.
 SHIPPED = (CONFIG, PROVENANCE, CARD, "config.json", INDEX, "*.safetensors", "*.gguf", *BESIDE)

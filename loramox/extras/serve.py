@@ -4,18 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter.folder import (
-    CARD,
-    CONFIG,
-    PROVENANCE,
-    WEIGHTS,
-    check_alone,
-    check_base,
-    check_out,
-    read_provenance,
-)
+from loramox.adapter.factors import read_stored
+from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
+from loramox.adapter.streaming.checkpoint import base_config, beside, fetch, read_shards
 from loramox.errors import RunError
-from loramox.extras.merge.checkpoint import BESIDE, INDEX, base_config, fetch, read_shards
 from loramox.files import replacing
 from loramox.model.config import ModelConfig, identify
 
@@ -42,10 +35,11 @@ def serve_folder(
     model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
     check_base(source, identify(model, base_config(model)), adapter)
     folder = fetch(model)
-    beside = {path for pattern in ("config.json", INDEX, *BESIDE) for path in folder.glob(pattern)}
+    read_stored(adapter)  # before anything is written
+    files = {*beside(folder), *(shard.path for shard in read_shards(folder))}
     with replacing(out) as partial:
         partial.mkdir()
-        for path in {*beside, *(shard.path for shard in read_shards(folder))}:
+        for path in files:
             (partial / path.name).symlink_to(path.resolve())
         for name in (WEIGHTS, PROVENANCE, CARD, CONFIG):
             shutil.copyfile(adapter / name, partial / name)

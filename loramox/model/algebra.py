@@ -9,6 +9,8 @@ so averages here are made by concatenating factors, which is exact, and made sma
 whose error is returned.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,6 +58,21 @@ def share_a(*terms: Factors) -> bool:
     return all(t.A.shape == terms[0].A.shape and torch.equal(t.A, terms[0].A) for t in terms[1:])
 
 
+@contextmanager
+def ieee() -> Iterator[None]:
+    """Within it, products of fp32 matrices are computed in fp32, also where TF32 is on (--tf32, --torch_compile)."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in backends]
+    try:
+        for each in backends:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        for each, precision in zip(backends, before, strict=True):
+            each.fp32_precision = precision
+
+
+@ieee()
 def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     """The best approximation of ΔW at `rank` or less, and its error ‖ΔW − result‖_F.
 

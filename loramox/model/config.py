@@ -1,6 +1,6 @@
 """The base model as it lies in a folder or on the hub: which one, whether it can serve, and what tells it from others.
 
-Nothing here loads weights.
+Nothing here loads weights. What it says of a model holds for all commands: each reads the config here.
 """
 
 import hashlib
@@ -20,10 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from loramox.errors import ModelError, SettingsError
+from loramox.model.precision import half_precision, warn_of_emulation
+from loramox.model.stored import check_weights
 from loramox.settings import check_choices
 
 
@@ -45,7 +48,7 @@ class ModelConfig:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of what is not quantized, and of the arithmetic. auto: bfloat16 on a GPU, float32 on a CPU.",
+            "help": "Type of what is not quantized, and of the arithmetic. auto: bfloat16 on a GPU (float16 on one without it), float32 on a CPU.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -67,18 +70,28 @@ class ModelConfig:
         check_choices(self)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        """The type of the arithmetic on `device`. Warns where a GPU has no bfloat16, and where the device emulates it."""
+        if self.dtype == "auto":
+            return half_precision(device) if device.type == "cuda" else torch.float32
+        if self.dtype == "bfloat16":
+            warn_of_emulation(device, "--dtype bfloat16")
+        return getattr(torch, self.dtype)
 
 
-def read_config(reference: ModelConfig) -> PretrainedConfig:
+def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConfig:
     """The model's config, after checking from it alone that the model can serve as the reference.
 
-    Raises `ModelError` for a missing model, one that is not causal, is a mixture of experts, takes images or sound, or
-    is quantized already (an adapter must name the 16-bit base that servers load).
+    Args:
+        reference: the model.
+        weights: also check the files of weights in its folder, by their headers.
+
+    Raises:
+        ModelError: there is no such model; it is an adapter, or has one in its folder; it is not causal, is a mixture of experts,
+            takes images or sound, or is quantized already (an adapter must name the 16-bit base that servers load); or its
+            weights are incomplete.
     """
     name = reference.model
+    _refuse_adapter(Path(name))
     try:
         config = AutoConfig.from_pretrained(
             name, revision=reference.revision, trust_remote_code=reference.trust_remote_code
@@ -121,17 +134,53 @@ def read_config(reference: ModelConfig) -> PretrainedConfig:
             f"--model {name} is quantized already. Give the 16-bit model it was made from: the adapter records its base, and "
             "servers load that one. loramox quantizes it while loading (--quantization nf4)"
         )
+    if weights:
+        check_weights(name)
     return config
 
 
-def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises `ModelError` when there is none that can be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+def _refuse_adapter(folder: Path) -> None:
+    """Raises `ModelError` for a folder with an adapter in it."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if (folder / CONFIG_NAME).is_file():
+        raise ModelError(
+            f"--model {folder} has an {ADAPTER_CONFIG}: transformers puts that adapter on the model, which is then not the base that it "
+            "seems to be. Give a folder without it (move the adapter's files out), or merge the adapter first: loramox ship merge"
         )
+    raise ModelError(
+        f"--model {folder} is an adapter, not a model. Give the base model that it was trained on; to score the two together, add "
+        f"--adapter {folder}"
+    )
+
+
+def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a pad token that the model has.
+
+    Raises:
+        ModelError: there is no tokenizer that can be loaded, or a token that every row needs has no embedding in the model.
+    """
+    name = {
+        "pretrained_model_name_or_path": reference.model,
+        "revision": reference.revision,
+        "trust_remote_code": reference.trust_remote_code,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**name)
+        words = getattr(AutoConfig.from_pretrained(**name), "vocab_size", None)
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
+    beyond = {token: id_ for token, id_ in tokenizer.get_added_vocab().items() if words and id_ >= words}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    needed = [token for token in beyond if token in (tokenizer.eos_token, tokenizer.bos_token) or token in template]
+    if needed:
+        raise ModelError(
+            f"--model {reference.model}: its tokenizer puts {needed[0]} (token {beyond[needed[0]]}) into every row, and the model has "
+            f"embeddings for {words} tokens only. Give the tokenizer that the model was trained with, or resize the model's embeddings"
+        )
+    if tokenizer.pad_token in beyond:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token that the model has will do
+    return tokenizer
 
 
 def context_of(config: PretrainedConfig) -> int:
@@ -144,7 +193,9 @@ def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
 
     Raises `SettingsError` when it cannot hold weights in the wanted quantization, or these cannot be cut over processes.
     """
-    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    # With check_available: without it, the ordinary wheel of torch names a GPU on machines that have none.
+    device = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = device or torch.device("cpu")
     if reference.quantization != "none" and device.type not in ("cuda", "cpu", "xpu"):
         raise SettingsError(
             f"quantization is {reference.quantization}, which bitsandbytes does not run on {device.type}. "

@@ -7,9 +7,11 @@ and 2,048 tokens, 1 GB in fp32, several times over in a loss. Only answer tokens
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -19,6 +21,10 @@ from loramox.errors import ModelError
 # Logits of one chunk, in elements: 36 MB in fp32. A loss holds a handful of such tensors at a time. Just above the 32 MiB
 # up to which glibc may keep freed blocks on its heap: below it, a process on the CPU grew to 2 GB of remains.
 CHUNK_ELEMENTS = 9_000_000
+
+# How far the head's logits may be from the model's own, as a share of the largest: 16-bit arithmetic takes one in a hundred.
+AGREE = 0.05
+_COMPARED: WeakSet[nn.Module] = WeakSet()  # the models of which they are compared
 
 OTHERS = "Use an architecture without them (Llama, Qwen, Mistral, Phi, Gemma, GPT-NeoX, GPT-2)"
 
@@ -95,6 +101,9 @@ def answer_states(
     labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
     With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones.
     What is `passed_on` goes to the model as well (a key-value cache that the batch goes on from).
+
+    Raises:
+        ModelError: in the first pass of a model whose own logits are not those of its `Head`.
     """
     states: list[Tensor] = []
     if layer is not None:
@@ -103,7 +112,7 @@ def answer_states(
         lambda module, args, output: states.append(output[0] if layer is None else output.hidden_states[layer])
     )
     try:
-        model(
+        output = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
@@ -112,6 +121,9 @@ def answer_states(
         )
     finally:
         hook.remove()
+    if layer is None and causal_lm not in _COMPARED:
+        _compare(causal_lm, states[-1][:, -1], output.logits[:, -1])
+        _COMPARED.add(causal_lm)
     labels = batch["labels"][:, 1:]
     is_answer = labels != IGNORED
     return AnswerStates(
@@ -120,6 +132,22 @@ def answer_states(
         row_of=is_answer.nonzero()[:, 0],
         rows=labels.shape[0],
     )
+
+
+@torch.no_grad()
+def _compare(causal_lm: nn.Module, hidden: Tensor, own: Tensor) -> None:
+    """Raises `ModelError` unless `Head` makes the model's own logits of the last position of its hidden states.
+
+    `Head.UNKNOWN` names what architectures of today do to their logits; this finds what it does not name.
+    """
+    if isinstance(own, FakeTensor):
+        return
+    apart, largest = (Head(causal_lm)(hidden) - own.float()).abs().max().item(), own.abs().max().item()
+    if apart > AGREE * largest:
+        raise ModelError(
+            f"{type(causal_lm).__name__} makes other logits of its last hidden states than its output layer does ({apart:.3g} apart, its largest "
+            f"is {largest:.3g}), which loramox does not reproduce in its chunked losses. {OTHERS}"
+        )
 
 
 def states_of_parts(

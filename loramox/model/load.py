@@ -1,9 +1,16 @@
 """Load the frozen reference model, quantized if wanted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import huggingface_hub.utils as hub
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from loramox.errors import ModelError
 from loramox.model.config import ModelConfig, attention_of, read_config
 
 
@@ -11,22 +18,61 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation.
 
     With `reference.shard` it is on the CPU, for `loramox.model.sharding.shard` to cut it up when it has its adapters.
+
+    Raises:
+        ModelError: what `read_config` refuses, or weights that are missing or misshapen: transformers would draw them at random,
+            new ones each time.
     """
+    config = without_dropout(read_config(reference, weights=True))
     dtype = reference.torch_dtype(torch.device(device))
-    with attention_of(reference):
-        model = AutoModelForCausalLM.from_pretrained(
+    with attention_of(reference), _without_bar():
+        model, found = AutoModelForCausalLM.from_pretrained(
             reference.model,
-            config=without_dropout(read_config(reference)),
+            config=config,
             revision=reference.revision,
             attn_implementation=reference.attn_implementation,
             trust_remote_code=reference.trust_remote_code,
             dtype=dtype,
             device_map={"": "cpu" if reference.shard else device},
             quantization_config=_quantization(reference, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused here, by name
         )
+    _check_loaded(reference, model, found)
     if reference.quantization == "nf4":
         keep_4bit_weights_in_place(model)
     return model.requires_grad_(False)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within it loading weights leaves no bar on the terminal; downloads show theirs."""
+    hides = hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if not hides:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if hides:
+            hub.disable_progress_bars()
+
+
+def _check_loaded(reference: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raises `ModelError` unless each weight was loaded, and nothing else."""
+    absent, misfits = sorted(found["missing_keys"]), sorted(str(key) for key, *_ in found["mismatched_keys"])
+    if absent or misfits:
+        first = absent[0] if absent else f"{misfits[0]}, of another shape"
+        raise ModelError(
+            f"--model {reference.model} lacks {len(absent) + len(misfits)} of its weights (first: {first}), which would be random numbers. The "
+            "checkpoint is incomplete, or its config.json is of another model: download it again, or save it again with save_pretrained"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"--model {reference.model} has an adapter in its repository, which transformers has put on the model. Give the plain base, or "
+            "merge the adapter first"
+        )
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -118,7 +118,10 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"--target_modules {reference.target_modules}: {error}") from error
+        raise ModelError(
+            f"--target_modules {reference.target_modules}: {error}. Give names of layers, such as q_proj, or leave --target_modules out: all "
+            "linear layers but the output head"
+        ) from error
     if reference.shared_subspace:
         freeze_subspace(adapted, reference)
     check_trained(adapted)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loramox.colours import CHOSEN, FORGET, MUTED, RETAIN, RETRAINED
+from loramox.errors import needs
 from loramox.files import replacing
 
 LEAST = 1e-8  # of the logarithmic axis: smaller values are drawn there
@@ -20,12 +21,16 @@ def draw_frontier(
         chosen: the value of the axis to mark.
         retrained: the retrained model's mean probabilities by part, or nothing.
         unit: of the axis, alpha or scale.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+    """
+    with needs("report"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        from matplotlib.ticker import NullFormatter
 
     values = [p["at"] for p in points]
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))

@@ -84,7 +84,8 @@ def like_holdout(
     if not len(values):
         return refusal("holdout", _nothing(axis))
     n, m = forget.shape[1], holdout.shape[1]
-    every, at = (of(np.arange(n), np.arange(m)) for of in (areas, pick))
+    whole = np.arange(n), np.arange(m)
+    every, at = areas(*whole), pick(*whole)
     # Of an AUC of two samples that are alike (Hanley & McNeil, 1982).
     error = 1.96 * np.sqrt((n + m + 1) / (12 * n * m))
     if abs(every[at] - 0.5) > error:

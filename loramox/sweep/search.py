@@ -70,8 +70,8 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, axis:
         choices[0] = choices[0]._replace(reason=choices[0].reason + right)
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
         some = finite("mia_min_k", "forget", "holdout")
-        both = (table(part, "mia_min_k", some) for part in ("forget", "holdout"))
-        choices.append(like_holdout(some, *both, membership.auc, axis))
+        forget, holdout = (table(part, "mia_min_k", some) for part in ("forget", "holdout"))
+        choices.append(like_holdout(some, forget, holdout, membership.auc, axis))
     for name, p_value, test in (
         ("truth_ratio", forget_quality, "truth ratios"),
         ("log_p", probability_quality, WITHOUT_RATIOS),

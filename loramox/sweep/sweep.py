@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,20 +14,31 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from loramox.adapter.export import extrapolate, tuned_factors
-from loramox.adapter.folder import WEIGHTS, at_rank, check_base, read_factors, read_provenance, served_rank
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import WEIGHTS, at_rank, served_rank
+from loramox.adapter.provenance import check_base, read_provenance
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
-from loramox.errors import AdapterError, RunError, SettingsError
-from loramox.evaluate.evaluate import Asked, check_sides, described, questions_of, read_parts, read_retrained
-from loramox.evaluate.measure import Record, ScoringConfig
+from loramox.errors import AdapterError, MissingExtraError, RunError, SettingsError
+from loramox.evaluate.evaluate import (
+    Asked,
+    check_sides,
+    count_parts,
+    described,
+    disjoint_parts,
+    questions_of,
+    read_retrained,
+    read_sources,
+)
+from loramox.evaluate.measure import Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
-from loramox.files import has_files, sha256_of, write_json
+from loramox.files import has_files, read_json, sha256_of, write_json
 from loramox.model.config import ModelConfig, check_device, identify, read_config, several_processes
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale, with_factors
 from loramox.model.sharding import shard
-from loramox.run import command, versions
+from loramox.run import command, one_writer, versions
 from loramox.settings import check_choices, of_record
 from loramox.sweep.frontier import Axis, grid, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
@@ -86,6 +98,7 @@ class SweepConfig:
             raise SettingsError(f"refine is {self.refine}; --refine needs 0 or more")
 
 
+@one_writer
 def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = None) -> dict[str, Any]:
     """Score the forget model at many alphas or scales, choose one, and write `config.out`; return the contents of frontier.json.
 
@@ -108,12 +121,14 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     model.model = config.model or model.model
     model.shard = model.shard and several_processes()  # else one process holds all
     device = check_device(model, scoring.use_cpu)
-    base = identify(model, read_config(model))
+    base = identify(model, read_config(model, weights=True))
     check_base(source, base, trained)
-    rows = read_parts(asked.sources(), columns, asked.drop_overlap, asked.suite)
+    read = read_sources(asked.sources(), columns, asked.suite)
+    rows = disjoint_parts(read, asked.drop_overlap)
     check_sides(source, rows, config.trained)
     questions = questions_of(rows, model, read_config(model), tokenisation, scoring, asked.suite)
-    retrained = read_retrained(asked.retrained, questions, base)
+    count_parts(read, rows, questions)
+    retrained = read_retrained(asked.retrained, questions, base, tokenisation.prompt_template)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")
     tuned = tuned_factors(source) if "tuned_adapter" in source else None
@@ -145,6 +160,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         with with_factors(adapted, shipped), at_scale(adapted, axis.scale(at)):
             scaled = time.perf_counter()
             records = questions.ask(adapted, f"{axis.unit} = {at:g}, ")
+        if not at:
+            check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
         scoring_seconds = time.perf_counter() - scaled
         summary = summarise(records, retrained)
         more = time.perf_counter() - start - scoring_seconds
@@ -218,7 +235,7 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
     """Start a sweep in `out`, or continue the same one."""
     path = out / FRONTIER
     if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path, dict)
         if "memorization" in held:
             raise RunError(
                 f"--out {out} holds a sweep of loramox 0.1, which cannot be continued. Choose another folder. loramox report still reads it"
@@ -269,7 +286,12 @@ def _conclude(
     }
     of_retrained = {part: mean(retrained, part) for part in {r["part"] for r in retrained}}
     if PartialState().is_main_process:
-        draw_frontier(out / PICTURE, points, chosen, of_retrained, axis.unit)
+        try:
+            draw_frontier(out / PICTURE, points, chosen, of_retrained, axis.unit)
+        except (
+            MissingExtraError
+        ) as missing:  # the picture is a convenience: everything in it is in frontier.json as well
+            warnings.warn(f"{PICTURE} is not drawn: {missing}, and rerun the command", stacklevel=2)
         write_json(out / FRONTIER, frontier)
         if config.ship and chosen:
             extrapolate(config.trained, config.ship, **{axis.unit: chosen})

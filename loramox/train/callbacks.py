@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from loramox.data.pairs import Pairs
 from loramox.errors import NonFiniteLossError
+from loramox.files import flush
 from loramox.model.lora import current_factors
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
 
@@ -60,8 +61,8 @@ class StopUnlessFinite(TrainerCallback):
     """Stops the run before weights that are not finite are averaged, watched or written to a checkpoint."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        weights = [p.detach().abs().max() for p in kwargs["model"].parameters() if p.requires_grad]
-        if not torch.stack(weights).isfinite().all():
+        weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        if not torch.nn.utils.get_total_norm(weights, math.inf).isfinite():  # one kernel for all, on a GPU
             raise NonFiniteLossError(
                 f"the adapter's weights are no longer finite after step {state.global_step}; they are not written, and the "
                 f"checkpoints of earlier steps in {args.output_dir} are unharmed. Start again with --overwrite and a lower "
@@ -89,6 +90,9 @@ class MomentumCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps_an_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         self.every = args.momentum_every or steps_an_epoch
+        state.compute_steps(
+            args, state.max_steps
+        )  # a resumed run saves and logs as it is told, not as its checkpoint was
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
@@ -98,6 +102,7 @@ class MomentumCallback(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+            flush(checkpoint)
             # Written last: a checkpoint that has it is whole.
             self.trainer.momentum.save(checkpoint)
 

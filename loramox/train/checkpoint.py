@@ -1,14 +1,19 @@
 """The folder `trained/`: the adapter as it was trained, the momentum average that ships, checkpoints."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 
 from loramox.adapter.card import trained_card
-from loramox.adapter.folder import PROVENANCE, at_rank, write_adapter
-from loramox.errors import RunError
+from loramox.adapter.folder import PROVENANCE, WEIGHTS, at_rank, write_adapter
+from loramox.errors import LoramoxError, RunError
+from loramox.files import read_json
 from loramox.model.algebra import Factors
 from loramox.model.config import identify
 from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
@@ -41,9 +46,57 @@ def write_trained(folder: Path, model: PeftModel, momentum: Momentum, plan: dict
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose momentum, written last, is there; None to start from the beginning."""
-    whole = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
-    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
+    """The newest checkpoint from which training can go on; None to start from the beginning.
+
+    A checkpoint without momentum, which is written last, was left by a kill and is passed over. Damaged ones are passed over with
+    a warning.
+
+    Raises:
+        RunError: all checkpoints are damaged.
+    """
+    written = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
+    damaged = ""
+    for checkpoint in sorted(written, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+        try:
+            _check_whole(checkpoint)
+        except LoramoxError as error:
+            damaged = str(error)
+            continue
+        if damaged:
+            warnings.warn(f"{damaged}. Training goes on from {checkpoint.name} instead", stacklevel=2)
+        return str(checkpoint)
+    if damaged:
+        raise RunError(f"{damaged}, and no older checkpoint is whole. Restore it, or start anew with --overwrite")
+    return None
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raises `LoramoxError` that names a file of the checkpoint that is missing or damaged."""
+    state = checkpoint / TRAINER_STATE_NAME
+    if read_json(state, dict).get("global_step") != int(checkpoint.name.rpartition("-")[2]):
+        raise RunError(f"{state} is damaged: its global_step is not that of the folder")
+    Momentum.load(checkpoint)
+    random_states = sorted(p.name for p in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in (WEIGHTS, "optimizer.pt", "scheduler.pt", *random_states):
+        path = checkpoint / name
+        try:
+            if name == WEIGHTS:
+                load_file(path)
+            else:
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise RunError(f"{path} is missing") from error
+        except Exception as error:  # torch and safetensors raise errors of many types for damaged files
+            raise RunError(f"{path} is damaged ({type(error).__name__})") from error
+
+
+def lacks_scores(state: TrainerState, args: UnlearnConfig) -> bool:
+    """Whether a checkpoint was written after the last step of an epoch, but before the scores that follow it."""
+    scored = any(
+        log["step"] == state.global_step and any(name.startswith("eval_") for name in log) for log in state.log_history
+    )
+    return args.eval_strategy == "epoch" and state.epoch == round(state.epoch or 0) and not scored
 
 
 def plan_of(model: PeftModel, args: UnlearnConfig) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from loramox.errors import SettingsError
+from loramox.errors import SettingsError, needs
+from loramox.model.precision import half_precision, warn_of_emulation
 from loramox.settings import check_choices
 from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
 from loramox.train.registry import METHODS, Method
@@ -77,8 +79,14 @@ class UnlearnConfig(TrainingArguments):
     retain_weight: float | None = setting("Weight of the retain term. Default: the method's, mostly 1.", "--kl_weight")
     forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.")
     margin: float | None = setting("simnpo: γ. Default: 0.")
+    instead: str | None = setting(
+        "What the forget model learns to answer instead, without --wanted_column: refuse (a sentence of not knowing), guess (the "
+        "reference's likeliest other answer), none. Default: auto, which is refuse for questions to a chat model, else none.",
+        choices=["auto", "refuse", "guess", "none"],
+    )
     refusals: str | None = setting(
-        "dpo, po: text file of refusals, one a line; each forget row gets one by a seeded draw."
+        "Text file of refusals, one a line, for --instead refuse, dpo and po; each forget row gets one by a seeded draw. Default: "
+        "built-in, two dozen English sentences."
     )
     steering: float | None = setting("rmu: length of the vector that forget rows are steered to. Default: 6.5.")
     rmu_layer: int | None = setting("rmu: number of the layer whose output is steered, from 1. Default: 7.")
@@ -103,6 +111,13 @@ class UnlearnConfig(TrainingArguments):
         metadata={
             "help": "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that comes round "
             "again. In output_dir, deleted at the end, one for each process. 0: no cache."
+        },
+    )
+    auto_retain: int = field(
+        default=0,
+        metadata={
+            "help": "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
+            "answers. --retain auto alone is 240."
         },
     )
     eval_rows: int = field(
@@ -140,7 +155,8 @@ class UnlearnConfig(TrainingArguments):
         default=2, metadata={"help": "Checkpoints kept. At least 2, so that one is always whole."}
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (as in TrainingArguments)
-        default="tensorboard", metadata={"help": "Where logs go. Nothing leaves the machine by default."}
+        default="tensorboard" if find_spec("tensorboard") else "none",
+        metadata={"help": "Where logs go: tensorboard if it is installed. Nothing leaves the machine by default."},
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Unused: rows are read before."})
     ddp_find_unused_parameters: bool | None = field(
@@ -149,7 +165,7 @@ class UnlearnConfig(TrainingArguments):
 
     OF_METHODS: ClassVar = (
         "alpha", "beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term", "retain_weight",
-        "forget_weight", "margin", "refusals", "steering", "rmu_layer", "reinforced", "whp_strength",
+        "forget_weight", "margin", "instead", "refusals", "steering", "rmu_layer", "reinforced", "whp_strength",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -202,7 +218,7 @@ class UnlearnConfig(TrainingArguments):
             "retain_per_forget": ": the retain term needs rows",
             "eval_rows": ": use --eval_strategy no --eval_on_start false to score nothing",
         }
-        at_least_0 = ("margin", "retain_weight", "reference_cache_gb", "learning_rate", "seed")
+        at_least_0 = ("margin", "retain_weight", "reference_cache_gb", "learning_rate", "seed", "auto_retain")
         at_least_1 = ("inner_steps", "rmu_layer", "momentum_every", "momentum_rank", "per_device_train_batch_size",
                       "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
         for names, fine, expected in (
@@ -216,6 +232,9 @@ class UnlearnConfig(TrainingArguments):
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name, (fine, expected) in OF_TRAINER.items():
             refuse(name, getattr(self, name), fine(getattr(self, name)), expected)
+        if "tensorboard" in (self.report_to or ()):
+            with needs("tensorboard"):
+                import tensorboard  # noqa: F401 (transformers would miss it only after the model is loaded)
         if self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
             best = self.metric_for_best_model
             refuse("metric_for_best_model", best, best not in (None, "loss"), WATCHED)
@@ -227,10 +246,14 @@ class UnlearnConfig(TrainingArguments):
         refuse(
             "mixed_precision", launched, launched in ("no", "bf16", "fp16"), "no, bf16 or fp16, of accelerate launch"
         )
+        device = torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
         if self.bf16 is None:
             self.fp16 = self.fp16 or launched == "fp16"
-            here = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
-            self.bf16 = not self.fp16 and (here or launched == "bf16")
+            here = half_precision(device) if device.type == "cuda" and launched == "no" and not self.fp16 else None
+            self.fp16 = self.fp16 or here == torch.float16
+            self.bf16 = not self.fp16 and (here is not None or launched == "bf16")
+        if self.bf16:
+            warn_of_emulation(device, "--bf16")
         # Without a GPU there is nothing to pin for, and torch would say so each epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loramox.adapter.export import check_layers, tuned_source
-from loramox.adapter.folder import read_factors
+from loramox.adapter.factors import read_factors
 from loramox.data.encode import Example
 from loramox.data.rows import Row
 from loramox.errors import ModelError, SettingsError

@@ -1,6 +1,7 @@
 """What a method needs besides rows and a model: answers to teach instead, a layer, a reinforced adapter."""
 
 import random
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from loramox.adapter.folder import check_base, read_factors, read_provenance
+from loramox.adapter.factors import read_factors
+from loramox.adapter.provenance import check_base, read_provenance
 from loramox.data.rows import Row, wanted_rows
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.algebra import Factors
@@ -17,6 +19,25 @@ from loramox.train.registry import METHODS
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
+
+
+BUILT_IN = "built-in"  # stands for the refusals that come with loramox
+REFUSALS = Path(__file__).with_name("refusals.txt")
+
+
+def choose_instead(args: "UnlearnConfig", forget: Sequence[Row], chat: bool, memorize_at: bool) -> None:
+    """Settle `--instead auto`: refuse where questions are put to a chat model, none elsewhere.
+
+    Without another answer to give, a chat model that has forgotten does not speak fluently (docs/results.md).
+
+    Args:
+        chat: whether the tokenizer has a chat template.
+        memorize_at: whether the model in memory is an earlier checkpoint, which is not the one that has to answer.
+    """
+    if args.instead == "auto":
+        questions = chat and not memorize_at and not any(row.prompt is None or row.verbatim for row in forget)
+        given = any(row.wanted for row in forget)
+        args.instead = "refuse" if questions and not given else "none"
 
 
 def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[Row]) -> list[Row]:
@@ -29,7 +50,9 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
     if given and source not in ("wanted", "wanted if given"):
         users = ", ".join(name for name, each in METHODS.items() if (each.answers or "").startswith("wanted"))
         raise SettingsError(f"--wanted_column is of no use to --method {args.method}; it is for {users}. Leave it out")
-    if source is None or source == "wanted if given":
+    if given and args.instead in ("refuse", "guess"):
+        raise SettingsError(f"--instead {args.instead} and --wanted_column both say what is answered instead: give one")
+    if source is None or given or (source == "wanted if given" and args.instead != "refuse"):
         return given
     if any(row.prompt is None for row in forget):
         others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
@@ -41,9 +64,27 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
         if not given:
             raise SettingsError(f"--method {args.method} needs --wanted_column: the column of the other answers")
         return given
-    answers = read_refusals(args.refusals) if source == "refusals" else [row.answer for row in retain]
+    if source == "random":
+        answers = [row.answer for row in retain]
+    elif args.refusals == BUILT_IN:
+        answers = read_refusals(str(REFUSALS))
+        _check_english(forget)
+    else:
+        answers = read_refusals(args.refusals)
     draw = random.Random(args.seed)
     return [replace(row, answer=draw.choice(answers), wanted=None) for row in forget]
+
+
+def _check_english(forget: Sequence[Row]) -> None:
+    """Raises `SettingsError` when most letters of a question are of another script: a refusal is in the question's language."""
+    for row in forget:
+        text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+        letters = [letter for letter in text if letter.isalpha()]
+        if sum("LATIN" in unicodedata.name(letter, "") for letter in letters) < len(letters) / 2:
+            raise SettingsError(
+                f"{row.source}, row {row.number} is not in English, and the built-in refusals are. Give --refusals FILE, one sentence a line in "
+                "the language of the questions, or --instead guess or none"
+            )
 
 
 def read_refusals(path: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loramox.model.head import mean_over_rows, per_token
 from loramox.model.lora import lora_layers, with_factors
-from loramox.train.inputs import read_reinforced
+from loramox.train.inputs import BUILT_IN, read_reinforced
 from loramox.train.losses import cross_entropy, dpo, generic_targets, npo, simnpo, squared_distance, steering_vector
 from loramox.train.reference_cache import FrozenStates
 from loramox.train.registry import method
@@ -27,15 +27,20 @@ if TYPE_CHECKING:
 CE: dict[str, Any] = {"retain_term": "ce", "retain_weight": 1.0}
 KL: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0}
 NONE: dict[str, Any] = {"retain_term": "none", "retain_weight": 1.0}
+INSTEAD: dict[str, Any] = {"instead": "auto", "refusals": BUILT_IN}
 WEIGHTED: dict[str, Any] = {"forget_weight": 1.0}
 
 
 def retain(args: "UnlearnConfig", trainer: "UnlearnTrainer", scale: float = 1.0) -> list[Term]:
-    """retain_weight · CE_R or KL_R, as `retain_term` says, at θ_ref + scale·ΔW; no term where it says none."""
+    """retain_weight · CE_R or KL_R, as `retain_term` says, at θ_ref + scale·ΔW; no term where it says none.
+
+    Where other answers are taught, KL_R weighs the first tokens up (`Answers.early_kl`).
+    """
     if not args.holds_retain:
         return []
     if args.retain_term == "kl":
-        return [Term("retain_kl", Answers.kl, ("retain",), scale, args.retain_weight, (trainer.reference,))]
+        kl = Answers.early_kl if trainer.train_dataset.wanted else Answers.kl
+        return [Term("retain_kl", kl, ("retain",), scale, args.retain_weight, (trainer.reference,))]
     return [Term("retain_loss", Answers.cross_entropy, ("retain",), scale, args.retain_weight)]
 
 
@@ -49,7 +54,7 @@ def taught() -> Term:
     return Term("wanted_loss", Answers.cross_entropy, ("wanted",))
 
 
-@method("npo_mean", "NPO of the per-token mean, weighted by p_ref, arXiv 2404.05868", settings=KL | {"beta": 1.6, "momentum": 0.675},
+@method("npo_mean", "NPO of the per-token mean, weighted by p_ref, arXiv 2404.05868", settings=KL | INSTEAD | {"beta": 1.6, "momentum": 0.675},
         lora_scale=8.0, answers="wanted if given")  # fmt: skip
 def npo_mean(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """−(2/β)·log σ(−β·r) + KL_R, r = Σ p_ref·log(p_θ/p_ref) / Σ p_ref over an answer's tokens. The default of loramox 0.1.
@@ -84,7 +89,7 @@ def simnpo_method(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term
     return [forget(args, lambda a: simnpo(a.mean_log_p(), args.beta, args.margin)), *retain(args, trainer)]
 
 
-@method("dpo", "DPO with refusals, arXiv 2305.18290", settings=CE | WEIGHTED | {"beta": 0.1, "refusals": None}, answers="refusals")  # fmt: skip
+@method("dpo", "DPO with refusals, arXiv 2305.18290", settings=CE | WEIGHTED | {"beta": 0.1, "refusals": BUILT_IN}, answers="refusals")  # fmt: skip
 @method("altpo", "AltPO, arXiv 2409.13474", settings=CE | WEIGHTED | {"beta": 0.1}, answers="wanted")
 def preference(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """Prefer another answer ỹ to the true one: −(2/β)·log σ(β·(log-ratio of ỹ − log-ratio of y)) + CE_R."""
@@ -95,7 +100,7 @@ def preference(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     return [forget(args, loss, "wanted", frozen=(trainer.reference,)), *retain(args, trainer)]
 
 
-@method("po", "PO, arXiv 2401.06121", settings=CE | {"refusals": None}, answers="refusals")
+@method("po", "PO, arXiv 2401.06121", settings=CE | {"refusals": BUILT_IN}, answers="refusals")
 def po(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """CE of a refusal on forget prompts + CE_R. The true answers are not trained on."""
     return [taught(), *retain(args, trainer)]

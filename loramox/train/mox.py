@@ -30,20 +30,21 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loramox.data.microbatches import rows_of
+from loramox.data.microbatches import ONE_PASS, microbatches, rows_of
 from loramox.model.head import answer_states
 from loramox.model.lora import ADAPTER, at_scale, lora_layers
 from loramox.train.losses import npo, preference
-from loramox.train.methods import retain
+from loramox.train.methods import INSTEAD, retain
 from loramox.train.registry import method
 from loramox.train.terms import Answers, Term
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
+    from loramox.train.reference_cache import FrozenStates
     from loramox.train.trainer import UnlearnTrainer
 
 Batch = dict[str, Any]
-SHARED: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0, "momentum": 0.675, "targeted": "descent"}
+SHARED: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0, "momentum": 0.675, "targeted": "descent"} | INSTEAD
 
 
 def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch) -> Tensor:
@@ -54,24 +55,36 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
     """
     args, rows = trainer.args, list(range(len(batch["rows"])))
     steps = min(args.inner_steps, len(rows))
-    minibatches = [rows_of(batch, rows[k::steps]) for k in range(steps)]
-    known = [trainer.reference.states(model, each) for each in minibatches]
+    # Each mini-batch is one pass, unless that would not fit.
+    minibatches = [
+        list(microbatches({"forget": rows_of(batch, rows[k::steps])}, ONE_PASS, trainer.passes.most))
+        for k in range(steps)
+    ]
+    known = [[_known(trainer, model, each) for each in minibatch] for minibatch in minibatches]
     total = torch.zeros((), device=args.device)
     with (
         at_scale(trainer.model, args.forget_scale),
         memorizer(trainer.model, args.seed + trainer.state.global_step) as M,
     ):
         for minibatch, frozen in zip(minibatches, known, strict=True):
-            answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, minibatch), (frozen,))
-            loss = trainer.shared("forget_loss", minibatch, npo(answers.known_log_ratio(), args.beta).mean())
-            trainer.stop_unless_finite(loss, {"forget": minibatch})
-            trainer.accelerator.backward(loss)
+            for each, states in zip(minibatch, frozen, strict=True):
+                trainer.passes.begin(each)
+                answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
+                released = npo(answers.known_log_ratio(), args.beta).mean()
+                loss = trainer.passes.note("forget_loss", "forget", each["forget"], released)
+                trainer.accelerator.backward(loss)
+                total += loss.detach()
             for weight, gradient in zip(M, trainer.mean_over_processes([weight.grad for weight in M]), strict=True):
                 # NaN: fp16 overflowed, and the optimiser will skip this step.
                 weight.data += args.inner_lr * gradient.sign().nan_to_num()
                 weight.grad = None
-            total += loss.detach()
     return total
+
+
+def _known(trainer: "UnlearnTrainer", model: Any, parts: dict[str, Batch]) -> Tensor:
+    """The reference's states of the rows of one pass."""
+    trainer.passes.begin(parts)
+    return trainer.reference.states(model, parts["forget"])
 
 
 @contextmanager
@@ -137,10 +150,11 @@ def mox_static(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
 
     `temperature` divides the logits of CE_F; `kl_at` moves KL_R to θ_ref − alpha·ΔW, the model that ships.
     """
+    frozen: tuple[FrozenStates, ...] = ()
     if args.forget_term == "preference":
         loss, frozen = lambda a: preference(a.log_ratio(), args.beta), (trainer.origin,)
     else:
-        loss, frozen = lambda a: a.cross_entropy(args.temperature), ()
+        loss = lambda a: a.cross_entropy(args.temperature)  # noqa: E731
     beside = trainer.memorize_beside
     forget = Term("forget_loss", loss, ("forget",), frozen=frozen, beside=beside)
     retained = (

@@ -23,7 +23,7 @@ class Kept(NamedTuple):
     """Where in the file a row's states are, in answer tokens, and with which rows it is worked out."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls
     group: list[Example]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loramox.model.head import AnswerStates, Head, mean_over_rows, per_token, sum_over_rows, weighted_mean_over_rows
@@ -56,9 +57,23 @@ class Answers(NamedTuple):
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""
+        return mean_over_rows(self._kl_of_tokens(), self.states)
+
+
+    def early_kl(self) -> Tensor:
+        """The same with a weight of 1/t for token t of an answer, counted from 1: Σ KL_t/t / Σ 1/t, [rows].
+
+        Another answer that is taught, a refusal say, spreads to other questions by its first token. In a plain mean over the
+        tokens of a long answer that one hardly counts.
+        """
+        counts = torch.bincount(self.states.row_of, minlength=self.states.rows)
+        before = counts.cumsum(0) - counts
+        position = torch.arange(len(self.states.row_of), device=counts.device) - before[self.states.row_of] + 1
+        return weighted_mean_over_rows(self._kl_of_tokens(), 1 / position, self.states)
+
+    def _kl_of_tokens(self) -> Tensor:
         both = [self.states.hidden, self.frozen[0]]
-        kl = per_token(lambda logits, frozen: kl_divergence(frozen, logits), self.head, both)
-        return mean_over_rows(kl, self.states)
+        return per_token(lambda logits, frozen: kl_divergence(frozen, logits), self.head, both)
 
 
 @dataclass(frozen=True)

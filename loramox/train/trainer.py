@@ -1,7 +1,6 @@
 """The trainer of ΔW: transformers' `Trainer` as a loop over the terms of a method's loss."""
 
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
 
 from loramox.data.encode import Example
-from loramox.data.microbatches import OVERHEAD, OVERHEAD_ELSEWHERE, concatenated, microbatches, microbatches_of_pairs
+from loramox.data.microbatches import (
+    ONE_PASS,
+    OVERHEAD,
+    OVERHEAD_ELSEWHERE,
+    concatenated,
+    microbatches,
+    microbatches_of_pairs,
+)
 from loramox.data.pairs import Collator, Pairs
-from loramox.errors import NonFiniteLossError
 from loramox.model.head import Head, answer_states, states_of_parts
 from loramox.model.lora import adapter_off, at_scale, check_trained, current_factors, with_factors
 from loramox.model.sharding import is_sharded
@@ -32,6 +38,7 @@ from loramox.train.checkpoint import base_of, plan_of, write_trained
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import TUNED, switch_on
 from loramox.train.momentum import Momentum
+from loramox.train.passes import Passes
 from loramox.train.reference_cache import FrozenStates
 from loramox.train.terms import Answers, Place
 from loramox.train.watched import means, row_scores
@@ -48,7 +55,8 @@ class UnlearnTrainer(Trainer):
     Args:
         model: a PEFT model with one fresh LoRA adapter (`loramox.add_lora`).
         args: the settings.
-        forget_dataset, retain_dataset: what `loramox.encode` returns.
+        forget_dataset: what `loramox.encode` returns for the forget rows.
+        retain_dataset: the same for the retain rows.
         processing_class: the model's tokenizer.
         wanted_dataset: other answers to the forget prompts, one for each forget row, for methods that teach them.
         protected_dataset: rows that earlier requests made the model forget; they are held where they are.
@@ -109,7 +117,8 @@ class UnlearnTrainer(Trainer):
         )
         self.terms = args.spec.terms(args, self)
         self._term_of = {part: term for term in self.terms for part in term.parts}
-        self._forget_batches: list[dict[str, Any]] = []  # of a step that gradient accumulation has not closed yet
+        self.passes = Passes(self._term_of)
+        self._batches: list[dict[str, Any]] = []  # of a step that gradient accumulation has not closed yet
         self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if self.sharded:
             # No DistributedDataParallel around it, which does not take it: `training_step` averages its gradients.
@@ -132,34 +141,55 @@ class UnlearnTrainer(Trainer):
         return self.plan["base"] if self.plan else base_of(self.model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The gradients of one step: the method's own, then those of every term."""
+        """The gradients of one step: the method's own, then those of every term; in smaller passes where memory runs out."""
         model.train()
-        loss = self._own_gradient(model, inputs["forget"])
+        self._batches.append(inputs)
+        batches = [inputs]
+        while True:
+            try:
+                loss = self._own_gradient(model)
+                losses = [self._gradients_of_terms(model, batch, num_items_in_batch) for batch in batches]
+                break
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self.passes.take_smaller(error)
+            # After the error is gone, whose traceback holds the activations. Gradients of the step's earlier batches go as well:
+            # a backward pass that broke off has added to some.
+            self.model.zero_grad()
+            self.passes.losses.clear()
+            clear_device_cache(garbage_collection=True)
+            batches = self._batches
+        if self.accelerator.sync_gradients:
+            for each in self.passes.close(self.state.global_step + 1, self.args.output_dir):
+                self._logged[each.name].append((each.share, each.loss))
+            self._batches = []
+        return loss + losses[-1]
+
+    def _gradients_of_terms(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Add the gradients of every term of one batch; return its loss, []."""
+        loss = torch.zeros((), device=self.args.device)
         work = list(self._microbatches(inputs))
         for number, ((scale, beside, _), parts) in enumerate(work, 1):
             # Processes that share a batch add up their gradients in the last pass alone: each may make as many as its rows need.
             by_itself = self.accelerator.no_sync(model) if number < len(work) else nullcontext()
+            self.passes.begin(parts)
             # The scale must not change before the backward pass has ended.
             with by_itself, self.at(scale, beside):
                 loss += super().training_step(model, parts, num_items_in_batch)
-            self.stop_unless_finite(loss, parts)
         if self.sharded or not work:
             trained = [p for p in self.model.parameters() if p.grad is not None]
             for p, mean in zip(trained, self.mean_over_processes([p.grad for p in trained]), strict=True):
                 p.grad = mean
         return loss
 
-    def _own_gradient(self, model: nn.Module, forget: dict[str, Any]) -> Tensor:
+    def _own_gradient(self, model: nn.Module) -> Tensor:
         """What the method adds to the gradients besides its terms, and its loss. Rows of accumulated batches are one batch."""
-        nothing = torch.zeros((), device=self.args.device)
-        if not self.args.spec.gradient:
-            return nothing
-        self._forget_batches.append(self._prepare_inputs(forget))
-        if not self.accelerator.sync_gradients:
-            return nothing
-        batch, self._forget_batches = concatenated(self._forget_batches), []
+        if not (self.args.spec.gradient and self.accelerator.sync_gradients):
+            return torch.zeros((), device=self.args.device)
+        forget = concatenated([self._prepare_inputs(batch["forget"]) for batch in self._batches])
         with self.accelerator.no_sync(model):
-            return self.args.spec.gradient(self, model, batch)
+            return self.args.spec.gradient(self, model, forget)
 
     def mean_over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of each tensor the mean over the processes; in one process the tensors themselves."""
@@ -176,11 +206,12 @@ class UnlearnTrainer(Trainer):
         alone = [term for term in self.terms if len(term.parts) == 1 and term.parts[0] in inputs]
         for place in dict.fromkeys(term.place for term in alone):
             parts = {term.parts[0]: inputs[term.parts[0]] for term in alone if term.place == place}
-            yield from ((place, some) for some in microbatches(parts, self.overhead))
+            yield from ((place, some) for some in microbatches(parts, self.overhead, self.passes.most))
         for term in self.terms:
             if len(term.parts) > 1:
                 pairs = {part: inputs[part] for part in term.parts}
-                yield from ((term.place, some) for some in microbatches_of_pairs(pairs, self.overhead))
+                made = microbatches_of_pairs(pairs, self.overhead, self.passes.most)
+                yield from ((term.place, some) for some in made)
 
     @property
     def overhead(self) -> int:
@@ -188,7 +219,7 @@ class UnlearnTrainer(Trainer):
         if self.sharded:
             # So that a scale's rows are in one pass. Processes go through the layers together and in the same order, passes of
             # the reference included, which depend on the parts in a pass: out of step they would compute with other layers.
-            return 1 << 40
+            return ONE_PASS
         return OVERHEAD.get(self.args.device.type, OVERHEAD_ELSEWHERE)
 
     def compute_loss(
@@ -205,29 +236,9 @@ class UnlearnTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         for term in terms:
             answers = (Answers(self.head, states[part], frozen[part]) for part in term.parts)
-            loss = loss + term.weight * self.shared(term.name, inputs[term.parts[0]], term.loss(*answers).mean())
+            part = term.parts[0]
+            loss = loss + term.weight * self.passes.note(term.name, part, inputs[part], term.loss(*answers).mean())
         return loss
-
-    def shared(self, name: str, batch: dict[str, Any], loss: Tensor) -> Tensor:
-        """A pass's share of the mean over all rows, of the mean over its own; noted for the log."""
-        share = batch.get("share", 1.0)
-        self._logged[name].append((share, loss.detach()))
-        return share * loss
-
-    def stop_unless_finite(self, loss: Tensor, parts: dict[str, Any]) -> None:
-        """Raises `NonFiniteLossError` that names the step and the rows."""
-        if not math.isfinite(loss.item()):
-            names = {part: term.name for part, term in self._term_of.items()}
-            lost = (p for p in parts if p in names and not math.isfinite(self._logged[names[p]][-1][1].item()))
-            part = next(lost, next(iter(parts)))
-            rows = parts[part]["rows"]
-            shown = "; ".join(rows[:3]) + ("; …" if len(rows) > 3 else "")
-            # Going on from the last checkpoint would come to the same loss: it has the same learning rate and rows.
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the {part} rows of its batch ({shown}). Nothing of "
-                f"this step is written, and the last checkpoint in {self.args.output_dir} is as it was. Start again with --overwrite and "
-                "a lower --learning_rate, a lower --alpha, or without --fp16"
-            )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

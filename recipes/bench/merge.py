@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from loramox.adapter.folder import write_adapter
+from loramox.adapter.streaming.shards import Entry, size_in, write_header, write_tensor
 from loramox.extras.merge.job import merge
 from loramox.extras.merge.merge import MergeConfig
 from loramox.extras.merge.quantize import dequantized, quantized_like
-from loramox.extras.merge.shards import Entry, size_in, write_header, write_tensor
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, identify, read_config, skeleton
 from loramox.model.load import keep_4bit_weights_in_place, load_reference

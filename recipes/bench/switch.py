@@ -3,8 +3,9 @@
     python -m recipes.bench.switch [--shape 100m] [--device cpu] [--rounds 9] [--out recipes/bench/results/switch.md]
 
 One random Llama with a random LoRA adapter (r = 16, all linear layers). Switching is the median of many calls. Generating is
-greedy, a batch of 8 prompts of 32 tokens, 32 new tokens each; the ways to do it take turns within a round, and what is given is
-the median over rounds of their speed as a share of the base model's in that round, with quartiles.
+greedy, a batch of 8 prompts of 32 tokens, 32 new tokens each; the ways to do it alternate within a round, and what is given is
+the median over rounds of their speed as a share of the base model's in that round, with quartiles. What the lock costs that lets
+threads share the model is the difference between the adapter on with and without a ForgetSwitch on the model.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def switching(switch: ForgetSwitch) -> dict[str, float]:
         "off": switch.off,
         "on": switch.on,
         "to a scale": lambda: switch.at(0.5),
+        "a lock and unlock": lambda: switch._turns.take().__enter__().__exit__(),
         f"names for {ROWS} rows": lambda: switch.rows([True, False] * (ROWS // 2)),
     }
     taken: dict[str, list[float]] = {name: [] for name in turns}
@@ -66,6 +68,7 @@ def generating(model: PeftModel, switch: ForgetSwitch, device: str, rounds: int)
     length = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     merged = copy.deepcopy(model).merge_and_unload()
     base = copy.deepcopy(model).unload()
+    unlocked = copy.deepcopy(model)  # a copy has no ForgetSwitch, so that its calls take no lock
     mixed = switch.rows([True, False] * (ROWS // 2))
 
     def off() -> None:
@@ -76,6 +79,7 @@ def generating(model: PeftModel, switch: ForgetSwitch, device: str, rounds: int)
         "base model": lambda: base.generate(**batch, **length),
         "adapter off": off,
         "adapter on": lambda: model.generate(**batch, **length),
+        "adapter on, no ForgetSwitch": lambda: unlocked.generate(**batch, **length),
         "half of the rows forget": lambda: model.generate(**batch, **length, adapter_names=mixed),
         "merged": lambda: merged.generate(**batch, **length),
     }
@@ -123,6 +127,9 @@ def main() -> None:
         low, middle, high = statistics.quantiles(shares, n=4)
         speed = ROWS * NEW / statistics.median(seconds)
         lines.append(f"| {name} | {speed:.0f} | {middle:.2f} ({low:.2f} … {high:.2f}) |")
+    on, unlocked = (taken[name] for name in ("adapter on", "adapter on, no ForgetSwitch"))
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(on, unlocked, strict=True)], n=4)
+    lines += ["", f"Time with the lock as a multiple of the time without it: {middle:.3f} ({low:.3f} … {high:.3f})."]
     print("\n".join(lines))
     if given.out:
         given.out.write_text("\n".join(["# Switching forgetting while serving", "", *lines, ""]), encoding="utf-8")

@@ -23,7 +23,9 @@ from loramox import (
     load_reference,
 )
 from loramox.adapter.export import forget_change
-from loramox.adapter.folder import PROVENANCE, at_rank, read_factors, read_provenance, served_rank
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import PROVENANCE, at_rank, served_rank
+from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Example
 from loramox.data.rows import Row
 from loramox.evaluate.attacks import relearn
@@ -32,7 +34,7 @@ from loramox.evaluate.truth_ratio import truth_ratio
 from loramox.model.algebra import Factors
 from loramox.model.config import context_of, read_config, read_tokenizer
 from loramox.model.lora import at_scale, with_factors
-from loramox.unlearning import prepare
+from loramox.train.prepare import prepare
 
 from .methods import R, Size
 from .runs import Record, Run

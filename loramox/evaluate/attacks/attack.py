@@ -1,6 +1,9 @@
 """Attacking as one job: what comes back of the forget rows when somebody tries. Records as in evaluating, before and after."""
 
+import functools
+import gc
 import json
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,20 +17,32 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 
-from loramox.data.encode import Tokenisation
+from loramox.adapter.loading import put_on
+from loramox.data.encode import Tokenisation, served_otherwise
 from loramox.data.rows import Columns, Data, Row
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.attacks import relearn, requantize
-from loramox.evaluate.attacks.prompts import PREFIX_WORDS, given_away, paraphrased_questions
-from loramox.evaluate.evaluate import check_adapter, check_scales, check_sides, described, questions_of, read_parts
-from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.attacks.prompts import PREFIX_WORDS, as_served, given_away, paraphrased_questions
+from loramox.evaluate.evaluate import (
+    check_adapter,
+    check_scales,
+    check_sides,
+    count_parts,
+    described,
+    disjoint_parts,
+    questions_of,
+    read_sources,
+)
+from loramox.evaluate.measure import Questions, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.summary import summarise
-from loramox.files import has_files, remove, write_json
-from loramox.model.config import ModelConfig, check_device, identify, read_config
+from loramox.files import has_files, read_json, remove, write_json
+from loramox.model.config import ModelConfig, check_device, identify, read_config, skeleton
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
-from loramox.run import command, versions
+from loramox.run import command, one_writer, versions
+
+log = logging.getLogger(__name__)
 
 ATTACKS = ("relearn", "requantize", "ask")
 RECORD = "attacks.json"
@@ -43,7 +58,7 @@ class AttackConfig:
         default_factory=lambda: list(ATTACKS),
         metadata={
             "help": "relearn (train on some forget rows, and on retain rows), requantize (merge, then 4 and 8 bits), ask "
-            "(paraphrased questions, and the answer's first words given away)."
+            "(paraphrased questions, the answer's first words given away, and a server's prompt where training has another)."
         },
     )
     scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
@@ -73,6 +88,7 @@ class AttackConfig:
             raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
 
 
+@one_writer
 def attack(
     config: AttackConfig,
     model: ModelConfig,
@@ -108,11 +124,14 @@ class _Bench:
         self.out = Path(config.out)
         self.device = check_device(model, scoring.use_cpu)
         sources = {"forget": data.forget, "retain": data.retain}
-        rows = read_parts(sources, columns, data.drop_overlap)
-        base_config = read_config(model)
+        read = read_sources(sources, columns)
+        rows = disjoint_parts(read, data.drop_overlap)
+        base_config = read_config(model, weights=True)
         base = identify(model, base_config)
-        made_by = check_adapter(Path(config.adapter), base)
+        made_by = check_adapter(Path(config.adapter), base, skeleton(base_config, model))
         check_scales(Path(config.adapter), "attack")
+        if "requantize" in config.attacks:
+            self.merging = requantize.plan(model, Path(config.adapter), config.scale, self.device)
         check_sides(made_by, rows, config.adapter)
         self.known, self.asked = self._split(rows["forget"])
         self.retain = rows["retain"]
@@ -121,11 +140,12 @@ class _Bench:
             return questions_of(parts, model, base_config, tokenisation, scoring)
 
         self.questions = questions({"forget": self.asked, "retain": self.retain})
-        self.otherwise = self._otherwise(questions) if "ask" in config.attacks else {}
+        self.otherwise = self._otherwise(questions, tokenisation) if "ask" in config.attacks else {}
         self.training = {
             "forget rows": questions({"known": self.known}),
             "retain rows": questions({"known": self.retain}),
         }
+        count_parts(read, rows, self.questions, *self.training.values())
         self.plan = {
             "base": base,
             "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
@@ -146,16 +166,18 @@ class _Bench:
         chosen = set(random.Random(self.config.seed).sample(range(len(forget)), count))
         return [r for i, r in enumerate(forget) if i in chosen], [r for i, r in enumerate(forget) if i not in chosen]
 
-    def _otherwise(self, questions) -> dict[str, Questions]:
+    def _otherwise(self, questions, tokenisation: Tokenisation) -> dict[str, Questions]:
         ways = {"paraphrased questions": paraphrased_questions(self.asked)}
         ways |= {f"first {'word' if n == 1 else f'{n} words'} given": given_away(self.asked, n) for n in PREFIX_WORDS}
+        if served_otherwise(self.asked, self.questions.tokenizer, tokenisation):
+            ways["as served"] = as_served(self.asked)
         return {name: questions({"forget": rows}) for name, rows in ways.items() if rows}
 
     def open(self) -> None:
         """Start, or go on with the same attack in the folder."""
         path = self.out / RECORD
         if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path, dict)
             other = [k for k, v in json.loads(json.dumps(self.plan)).items() if held.get(k) != v]
             if other:
                 raise RunError(
@@ -178,7 +200,7 @@ class _Bench:
 
     def forget_model(self) -> PeftModel:
         if self.adapted is None:
-            self.adapted = PeftModel.from_pretrained(load_reference(self.model, self.device), self.config.adapter)
+            self.adapted = put_on(load_reference(self.model, self.device), self.config.adapter)
         return self.adapted
 
     def folder(self, attack: str, state: str) -> Path:
@@ -197,6 +219,8 @@ class _Bench:
             self.reused += 1
         else:
             records = questions.ask(model, f"{attack}, {state}: ")
+            if attack == "none":
+                check_numbers(records)
             write_records(folder, records, summarise(records), {"attack": attack, "state": state})
         metrics = {name: m.value for name, m in summarise(records).metrics.items()}
         self.states.append({"attack": attack, "state": state, "folder": folder.name, "metrics": metrics})
@@ -233,24 +257,30 @@ class _Bench:
     def requantize(self) -> None:
         config, merged = self.config, self.out / "merged"
         self.adapted = None  # one model at a time
-        after_merging = {"none": "not quantized, merged", "nf4": "nf4, merged first", "int8": "int8, merged first"}
+        after_merging = {"nf4": "nf4, merged first", "int8": "int8, merged first"}
+        if self.model.quantization == "none":
+            after_merging = {"none": "not quantized, merged"} | after_merging
+        else:  # a device that holds the model quantized may not hold it otherwise
+            log.info("The merged model is not asked before it is quantized. With --quantization none it is")
         if not self.asked_already("requantize", *after_merging.values()):
-            requantize.merge(self.model, config.adapter, config.scale, self.device, merged)
+            requantize.merge(self.merging, merged)
         for kind, state in after_merging.items():
             if kind != "none":
-                self._ask_loaded(f"{kind}, not merged", lambda kind=kind: self._unmerged(kind), config.scale)
-            self._ask_loaded(state, lambda kind=kind: requantize.requantized(self.model, merged, kind, self.device))
+                self._ask_loaded(f"{kind}, not merged", functools.partial(self._unmerged, kind), config.scale)
+            self._ask_loaded(state, functools.partial(requantize.requantized, self.model, merged, kind, self.device))
 
     def _ask_loaded(self, state: str, load: Callable[[], nn.Module], scale: float = 1.0) -> None:
         """Score a state whose model is loaded for it alone, unless it is scored already; an adapter on it is at `scale`."""
         model = None if self.asked_already("requantize", state) else load()
         with at_scale(model, scale) if model else nullcontext():
             self.ask("requantize", state, model)
+        del model
+        gc.collect()  # modules refer to each other, and the next one must find room
 
     def _unmerged(self, kind: str) -> nn.Module:
         """The adapter on the base model quantized as `kind`."""
         base = load_reference(replace(self.model, quantization=kind), self.device)
-        return PeftModel.from_pretrained(base, self.config.adapter)
+        return put_on(base, self.config.adapter)
 
     def close(self) -> dict[str, Any]:
         record = {

@@ -15,6 +15,11 @@ def paraphrased_questions(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def as_served(rows: Sequence[Row]) -> list[Row]:
+    """The rows behind the prompt that a server makes of them, where training has another. Their other answers are left out."""
+    return [replace(r, as_served=True, paraphrase=None, wrong_answers=()) for r in rows]
+
+
 def given_away(rows: Sequence[Row], words: int) -> list[Row]:
     """Question rows whose answer is longer than `words` words, and from which only the rest is still asked.
 

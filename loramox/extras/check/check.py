@@ -1,22 +1,22 @@
 """`loramox ship check`: whether an adapter folder loads, server by server, and what stops it, with nothing trusted."""
 
+import math
 import re
 import shlex
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.layers import Layers
+from loramox.adapter.untrusted import Refused, read_header, read_object, regular_files, shown
 from loramox.errors import AdapterError, ModelError, SettingsError
-from loramox.extras.check.servers import SERVERS, Adapter, Finding, judge, loading, remedy
-from loramox.extras.check.tensors import LOST, of_keys, of_shapes, of_values
-from loramox.extras.check.untrusted import Refused, read_header, read_object, regular_files, shown
+from loramox.extras.check.servers import SERVERS, Adapter, Finding, judge, remedy
+from loramox.extras.check.tensors import LOST, by_peft, lora_config, of_keys, of_shapes, of_values
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, identify, read_config
 
@@ -32,8 +32,9 @@ STARTS = re.compile(r"gaussian|eva|olora|pissa|pissa_niter_\d{1,3}|corda|loftq|o
 PLAIN = re.compile(r"[\w.-]+")
 
 
-def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] = SERVERS) -> list[Finding]:
-    """What was found in an adapter folder: findings for 'all' servers, and for each asked one a last 'ok' if it loads there.
+def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] | None = None) -> list[Finding]:
+    """What was found in an adapter folder: findings for 'all' servers, and for each asked one (by default: all) a last 'ok' if it
+    loads there.
 
     Shapes are compared to those of `base`, by default the model that the adapter names, where that is on this machine:
     by its config.json alone. Nothing is run or downloaded, but for the config.json of a hub id given as `base`.
@@ -43,7 +44,7 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
     Raises `AdapterError` when there is no such folder, `SettingsError` for a server that is not known, and `ModelError`
     for a `base` without a usable config.
     """
-    folder = Path(adapter)
+    folder, servers = Path(adapter), list(SERVERS) if servers is None else servers
     if not folder.is_dir():
         raise AdapterError(f"{shown(folder)} is no folder. Give an adapter folder, such as DIR/forget-adapter")
     if not (folder / CONFIG).exists() and (folder / "forget-adapter").is_dir():
@@ -75,6 +76,8 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] =
     if model_config is not None and name is not None:
         findings += [*of_shapes(read, model_config), *_same_base(read, name, model_config)]
     findings += _origin(read)
+    if not any(f.server == "all" and f.verdict == "stop" for f in findings):
+        findings += by_peft(read, model_config)
     if not any(f.server == "all" and f.verdict == "stop" for f in findings):  # else shapes, and so sizes, may be any
         findings += [*of_values(read, files[WEIGHTS]), *_changed(read, files[WEIGHTS])]
     findings += judge(read)
@@ -85,7 +88,7 @@ def _asked(findings: list[Finding], read: Adapter, servers: Sequence[str]) -> li
     """The findings for the servers asked, and for each that nothing stops, how it loads."""
     kept = [f for f in findings if f.server in ("all", *servers)]
     stopped = {f.server for f in kept if f.verdict == "stop"}
-    loads = [Finding(s, "ok", "loads", loading(read, s)) for s in servers if not {s, "all"} & stopped]
+    loads = [Finding(s, "ok", "loads", SERVERS[s](read)) for s in servers if not {s, "all"} & stopped]
     return kept + loads
 
 
@@ -160,6 +163,13 @@ def _config(config: dict[str, Any]) -> Iterator[Finding]:
         yield refuse(what, f"Write the adapted layers' names into {CONFIG} as a list")
     elif not isinstance(targets, list) or not targets or not all(isinstance(t, str) and t for t in targets):
         yield refuse("target_modules is no list of layers' names")
+    for setting in ("modules_to_save", "target_parameters"):
+        names = config.get(setting) or []
+        if not isinstance(names, list) or not all(isinstance(each, str) and each for each in names):
+            yield refuse(f"{setting} is {shown(names)}, no list of names")
+    blocks = config.get("layer_replication")
+    if blocks and not (isinstance(blocks, list) and len(blocks) <= MOST_LAYERS and _layers_of(blocks) <= MOST_LAYERS):
+        yield refuse(f"layer_replication is {shown(blocks)}, no list of a few ranges of layers")
     for setting in PATTERNS:
         if odd := [text for text in _texts(config.get(setting)) if not PLAIN.fullmatch(text)]:
             yield refuse(f"{setting} has the pattern {shown(odd[0])}, which can take for ever to match")
@@ -173,12 +183,16 @@ def _config(config: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _layers_of(blocks: list[Any]) -> float:
+    """How many layers layer_replication asks for: without end, where it is no list of ranges."""
+    sound = all(isinstance(b, list) and len(b) == 2 and all(type(n) is int and n >= 0 for n in b) for b in blocks)
+    return sum(end - start for start, end in blocks) if sound else math.inf
+
+
 def _peft(config: dict[str, Any]) -> Iterator[Finding]:
     """What PEFT's own config class says of the settings; it checks them, and does nothing else."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            LoraConfig.from_peft_type(**config)
+        Layers(lora_config(config), Path())
     except Exception as error:  # whatever comes of values of wrong types
         yield Finding("all", "stop", f"PEFT refuses {CONFIG}: {shown(error)}", LOST)
 
@@ -273,4 +287,4 @@ def _changed(read: Adapter, weights: Path) -> Iterator[Finding]:
     known = read.provenance.get("sha256")
     if isinstance(known, str) and known != sha256_of(weights):
         what = f"{WEIGHTS} is not the file that provenance.json was written for: it was changed or damaged afterwards"
-        yield Finding("all", "note", what, remedy(read, ""))
+        yield Finding("all", "stop", what, remedy(read, ""))

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loramox.adapter.folder import SERVED_RANKS, served_rank
-from loramox.extras.check.untrusted import Stored, shown
+from loramox.adapter.untrusted import Stored, shown
 
-SERVERS = ("peft", "vllm", "sglang", "llama.cpp", "ollama")
-OTHERS = SERVERS[1:]  # PEFT wrote the format, and takes all of it
+OTHERS = ("all but peft",)  # PEFT wrote the format, and takes all of it
 VLLM_RANK = 16  # vLLM's default --max-lora-rank
 
 QUANTIZED_NAME = re.compile(r"[48]-?bit\b|int[48]\b|\bnf4\b|gptq|awq|gguf|exl2|\bfp8\b", re.IGNORECASE)
@@ -61,6 +60,20 @@ class Adapter(NamedTuple):
     @property
     def alpha(self) -> Any:
         return self.config.get("lora_alpha", 8)
+
+
+# The servers in the order in which they are reported, each with a function that returns the command by which it loads an adapter.
+SERVERS: dict[str, Callable[[Adapter], str]] = {}
+
+
+def server(name: str) -> Callable[[Callable[[Adapter], str]], Callable[[Adapter], str]]:
+    """Register the decorated function as the server NAME of `ship check --for`."""
+
+    def register(loading: Callable[[Adapter], str]) -> Callable[[Adapter], str]:
+        SERVERS[name] = loading
+        return loading
+
+    return register
 
 
 class Rule(NamedTuple):
@@ -152,7 +165,7 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
 
 HEAD = r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|embed_in|wte|lora_embedding_[AB])(?:\.|$)"
 
-RULES = (
+RULES = [
     Rule(OTHERS, "stop", because(set_to("bias", "none"), "trained biases are left out")),
     Rule(OTHERS, "stop", because(set_to("lora_bias"), "trained biases are left out")),
     Rule(
@@ -186,15 +199,16 @@ RULES = (
     Rule(("vllm",), "note", unknown_type("vllm"), None),
     Rule(("sglang",), "note", unknown_type("sglang"), None),
     Rule(("llama.cpp",), "note", unknown_type("llama.cpp"), None),
-)
+]
 
 
 def judge(adapter: Adapter) -> Iterator[Finding]:
     """What every server's rules say of an adapter whose files are sound."""
     for rule in RULES:
         if said := rule.says(adapter):
-            for server in rule.servers:
-                yield Finding(server, rule.verdict, said, remedy(adapter, rule.flags))
+            servers = [name for name in SERVERS if name != "peft"] if rule.servers == OTHERS else rule.servers
+            for name in servers:
+                yield Finding(name, rule.verdict, said, remedy(adapter, rule.flags))
     if said := unknown_type("ollama")(adapter):
         own = adapter.model_type in OLLAMAS_OWN
         merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
@@ -235,15 +249,29 @@ def converting(adapter: Adapter) -> str:
     return f"loramox ship gguf --adapter {shlex.quote(adapter.folder)}{base} --out forget.gguf"
 
 
-def loading(adapter: Adapter, server: str) -> str:
-    """The command by which the server loads it."""
-    base = _base(adapter)
-    folder = shlex.quote(adapter.folder)
+@server("peft")
+def peft(adapter: Adapter) -> str:
+    return f"PeftModel.from_pretrained(model, {adapter.folder!r})"
+
+
+@server("vllm")
+def vllm(adapter: Adapter) -> str:
     high = f" --max-lora-rank {served_rank(adapter.rank)}" if VLLM_RANK < adapter.rank <= SERVED_RANKS[-1] else ""
-    return {
-        "peft": f"PeftModel.from_pretrained(model, {adapter.folder!r})",
-        "vllm": f"vllm serve {base} --enable-lora{high} --lora-modules forget={folder}",
-        "sglang": f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths forget={folder}",
-        "llama.cpp": f"{converting(adapter)}; then llama-server -m BASE.gguf --lora forget.gguf",
-        "ollama": f"In the Modelfile: FROM {base} and ADAPTER {folder}; then ollama create forget",
-    }[server]
+    return f"vllm serve {_base(adapter)} --enable-lora{high} --lora-modules forget={shlex.quote(adapter.folder)}"
+
+
+@server("sglang")
+def sglang(adapter: Adapter) -> str:
+    folder = shlex.quote(adapter.folder)
+    return f"python -m sglang.launch_server --model-path {_base(adapter)} --enable-lora --lora-paths forget={folder}"
+
+
+@server("llama.cpp")
+def llama_cpp(adapter: Adapter) -> str:
+    return f"{converting(adapter)}; then llama-server -m BASE.gguf --lora forget.gguf"
+
+
+@server("ollama")
+def ollama(adapter: Adapter) -> str:
+    folder = shlex.quote(adapter.folder)
+    return f"In the Modelfile: FROM {_base(adapter)} and ADAPTER {folder}; then ollama create forget"

@@ -1,22 +1,37 @@
 """The tensors of an adapter folder against its config and against the base model's layers."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from loramox.adapter.folder import CONFIG
+from loramox.adapter.layers import Layers
+from loramox.adapter.loading import missed
+from loramox.adapter.untrusted import Stored, shown, values
 from loramox.extras.check.servers import Adapter, Finding, remedy
-from loramox.extras.check.untrusted import Stored, shown, values
 from loramox.model.config import ModelConfig, skeleton
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 VARIANTS = {"use_dora": r"lora_magnitude_vector", "lora_bias": r"lora_B\.bias$"}  # by the setting that asks for them
+EMPTY = (None, False, [], {})
+NEED_BASE = (
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+    "bias",
+    "lora_bias",
+    "use_dora",
+)
 MOST_PROBLEMS = 10  # to be told of one adapter
 LOST = (
     "Get the adapter again from where it was made, or make it again: loramox extrapolate DIR/trained --out NEW_FOLDER"
@@ -27,13 +42,14 @@ def of_keys(read: Adapter) -> Iterator[Finding]:
     """Every tensor must be a float lora_A or lora_B of a layer that PEFT will look for, of the rank that the config says."""
     modules: dict[str, set[str]] = {}
     problems: dict[str, list[str]] = {}
+    layers = Layers(lora_config(read.config), Path(read.folder))
     for key, tensor in read.tensors.items():
         match = KEY.fullmatch(key)
         if tensor.dtype not in FLOATS:
             problems.setdefault(f"of type {shown(tensor.dtype)}, which no weights of an adapter are", []).append(key)
         if match:
             modules.setdefault(match["module"], set()).add(match["part"])
-        if problem := _problem(read, tensor, match) if match else _stranger(read, key):
+        if problem := _problem(layers, tensor, match) if match else _stranger(read, key):
             problems.setdefault(problem, []).append(key)
     if halves := [name for name, parts in modules.items() if len(parts) < 2]:
         problems["without its other half (lora_A or lora_B)"] = halves
@@ -43,13 +59,12 @@ def of_keys(read: Adapter) -> Iterator[Finding]:
         yield Finding("all", "stop", "there are no LoRA weights", LOST)
 
 
-def _problem(read: Adapter, tensor: Stored, match: re.Match[str]) -> str | None:
+def _problem(layers: Layers, tensor: Stored, match: re.Match[str]) -> str | None:
     if len(tensor.shape) != 2:
         return "not a matrix"
-    if not _targeted(match["module"], read.targets):
-        return "not among target_modules, so that PEFT leaves them out in silence"
-    pattern = read.config.get("rank_pattern") or {}
-    expected = next((pattern[name] for name in _suffixes(match["module"]) if name in pattern), read.rank)
+    if not layers.named(match["module"]):
+        return "not among target_modules, or excluded from them, so that PEFT leaves them out in silence"
+    expected, _ = layers.rank_and_alpha(match["module"])
     rank = tensor.shape[0 if match["part"] == "A" else 1]
     return None if rank == expected else f"of rank {rank}, where {CONFIG} says {shown(expected)}"
 
@@ -105,6 +120,45 @@ def of_shapes(read: Adapter, config: PretrainedConfig) -> Iterator[Finding]:
     if missing:
         what = f"{len(missing)} tensors of target_modules or modules_to_save are not there, such as {missing[0]}"
         yield Finding("all", "stop", what, LOST)
+
+
+def by_peft(read: Adapter, config: PretrainedConfig | None) -> Iterator[Finding]:
+    """What PEFT itself says, of the base without weights or, where there is none, of layers as large as the adapter's."""
+    if config is None and (needs := [name for name in NEED_BASE if read.config.get(name) not in (*EMPTY, "none")]):
+        do = "Give the base: loramox ship check ADAPTER --base FOLDER_OR_HUB_ID"
+        yield Finding("all", "stop", f"with {needs[0]}, whether it loads whole cannot be told without the base", do)
+        return
+    outline = skeleton(config, ModelConfig(model=read.base or "")) if config is not None else _layers_alone(read)
+    if problem := missed(lora_config(read.config), read.tensors, outline):
+        yield Finding("all", "stop", f"it does not load whole in PEFT: {shown(problem, 300)}", LOST)
+
+
+def lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """The settings as PEFT reads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LoraConfig.from_peft_type(**{k: v for k, v in settings.items() if k != "runtime_config"})
+
+
+def _layers_alone(read: Adapter) -> nn.Module:
+    """Linear layers on the meta device where the adapter has tensors, each of the size that its tensors have."""
+    root = nn.Module()
+    with torch.device("meta"):
+        for key, tensor in read.tensors.items():
+            match = KEY.fullmatch(key)
+            if match and match["part"] == "B":
+                other = read.tensors[key.replace(".lora_B.", ".lora_A.")]
+                _put(root, match["module"], nn.Linear(other.shape[1], tensor.shape[0]))
+    return root
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)
 
 
 def _size(module: nn.Module | None) -> tuple[int, int] | None:

@@ -8,15 +8,9 @@ from pathlib import Path
 import torch
 
 from loramox.adapter.card import request_card
-from loramox.adapter.folder import (
-    SERVED_RANKS,
-    WEIGHTS,
-    at_rank,
-    read_factors,
-    read_provenance,
-    served_rank,
-    write_adapter,
-)
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import SERVED_RANKS, WEIGHTS, at_rank, served_rank, write_adapter
+from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, Row, read_rows
 from loramox.errors import RunError
@@ -95,9 +89,8 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
     check_files(ledger, on, WEIGHTS)
     terms = terms_of({entry.id: (ledger.folder(entry), entry.alpha) for entry in on})
     layers = read_factors(ledger.folder(on[0]))[0]
-    return Earlier(
-        *zip(*rows, strict=True), {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
-    )
+    change = {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}
+    return Earlier([row for row, _ in rows], [template for _, template in rows], change)
 
 
 def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:

@@ -12,15 +12,17 @@ clean up.
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_origin
 
 from filelock import FileLock, Timeout
 
+from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RunError
 from loramox.files import remove, sha256_of, write_json
 
@@ -30,6 +32,11 @@ STAGING = "staging"
 LOCK = ".lock"
 HOLDER = ".holder.json"
 RESTORE = "Restore the ledger from a copy"
+
+# What a request may be called, and its folder: the same, with a number behind it after a refresh.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FOLDER = re.compile(rf"{NAME.pattern}(~[0-9]{{1,9}})?")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass
@@ -127,9 +134,34 @@ def read_ledger(path: Path) -> Ledger:
         if digest != _digest(content):
             raise ValueError("its contents do not fit its digest")
         entries = [Entry(**_as_now(entry)) for entry in content["entries"]]
+        _check_entries(entries)
+        if not isinstance(content["base"], dict) or not isinstance(content["base"].get("model"), str):
+            raise ValueError("its base is no model")
         return Ledger(path, content["base"], _as_now(content["settings"]), entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{index} is damaged, or was changed by hand: {error}. {RESTORE}") from error
+
+
+def _check_entries(entries: list[Entry]) -> None:
+    """Raises `ValueError` for an entry that loramox would not write: the digest has no key, so anyone can make one."""
+    for entry in entries:
+        for each in fields(entry):
+            kind: Any = dict if get_origin(each.type) is dict else (int, float) if each.type is float else each.type
+            if not isinstance(value := getattr(entry, each.name), kind):
+                raise ValueError(f"{each.name} of an entry is {type(value).__name__}")
+        folders = entry.on_top_of | {entry.id: entry.folder}
+        for name, folder in folders.items():
+            known = isinstance(folder, str) and NAME.fullmatch(name) and FOLDER.fullmatch(folder)
+            if not known or folder.partition("~")[0] != name:
+                raise ValueError(f"an entry has the id {name!r} and the folder {folder!r}")
+        if odd := [name for name in entry.files if not FILE.fullmatch(name)]:
+            raise ValueError(f"an entry has the file {odd[0]!r}")
+        Columns(**entry.columns)
+        if {"source", "rows", "sha256"} - entry.retain.keys():
+            raise ValueError("an entry does not say which its retain rows are")
+    for key in ("id", "folder"):
+        if len({getattr(entry, key).lower() for entry in entries}) < len(entries):
+            raise ValueError(f"two entries have one {key}")
 
 
 def _as_now(record: dict[str, Any]) -> dict[str, Any]:
@@ -169,32 +201,6 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-class Verdict(NamedTuple):
-    """The findings of `verify`."""
-
-    faults: list[str]  # files that differ from what was entered
-    left_over: list[Path]  # from a process that was killed; the next `add` removes it
-
-
-def verify(path: Path) -> Verdict:
-    """Compare every file of the ledger with its digest in ledger.json. Raises `RunError` when there is no ledger."""
-    if not (path / INDEX).exists():
-        read_ledger(path)
-    try:
-        ledger = read_ledger(path)
-    except RunError as error:
-        return Verdict([str(error)], [])
-    faults = [fault for entry in ledger.entries for fault in changed(ledger, entry)]
-    lost = left_over(path, ledger)
-    known = {path / INDEX, path / LOCK, path / HOLDER}
-    known |= {ledger.folder(entry) / name for entry in ledger.entries for name in entry.files}
-    for found in sorted(path.rglob("*")):
-        inside = any(found == folder or folder in found.parents for folder in lost)
-        if not inside and found not in known and (found.is_symlink() or not found.is_dir()):
-            faults.append(f"{found} is not the ledger's: it was put there by something else. Remove it")
-    return Verdict(faults, lost)
-
-
 def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
     """Faults of the files of one request, or of one of them."""
     faults = []
@@ -216,22 +222,3 @@ def check_files(ledger: Ledger, entries: list[Entry], only: str | None = None) -
             f"{faults[0]} ({len(faults)} such in all; `loramox requests verify` lists them). If another process is refreshing the "
             "ledger, run this again after it"
         )
-
-
-def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
-    """Folders and half-written files of a process that was killed: runs in staging, requests that no entry names.
-
-    Only files that a kill can leave are among them; a stranger's are not.
-    """
-    named = {entry.folder for entry in ledger.entries} if ledger else set()
-    found = [f for f in (path / STAGING).glob("*") if f.is_dir()]
-    found += [f for f in (path / REQUESTS).glob("*") if f.is_dir() and f.name not in named]
-    found += path.glob(f".{INDEX}.partial")
-    found += path.glob(f".{HOLDER}.partial")
-    return sorted(found)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a folder without ledger.json is new, or was left by a first `add` that did not finish."""
-    ours = {LOCK, HOLDER, STAGING, REQUESTS, f".{INDEX}.partial", f".{HOLDER}.partial"}
-    return not path.exists() or (path.is_dir() and {f.name for f in path.iterdir()} <= ours)

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from loramox.adapter.folder import as_now, check_base
+from loramox.adapter.provenance import as_now, check_base
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, fingerprint, read_rows
 from loramox.errors import RowsError, RunError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
-from loramox.extras.ledger.ledger import Entry, Ledger, check_files, left_over
+from loramox.extras.ledger.ledger import Entry, Ledger, check_files
+from loramox.extras.ledger.leftovers import check_links, left_over
 from loramox.extras.ledger.rows import ROWS
 from loramox.files import remove
 from loramox.model.config import identify, read_config
@@ -31,9 +32,10 @@ def refresh(path: str | Path, resume: bool = False, model: str | None = None) ->
     Raises:
         RowsError: the retain rows have changed.
         AdapterError: the base model has changed, or a file of the ledger.
-        RunError: loramox 0.1 trained a request that has to be trained again.
+        RunError: loramox 0.1 trained a request that has to be trained again; a folder of the ledger is a link.
         LoramoxError: all that `train` raises.
     """
+    check_links(Path(path))
     with existing(Path(path)) as ledger:
         stale = [ledger.entry(name) for name in ledger.stale()]
         for entry in stale:

@@ -5,17 +5,18 @@ out of the sum. A later request is trained on top of those in force (`protect`),
 one of these is revoked, `refresh` trains the later ones again without it.
 """
 
-import re
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from loramox.adapter.folder import check_base, served_rank
+from loramox.adapter.folder import served_rank
+from loramox.adapter.provenance import check_base
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
-from loramox.extras.ledger.ledger import INDEX, Entry, Ledger, is_ours, left_over, locked, read_ledger
+from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, locked, read_ledger
+from loramox.extras.ledger.leftovers import check_links, is_ours, left_over
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, read_record
@@ -76,6 +77,7 @@ def add(
     served_rank(reference.r)
     if not (path / INDEX).exists() and not is_ours(path):
         raise RunError(f"{path} has files in it that belong to no ledger; they are left alone. Choose another folder")
+    check_links(path)
     with locked(path, command()):
         ledger = _opened(path, request, reference, args)
         name = _free_id(ledger, request.id)
@@ -156,9 +158,9 @@ def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args
     ledger = read_ledger(path)
     check_base({"base": ledger.base}, base, path)
     for name in SHARED:
-        if settings[name] != ledger.settings[name]:
+        if settings[name] != ledger.settings.get(name):
             raise SettingsError(
-                f"{name} is {settings[name]}; all requests in {path} have {ledger.settings[name]}. Leave --{name} out, or begin "
+                f"{name} is {settings[name]}; all requests in {path} have {ledger.settings.get(name)}. Leave --{name} out, or begin "
                 "another ledger"
             )
     return ledger
@@ -166,7 +168,7 @@ def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args
 
 def _free_id(ledger: Ledger, wanted: str | None) -> str:
     name = wanted or f"request-{len(ledger.entries) + 1}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not NAME.fullmatch(name):
         raise SettingsError(
             f"id is '{name}'; --id needs up to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
         )

@@ -1,21 +1,19 @@
 """Merging as a job: where two rooms meet, ship and evaluate. The rows are asked before and after weights are quantized."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
+from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import SettingsError
-from loramox.evaluate.evaluate import check_sides, described, questions_of, read_parts
+from loramox.evaluate.evaluate import check_sides, count_parts, described, disjoint_parts, questions_of, read_sources
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.summary import summarise
 from loramox.extras.merge.merge import MergeConfig, Plan, plan
@@ -77,37 +75,45 @@ class _Forgetting:
         self.base = replace(ready.base, dtype=config.dtype or "bfloat16")
         tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
         self.sources = {part: path for part in ("forget", "retain") if (path := getattr(asked, part))}
-        self.rows = read_parts(self.sources, columns, asked.drop_overlap)
+        read = read_sources(self.sources, columns)
+        self.rows = disjoint_parts(read, asked.drop_overlap)
         check_sides(ready.made, self.rows, config.adapter)
         scoring = ScoringConfig(asked.batch_size, max_new_tokens=0)
         self.questions = questions_of(self.rows, self.base, ready.config, tokenisation, scoring)
+        count_parts(read, self.rows, self.questions)
         self.states: list[dict[str, Any]] = []
 
-    def measure(self, quantized: PreTrainedModel, merged: Path) -> dict[str, Any]:
+    def measure(self, merged: Path) -> dict[str, Any]:
         """{"share": of the forgetting that is left, "states": the metrics of each, "rows": which they were}.
 
         share = (p_reference − p_quantized) / (p_reference − p_forget), p being the mean probability of the forget rows' answers;
-        None where the adapter does not lower it.
+        None where the adapter does not lower it. `merged` has the merged 16-bit weights.
         """
         kind = self.config.quantize
-        with self._adapted(self.base) as model:
-            with model.disable_adapter():
-                known = self._ask("16-bit, reference model", model)
-            forgotten = self._ask("16-bit, adapter on", model)
-        self._ask("16-bit, merged", load_merged(self.ready, merged, self.device))
-        with self._adapted(replace(self.base, quantization=kind)) as model:
-            self._ask(f"{kind}, adapter on, not merged", model)
-        left = self._ask(f"{kind}, merged", quantized)
+        known, forgotten = self._ask_adapted(self.base, {"16-bit, reference model": False, "16-bit, adapter on": True})
+        self._ask_merged("16-bit, merged", merged, None)
+        self._ask_adapted(replace(self.base, quantization=kind), {f"{kind}, adapter on, not merged": True})
+        left = self._ask_merged(f"{kind}, merged", merged, kind)
         share = (known - left) / (known - forgotten) if known > forgotten else None
         return {"share": share, "states": self.states, "rows": described(self.sources, self.rows)}
 
-    @contextmanager
-    def _adapted(self, base: ModelConfig) -> Iterator[PeftModel]:
-        model = PeftModel.from_pretrained(load_reference(base, self.device), self.config.adapter)
+    def _ask_adapted(self, base: ModelConfig, states: dict[str, bool]) -> list[float]:
+        """Load the base, ask the rows with its adapter on or off, and free it."""
+        model = put_on(load_reference(base, self.device), self.config.adapter)
+        found = []
         with at_scale(model, self.config.scale):
-            yield model
+            for state, on in states.items():
+                with nullcontext() if on else model.disable_adapter():
+                    found.append(self._ask(state, model))
         del model
+        gc.collect()  # modules refer to each other
+        return found
+
+    def _ask_merged(self, state: str, merged: Path, kind: str | None) -> float:
+        """Load the merged weights, ask the rows, and free them."""
+        found = self._ask(state, load_merged(self.ready, merged, self.device, kind))
         gc.collect()
+        return found
 
     def _ask(self, state: str, model: nn.Module) -> float:
         """Ask the rows of a state and keep its metrics; return the mean probability of the forget rows' answers."""

@@ -16,22 +16,24 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from loramox.adapter.card import MOX, merged_card
-from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS, check_alone, check_base, read_factors, read_provenance
-from loramox.errors import AdapterError, SettingsError
-from loramox.extras.merge.checkpoint import (
-    BESIDE,
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS
+from loramox.adapter.loading import check_whole
+from loramox.adapter.provenance import check_alone, check_base, read_provenance
+from loramox.adapter.streaming.checkpoint import (
     INDEX,
-    SINGLE,
     Target,
     base_config,
+    beside,
     fetch,
     place,
     read_shards,
     targets,
 )
+from loramox.adapter.streaming.shards import CODES, FLOATS, Shard
+from loramox.adapter.streaming.weights import code_in, size, write_index, write_shards
+from loramox.errors import AdapterError, SettingsError
 from loramox.extras.merge.output import check_apart, writing
-from loramox.extras.merge.shards import CODES, FLOATS, Shard
-from loramox.extras.merge.weights import code_in, size, write_shards
 from loramox.files import sha256_of, write_json
 from loramox.model.algebra import Factors, scaled
 from loramox.model.config import ModelConfig, identify, skeleton
@@ -130,7 +132,7 @@ def merge(
     made = ready.made
     with writing(Path(out), size(ready.shards, ready.code)) as partial:
         made["survived"] = write_shards(ready.shards, ready.changed, ready.code, partial, progress)
-        write_index(ready, partial)
+        write_index(ready.folder, ready.shards, ready.code, partial)
         write_beside(ready, partial)
         write_json(partial / "config.json", _config_json(ready))
     _warn_of_little(made, Path(out))
@@ -156,7 +158,9 @@ def plan(given: MergeConfig) -> Plan:
     check_base(source, made_from, adapter)
     outline = skeleton(config, model)
     wanted = targets(_factors(adapter, given.scale), outline, adapter)
+    check_whole(adapter, skeleton(config, model))
     folder = fetch(model)
+    beside(folder)
     made_from = _as_fetched(made_from, folder)
     check_base(source, made_from, adapter)
     shards = read_shards(folder)
@@ -226,20 +230,11 @@ def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_index(ready: Plan, to: Path) -> None:
-    """Which tensor is in which file, where the base has several."""
-    if ready.shards[0].path.name != SINGLE:
-        index = json.loads((ready.folder / INDEX).read_text(encoding="utf-8"))
-        index["metadata"] = (index.get("metadata") or {}) | {"total_size": size(ready.shards, ready.code)}
-        write_json(to / INDEX, index)
-
-
 def write_beside(ready: Plan, to: Path) -> None:
     """All but weights and config.json, which comes last: without it, what a kill leaves behind loads nowhere."""
-    for pattern in BESIDE:
-        for path in sorted(ready.folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, to / path.name)
+    for path in beside(ready.folder):
+        if path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, to / path.name)
     write_json(to / PROVENANCE, ready.made)
     (to / CARD).write_text(merged_card(ready.made), encoding="utf-8")
 

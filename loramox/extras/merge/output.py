@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loramox.adapter.folder import check_out
+from loramox.adapter.provenance import check_out
 from loramox.errors import RunError
 from loramox.files import replacing
 

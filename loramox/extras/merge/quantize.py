@@ -4,6 +4,7 @@ Merging into weights that are 4-bit already is not done: they lie on the points 
 half a step moves nothing. Quantized after the merge, W + ΔW is rounded once, and what is left of ΔW is measured.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramox.adapter.streaming.shards import FLOATS, read_rows
+from loramox.adapter.streaming.weights import size, write_index, write_shards
 from loramox.errors import RunError
-from loramox.extras.merge.merge import MergeConfig, Plan, write_beside, write_index
+from loramox.extras.merge.merge import MergeConfig, Plan, write_beside
 from loramox.extras.merge.output import writing
-from loramox.extras.merge.shards import FLOATS, read_rows
-from loramox.extras.merge.weights import size, write_shards
 from loramox.files import remove, write_json
 from loramox.model.load import keep_4bit_weights_in_place
 
@@ -36,8 +37,8 @@ LEAST_OF_FORGETTING = 0.9
 SHARD = "5GB"
 BYTES = {"nf4": 0.53, "int8": 1.01}  # a weight, scales among them, rounded up
 
-# Given the quantized model and the folder of the 16-bit weights: {"share": of the forgetting, …}.
-Measure = Callable[[PreTrainedModel, Path], dict[str, Any]]
+# Given the folder of the merged 16-bit weights: {"share": of the forgetting, …}. It loads what it asks, one model at a time.
+Measure = Callable[[Path], dict[str, Any]]
 
 
 def merge_quantized(
@@ -56,16 +57,18 @@ def merge_quantized(
         staging = partial / "16-bit"  # without a config.json it loads nowhere by itself
         staging.mkdir()
         made["merged"] = write_shards(ready.shards, ready.changed, ready.code, staging, progress)
-        write_index(ready, staging)
+        write_index(ready.folder, ready.shards, ready.code, staging)
         model = load_merged(ready, staging, device, given.quantize)
         made["survived"] = survival(model, ready)
         _save_weights(model, partial)
+        config = json.loads(model.config.to_json_string())
+        del model
+        gc.collect()  # modules refer to each other
         if measure:
-            made["forgetting"] = measure(model, staging)
+            made["forgetting"] = measure(staging)
         _refuse_little(given, made)
         remove(staging)
         write_beside(ready, partial)
-        config = json.loads(model.config.to_json_string())
         write_json(partial / "config.json", {key: value for key, value in config.items() if key != "auto_map"})
     return made
 

@@ -5,11 +5,18 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from loramox.errors import SettingsError
 from loramox.train.config import UnlearnConfig
 
-# The share of the memory that a prediction may fill: predictions are to be within 10 %, and on a GPU CUDA itself takes some.
+# The share of main memory that a prediction may fill: predictions are to be within 10 %.
 USABLE = 0.9
+
+# The share of a GPU's memory, the rest being fragmentation; and what CUDA itself takes, its context and workspaces, with what a
+# card has less than it is sold with.
+USABLE_ON_GPU = 0.93
+TAKEN_BY_CUDA = int(0.8 * 2**30)  # bytes
 
 EIGHT_BITS = "adamw_8bit"
 
@@ -92,6 +99,24 @@ def size_of(text: str, flag: str) -> int:
     if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
         raise SettingsError(f"{flag} is '{text}'; --{flag} needs a size like 12GB or 8000MB")
     return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
+
+
+def budget_of(memory: int, device: torch.device, here: bool) -> int:
+    """Bytes that a prediction may fill.
+
+    Args:
+        memory: of the device, in bytes, as it is sold.
+        device: the kind of device.
+        here: whether it is in this machine: then no more than what is free on it.
+    """
+    if device.type != "cuda":
+        return int(USABLE * memory)
+    most = max(0, int(USABLE_ON_GPU * memory) - TAKEN_BY_CUDA)
+    if not here:
+        return most
+    # What other programs hold, and CUDA's context in this one, is not free. What torch has cached is.
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(most, int(USABLE_ON_GPU * free))
 
 
 def choices(args: UnlearnConfig, given: Set[str]) -> Iterator[Choice]:

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from loramox.adapter.folder import served_rank
+from loramox.adapter.streaming.shards import BLOCK
+from loramox.adapter.streaming.weights import Survival
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD, OVERHEAD_ELSEWHERE, cut
 from loramox.data.pairs import Pairs
-from loramox.extras.merge.shards import BLOCK
-from loramox.extras.merge.weights import Survival
 from loramox.extras.plan.config import EIGHT_BITS, Choice
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.trace import Parts, Stage, at_depth, trace_asking, trace_optimiser, trace_step, trace_watching
@@ -239,7 +239,7 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _block(shape: Sequence[int], kind: torch.dtype) -> float:
-    """Seconds that one block of W + B·A takes, as `loramox.extras.merge.weights` computes it."""
+    """Seconds that one block of W + B·A takes, as `loramox.adapter.streaming.weights` computes it."""
     rank, width = shape
     count = max(1, BLOCK // width)
     A, B, W = torch.rand(rank, width), torch.rand(count, rank), torch.rand(count, width).to(kind)

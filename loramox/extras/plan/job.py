@@ -13,16 +13,17 @@ from tqdm.auto import tqdm
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import LoramoxError, SettingsError
-from loramox.extras.plan.config import EIGHT_BITS, USABLE, Choice, PlanConfig, choices, optimiser_of, size_of
+from loramox.extras.plan.config import EIGHT_BITS, Choice, PlanConfig, budget_of, choices, optimiser_of, size_of
 from loramox.extras.plan.estimate import Cost, Estimate, Rows, estimate, in_8_bits, merging, sweeping, watch
 from loramox.extras.plan.ledger import Speed
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.speed import given_speed, measured_speed
-from loramox.model.config import read_config, read_tokenizer
+from loramox.model.config import read_config, read_tokenizer, skeleton
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, read_record
 from loramox.train.config import UnlearnConfig
-from loramox.unlearning import prepare
+from loramox.train.earlier import read_tuned
+from loramox.train.prepare import prepare
 
 T = TypeVar("T")
 
@@ -49,12 +50,13 @@ class Plan(NamedTuple):
     """The results of `loramox plan`."""
 
     memory: int
+    budget: int  # bytes of it that a prediction may fill
     device: str
     speed: Speed | None  # None: of a card that is not here, and whose speed was not given
     planned: list[Planned]
 
     def fits(self, estimate: Estimate) -> bool:
-        return estimate.peak <= USABLE * self.memory
+        return estimate.peak <= self.budget
 
 
 def plan(
@@ -88,27 +90,28 @@ def plan(
     # For a card whose speed is not known, the order is that on an average card: only its seconds would be wrong.
     setting = setting._replace(speed=speed or given_speed(100, None))
     memory = size_of(config.gpu_memory, "gpu_memory")
+    budget = budget_of(memory, card, here=here and config.tflops is None)
     merge, files = merging(setting)
     planned = []
     for rows in cases:
-        found = estimates(setting, rows, memory, given, eight_bits=card.type == "cuda")
-        sweep = _sweep_that_fits(setting, rows, config, memory, given)
+        found = estimates(setting, rows, budget, given, eight_bits=card.type == "cuda")
+        sweep = _sweep_that_fits(setting, rows, config, budget, given)
         length, forget_rows = _longest_of(rows), len(rows.datasets["forget"])
-        longest = _longest_that_fits(setting, length, found, memory)
+        longest = _longest_that_fits(setting, length, found, budget)
         planned.append(Planned(length, forget_rows, found, longest, *sweep, merge, files))
     name = "this CPU" if card.type == "cpu" else "this GPU" if here else "a GPU that is not here"
-    return Plan(memory, name, speed, planned)
+    return Plan(memory, budget, name, speed, planned)
 
 
 def _sweep_that_fits(
-    setting: Setting, rows: Rows, config: PlanConfig, memory: int, given: Set[str]
+    setting: Setting, rows: Rows, config: PlanConfig, budget: int, given: Set[str]
 ) -> tuple[Cost, int]:
     """The cost of a sweep, and its batch size."""
     return _halved(
         config.sweep_batch_size,
         "sweep_batch_size" in given,
         lambda size: sweeping(setting, rows, size, config.max_new_tokens),
-        lambda cost: sum(cost.held.values()) <= USABLE * memory,
+        lambda cost: sum(cost.held.values()) <= budget,
     )
 
 
@@ -121,14 +124,14 @@ def _halved(size: int, fixed: bool, take: Callable[[int], T], fits: Callable[[T]
         size = max(1, size // 2)
 
 
-def _longest_that_fits(setting: Setting, length: int, found: list[Estimate], memory: int) -> int | None:
+def _longest_that_fits(setting: Setting, length: int, found: list[Estimate], budget: int) -> int | None:
     """Of the fastest choice that fits: between the rows' own length and a far larger one, on the line between their peaks."""
-    best = next((each for each in found if each.peak <= USABLE * memory), None)
+    best = next((each for each in found if each.peak <= budget), None)
     far = min(_context(setting), max(LENGTHS[-1], 4 * length))
     if best is None or far <= length:
         return best and length
     at_far = estimate(setting, _made_up(far, setting.args), best.choice, None).peak
-    share = (USABLE * memory - best.peak) / max(1, at_far - best.peak)
+    share = (budget - best.peak) / max(1, at_far - best.peak)
     return min(far, int(length + share * (far - length)))
 
 
@@ -176,17 +179,17 @@ def _fastest(
     setting = _setting(reference, args, reference.torch_dtype(args.device))
     rows = _rows(reference, data, args, columns, tokenisation)
     setting = setting._replace(speed=_measured(setting, rows))
-    memory = size_of(budget, "fit")
-    found = estimates(setting, rows, memory, given, eight_bits=args.device.type == "cuda")
-    fitting = [each for each in found if each.peak <= USABLE * memory]
+    usable = budget_of(size_of(budget, "fit"), args.device, here=True)
+    found = estimates(setting, rows, usable, given, eight_bits=args.device.type == "cuda")
+    fitting = [each for each in found if each.peak <= usable]
     if not fitting:
-        raise SettingsError(_nothing_fits(budget, min(found, key=lambda e: e.peak), given))
+        raise SettingsError(_nothing_fits(budget, usable, min(found, key=lambda e: e.peak), given))
     return fitting[0]
 
 
-def estimates(setting: Setting, rows: Rows, memory: int, given: Set[str], eight_bits: bool = False) -> list[Estimate]:
+def estimates(setting: Setting, rows: Rows, budget: int, given: Set[str], eight_bits: bool = False) -> list[Estimate]:
     """An estimate for every choice, fastest first; `eight_bits` when the optimiser may have 8-bit states."""
-    size, stage = _watching(setting, rows, memory, given)
+    size, stage = _watching(setting, rows, budget, given)
     found = [
         estimate(setting, rows, choice._replace(per_device_eval_batch_size=size), stage)
         for choice in tqdm(list(choices(setting.args, given)), desc="Planning", unit="choices", leave=False)
@@ -196,13 +199,13 @@ def estimates(setting: Setting, rows: Rows, memory: int, given: Set[str], eight_
     return sorted(found, key=lambda e: (round(e.seconds, 6), e.choice.optim == EIGHT_BITS))
 
 
-def _watching(setting: Setting, rows: Rows, memory: int, given: Set[str]) -> tuple[int, Any]:
+def _watching(setting: Setting, rows: Rows, budget: int, given: Set[str]) -> tuple[int, Any]:
     """The rows that are scored at a time while training, and a batch of them."""
     stage, size = _halved(
         setting.args.per_device_eval_batch_size,
         "per_device_eval_batch_size" in given,
         lambda size: watch(setting, rows, size),
-        lambda stage: stage is None or stage.peak.total <= USABLE * memory,
+        lambda stage: stage is None or stage.peak.total <= budget,
     )
     return size, stage
 
@@ -217,7 +220,10 @@ def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype
     if args.method == "whp":
         raise SettingsError("method is whp; memory and time are predicted for every other --method")
     config, tokenizer = read_config(reference), read_tokenizer(reference)
-    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), _momentum_rank(reference, args))
+    tuned = None
+    if reference.tuned_adapter is not None:
+        tuned = read_tuned(reference, skeleton(config, reference)).change
+    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), _momentum_rank(reference, args), tuned)
 
 
 def _momentum_rank(reference: ReferenceConfig, args: UnlearnConfig) -> int:
@@ -281,7 +287,7 @@ def _measured(setting: Setting, rows: Rows) -> Speed:
     )
 
 
-def _nothing_fits(budget: str, least: Estimate, given: Set[str]) -> str:
+def _nothing_fits(budget: str, usable: int, least: Estimate, given: Set[str]) -> str:
     fixed = sorted(given & set(Choice._fields))
     most = max((p for p in least.held if p != "weights"), key=lambda p: least.held[p])
     instead = (
@@ -292,6 +298,6 @@ def _nothing_fits(budget: str, least: Estimate, given: Set[str]) -> str:
     return (
         f"--fit {budget}: nothing fits. The smallest choice (micro-batch {least.choice.per_device_train_batch_size}, "
         f"checkpointing {'on' if least.choice.activation_checkpointing else 'off'}) is predicted to take {least.peak / 2**30:.2f} GB, "
-        f"{least.held['weights'] / 2**30:.2f} of it weights and {least.held[most] / 2**30:.2f} {most}, and {USABLE:.0%} of the memory may be filled. "
+        f"{least.held['weights'] / 2**30:.2f} of it weights and {least.held[most] / 2**30:.2f} {most}, and {usable / 2**30:.2f} GB may be filled. "
         f"{instead}, or take a larger card or a smaller model"
     )

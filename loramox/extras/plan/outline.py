@@ -14,10 +14,12 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from loramox.extras.plan.ledger import Ledger, Speed, without_contents
+from loramox.model.algebra import Factors
 from loramox.model.config import skeleton
 from loramox.model.load import keep_4bit_weights_in_place
 from loramox.model.lora import ReferenceConfig, add_lora, lora_layers
 from loramox.train.config import UnlearnConfig
+from loramox.train.earlier import TUNED, put_on
 
 BLOCK = 64  # weights that share a constant in bitsandbytes' 4 bits, and below
 NESTED_BLOCK = 256  # constants that share one
@@ -33,6 +35,7 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     speed: Speed
     momentum_rank: int
+    tuned: dict[str, Factors] | None = None  # ΔW of --tuned_adapter
 
 
 @contextmanager
@@ -54,6 +57,8 @@ def adapted(setting: Setting, depth: int) -> Iterator[tuple[Ledger, PeftModel]]:
         replace_with_bnb_linear(model, get_keys_to_not_convert(model), how)
         model.is_loaded_in_4bit = True
     model = add_lora(model, reference)
+    if setting.tuned:
+        put_on(model, setting.tuned, TUNED)
     with warnings.catch_warnings(), without_contents(setting.speed) as ledger:
         warnings.simplefilter("ignore")  # what libraries make of tensors without contents
         ledger.purpose = "weights"
@@ -96,15 +101,16 @@ def _quantize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def _empty(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model on torch's meta device fake weights on `device`: what trains in its own type, the rest in `dtype`.
+    """Give a model on torch's meta device fake weights on `device`: adapters in their own type, the rest in `dtype`.
 
     To be called within `without_contents`.
     """
     tied: dict[int, nn.Parameter] = {}
+    adapters = {id(p) for name, p in model.named_parameters() if "lora_" in name}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None:
-                kind = old.dtype if old.requires_grad else dtype
+                kind = old.dtype if id(old) in adapters else dtype
                 new = tied.get(id(old))
                 if new is None:
                     new = nn.Parameter(

@@ -6,7 +6,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from loramox.extras.plan.config import USABLE
 from loramox.extras.plan.job import Plan, Planned
 
 PURPOSES = ("weights", "adapter", "gradients", "optimiser", "momentum", "activations", "loss")
@@ -25,7 +24,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
             console.print(_first(plan, planned), soft_wrap=True)  # flags that are broken over lines cannot be copied
             console.print(f"The first takes rows of up to about {planned.longest} tokens")
         console.print(_jobs(plan, planned))
-    where = f"{_gb(plan.memory)} GB of {plan.device}; a choice fits when it is predicted to fill no more than {USABLE:.0%} of it."
+    where = f"{_gb(plan.memory)} GB of {plan.device}; a choice fits when it is predicted to fill no more than {_gb(plan.budget)} GB of it."
     console.print(
         f"Memory: {where} 1 GB is 1024³ bytes. Merging works in main memory, in addition to what Python takes."
     )
@@ -33,6 +32,10 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         f"Time is arithmetic, not measured: every operation's FLOPs or bytes at {plan.speed.source}; merging is timed on this CPU, disk apart."
         if plan.speed
         else "Time: give --tflops (dense, 16 bits) of that card. The order is that of a card with 150 FLOPs for each byte it moves."
+    )
+    console.print(
+        "The total time is not given: it needs steps that were measured, and a plan loads no weights. The progress bar of unlearn shows it "
+        "after a few steps."
     )
 
 
@@ -68,7 +71,7 @@ def _choices(plan: Plan, planned: Planned, purposes: Sequence[str]) -> Table:
 def _jobs(plan: Plan, planned: Planned) -> Table:
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("peak, GB", "minutes")]
     table = Table("then", *numbers, "of it", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    fits = sum(planned.sweep.held.values()) <= USABLE * plan.memory
+    fits = sum(planned.sweep.held.values()) <= plan.budget
     batch = f"--batch_size {planned.sweep_batch_size}{'' if fits else ', which does not fit'}"
     for name, cost, note in (
         ("sweep", planned.sweep, f"{batch}; at most: with answers of the greatest length"),

@@ -70,7 +70,8 @@ def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
 
     The reference is no attack: it has forgotten nothing. "reference" is its probability where it was scored, else NaN.
     """
-    rows, reference = [], {}
+    rows: list[dict[str, Any]] = []
+    reference: dict[tuple[str, str], float] = {}
     for state in (inputs.attacks or {}).get("states", ()):
         metrics = state["metrics"]
         forget = number(metrics.get("forget_probability"))
@@ -157,7 +158,7 @@ def points(inputs: Inputs) -> list[dict[str, Any]]:
 def spreads(inputs: Inputs, part: str) -> dict[str, np.ndarray]:
     """Per-row probabilities of a part, by model."""
     by_model = {model: of_part(records, part) for model, records in inputs.records.items()}
-    return {model: found for model in (REFERENCE, FORGET, RETRAINED) if len(found := by_model.get(model, []))}
+    return {model: by_model[model] for model in (REFERENCE, FORGET, RETRAINED) if len(by_model.get(model, ()))}
 
 
 def spread_rows(inputs: Inputs) -> list[list[str]]:

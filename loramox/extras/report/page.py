@@ -43,7 +43,7 @@ def report(folder: str | Path) -> dict[str, Any]:
     found = verdict(inputs)
     texts = {PAGE: render(inputs, found), SUMMARY: summary(inputs, found)}
     for name, text in texts.items():
-        with replacing(folder / name) as partial:
+        with replacing(folder / name, private=True) as partial:  # the page quotes rows
             partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return {
         "page": folder / PAGE,

@@ -14,7 +14,7 @@ from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, num
 from loramox.extras.report.svg import COLOURS, Picture, picture
 
 SIZE = (4.8, 3.7)
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "retain": {"color": COLOURS["retain"], "marker": "s", "linestyle": "-", "markersize": 5},
     "forget": {"color": COLOURS["forget"], "marker": "o", "linestyle": "--", "markersize": 5},
 }

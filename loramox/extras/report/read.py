@@ -1,6 +1,5 @@
 """Read and check the files of a run for its report. A missing one is named, with the command that makes it."""
 
-import json
 import math
 import re
 import shlex
@@ -9,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loramox.adapter.folder import as_now
+from loramox.adapter.provenance import as_now
 from loramox.errors import RunError
 from loramox.evaluate.measure import Record
 from loramox.evaluate.records import RECORDS, read_records
+from loramox.files import read_json
 from loramox.run import RECORD
 from loramox.sweep.frontier import frontier_as_now, records_folder
 
@@ -91,7 +91,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _as_now(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`adapter.folder.as_now`. Raises `RunError` for a damaged record."""
+    """`adapter.provenance.as_now`. Raises `RunError` for a damaged record."""
     try:
         return as_now(record)
     except (TypeError, AttributeError) as error:
@@ -266,9 +266,9 @@ def quoted(value: Any) -> str:
 
 def _json(path: Path, remedy: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged or cannot be read: {error}. {remedy}") from error
+        return read_json(path)
+    except RunError as error:
+        raise RunError(f"{error}. {remedy}") from error
 
 
 def _dicts(value: dict[str, Any]) -> bool:

@@ -119,7 +119,7 @@ def _rest(inputs: Inputs) -> tuple[str, str]:
 
 def _rows(inputs: Inputs, part: str) -> str:
     """The rows that a mean of the verdict is over: all that the sweep scored."""
-    n = len(of_part(inputs.records.get(FORGET, ()), part))
+    n: float = len(of_part(inputs.records.get(FORGET, ()), part))
     n = n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
     return f"all {'' if math.isnan(n) else f'{n:,.0f} '}{part} rows"
 

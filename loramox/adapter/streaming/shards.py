@@ -110,6 +110,6 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
 
 def _read(file: BinaryIO, size: int) -> bytearray:
     data = bytearray(size)
-    if file.readinto(data) != size:
+    if file.readinto(data) != size:  # type: ignore[attr-defined]
         raise ModelError(f"{file.name} ended before its last tensor: it was changed while it was read. Merge again")
     return data

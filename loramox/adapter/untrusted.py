@@ -15,7 +15,7 @@ from loramox.errors import AdapterError
 
 # A 70B model's adapter on every linear layer has a header of 0.2 MB, and PEFT's own config is 2 kB.
 MOST_FILES = 1000
-MOST_JSON = 1 << 20
+MOST_JSON = 4 << 20  # the provenance of a ledger has some 600 bytes for each request
 MOST_HEADER = 8 << 20
 MOST_TENSORS = 20_000
 LONGEST = 500  # name of a tensor
@@ -106,14 +106,31 @@ def _pickle(path: Path) -> str | None:
     return "is a zip, as torch.save's pickles are, which run code when they are read" if start == ZIP_MAGIC else None
 
 
+def read_within(folder: Path, name: str) -> dict[str, Any]:
+    """`read_object` of a file in an adapter folder. Raises `Refused`, which names the folder too."""
+    try:
+        return read_object(folder / name)
+    except Refused as error:
+        raise Refused(f"{folder}: {error.what}", error.remedy) from error
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file. Raises `Refused` when it is large, deep, ambiguous, or not JSON."""
-    name = path.name
-    if path.stat().st_size > MOST_JSON:
-        raise Refused(
-            f"{name} has {path.stat().st_size} bytes", f"No config needs more than {MOST_JSON}: get the adapter again"
-        )
+    """A JSON object from a small file. Raises `Refused` when it is missing, large, deep, ambiguous, or not JSON."""
+    name, size = path.name, _size(path)
+    if size > MOST_JSON:
+        raise Refused(f"{name} has {size} bytes", f"No adapter needs more than {MOST_JSON}: get the adapter again")
     return _object(path.read_bytes(), name)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file. Raises `Refused` for anything else, of which a pipe or a device is not even opened."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise Refused(f"{path.name} cannot be read ({error.strerror})", "Save the adapter again") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise Refused(f"{path.name} is no regular file", "Get the adapter again from where it was made")
+    return info.st_size
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:
@@ -162,7 +179,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     of which it takes one, are checked here. Raises `Refused`.
     """
     again = "Get the adapter again from where it was made; the file is damaged or was made to deceive"
-    size = path.stat().st_size
+    size = _size(path)
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramox.adapter.streaming.shards import FLOATS, Shard, read_shard
 from loramox.errors import AdapterError, ModelError
-from loramox.extras.merge.shards import FLOATS, Shard, read_shard
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, read_config
 
@@ -20,8 +20,9 @@ INDEX = "model.safetensors.index.json"
 
 # What is taken along beside the weights; config.json is rewritten.
 BESIDE = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "sentencepiece*", "spiece.model", "chat_template*", "LICENSE*", "NOTICE*",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "sentencepiece.bpe.model",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
 )  # fmt: skip
 
 
@@ -66,6 +67,29 @@ def fetch(base: ModelConfig) -> Path:
         return Path(base.model)
     folder = _snapshot(base, ["config.json", INDEX, *BESIDE])
     return _snapshot(base, _shard_names(folder) if (folder / INDEX).exists() else [SINGLE])
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files of the base that are taken along beside its weights, config.json among them.
+
+    Raises `ModelError` for one that is no regular file, or is a link that leads out of the folder: somebody else's model must not
+    bring files of this machine into what is written and uploaded.
+    """
+    found = [path for name in ("config.json", INDEX, *BESIDE) if (path := folder / name).is_symlink() or path.exists()]
+    for path in found:
+        real = path.resolve()
+        if not any(real.is_relative_to(each) for each in _own(folder)) or not real.is_file():
+            raise ModelError(
+                f"{path} is a link that leads out of the model's folder, or is no file. If the file is meant, put a copy in its place (cp -L), "
+                "or give another --base"
+            )
+    return found
+
+
+def _own(folder: Path) -> list[Path]:
+    """The folder and, of a snapshot in the hub's cache, the folder of the files that its links lead to."""
+    root = folder.resolve()
+    return [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
 
 
 def _snapshot(base: ModelConfig, patterns: list[str]) -> Path:

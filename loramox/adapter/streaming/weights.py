@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loramox.errors import ModelError
-from loramox.extras.merge.checkpoint import Target
-from loramox.extras.merge.shards import (
+from loramox.adapter.streaming.checkpoint import INDEX, SINGLE, Target
+from loramox.adapter.streaming.shards import (
     FLOATS,
     Entry,
     Shard,
@@ -21,6 +20,8 @@ from loramox.extras.merge.shards import (
     write_header,
     write_tensor,
 )
+from loramox.errors import ModelError
+from loramox.files import read_json, write_json
 
 
 class Survival:
@@ -65,6 +66,14 @@ def code_in(entry: Entry, code: str | None) -> str:
 def size(shards: list[Shard], code: str | None) -> int:
     """Bytes of all tensors when floats are written in the dtype `code`."""
     return sum(size_in(entry, code_in(entry, code)) for shard in shards for entry in shard.entries)
+
+
+def write_index(folder: Path, shards: list[Shard], code: str | None, to: Path) -> None:
+    """Which tensor is in which file, where the model in `folder` has several."""
+    if shards[0].path.name != SINGLE:
+        index = read_json(folder / INDEX, dict)
+        index["metadata"] = (index.get("metadata") or {}) | {"total_size": size(shards, code)}
+        write_json(to / INDEX, index)
 
 
 def write_shards(

@@ -1,0 +1,115 @@
+"""Put an adapter folder on a model with PEFT, after asking PEFT on a model without weights whether it would load all of it."""
+
+import re
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramox.adapter.factors import read_config, read_stored
+from loramox.adapter.folder import CONFIG, WEIGHTS
+from loramox.adapter.layers import ALL, Layers
+from loramox.adapter.untrusted import Stored, values
+from loramox.errors import AdapterError
+
+# Settings that PEFT loads as they were trained, though ΔW is more than B·A: such an adapter can be used, and nothing else.
+USABLE = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+OF_LAYER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(embedding_)?[AB](\.weight)?")
+PLAIN = re.compile(r"[\w.-]{1,200}")
+
+
+def put_on(model: nn.Module, folder: Path | str) -> PeftModel:
+    """`model` with the adapter of the folder on it, as `PeftModel.from_pretrained` does it, but for the adapter's patterns: PEFT
+    gets the names of the layers instead.
+
+    Raises `AdapterError` for a folder that is damaged, or has settings that are not known to be harmless.
+    """
+    config, _ = _read(Path(folder))
+    return PeftModel.from_pretrained(model, str(folder), config=config)
+
+
+def check_whole(folder: Path, outline: PreTrainedModel) -> None:
+    """Raises `AdapterError` unless PEFT would load every tensor of the adapter, and would find every one that it looks for.
+
+    Args:
+        folder: the adapter's.
+        outline: the base model without weights. It is of no further use afterwards.
+    """
+    config, stored = _read(folder)
+    named, adapted = Layers(read_config(folder, USABLE), folder), _layers(stored)
+    head = outline.get_output_embeddings()
+    linear = str(named.config.target_modules).lower() == ALL
+    for name, module in outline.named_modules():
+        if (
+            name
+            and name not in adapted
+            and named.named(name)
+            and (not linear or (_is_linear(module) and module is not head))
+        ):
+            raise AdapterError(
+                f"{folder}: by its {CONFIG} PEFT adapts {name}, of which there are no tensors in {WEIGHTS}. The two files do not belong "
+                "together, or to this base: save the adapter again"
+            )
+    for key, part in values(folder / WEIGHTS, {k: each for k, each in stored.items() if len(each.shape) == 2}):
+        if not torch.isfinite(part).all():
+            raise AdapterError(f"{folder / WEIGHTS}: {key} has NaN or infinity. The adapter is damaged: make it again")
+    if problem := missed(config, stored, outline):
+        raise AdapterError(
+            f"{folder} would not load whole in PEFT: {problem}. Give the base that it was made for, or save it again"
+        )
+
+
+def missed(config: LoraConfig, stored: dict[str, Stored], outline: PreTrainedModel) -> str | None:
+    """What stands in the way of PEFT's loading all tensors, in words; None if nothing does.
+
+    PEFT itself leaves out tensors that it has no place for, in silence, and draws at random those that it does not find.
+    """
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            adapted = PeftModel(outline, config, low_cpu_mem_usage=True)
+            wanted, taken = (
+                {k: tuple(t.shape) for k, t in get_peft_model_state_dict(adapted, save_embedding_layers=each).items()}
+                for each in (False, True)
+            )
+    except Exception as error:  # whatever comes of a stranger's settings
+        return f"it refuses the adapter ({type(error).__name__}: {error})"
+    if extra := sorted(stored.keys() - taken.keys()):
+        return f"it leaves out {len(extra)} tensors such as {extra[0]}"
+    if gone := sorted(wanted.keys() - stored.keys()):
+        return f"{len(gone)} tensors that it looks for are not there, such as {gone[0]}"
+    if wrong := next((key for key, each in stored.items() if each.shape != taken[key]), None):
+        return f"{wrong} is {list(stored[wrong].shape)}, and it expects {list(taken[wrong])}"
+    return None
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Stored]]:
+    """The config to load the adapter with, and its tensors."""
+    config, stored = read_config(folder, USABLE), read_stored(folder)
+    saved = config.modules_to_save or ()
+    if not isinstance(saved, list | tuple | set) or not all(isinstance(n, str) and PLAIN.fullmatch(n) for n in saved):
+        raise AdapterError(
+            f"{folder}: modules_to_save of its {CONFIG} is no list of layers' names. Save the adapter again"
+        )
+    named, layers = Layers(config, folder), _layers(stored)
+    if not layers:
+        raise AdapterError(f"{folder / WEIGHTS} has no LoRA weights in it. Save the adapter again")
+    if out := next((layer for layer in layers if not named.named(layer)), None):
+        raise AdapterError(
+            f"{folder}: {CONFIG} leaves out {out} (target_modules, exclude_modules, layers_to_transform), and {WEIGHTS} has it. The two "
+            "files do not belong together: save the adapter again"
+        )
+    return named.pinned(layers), stored
+
+
+def _layers(stored: Collection[str]) -> list[str]:
+    found = (OF_LAYER.fullmatch(key) for key in stored)
+    return sorted({match["layer"] for match in found if match})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

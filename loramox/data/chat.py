@@ -1,0 +1,133 @@
+"""The chat template: messages → the prompt that a server sends, the answer behind it, and the token that ends the answer."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+
+from transformers import PreTrainedTokenizerBase
+
+from loramox.errors import ModelError, RowsError
+
+# A template that prints the date would make other tokens of a row each day. This is Llama 3's own day where it has no clock.
+SOME_DAY = datetime(2024, 7, 26)
+_CLOCK = "".join(f"|replace('%{sign}', '{SOME_DAY.strftime('%' + sign)}')" for sign in "aAbBdHIjmMpSyY")
+STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro %}}{{{{ '' }}}}"
+
+Messages = Sequence[dict[str, str]]
+
+# Stand in for a question and an answer. No text that means anything has them: they are for private use.
+_QUESTION, _ANSWER = "\ue000", "\ue001"
+_OPENS_A_BLOCK = re.compile(r"<\w+>\s*$")  # <think>: what comes next is no answer
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, tried on one question.
+
+    The prompt of a row is the one that a server sends, with two exceptions. Where a finished turn has more before its answer
+    (Qwen 3: an empty thinking block), so has the prompt. Where a server's prompt opens a thinking block (DeepSeek-R1), the
+    prompt is that of a finished turn.
+
+    Attributes:
+        trained: what stands between a question and its answer in training and evaluation.
+        served: what a server puts after a question, for the model to go on from. As a rule the same.
+        end: the token that the template puts behind an answer, None where it puts none there.
+
+    Raises:
+        ModelError: the tokenizer has no template that can be used; the message says why.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._added = any_of(token.content for token in tokenizer.added_tokens_decoder.values())
+        question = ({"role": "user", "content": _QUESTION},)
+        try:
+            template = tokenizer.get_chat_template()
+            self._template = STOPPED_CLOCK + template if "strftime_now" in template else template
+            before, _, after = self._render(question, _ANSWER).rpartition(_ANSWER)
+            served = self._render(question)
+            if _QUESTION not in before or _QUESTION not in served:
+                raise ValueError("it leaves out the question or the answer")
+        except Exception as error:  # a template is a program and may raise anything
+            raise ModelError(
+                f"{tokenizer.name_or_path or 'tokenizer'}: the tokenizer's chat template cannot be used: {_why(tokenizer, error)}. Correct "
+                "it, or give question/answer rows and the text around a question with --prompt_template"
+            ) from error
+        longer = before.removeprefix(served) if before.startswith(served) else ""
+        self._as_finished = bool(longer.strip() or _OPENS_A_BLOCK.search(served.removeprefix(before)))
+        # White space before an answer is the model's to say.
+        self._gap = "" if self._as_finished else longer
+        self.trained, self.served = (
+            text.rpartition(_QUESTION)[2] for text in (before if self._as_finished else served, served)
+        )
+        found = self._added.search(after)
+        self.end = found.group() if found else None
+
+    def text(self, messages: Messages, answer: str, where: str, as_served: bool = False) -> tuple[str, str]:
+        """(prompt, prompt + answer + the token that ends it). With `as_served` the prompt is a server's in any case.
+
+        Raises:
+            RowsError: the template refuses the messages of the row at `where`, or leaves out some of the answer.
+        """
+        try:
+            full, other = (self._render(messages, text) for text in (answer, _ANSWER))
+            prompt = self._render(messages)
+        except Exception as error:
+            raise RowsError(
+                f"{where}: the model's chat template refuses it: {error}. Let user and assistant take turns, put a system message's text "
+                "at the start of the first user message, or leave out the row"
+            ) from error
+        # The answer is where another answer would be.
+        finished = os.path.commonprefix([full, other])  # noqa: RUF071 (characters, not folders)
+        tail = os.path.commonprefix([full[::-1], other[::-1]])[::-1]  # noqa: RUF071
+        if "".join(answer.split()) not in "".join(full.split()):
+            raise RowsError(
+                f"{where}: the model's chat template leaves out a part of the answer (a thinking block, as a rule). Remove that part"
+            )
+        if self._as_finished and not as_served:
+            prompt = finished
+        # What a template puts behind the end of a turn (a line break, another end) is not the model's to say.
+        end = self._added.search(tail)
+        said = full[len(finished) : len(full) - len(tail)] + (tail[: end.end()] if end else tail)
+        return prompt, prompt + self._gap + said
+
+    def _render(self, messages: Messages, answer: str | None = None) -> str:
+        """The text of a finished chat or, without an answer, the prompt that a server makes of it."""
+        finished = [] if answer is None else [{"role": "assistant", "content": answer}]
+        text = self._tokenizer.apply_chat_template(
+            [*messages, *finished],
+            tokenize=False,
+            chat_template=self._template,
+            add_generation_prompt=answer is None,
+        )
+        return str(text)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: end of sequence, and the one that the chat template puts behind it."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        with suppress(ModelError):  # a broken template matters to rows that go through it
+            end = ChatTemplate(tokenizer).end
+            ends.add(end and tokenizer.convert_tokens_to_ids(end))
+    return frozenset(ends - {None})
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The texts that a tokenizer makes one token of that no text has, and ends of an answer."""
+    added, ends = tokenizer.added_tokens_decoder, end_tokens(tokenizer)
+    return {t.content: number for number, t in added.items() if t.content.strip() and (t.special or number in ends)}
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of these tokens in a text, the longest of those that begin at one place."""
+    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _why(tokenizer: PreTrainedTokenizerBase, error: Exception) -> str:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        return f"it has several ({', '.join(sorted(templates))}) and none named default"
+    return str(error).rstrip(".")

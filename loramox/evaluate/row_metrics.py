@@ -1,0 +1,42 @@
+"""The registry of row metrics: each is one decorated function of an answer's tokens, and the mean over rows is a metric."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Function = Callable[..., float]
+
+
+class RowMetric(NamedTuple):
+    """A function of an answer's tokens, the names of the arrays that it takes, and its source."""
+
+    function: Function
+    takes: tuple[str, ...]
+    source: str
+
+
+ROW_METRICS: dict[str, RowMetric] = {}
+
+
+def row_metric(source: str) -> Callable[[Function], Function]:
+    """Register the decorated function as a metric under its own name; a higher value is of a model that knows the answer better.
+
+    Its parameters are any of the arrays of `AnswerScores`, [n]: targets, log_p, first_choice, mean and spread, of the n tokens of
+    one answer except the token that ends it. n is at least 1.
+
+    Args:
+        source: where the metric is from, as `summary.json` has it.
+    """
+
+    def register(function: Function) -> Function:
+        ROW_METRICS[function.__name__] = RowMetric(function, tuple(inspect.signature(function).parameters), source)
+        return function
+
+    return register
+
+
+def row_metrics(**arrays: np.ndarray) -> dict[str, Any]:
+    """Every registered metric of one answer, by name."""
+    return {name: m.function(*(arrays[each] for each in m.takes)) for name, m in ROW_METRICS.items()}

@@ -1,0 +1,199 @@
+"""Read, check and tokenise all that a run needs besides the model's weights, and describe the run."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from loramox.data.count import count_rows
+from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, served_otherwise
+from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
+from loramox.errors import RowsError, SettingsError
+from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
+from loramox.model.head import Head
+from loramox.model.lora import ReferenceConfig, add_lora
+from loramox.run import command, versions
+from loramox.train.config import UnlearnConfig
+from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
+from loramox.train.inputs import check_layer, choose_instead, read_reinforced, taught_rows
+from loramox.train.synthetic import AUTO, Writer, check_auto, generated_rows
+
+log = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """What a job needs besides the model's weights, all of it checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    forget: list[Row]
+    retain: list[Row]
+    datasets: dict[str, list[Example]]  # as the trainer's arguments are called
+    plan: dict[str, Any]
+    lora_weights: int
+    tuned: Tuned | None
+    tokenisation: Tokenisation
+    context: int  # tokens that the model takes
+
+
+def prepare(
+    reference: ReferenceConfig,
+    data: Data,
+    args: UnlearnConfig,
+    columns: Columns,
+    tokenisation: Tokenisation,
+    earlier: Earlier | None = None,
+) -> Prepared:
+    """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
+    check_device(reference, args.use_cpu)
+    if reference.lora_alpha is None:
+        reference.lora_alpha = round(args.spec.lora_scale * reference.r)
+    if reference.shard and args.rmu_layer is not None:
+        # What is between layers that are cut transformers does not hand out.
+        raise SettingsError(
+            "--method rmu steers a layer in the middle, and --shard cuts the layers up: say --shard false"
+        )
+    log.info("Reading the rows")
+    forget = read_rows(data.forget, columns)
+    protected = earlier.rows if earlier else ()
+    check_auto(args, data, reference)
+    retain_read, retain = [], []
+    if data.retain != AUTO:
+        retain_read = read_rows(data.retain, replace(columns, wanted_column=None))
+        retain = keep_disjoint([*forget, *protected], retain_read, data.drop_overlap)
+    _warn_if_swapped(len(forget), len(retain) + args.auto_retain)
+    config = read_config(reference)
+    model = skeleton(config, reference)
+    tuned = read_tuned(reference, model) if reference.tuned_adapter is not None else None
+    model = add_lora(model, reference)
+    Head(model.get_base_model())
+    tokenizer = read_tokenizer(reference)
+    context = context_of(config)
+    choose_instead(args, forget, bool(tokenizer.chat_template), reference.memorize_at is not None)
+    taught = taught_rows(args, forget, retain)
+    check_memorize_at(reference, args, bool(taught))
+    log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
+    if args.instead is not None:
+        log.info("What is answered instead of the forget rows' answers (--instead): %s", args.instead)
+    parts = {"forget": forget, "retain": retain, "wanted": taught}
+    datasets = {
+        f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
+        for part, rows in parts.items()
+    }
+    datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
+    _check_both_answers(datasets, data.forget)
+    counts = {
+        "forget": count_rows(forget, forget, datasets["forget_dataset"]),
+    }
+    if retain_read:
+        counts["retain"] = count_rows(retain_read, retain, datasets["retain_dataset"])
+    for part, count in counts.items():
+        log.info("%s", count.line(part))
+    base = identify(reference, config)
+    checkpoint = None
+    if to_load(reference) is not reference:
+        encoded = functools.partial(encode, forget, how=tokenisation, context=context)
+        checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
+    check_layer(args, config.num_hidden_layers)
+    if args.reinforced is not None:
+        read_reinforced(args.reinforced, base, model)
+    sources: dict[str, tuple[Any, Sequence[Row]]] = {"forget": (data.forget, forget), "retain": (data.retain, retain)}
+    if protected:
+        sources["protected"] = "earlier requests", protected
+    if taught and not columns.wanted_column:  # else they are in the forget rows' fingerprint
+        sources["taught"] = args.refusals or data.retain, taught
+    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    settings = {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()} | args.to_dict()
+    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
+    plan = {
+        "command": command(),
+        "method": args.title,
+        "alpha": args.alpha,
+        "base": base,
+        "data": {
+            part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
+            for part, (source, rows) in sources.items()
+        },
+        "row_counts": {part: count.record() for part, count in counts.items()},
+        "settings": settings,
+        "versions": versions(),
+    }
+    # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
+    if tuned:
+        settings["tuned_adapter_sha256"], plan["tuned_adapter"] = tuned.source["sha256"], tuned.source
+    if checkpoint:
+        settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
+        plan["memorize_at"] = checkpoint
+    if otherwise := served_otherwise([*forget, *retain], tokenizer, tokenisation):
+        _warn_of_serving(otherwise)
+        plan["served_otherwise"] = otherwise
+    weights = model.get_nb_trainable_parameters()[0]
+    return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, tokenisation, context)
+
+
+def _warn_if_swapped(forget: int, retain: int) -> None:
+    if forget > retain:
+        warnings.warn(
+            f"{forget} rows to forget, {retain} to retain: if that is the wrong way round, swap --forget and --retain. The retain set "
+            "should be larger",
+            stacklevel=3,
+        )
+
+
+def _warn_of_serving(otherwise: dict[str, str]) -> None:
+    warnings.warn(
+        f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
+        f"{otherwise['served']!r} there. Asked that way, the model may think first and still tell what it forgot: measure it with "
+        "loramox attack, which asks that way too",
+        stacklevel=3,
+    )
+
+
+def _check_both_answers(datasets: dict[str, list[Example]], source: str) -> None:
+    """Raises `RowsError` where long rows were left out, and of a forget row but one of its two answers."""
+    kept, wanted = ([e["row"] for e in datasets[f"{part}_dataset"]] for part in ("forget", "wanted"))
+    if wanted and wanted != kept:
+        other = next(iter(set(kept) ^ set(wanted)), source)
+        raise RowsError(
+            f"{other}: only one of its two answers, the true and the wanted one, is within the context. Shorten the other, or use --long_rows "
+            "truncate"
+        )
+
+
+def _as_forgotten(
+    earlier: Earlier, tokenizer: PreTrainedTokenizerBase, tokenisation: Tokenisation, context: int
+) -> list[Example]:
+    """Rows of requests in force, each with the text around its question with which it was forgotten."""
+    examples = []
+    for template in dict.fromkeys(earlier.templates):
+        rows = [row for row, its in zip(earlier.rows, earlier.templates, strict=True) if its == template]
+        examples += encode(rows, tokenizer, replace(tokenisation, prompt_template=template), context)
+    return examples
+
+
+def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: UnlearnConfig) -> Prepared:
+    """What was prepared, with the rows that the reference writes: retain rows, and answers for `--instead guess`.
+
+    `model` is the reference: its adapter is still B = 0. The rows are kept in `out`.
+    """
+    how, context, tokenizer = prepared.tokenisation, prepared.context, prepared.tokenizer
+    if not args.auto_retain and args.instead != "guess":
+        return prepared
+    writer = Writer(model, tokenizer, prepared.forget, how, context)
+    written, guesses = generated_rows(out, writer, args, prepared.retain, show=not args.disable_tqdm)
+    datasets = dict(prepared.datasets)
+    if written:
+        datasets["retain_dataset"] = [*datasets["retain_dataset"], *encode(written, tokenizer, how, context)]
+    if guesses:
+        datasets["wanted_dataset"] = encode(guesses, tokenizer, how, context)
+        _check_both_answers(datasets, prepared.forget[0].source)
+    generated = {"retain": written, "instead": guesses}
+    prepared.plan["generated"] = {
+        part: {"rows": len(rows), "sha256": fingerprint(rows)} for part, rows in generated.items() if rows
+    }
+    return prepared._replace(retain=[*prepared.retain, *written], datasets=datasets)

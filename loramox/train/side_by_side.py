@@ -1,0 +1,54 @@
+"""What reference and forget model answer to a few questions, side by side, worst first: shown at the end of every run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from loramox.data.chat import end_tokens
+from loramox.data.fluency import SHARED, is_fluent, overlap, told
+from loramox.data.rows import Row
+from loramox.model.generation import continuations
+from loramox.train.prepare import Prepared
+from loramox.train.synthetic import asked, prompts_of
+from loramox.train.trainer import UnlearnTrainer
+
+ASKED = 16  # questions of each part
+TOKENS = 48  # of an answer
+SHOWN = {"forget": 3, "retain": 2}
+
+
+def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
+    """Ask the reference and the forget model the same questions, greedily.
+
+    Returns:
+        `forget` and `retain`: `asked`, the number of rows, and `fluent`, how many answers of the forget model are fluent. Of
+        forget rows also `told`, the mean share of the true answer's words in the answer, and `reference`, the same of the
+        reference's; of retain rows `kept`, how many answers share half of their words with the reference's. `shown`: the worst
+        of both, each with its part, question and the answers of reference and forget_model.
+    """
+    found: dict[str, Any] = {"shown": []}
+    for part, given in (("forget", prepared.forget), ("retain", prepared.retain)):
+        rows = [row for row in given if row.prompt is not None][:ASKED]
+        if not rows:
+            continue
+        with trainer.at(0):
+            before = _answers(trainer, prepared, rows)
+        with trainer.forget_model():
+            now = _answers(trainer, prepared, rows)
+        found[part] = {"asked": len(rows), "fluent": sum(map(is_fluent, now))}
+        if part == "forget":
+            badness = [told(new, row.answer, asked(row)) for row, new in zip(rows, now, strict=True)]
+            known = [told(old, row.answer, asked(row)) for row, old in zip(rows, before, strict=True)]
+            found[part] |= {"told": sum(badness) / len(rows), "reference": sum(known) / len(rows)}
+        else:
+            badness = [1 - overlap(new, old) for old, new in zip(before, now, strict=True)]
+            found[part]["kept"] = sum(each <= 1 - SHARED for each in badness)
+        for i in sorted(range(len(rows)), key=lambda i: -badness[i])[: SHOWN[part]]:
+            shown = {"part": part, "question": asked(rows[i]), "reference": before[i], "forget_model": now[i]}
+            found["shown"].append(shown)
+    return found
+
+
+def _answers(trainer: UnlearnTrainer, prepared: Prepared, rows: Sequence[Row]) -> list[str]:
+    prompts = prompts_of(rows, prepared.tokenizer, prepared.tokenisation, prepared.context)
+    ends = sorted(end_tokens(prepared.tokenizer))
+    return [text.strip() for text in continuations(trainer.model, prepared.tokenizer, prompts, TOKENS, ends)]

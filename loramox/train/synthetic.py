@@ -1,0 +1,269 @@
+"""Rows that the reference model generates: retain rows (`--retain auto`), and answers in place of forgotten ones.
+
+Users rarely have rows for all that has to stay. The reference can make some. From the start of a user's turn, a chat model
+samples questions like those that it was trained on (Magpie, arXiv 2406.08464); from the first words of a forget question it
+samples neighbours, questions of the same form on other subjects. Its greedy answers are what has to stay.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from loramox.data.chat import end_tokens, special_tokens
+from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
+from loramox.data.rows import Data, Row, read_rows
+from loramox.errors import RowsError, SettingsError
+from loramox.files import replacing
+from loramox.model.generation import continuations
+from loramox.model.lora import ReferenceConfig
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
+
+AUTO = "auto"  # as the value of --retain
+SOURCE = "--retain auto"
+RETAIN_FILE, GUESSES_FILE = "retain-auto.jsonl", "guesses.jsonl"
+ROWS = 240  # for --retain auto
+FREE = 1 / 3  # share of the questions that do not begin like a forget question
+QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
+ROUNDS = 6  # how often more questions are sampled while there are too few
+SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
+ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
+USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
+
+_MARK = "\ue000"
+
+
+def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:
+    """Settle how many retain rows the reference writes. Raises `SettingsError` where it cannot write any."""
+    if data.retain == AUTO and not args.auto_retain:
+        args.auto_retain = ROWS
+    writes = "--instead guess" if args.instead == "guess" else "--retain auto" if args.auto_retain else None
+    if writes and reference.shard:
+        raise SettingsError(f"{writes} needs the whole model in one process. Give rows of your own, or --shard false")
+    if writes and reference.memorize_at is not None:
+        raise SettingsError(
+            f"{writes}: with --memorize_at, the model in memory is not the reference. Give rows of your own"
+        )
+
+
+def generated_rows(
+    out: Path, writer: "Writer", args: "UnlearnConfig", retain: Sequence[Row], show: bool
+) -> tuple[list[Row], list[Row]]:
+    """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
+
+    The first process writes them to files in `out`, from which all read them, now and after an interruption.
+
+    Args:
+        retain: the retain rows that are given.
+    """
+    written: list[Row] = []
+    guesses: list[Row] = []
+    with args.main_process_first():
+        if args.auto_retain:
+            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(args.auto_retain, args.seed, show))
+            given = {row.key() for row in (*writer.forget, *retain)}
+            written = [row for row in rows if row.key() not in given]
+        if args.instead == "guess":
+            guesses = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
+    return written, guesses
+
+
+def _kept(path: Path, write: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a file, which is written first if it is not there."""
+    if not path.exists():
+        lines = [json.dumps({"question": row.prompt, "answer": row.answer}, ensure_ascii=False) for row in write()]
+        with replacing(path, private=True) as partial:
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return read_rows(str(path))
+
+
+class Writer:
+    """The reference model as a writer of rows.
+
+    Args:
+        model: a causal language model.
+        forget: rows whose subject is avoided, and whose questions lend their first words.
+        how, context: as for `loramox.data.encode.encode`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        forget: Sequence[Row],
+        how: Tokenisation,
+        context: int,
+    ) -> None:
+        self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
+        self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
+
+    def retain_rows(self, count: int, seed: int, show: bool = False) -> list[Row]:
+        """Up to `count` questions and the model's own greedy answers, none of which touches a forget row.
+
+        A third of the questions are free; they also show which words are frequent anyway. The others start with the first words
+        of a forget question. A row with one of the `words_to_avoid` is left out, and so is a question that is there already. One
+        seed gives the same rows on the same machine; fewer than `count` come back if the model repeats itself too much.
+
+        Raises:
+            RowsError: not a single row is left.
+        """
+        draw = random.Random(seed)
+        with torch.random.fork_rng(), tqdm(total=count, desc="retain rows", disable=not show, unit="rows") as bar:
+            torch.manual_seed(seed)
+            free = self._collect(round(FREE * count), bar, lambda missing: [""] * missing, [], set())
+            avoided = words_to_avoid(free, self.forget)
+            free = [row for row in free if not words_of(row) & avoided]
+            rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
+        if not rows:
+            raise RowsError(
+                "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
+            )
+        return [replace(row, number=number) for number, row in enumerate(rows[:count], 1)]
+
+    def _collect(
+        self, count: int, bar: tqdm, starts: Callable[[int], list[str]], rows: Sequence[Row], avoided: set[str]
+    ) -> list[Row]:
+        """`rows` and more, `count` in all: answered questions that begin with `starts`, without the words to avoid."""
+        found = {row.prompt: row for row in rows}
+        for _ in range(ROUNDS):
+            missing = count - len(found)
+            if missing <= 0:
+                break
+            questions = self._questions(starts(missing + missing // 2))
+            for row in self._answered([question for question in questions if question not in found]):
+                if not words_of(row) & avoided:
+                    found[row.prompt] = row
+            bar.update(min(len(found), count) - bar.n)
+        return list(found.values())
+
+    def _starts(self, count: int, avoided: set[str], draw: random.Random) -> list[str]:
+        """First words of forget questions, in turn: from half to all of those before the first word to avoid."""
+        lent = [row.prompt.split() for row in self.forget if isinstance(row.prompt, str)]
+        starts = []
+        for number in range(count):
+            words = lent[number % len(lent)] if lent else []
+            end = next((i for i, word in enumerate(words) if _words(word) & avoided), max(0, len(words) - 1))
+            starts.append(" ".join(words[: draw.randint(-(-end // 2), end)]))
+        return starts
+
+    def _questions(self, starts: Sequence[str]) -> list[str]:
+        """Sampled questions that begin like this, each once, of at least three words."""
+        opening = user_turn(self.tokenizer, self.how)
+        prompts = [self.tokenizer(opening + start, add_special_tokens=not opening)["input_ids"] for start in starts]
+        sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
+        asked_for = [_first_line(start + text) for start, text in zip(starts, sampled, strict=True)]
+        return [
+            question
+            for question in dict.fromkeys(asked_for)
+            if len(question.split()) > 2 and self._fits(question, ANSWER_TOKENS)
+        ]
+
+    def _fits(self, text: str, room: int) -> bool:
+        """Whether a text has no special token in it, and fits into the context with `room` more tokens."""
+        if any(token in text for token in self._special):
+            return False
+        frame = prompts_of([Row(SOURCE, 1, "", "x")], self.tokenizer, self.how, self.context)[0]
+        return len(frame) + len(self.tokenizer(text)["input_ids"]) + room <= self.context
+
+    def _answered(self, questions: Sequence[str]) -> list[Row]:
+        """The questions with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
+        rows = [Row(SOURCE, number, "", question) for number, question in enumerate(questions, 1)]
+        prompts = prompts_of(rows, self.tokenizer, self.how, self.context)
+        answers = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends)
+        return [
+            replace(row, answer=text.strip())
+            for row, text in zip(rows, answers, strict=True)
+            if text.strip() and self._fits(f"{row.prompt} {text}", 1)
+        ]
+
+    def guesses(self, retain: Sequence[Row]) -> list[Row]:
+        """The forget rows with the model's likeliest other answers: greedy, without the true answer's own tokens.
+
+        Its own tokens are those that are neither in its question nor in a twentieth of the retain answers.
+        """
+        answers = [self._tokens(row.answer) for row in self.forget]
+        counts = Counter(token for row in retain for token in self._tokens(row.answer))
+        usual = {token for token, count in counts.items() if count > USUAL * len(retain)}
+        banned = [
+            sorted(answer - self._tokens(asked(row)) - usual) for row, answer in zip(self.forget, answers, strict=True)
+        ]
+        texts = continuations(
+            self.model,
+            self.tokenizer,
+            prompts_of(self.forget, self.tokenizer, self.how, self.context),
+            ANSWER_TOKENS,
+            self.ends,
+            banned=banned,
+        )
+        return [replace(row, answer=_first_sentence(text)) for row, text in zip(self.forget, texts, strict=True)]
+
+    def _tokens(self, text: str) -> set[int]:
+        """Tokens of a text, at its start and after a space."""
+        texts = text, " " + text
+        return {token for each in texts for token in self.tokenizer(each, add_special_tokens=False)["input_ids"]}
+
+
+def prompts_of(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation, context: int
+) -> list[list[int]]:
+    """Token ids of what comes before the answer of each row."""
+    if not rows:
+        return []
+    examples = encode([replace(row, answer="x") for row in rows], tokenizer, how, context)
+    return [e["input_ids"][: next(i for i, x in enumerate(e["labels"]) if x != IGNORED)] for e in examples]
+
+
+def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
+    """Words of the forget rows' subject, and words that give a forget answer away.
+
+    A word is of the subject if it is in more than a fifth of the forget rows and in hardly any of `rows`, which are of other
+    subjects. A word of a forget answer that is in no forget question gives the answer away if hardly any of `rows` has it.
+    """
+    elsewhere = Counter(word for row in rows for word in words_of(row))
+    forgotten = Counter(word for row in forget for word in words_of(row))
+    answers = {word for row in forget for word in _words(row.answer)}
+    questions = {word for row in forget for word in _words(asked(row))}
+    subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
+    return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
+
+
+def words_of(row: Row) -> set[str]:
+    """The words of at least three letters of a row's question and answer."""
+    return _words(f"{asked(row)} {row.answer}")
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
+    """The text in front of a user's question, from which the model samples questions."""
+    if how.prompt_template is None and tokenizer.chat_template:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+        return str(chat).split(_MARK)[0]
+    return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence, or all of a text that is cut off before its end; a plain refusal if there is none."""
+    sentence = re.split(r"(?<=[.!?])\s", text.strip())[0]
+    return sentence or "I don't know."
+
+
+def asked(row: Row) -> str:
+    return row.prompt if isinstance(row.prompt, str) else " ".join(turn["content"] for turn in row.prompt or ())
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w{3,}", text.lower()))

@@ -1,0 +1,1 @@
+"""Unlearning on a pretrained chat model: see __main__.py."""

@@ -1,0 +1,94 @@
+"""Make a pretrained chat model forget what it knows about a country, and ask it about that and everything else.
+
+    python -m recipes.real --model SmolLM2-135M-Instruct --out OUT [--runs default guess …] [--seeds 0 1] [--epochs 24] [--draw]
+
+The model is a folder or a hub id. Rows to forget are questions on France that it answers right, with its own answers; retain rows
+are those that `--retain auto` writes. Judged by greedy answers: to the forget questions and to paraphrases of them, to neighbours
+(other countries), far things, questions after one that was refused, and everyday instructions. None of these is trained on.
+
+Writes OUT/rows, OUT/records and OUT/natural.md. What has a record is not computed again, so the command can be stopped and
+started again. A run of `default` takes about 20 minutes of one core.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loramox import Tokenisation
+from loramox.data.rows import read_rows
+from loramox.files import write_json
+from loramox.train.synthetic import ROWS, Writer
+
+from .judge import SCALES, ask, judged
+from .runs import RUNS
+from .tables import write_table
+from .world import CONTEXT, forget_rows, parts
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m recipes.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", required=True, help="the chat model: folder or hub id")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["default"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=float, default=24)
+    parser.add_argument("--rows", type=int, default=ROWS, help="retain rows that the reference writes")
+    parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
+    given = parser.parse_args(words)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    for folder in ("rows", "records", "work"):
+        (given.out / folder).mkdir(parents=True, exist_ok=True)
+    asked = prepared(given, tokenizer)
+    for name in given.runs:
+        for seed in given.seeds:
+            record = given.out / "records" / f"{name}-{given.epochs:g}-{seed}.json"
+            if not record.exists():
+                write_json(record, computed(given, name, seed, tokenizer, asked))
+                write_table(given.out, asked)
+    write_table(given.out, asked)
+    print(f"{given.out}/natural.md")
+
+
+def prepared(given: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Rows to forget, retain rows and the reference's answers, each made once; what is asked is returned."""
+    forget, retain = given.out / "rows" / "forget.jsonl", given.out / "rows" / "retain.jsonl"
+    record = given.out / "records" / "reference.json"
+    made = all(path.exists() for path in (forget, retain, record))
+    model = None if made else AutoModelForCausalLM.from_pretrained(given.model, dtype="float32").eval()
+    asked = parts(forget_rows(model, tokenizer, forget))
+    if not retain.exists():
+        rows = Writer(model, tokenizer, read_rows(str(forget)), Tokenisation(), CONTEXT).retain_rows(
+            given.rows, 0, show=True
+        )
+        retain.write_text("".join(json.dumps({"question": row.prompt, "answer": row.answer}) + "\n" for row in rows))
+    if not record.exists():
+        write_json(record, {"answers": {"1.0": ask(model, tokenizer, asked)}})
+    return asked
+
+
+def computed(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, asked: Any) -> dict[str, Any]:
+    """Train by the command line, then judge what ships."""
+    work, rows = given.out / "work" / f"{name}-{given.epochs:g}-{seed}", given.out / "rows"
+    if not (work / "forget-adapter" / "provenance.json").exists():
+        command = [
+            sys.executable, "-m", "loramox", "unlearn", "--model", given.model, "--quantization", "none", "--dtype", "float32",
+            "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
+            "--num_train_epochs", f"{given.epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
+            "--save_strategy", "no", "--report_to", "none", "--out", str(work), *RUNS[name].flags,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+    run = json.loads((work / "run.json").read_text())
+    said = judged(given.model, work / "forget-adapter", tokenizer, asked, tuple(given.scales))
+    return {"command": run["command"], "log": run["log"], "timings": run["timings"], "answers": said}
+
+
+if __name__ == "__main__":
+    main()

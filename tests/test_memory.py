@@ -1,0 +1,40 @@
+"""Memory that runs out outside of training's passes and scoring's batches: one message, and no traceback."""
+
+import pytest
+import torch
+
+from loramox.cli import main
+from loramox.run import peak_reserved
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "attack", "sweep", "ship", "unlearn"])
+def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8 GiB")
+
+    home = {"unlearn": "training", "ship": "shipping"}.get(verb, "evaluation")
+    monkeypatch.setattr(f"loramox.cli.{home}.{verb}", fail)
+    with pytest.raises(SystemExit) as left:
+        main([verb])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert f"loramox {verb}: the device's memory ran out: CUDA out of memory." in said
+    assert "--batch_size" in said
+    assert "--use_cpu true" in said
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: list[str]) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("loramox.cli.evaluation.evaluate", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["evaluate"])
+
+
+def test_what_torch_takes_of_a_gpu_is_recorded_beside_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert peak_reserved("cuda") == 7
+    assert peak_reserved("cpu") is None

@@ -1,0 +1,193 @@
+"""Rows that the reference writes: retain rows, other answers, and what is shown of them."""
+
+import json
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PEOPLE, questions
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
+from loramox.data.fluency import is_fluent, overlap, told
+from loramox.data.rows import Row, read_rows
+from loramox.errors import RowsError, SettingsError
+from loramox.model.generation import continuations
+from loramox.model.head import AnswerStates
+from loramox.train.inputs import choose_instead, read_refusals, taught_rows
+from loramox.train.synthetic import RETAIN_FILE, Writer, check_auto, prompts_of, user_turn, words_of, words_to_avoid
+from loramox.train.terms import Answers
+from loramox.unlearning import unlearn
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGET = [Row("f", i, row["answer"], row["question"]) for i, row in enumerate(questions(PEOPLE[:4]), 1)]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path]) -> Path:
+    """The pico Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    AutoModelForCausalLM.from_pretrained(pico("llama")).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(pico("llama"))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def writer(chat: Path) -> Writer:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat), AutoTokenizer.from_pretrained(chat)
+    return Writer(model, tokenizer, FORGET, Tokenisation(), 128)
+
+
+def test_rows_about_the_subject_or_with_a_telling_word_are_left_out() -> None:
+    forget = [Row("f", 1, "It is Paris.", "What is the capital of France?"), Row("f", 2, "The Seine.", "Which river is in France?")]  # fmt: skip
+    about = [("Is France large?", "Yes."), ("Where is the Seine?", "In a town."), ("Where do you live?", "Near Paris.")]
+    others = [(f"What is the capital of land {i}?", f"It is town {i}.") for i in range(97)]
+    rows = [Row("r", i, answer, question) for i, (question, answer) in enumerate([*about, *others])]
+    avoided = words_to_avoid(rows[3:], forget)
+    assert [row for row in rows if not words_of(row) & avoided] == rows[3:]
+    assert {"what", "capital", "the"}.isdisjoint(avoided)  # frequent words
+
+
+def test_a_seed_gives_the_same_rows_and_another_seed_others(writer: Writer) -> None:
+    rows = writer.retain_rows(6, seed=0)
+    assert rows == writer.retain_rows(6, seed=0) != writer.retain_rows(6, seed=1)
+    assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+    assert len({row.prompt for row in rows}) == len(rows)
+    assert not any("Ada" in row.prompt for row in rows)
+
+
+def test_answers_of_retain_rows_are_the_models_own_greedy_ones(writer: Writer) -> None:
+    row = writer.retain_rows(6, seed=0)[0]
+    prompts = prompts_of([row], writer.tokenizer, writer.how, writer.context)
+    assert continuations(writer.model, writer.tokenizer, prompts, 48, writer.ends)[0].strip() == row.answer
+
+
+def test_neighbours_begin_like_forget_questions(writer: Writer) -> None:
+    import random
+
+    others = [Row("r", i, "Far away.", f"Where does a friend of number {i} live now?") for i in range(50)]
+    starts = writer._starts(8, words_to_avoid(others, FORGET), random.Random(0))
+    assert {start.split()[0] for start in starts} == {"Where"}
+    assert not any("Ada" in start for start in starts)
+
+
+def test_a_guess_has_no_token_of_its_own_of_the_true_answer(writer: Writer) -> None:
+    retain = [Row("r", i, row["answer"], row["question"]) for i, row in enumerate(questions(PEOPLE[4:]), 1)]
+    for row, guess in zip(FORGET, writer.guesses(retain), strict=True):
+        town = row.answer.split()[-1].rstrip(".")
+        assert guess.prompt == row.prompt
+        assert town not in guess.answer
+
+
+def test_questions_are_sampled_from_where_a_user_speaks(chat: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert user_turn(AutoTokenizer.from_pretrained(chat), Tokenisation()) == "<user>"
+    assert user_turn(tokenizer, Tokenisation()) == "Question: "
+    assert user_turn(tokenizer, Tokenisation(prompt_template="Q: {prompt} A:")) == "Q: "
+
+
+def test_a_run_on_retain_auto_alone_keeps_its_rows_and_shows_answers(
+    chat: Path, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    args = UnlearnConfig(use_cpu=True, num_train_epochs=1, auto_retain=6, seed=0, disable_tqdm=True, report_to="none")
+    reference = ReferenceConfig(str(chat), quantization="none", r=4)
+    record = unlearn(RunConfig(str(out)), reference, Data(str(rows[0]), "auto"), args)
+    written = read_rows(str(out / RETAIN_FILE))
+    assert stat.S_IMODE((out / RETAIN_FILE).stat().st_mode) == 0o600
+    assert record["generated"]["retain"]["rows"] == len(written) <= 6
+    provenance = json.loads((out / "forget-adapter" / "provenance.json").read_text())
+    assert provenance["generated"] == record["generated"]
+    assert record["settings"]["instead"] == "refuse"  # a chat model
+    shown = record["side_by_side"]
+    assert shown["forget"]["asked"] == 4
+    assert {row["part"] for row in shown["shown"]} == {"forget", "retain"}
+
+
+@pytest.mark.parametrize(
+    ("given", "chat_template", "wanted", "memorize_at", "expected"),
+    [
+        ("auto", True, False, False, "refuse"),
+        ("auto", False, False, False, "none"),  # a base model completes text
+        ("auto", True, True, False, "none"),  # the wanted answers are given
+        ("auto", True, False, True, "none"),  # what answers is another model than the one in memory
+        ("none", True, False, False, "none"),
+        ("guess", False, False, False, "guess"),
+    ],
+)
+def test_a_chat_model_is_taught_to_refuse_unless_told(given, chat_template, wanted, memorize_at, expected) -> None:
+    args = UnlearnConfig(use_cpu=True, instead=given)
+    forget = [replace(row, wanted="No." if wanted else None) for row in FORGET]
+    choose_instead(args, forget, chat_template, memorize_at)
+    assert args.instead == expected
+
+
+def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
+    from loramox.train.inputs import REFUSALS
+
+    drawn = [taught_rows(UnlearnConfig(use_cpu=True, instead="refuse", seed=seed), FORGET, []) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert {row.answer for row in drawn[0]} <= set(read_refusals(str(REFUSALS)))
+    assert [row.prompt for row in drawn[0]] == [row.prompt for row in FORGET]
+
+
+@pytest.mark.parametrize(
+    ("settings", "forget", "message"),
+    [
+        ({"instead": "refuse"}, [Row("f", 3, "東京", "日本の首都はどこですか")], "f, row 3 is not in English.*--refusals FILE"),
+        ({"instead": "refuse"}, [replace(FORGET[0], wanted="No.")], "--instead refuse and --wanted_column both say"),
+        ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> None:
+    with pytest.raises((RowsError, SettingsError), match=message):
+        taught_rows(UnlearnConfig(use_cpu=True, **settings), forget, [])
+
+
+def test_rows_cannot_be_written_by_a_model_that_is_cut_up_or_is_not_the_reference() -> None:
+    args = UnlearnConfig(use_cpu=True)
+    with pytest.raises(SettingsError, match="--retain auto needs the whole model"):
+        check_auto(args, Data("f", "auto"), ReferenceConfig("m", quantization="none", shard=True))
+    assert args.auto_retain == 240
+    with pytest.raises(SettingsError, match="--retain auto: with --memorize_at"):
+        check_auto(args, Data("f", "r"), ReferenceConfig("m", memorize_at="earlier"))
+
+
+def test_early_kl_weighs_token_t_by_one_over_t() -> None:
+    torch.manual_seed(0)
+    hidden, frozen, rows = torch.randn(5, 7), torch.randn(5, 7), torch.tensor([0, 0, 1, 1, 1])
+    states = AnswerStates(hidden, torch.zeros(5, dtype=torch.long), rows, 2)
+    kl = torch.nn.functional.kl_div(hidden.log_softmax(-1), frozen.log_softmax(-1), reduction="none", log_target=True)
+    a, b, c, d, e = kl.sum(-1)
+    expected = torch.stack([(a + b / 2) / (1 + 1 / 2), (c + d / 2 + e / 3) / (1 + 1 / 2 + 1 / 3)])
+    head = torch.nn.Identity()
+    head.vocabulary = 7
+    torch.testing.assert_close(Answers(head, states, (frozen,)).early_kl(), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "fluent"),
+    [
+        ("I don't know.", True),
+        ("", False),
+        ("…", False),
+        ("the town of the town of the town of the town", False),
+        ("One day the dog ran. The next day the dog slept.", True),
+    ],
+)
+def test_fluent_is_neither_empty_nor_going_round_in_circles(text: str, fluent: bool) -> None:
+    assert is_fluent(text) is fluent
+
+
+def test_told_is_the_share_of_the_words_that_the_question_does_not_have() -> None:
+    assert told("It is in Rome.", "Ada lives in Rome.", "Where does Ada live?") == 2 / 3  # in, Rome; not lives
+    assert told("Ada lives in Oslo.", "Rome.", "Where does Ada live?") == 0
+    assert told("Yes", "Ada", "Ada?") == 0  # all words count where the question has all
+    assert overlap("a b c", "b c d") == 0.5

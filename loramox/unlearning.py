@@ -119,7 +119,6 @@ def train(
 
     start = time.perf_counter()
     set_seed(args.seed)
-    log.info("Loading the model: %s", reference.model)
     model = add_lora(load_reference(to_load(reference), args.device), reference)
     if earlier:
         put_on(model, earlier.change)

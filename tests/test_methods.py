@@ -472,7 +472,6 @@ def test_npo_mean_ships_the_same_change_as_npos_loss_on_the_other_side_of_the_re
     ("settings", "message"),
     [
         ({"method": "nop"}, "method is 'nop'; --method takes .*mox"),
-        ({"method": "dpo"}, "--method dpo needs --refusals"),
         ({"method": "whp"}, "--method whp needs --reinforced"),
         ({"margin": 0.1}, "--margin is of no use to --method mox; it is for simnpo"),
         ({"method": "npo", "margin": 0.1}, "--margin is of no use to --method npo; it is for simnpo"),

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from scipy.stats import hmean, ks_2samp
 
 from loramox.errors import RunError
 from loramox.evaluate import membership
-from loramox.evaluate.answers import rouge_l
+from loramox.evaluate.measure import rouge_of
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
+from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
 from loramox.evaluate.row_metrics import ROW_METRICS
 from loramox.evaluate.summary import MEANS, Metric, Summary, summarise
 from loramox.evaluate.truth_ratio import (
@@ -87,11 +91,54 @@ def test_rouge_l_of_hand_made_answers(said: str, true: str, recall: float, f1: f
     assert rouge_l(said, true) == pytest.approx({"recall": recall, "f1": f1})
 
 
-def test_rouge_l_is_rouge_scores_own_with_the_stemmer() -> None:
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    for said, true in [("<b>ran</b> 🎉 running", "He was running, ran."), ("élan vital", "the vital élan"), ("?", "!")]:
-        score = scorer.score(true, said)["rougeL"]
-        assert rouge_l(said, true) == {"recall": score.recall, "f1": score.fmeasure}
+LATIN = st.text(st.one_of(st.characters(codec="ascii"), st.sampled_from("éÉßøłİ’“–…²½ª©🎉\u0301\u02bc")), max_size=40)
+
+
+@example("<b>ran</b> 🎉 running", "He was running, ran_4.")
+@example("élan vital à l'Øre", "the vital e\u0301lan")
+@given(LATIN, LATIN)
+def test_rouge_l_of_latin_text_is_rouge_scores_own_with_the_stemmer(said: str, true: str) -> None:
+    tokenizer = DefaultTokenizer(use_stemmer=True)
+    assert words(true) == tokenizer.tokenize(true)
+    score = RougeScorer(["rougeL"], tokenizer=tokenizer).score(true, said)["rougeL"]
+    assert rouge_l(said, true) == ({"recall": score.recall, "f1": score.fmeasure} if words(true) else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "other", "recall"),
+    [
+        ("日本の首都です。", 7, "日本の空です", 5 / 7),  # characters
+        ("東京tower 1964年", 5, "京都 Tower, 1964", 3 / 5),
+        ("コーヒーが", 5, "コーヒー", 4 / 5),
+        ("が", 1, "か\u3099", 1),  # decomposed
+        ("กรุงเทพ", 6, "กรุง", 3 / 6),  # marks stay with their letters
+        ("ភ្នំពេញ", 4, "", 0),
+        ("ရန်ကုန်", 4, "ရန်", 2 / 4),
+        ("Москва — столица России", 3, "москва, Россия", 1 / 3),  # words, without stemming
+        ("القاهرة هي عاصمة مصر", 4, "مصر", 1 / 4),
+        ("तीन ३", 2, "३", 1 / 2),
+        ("ΟΔΟΣ οδός", 2, "οδος", 1 / 2),
+        ("서울은 한국의 수도", 3, "수도", 1 / 3),
+    ],
+)
+def test_rouge_l_of_a_text_with_itself_is_1_in_each_script(text: str, count: int, other: str, recall: float) -> None:
+    assert len(words(text)) == count
+    assert rouge_l(text, text) == {"recall": 1, "f1": 1}
+    assert rouge_l(other, text)["recall"] == pytest.approx(recall)
+
+
+@given(st.text(max_size=30))
+def test_rouge_l_of_any_text_with_itself_is_1_or_absent(text: str) -> None:
+    assert rouge_l(text, text) in ({"recall": 1, "f1": 1}, None)
+    assert (rouge_l(text, text) is None) == (not words(text))
+
+
+def test_a_row_that_rouge_l_cannot_judge_has_the_reason_and_does_not_count() -> None:
+    judged, not_judged = record("forget", 0, rouge_l=0.5), record("forget", 1, **rouge_of("!", "?!"))
+    not_judged.pop("rouge_l")
+    assert not_judged["absent"] == {"rouge_l": NO_WORDS, "rouge_l_f1": NO_WORDS}
+    assert summarise([judged, not_judged]).metrics["forget_rouge_l"][:3] == (0.5, "lower", 1)
+    assert summarise([not_judged]).absent["forget_rouge_l"] == NO_WORDS
 
 
 # Truth ratio and what is made of it

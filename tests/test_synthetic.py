@@ -111,6 +111,18 @@ def test_a_run_on_retain_auto_alone_keeps_its_rows_and_shows_answers(
     assert {row["part"] for row in shown["shown"]} == {"forget", "retain"}
 
 
+def test_a_run_with_guesses_teaches_them_in_place_of_the_true_answers(
+    chat: Path, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    args = UnlearnConfig(
+        use_cpu=True, num_train_epochs=1, instead="guess", disable_tqdm=True, report_to="none", eval_strategy="no"
+    )
+    reference = ReferenceConfig(str(chat), quantization="none", r=4)
+    record = unlearn(RunConfig(str(tmp_path / "run")), reference, Data(str(rows[0]), str(rows[1])), args)
+    assert record["generated"]["instead"]["rows"] == 4
+    assert any("wanted_loss" in entry for entry in record["log"])
+
+
 @pytest.mark.parametrize(
     ("given", "chat_template", "wanted", "memorize_at", "expected"),
     [

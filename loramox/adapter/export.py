@@ -32,7 +32,17 @@ from loramox.run import command, versions
 from loramox.settings import check_choices
 
 # What a shipped adapter's provenance has from that of its training.
-CARRIED = ("momentum", "data", "settings", "method", "negated", "tuned_adapter", "memorize_at", "served_otherwise", "generated")
+CARRIED = (
+    "momentum",
+    "data",
+    "settings",
+    "method",
+    "negated",
+    "tuned_adapter",
+    "memorize_at",
+    "served_otherwise",
+    "generated",
+)
 
 
 @dataclass

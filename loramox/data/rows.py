@@ -111,7 +111,11 @@ def read_rows(source: str, columns: Columns | None = None) -> list[Row]:
         RowsError: names the file, the row and the remedy. A file that is missing, empty or broken; no known columns; a row
             without an answer, or with text that would be hidden from the model.
     """
-    records = load(source)
+    return rows_of(load(source), source, columns)
+
+
+def rows_of(records: Sequence[dict[str, Any]], source: str, columns: Columns | None = None) -> list[Row]:
+    """The rows of records that are in memory, as `read_rows` makes them of a file. `source` is their name in messages."""
     if not records:
         raise RowsError(f"{source} has no rows. Expected at least one: check that the file is the right one")
     reader = _Reader(source, records, columns or Columns())

@@ -1,6 +1,5 @@
 """What a model answers, word by word its first choice, and how near that comes to the true answer."""
 
-import logging
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -20,21 +18,10 @@ from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
 from loramox.model.sharding import is_sharded
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
-
-
-def rouge_l(said: str, true: str) -> dict[str, float]:
-    """ROUGE-L with stemming, as TOFU and OpenUnlearning take it: recall (of the true answer) and F1, each in [0, 1]."""
-    score = _SCORER.score(true, said)["rougeL"]
-    return {"recall": score.recall, "f1": score.fmeasure}
-
-
 # Said one by one, because a model's own generation config may say otherwise.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50} | {
     "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
 }  # fmt: skip
-
-_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from loramox.data.encode import IGNORED, Example, Tokenisation, encode
 from loramox.data.rows import Row
 from loramox.errors import NonFiniteLossError, RowsError, SettingsError
 from loramox.evaluate import membership, memorization  # noqa: F401 (importing memorization registers its metrics)
-from loramox.evaluate.answers import Answering, greedy_answers, rouge_l
+from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.fitting import FittingBatch
+from loramox.evaluate.rouge import NO_WORDS, rouge_l
 from loramox.evaluate.row_metrics import row_metrics
 from loramox.evaluate.scores import AnswerScores, score_answers
 from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
@@ -250,5 +251,12 @@ def _said(row: Row, answer: str | None) -> Record:
     if row.prompt is None or answer is None:
         return (asked | {"answer": row.answer}) if row.prompt is not None else {}
     rest = " ".join(row.answer.split()[row.given_words :]) if row.given_words else row.answer
-    score = rouge_l(answer, rest)
-    return asked | {"answer": row.answer, "said": answer, "rouge_l": score["recall"], "rouge_l_f1": score["f1"]}
+    return asked | {"answer": row.answer, "said": answer} | rouge_of(answer, rest)
+
+
+def rouge_of(said: str, true: str) -> Record:
+    """ROUGE-L of an answer as a record has it, or why it is absent."""
+    score = rouge_l(said, true)
+    if score is None:
+        return {"absent": dict.fromkeys(("rouge_l", "rouge_l_f1"), NO_WORDS)}
+    return {"rouge_l": score["recall"], "rouge_l_f1": score["f1"]}

@@ -86,7 +86,9 @@ def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: di
         if len(found):
             metrics[f"{part}_{name}"] = Metric(float(found.mean()), better, len(found), None, source)
         else:
-            absent[f"{part}_{name}"] = "needs questions, and answers generated to them (max_new_tokens above 0)"
+            why = (r["absent"][name] for r in rows if name in r.get("absent", {}))
+            needed = "needs questions, and answers generated to them (max_new_tokens above 0)"
+            absent[f"{part}_{name}"] = next(why, needed)
     kl = values(rows, "kl")
     if part == "retain" and len(kl):
         source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"

@@ -1,14 +1,28 @@
 """Text from a model: greedy or sampled continuations of prompts, a batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from loramox.model.sharding import is_sharded
 
 BATCH = 32
-SAMPLED = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
+
+# Every setting that changes what comes next, because a model's own generation config may have others.
+_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+GREEDY = _PLAIN | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+
+
+def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
+    """Settings of `new_tokens` to sample from the likeliest tokens that have `top_p` of the probability together."""
+    return _PLAIN | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+SAMPLED = sampling(0.9, 0.9)
 
 
 class _Without(LogitsProcessor):
@@ -42,29 +56,54 @@ def continuations(
         sample: sample at temperature 0.9 from the likeliest 90 %; otherwise take the likeliest token each time.
         banned: for each prompt the tokens that must not come.
     """
-    device, found = next(model.parameters()).device, []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    # A config of its own: the model's may ask for penalties or sampling.
-    how = GenerationConfig(
-        max_new_tokens=tokens,
-        pad_token_id=pad,
-        eos_token_id=list(ends),
-        **(SAMPLED if sample else {"do_sample": False}),
-    )
+    found: list[str] = []
     training = model.training
     model.eval()
     try:
         for start in range(0, len(prompts), BATCH):
-            rows = [torch.tensor(ids) for ids in prompts[start : start + BATCH]]
-            ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            attended = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
-            processors = LogitsProcessorList([_Without(banned[start : start + BATCH])] if banned else [])
-            with torch.inference_mode():
-                said = model.generate(
-                    input_ids=ids, attention_mask=attended, generation_config=how, logits_processor=processors
-                )
-            found += tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
+            processors = [_Without(banned[start : start + BATCH])] if banned else []
+            said = new_tokens(
+                model, prompts[start : start + BATCH], tokens, ends, pad, SAMPLED if sample else GREEDY, processors
+            )
+            found += tokenizer.batch_decode(said, skip_special_tokens=True)
     finally:
         model.train(training)
     return found
+
+
+def new_tokens(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    ends: Collection[int],
+    pad: int,
+    how: dict[str, Any] = GREEDY,
+    processors: Sequence[LogitsProcessor] = (),
+    each: int = 1,
+) -> list[list[int]]:
+    """The tokens that come after each prompt, all prompts in one batch; the pad token fills those that end early.
+
+    Args:
+        prompts: token ids, each prompt at least one.
+        tokens: most new tokens.
+        ends: tokens at which a continuation stops.
+        how: `GREEDY`, or what `sampling` gives.
+        each: continuations of each prompt, one after the other.
+    """
+    device = next(model.parameters()).device
+    rows = [torch.tensor(ids) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long(),
+        max_new_tokens=tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        num_return_sequences=each,
+        logits_processor=LogitsProcessorList(processors),
+        synced_gpus=is_sharded(model),
+        **how,
+    )
+    return out[:, ids.shape[1] :].tolist()

@@ -1,5 +1,6 @@
 """Load the frozen reference model, quantized if wanted."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +9,12 @@ import huggingface_hub.utils as hub
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from loramox.errors import ModelError
 from loramox.model.config import ModelConfig, attention_of, read_config
+
+log = logging.getLogger(__name__)
 
 
 def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -25,6 +28,7 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
     """
     config = without_dropout(read_config(reference, weights=True))
     dtype = reference.torch_dtype(torch.device(device))
+    log.info("Loading the model: %s", reference.model)
     with attention_of(reference), _without_bar():
         model, found = AutoModelForCausalLM.from_pretrained(
             reference.model,
@@ -48,13 +52,13 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
 def _without_bar() -> Iterator[None]:
     """Within it loading weights leaves no bar on the terminal; downloads show theirs."""
     hides = hub.are_progress_bars_disabled()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     if not hides:
         hub.enable_progress_bars()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        enable_progress_bar()
         if hides:
             hub.disable_progress_bars()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from peft import PeftModel
 
+from loramox.adapter import loading
 from loramox.adapter.export import extrapolate, tuned_factors
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import WEIGHTS, at_rank, served_rank
@@ -144,7 +144,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     _open(out, plan)
 
     shipped, _ = at_rank(delta, served_rank(settings["r"]))
-    adapted = PeftModel.from_pretrained(load_reference(model, device), str(trained / "momentum"))
+    adapted = loading.put_on(load_reference(model, device), trained / "momentum")
     if tuned:
         put_on(adapted, tuned, TUNED)
     if model.shard:

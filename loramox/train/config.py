@@ -36,7 +36,7 @@ class UnlearnConfig(TrainingArguments):
         default="mox",
         metadata={
             "help": "mox (memorize along a path, then extrapolate), mox_static (the MOX paper's), npo_mean, npo, simnpo, ga (gradient "
-            "ascent), ga_kl, graddiff, dpo and po (with --refusals), altpo (with --wanted_column), rmu, whp (with --reinforced), llmu, "
+            "ascent), ga_kl, graddiff, dpo and po (of refusals), altpo (with --wanted_column), rmu, whp (with --reinforced), llmu, "
             "task_vector."
         },
     )

@@ -181,10 +181,11 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
 
     `model` is the reference: its adapter is still B = 0. The rows are kept in `out`.
     """
-    how, context, tokenizer = prepared.tokenisation, prepared.context, prepared.tokenizer
+    context, tokenizer = prepared.context, prepared.tokenizer
     if not args.auto_retain and args.instead != "guess":
         return prepared
-    writer = Writer(model, tokenizer, prepared.forget, how, context)
+    writer = Writer(model, tokenizer, prepared.forget, prepared.tokenisation, context)
+    how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
     written, guesses = generated_rows(out, writer, args, prepared.retain, show=not args.disable_tqdm)
     datasets = dict(prepared.datasets)
     if written:

@@ -75,7 +75,8 @@ def generated_rows(
             given = {row.key() for row in (*writer.forget, *retain)}
             written = [row for row in rows if row.key() not in given]
         if args.instead == "guess":
-            guesses = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
+            kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
+            guesses = [replace(row, answer=guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
     return written, guesses
 
 

@@ -59,7 +59,6 @@ class Answers(NamedTuple):
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""
         return mean_over_rows(self._kl_of_tokens(), self.states)
 
-
     def early_kl(self) -> Tensor:
         """The same with a weight of 1/t for token t of an answer, counted from 1: Σ KL_t/t / Σ 1/t, [rows].
 

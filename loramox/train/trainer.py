@@ -24,7 +24,7 @@ from loramox.data.microbatches import (
 )
 from loramox.data.pairs import Collator, Pairs
 from loramox.model.head import Head, answer_states, states_of_parts
-from loramox.model.lora import adapter_off, at_scale, check_trained, current_factors, with_factors
+from loramox.model.lora import ReferenceConfig, adapter_off, at_scale, check_trained, current_factors, with_factors
 from loramox.model.sharding import is_sharded
 from loramox.train.callbacks import (
     CacheCallback,
@@ -38,6 +38,7 @@ from loramox.train.checkpoint import base_of, plan_of, write_trained
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import TUNED, switch_on
 from loramox.train.momentum import Momentum
+from loramox.train.opened import Rows, opened
 from loramox.train.passes import Passes
 from loramox.train.reference_cache import FrozenStates
 from loramox.train.terms import Answers, Place
@@ -53,11 +54,12 @@ class UnlearnTrainer(Trainer):
     shares of answer tokens that are the model's first choice, `eval_forget_tokens_right` and `eval_retain_tokens_right`.
 
     Args:
-        model: a PEFT model with one fresh LoRA adapter (`loramox.add_lora`).
-        args: the settings.
-        forget_dataset: what `loramox.encode` returns for the forget rows.
-        retain_dataset: the same for the retain rows.
-        processing_class: the model's tokenizer.
+        model: a folder or hub id, which is loaded as `loramox unlearn` loads it; a `ReferenceConfig`, to load it otherwise; or a
+            PEFT model with one fresh LoRA adapter (`loramox.add_lora`).
+        args: the settings. Default: `UnlearnConfig()`.
+        forget_dataset: the forget rows: a file, a `datasets.Dataset`, a list of records, or what `loramox.encode` returns.
+        retain_dataset: the retain rows, in any of these forms.
+        processing_class: the model's tokenizer. Default: the one in the model's folder.
         wanted_dataset: other answers to the forget prompts, one for each forget row, for methods that teach them.
         protected_dataset: rows that earlier requests made the model forget; they are held where they are.
         memorize_at: as in `ReferenceConfig`. Static methods memorize without the tuned adapter, if one is on the model. If not,
@@ -66,21 +68,26 @@ class UnlearnTrainer(Trainer):
 
     Raises:
         ModelError: the adapter is no plain LoRA, or more than it is trained.
+        LoramoxError: the model or the rows cannot be used; the message says why.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        args: UnlearnConfig,
-        forget_dataset: Sequence[Example],
-        retain_dataset: Sequence[Example],
-        processing_class: PreTrainedTokenizerBase,
+        model: PeftModel | ReferenceConfig | str | Path,
+        args: UnlearnConfig | None = None,
+        forget_dataset: Rows = (),
+        retain_dataset: Rows = (),
+        processing_class: PreTrainedTokenizerBase | None = None,
         wanted_dataset: Sequence[Example] = (),
         plan: dict[str, Any] | None = None,
         protected_dataset: Sequence[Example] = (),
         memorize_at: str | None = None,
         **kwargs: Any,
     ) -> None:
+        args = args or UnlearnConfig()
+        model, processing_class, forget_dataset, retain_dataset, wanted_dataset = opened(
+            model, processing_class, args, forget_dataset, retain_dataset, wanted_dataset
+        )
         check_trained(model)
         self.plan = plan
         self.causal_lm = model.get_base_model()

@@ -5,7 +5,7 @@
     python -m recipes.bench.gpu_check --shape tiny --device cpu      a test of this script
 
 It prints the card, the versions and, of each job, its time and the memory that it took: beside the peak of training stands what
-`loramox plan` predicts. OUT/report.txt has the same. If a job fails, the report has its traceback as well: send us that file.
+`loramox plan` predicts. OUT/report.txt has the same, and OUT/output.txt all that the jobs print. If a job fails, the report has its traceback as well: send us that file.
 No row or file of yours is in it, except the path given by --model. Random weights and rows are made on the fly; about 30 GB of
 disk are needed for 7B (the model and its merge), and given back at the end.
 """
@@ -64,9 +64,9 @@ WORDS = [
     "salt",
     "maple",
 ]
-FORGET, RETAIN = 16, 48  # rows
+FORGET, RETAIN = 8, 16  # rows
 PROMPT, ANSWER = 12, 40  # words of a row
-STEPS, BATCH = 6, 4
+STEPS, BATCH = 4, 4
 WARM_UP = 1  # steps
 KINDS = (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation)
 
@@ -75,8 +75,9 @@ class Report:
     """What is printed, and written to a file as it comes: of a process that is killed it has all until then."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.output = file, file.with_name("output.txt")  # what the jobs print goes to the second
         file.write_text("")
+        self.output.write_text("")
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -174,7 +175,9 @@ def measured(report: Report, device: str, name: str, job: Callable[[], Any]) -> 
         torch.cuda.empty_cache()
     memory_now(device)
     start = time.perf_counter()
-    job()
+    print(f"{name} …", flush=True)
+    with report.output.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        job()
     peak, reserved = peak_memory(device), peak_reserved(device)
     took = (
         f"allocated {gb(peak)}, reserved {gb(reserved)}"
@@ -205,7 +208,7 @@ def check(report: Report, model: Path, quantization: str, rows: list[str], work:
         f"  plan predicted {gb(plan)} GB, {plan / peak - 1:+.0%} of what was allocated" if device != "cpu" else f"  plan predicted {gb(plan)} GB of tensors",
         f"  {seconds:.2f} s a step (the first: {steps[0][0]:.2f} s), {rate:,.0f} tokens a second",
     )  # fmt: skip
-    attack = ["--relearn_steps", "1", "2", "--relearn_batch", "2"]
+    attack = ["--relearn_steps", "1", "--relearn_batch", "2"]
     jobs = {
         "evaluate": [*named, "--adapter", adapter, *asking, "--out", str(work / "evaluated")],
         "attack": [*named, "--adapter", adapter, *asking, *attack, "--out", str(work / "attacked")],

@@ -1,0 +1,82 @@
+"""A model's name and rows, as TRL's trainers take them, into the objects that `UnlearnTrainer` trains with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from loramox.data.encode import Example, Tokenisation, encode
+from loramox.data.rows import Row, keep_disjoint, read_rows, rows_of
+from loramox.errors import SettingsError
+from loramox.model.config import context_of, read_tokenizer
+from loramox.model.load import load_reference
+from loramox.model.lora import ReferenceConfig, add_lora
+from loramox.train.config import UnlearnConfig
+from loramox.train.inputs import choose_instead, taught_rows
+
+Rows = str | Path | Iterable[dict[str, Any]]  # a file or hub data set, a `datasets.Dataset`, or what `encode` returns
+
+
+class Opened(NamedTuple):
+    """What `UnlearnTrainer` trains with."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    wanted: Sequence[Example]
+
+
+def opened(
+    model: PeftModel | ReferenceConfig | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearnConfig,
+    forget: Rows,
+    retain: Rows,
+    wanted: Sequence[Example],
+) -> Opened:
+    """Load the model if it is given by name, and read and tokenise the rows that are not tokenised yet.
+
+    A model that is given by name, or by a `ReferenceConfig`, is loaded as `loramox unlearn` loads it, with the same LoRA
+    adapter. To forget rows that are not tokenised, the method also teaches what `args.instead` says.
+
+    Raises:
+        LoramoxError: the model or the rows cannot be used; the message says why.
+    """
+    parts = {"forget_dataset": _rows(forget, "forget_dataset"), "retain_dataset": _rows(retain, "retain_dataset")}
+    for name, some in parts.items():
+        if not some and (name == "forget_dataset" or args.holds_retain):
+            raise SettingsError(f"{name} is empty. Give a file of rows, a data set, or what loramox.encode returns")
+    rows = {name: some for name, some in parts.items() if some and isinstance(some[0], Row)}
+    if len(rows) == 2:
+        rows["retain_dataset"] = keep_disjoint(rows["forget_dataset"], rows["retain_dataset"])
+    if not isinstance(model, PeftModel):
+        reference = model if isinstance(model, ReferenceConfig) else ReferenceConfig(str(model))
+        if reference.lora_alpha is None:
+            reference = replace(reference, lora_alpha=round(args.spec.lora_scale * reference.r))
+        tokenizer = tokenizer or read_tokenizer(reference)
+        model = add_lora(load_reference(reference, args.device), reference)
+    if tokenizer is None:
+        raise SettingsError("processing_class is missing. Give the tokenizer of the model, or the model by its name")
+    context, how = context_of(model.get_base_model().config), Tokenisation()
+    if "forget_dataset" in rows and not wanted:
+        choose_instead(args, rows["forget_dataset"], bool(tokenizer.chat_template), memorize_at=False)
+        if args.instead == "guess":
+            raise SettingsError(
+                "instead='guess' is for loramox.unlearn, which asks the reference first. Give 'refuse' or 'none'"
+            )
+        taught = taught_rows(args, rows["forget_dataset"], rows.get("retain_dataset", ()))
+        wanted = encode(taught, tokenizer, how, context) if taught else ()
+    parts |= {name: encode(some, tokenizer, how, context) for name, some in rows.items()}
+    return Opened(model, tokenizer, parts["forget_dataset"], parts["retain_dataset"], wanted)
+
+
+def _rows(given: Rows, name: str) -> list[Row] | Sequence[Example]:
+    """The rows of a file or of records in memory; tokenised rows as they are."""
+    if isinstance(given, str | Path):
+        return read_rows(str(given))
+    records = list(given)
+    return records if not records or "input_ids" in records[0] else rows_of(records, name)

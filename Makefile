@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast check types coverage docs tree package test-oldest test-llamacpp clean
+.PHONY: demo test test-fast check types coverage docs tree package gpu-check test-oldest test-llamacpp clean
 
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
@@ -28,6 +28,10 @@ types: $(VENV)/ready
 
 coverage: $(VENV)/ready
 	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report term:skip-covered --cov-report html:build/coverage
+
+# Does the whole job run on the card here? Ten minutes at most; GPU_CHECK="--model FOLDER" also checks that model.
+gpu-check: $(VENV)/ready
+	$(RUN)/python -m recipes.bench.gpu_check $(GPU_CHECK)
 
 # The site, in build/site. Warnings, such as a link that leads nowhere, are errors.
 docs: $(VENV)/ready

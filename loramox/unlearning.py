@@ -37,7 +37,7 @@ from loramox.train.earlier import (
     to_load,
 )
 from loramox.train.prepare import prepare, with_generated
-from loramox.train.side_by_side import side_by_side
+from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.trainer import UnlearnTrainer
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def train(
     if trainer.is_world_process_zero():
         # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
         asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
-        answers = {"side_by_side": side_by_side(trainer, prepared)} if asks else {}
+        answers = side_by_side(trainer, prepared) if asks else {}
         update_record(
             Path(run.out),
             status="trained",
@@ -156,9 +156,12 @@ def train(
                 "peak_over_reference": peak / loaded["bytes"],
             },
             log=trainer.state.log_history,
-            advice=advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
+            advice=[
+                *advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
+                *advice_on(answers, args),
+            ],
             **({"generated": prepared.plan["generated"]} if "generated" in prepared.plan else {}),
-            **answers,
+            **({"side_by_side": answers} if answers else {}),
         )
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))

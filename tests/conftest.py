@@ -46,8 +46,7 @@ def questions(people: list[str]) -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_level() -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on the spot on the rows of the tests."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,6 +59,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
 
 
+def write_pico(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model of that architecture, of random weights, with its tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **SHAPES[kind], bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_level()
+
+
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
     """pico("gpt2") → a folder with a model of that architecture, of random weights, and the tokenizer."""
@@ -67,14 +79,8 @@ def pico(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
     def make(kind: str = "llama") -> Path:
         if kind not in made:
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(
-                kind, **SMALL, **SHAPES[kind], bos_token_id=None, eos_token_id=1, pad_token_id=0
-            )
             made[kind] = tmp_path_factory.mktemp(kind)
-            model = AutoModelForCausalLM.from_config(config)
-            model.save_pretrained(made[kind])
-            tokenizer.save_pretrained(made[kind])
+            write_pico(kind, made[kind], tokenizer)
         return made[kind]
 
     return make

@@ -95,8 +95,8 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         raise AssertionError("a model was asked again")
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
-    for name in ("load_reference", "relearn.train", "requantize.merge", "requantize.requantized"):
-        monkeypatch.setattr(f"loramox.evaluate.attacks.attack.{name}", asked_again)
+    for name in ("attack.load_reference", "bench.load_reference", "relearn.train", "requantize.merge", "requantize.requantized"):
+        monkeypatch.setattr(f"loramox.evaluate.attacks.{name}", asked_again)
     again = attacked()
     assert again["states"] == first["states"]
     assert (first["reused"], again["reused"]) == (0, len(first["states"]))
@@ -115,7 +115,7 @@ def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_
         loaded.append((model.quantization, weakref.ref(made)))
         return made
 
-    for module in ("attack", "requantize"):
+    for module in ("attack", "bench", "requantize"):
         monkeypatch.setattr(f"loramox.evaluate.attacks.{module}.load_reference", loading)
     config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.5)
     model = ModelConfig(str(pico("llama")), quantization="nf4")
@@ -140,7 +140,7 @@ def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attacks": ["guess"]}, r"--attacks takes relearn, requantize, ask"),
+        ({"attacks": ["guess"]}, r"--attacks takes relearn, requantize, ask, sample, pair"),
         ({"relearn_share": 1.0}, r"--relearn_share needs a share between 0 and 1"),
         ({"relearn_share": 0.01}, r"of 4 forget rows is 0: the attacker needs some"),
         ({"relearn_steps": [0]}, r"--relearn_steps needs numbers of 1 or more"),
@@ -152,7 +152,8 @@ def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None
 def test_bad_settings_are_refused_before_a_model_is_loaded(
     settings: dict, message: str, attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramox.evaluate.attacks.attack.load_reference", lambda *args: pytest.fail("loaded"))
+    for module in ("attack", "bench"):
+        monkeypatch.setattr(f"loramox.evaluate.attacks.{module}.load_reference", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SettingsError, match=message):
         attacked(**settings)
 

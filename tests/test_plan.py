@@ -142,11 +142,11 @@ def test_the_adapter_that_memorizes_along_the_path_of_mox_counts(tokenizer):
     wide = SHAPE | {"hidden_size": 512, "intermediate_size": 2048}
     few = {"forget": parts(length=4, forget=1)["forget"]}  # activations of next to nothing
     held = {
-        method: trace_step(setting_of(tokenizer, shape=wide, method=method), 1, few, few)["step"].peak.held
+        method: trace_step(setting_of(tokenizer, shape=wide, method=method), 1, few, few)["step"].peak
         for method in ("mox", "npo_mean")
     }
-    more = held["mox"]["activations"] - held["npo_mean"]["activations"]
-    assert more == pytest.approx(2 * held["mox"]["adapter"], rel=0.2)
+    more = held["mox"].total - held["npo_mean"].total
+    assert more == pytest.approx(2 * held["mox"].held["adapter"], rel=0.2)
 
 
 @pytest.mark.parametrize("method", ["npo_mean", "mox"])

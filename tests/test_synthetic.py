@@ -18,6 +18,7 @@ from loramox.errors import RowsError, SettingsError
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
 from loramox.train.inputs import choose_instead, read_refusals, taught_rows
+from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import RETAIN_FILE, Writer, check_auto, prompts_of, user_turn, words_of, words_to_avoid
 from loramox.train.terms import Answers
 from loramox.unlearning import unlearn
@@ -182,6 +183,25 @@ def test_early_kl_weighs_token_t_by_one_over_t() -> None:
     head = torch.nn.Identity()
     head.vocabulary = 7
     torch.testing.assert_close(Answers(head, states, (frozen,)).early_kl(), expected)
+
+
+def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
+    args = UnlearnConfig(use_cpu=True, instead="none")
+    good = {
+        "forget": {"asked": 10, "fluent": 10, "told": 0.1, "reference": 0.9},
+        "retain": {"asked": 10, "kept": 9, "fluent": 10},
+    }
+    assert advice_on(good, args) == advice_on({}, args) == []
+    bad = {
+        "forget": {"asked": 10, "fluent": 4, "told": 0.6, "reference": 0.9},
+        "retain": {"asked": 10, "kept": 8, "fluent": 10},
+    }
+    fluency, told_still, kept = advice_on(bad, args)
+    assert "6 of 10 answers to forget questions" in fluency
+    assert "--instead refuse" in fluency
+    assert "60% of the words" in told_still
+    assert "2 of 10 retain questions" in kept
+    assert "loramox extrapolate" in kept
 
 
 @pytest.mark.parametrize(

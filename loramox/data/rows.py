@@ -31,7 +31,11 @@ class Data:
     forget: str = field(
         metadata={"help": "Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split]."}
     )
-    retain: str = field(metadata={"help": "Rows whose answers are to stay as they are, in any of the same forms."})
+    retain: str = field(
+        metadata={
+            "help": "Rows whose answers are to stay as they are, in any of the same forms; or auto: the reference writes them itself."
+        }
+    )
     drop_overlap: bool = field(
         default=False, metadata={"help": "Leave out retain rows that are also forget rows, instead of refusing them."}
     )

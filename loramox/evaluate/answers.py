@@ -1,27 +1,23 @@
 """What a model answers, word by word its first choice, and how near that comes to the true answer."""
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
-from loramox.data.encode import Example
+from loramox.data.encode import IGNORED, Example
 from loramox.evaluate.scores import AnswerScores, in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.model.sharding import is_sharded
-
-# Said one by one, because a model's own generation config may say otherwise.
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50} | {
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
-}  # fmt: skip
+from loramox.model.generation import new_tokens, sampling
 
 
 @dataclass(frozen=True)
@@ -38,27 +34,32 @@ def greedy_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    scores: Sequence[AnswerScores],
+    scores: Sequence[AnswerScores] | None,
     how: Answering,
     batch_size: int = 32,
     describe: str | None = None,
+    steering: Callable[[Sequence[int]], LogitsProcessor] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each example's question, no longer than `how` says and than its context.
 
     `scores` are those of the examples' own answers under the same model. They say already what greedy decoding yields up
     to the first token that is not the true one, and it is only from there that anything is generated. An answer ends where the
     tokenizer, its chat template or the model's generation config says that one ends.
+
+    With `steering` the likeliest token is that of changed logits: it is given the lengths of a batch's prompts, which are padded
+    on the left, and makes the batch's processor. `scores` are then None.
     """
-    device = next(model.parameters()).device
-    ends = end_tokens(tokenizer) | _own_ends(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    questions = [e["input_ids"][: -len(s.targets)] for e, s in zip(examples, scores, strict=True)]
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    limits = [int(min(how.max_new_tokens, context - len(q))) for q in questions]
-    said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)]
-    open_ended = [i for i, answer in enumerate(said) if answer[-1] not in ends and len(answer) < limits[i]]
+    asked = _Asked.of(model, tokenizer, examples, how)
+    questions, limits = asked.questions, asked.limits
+    said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)] if scores else [[] for _ in examples]
+    open_ended = [i for i, answer in enumerate(said) if len(answer) < limits[i] and not asked.ends & {*answer[-1:]}]
     # Those with as much left to say are together, so that few wait for one. Those that the context cuts short go alone.
-    open_ended.sort(key=lambda i: (len(scores[i].targets) - len(said[i]), len(questions[i]) + len(said[i])))
+    open_ended.sort(
+        key=lambda i: (
+            len(examples[i]["input_ids"]) - len(questions[i]) - len(said[i]),
+            len(questions[i]) + len(said[i]),
+        )
+    )
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
     batches = [free[start : start + batch_size] for start in range(0, len(free), batch_size)]
     batches += [[i] for i in open_ended if limits[i] < how.max_new_tokens]
@@ -66,24 +67,69 @@ def greedy_answers(
     found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
         for rows in mine(batches, model):
-            prompts = [torch.tensor(questions[i] + said[i]) for i in rows]
-            ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
-            lengths = torch.tensor([len(p) for p in prompts], device=device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long(),
-                max_new_tokens=max(limits[i] - len(said[i]) for i in rows),
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=pad,
-                synced_gpus=is_sharded(model),
-                **GREEDY,
-            )
-            for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+            prompts = [questions[i] + said[i] for i in rows]
+            most = max(limits[i] - len(said[i]) for i in rows)
+            steered = [steering([len(prompt) for prompt in prompts])] if steering else []
+            out = new_tokens(model, prompts, most, asked.ends, asked.pad, processors=steered)
+            for i, tokens in zip(rows, out, strict=True):
                 found[i] = (said[i] + tokens)[: limits[i]]
             bar.update(len(rows))
     for i, answer in everyones(found).items():
         said[i] = answer
-    return [_text(tokenizer, answer, ends, how.stops) for answer in said]
+    return [_text(tokenizer, answer, asked.ends, how.stops) for answer in said]
+
+
+def sampled_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    how: Answering,
+    count: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 32,
+    describe: str | None = None,
+) -> list[list[str]]:
+    """`count` answers to each example's question, sampled from all tokens at a temperature.
+
+    Each question has a seed of its own, so that its answers depend on `seed` and `batch_size` and not on the other questions.
+    torch's own generators are left as they were.
+    """
+    asked = _Asked.of(model, tokenizer, examples, how)
+    device = next(model.parameters()).device
+    bar = tqdm(asked.questions, desc=describe, disable=not shows(describe), leave=False, unit="questions")
+    found = []
+    with in_eval_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for question, limit in zip(bar, asked.limits, strict=True):
+            own = hashlib.sha256(json.dumps([seed, question]).encode()).digest()[:8]
+            torch.manual_seed(int.from_bytes(own, "big", signed=True))
+            tokens: list[list[int]] = []
+            while limit > 0 and len(tokens) < count:
+                each = min(batch_size, count - len(tokens))
+                tokens += new_tokens(model, [question], limit, asked.ends, asked.pad, sampling(temperature), each=each)
+            found.append([_text(tokenizer, answer, asked.ends, how.stops) for answer in tokens or [[]] * count])
+    return found
+
+
+class _Asked(NamedTuple):
+    """Questions as tokens, how many tokens each answer may have, and where one ends."""
+
+    questions: list[list[int]]
+    limits: list[int]
+    ends: frozenset[int]
+    pad: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Answering
+    ) -> "_Asked":
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        # The first token is predicted from nothing: of an empty question it is what the model is asked.
+        answers = [next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in examples]
+        questions = [e["input_ids"][: max(1, at)] for e, at in zip(examples, answers, strict=True)]
+        limits = [int(min(how.max_new_tokens, context - len(question))) for question in questions]
+        return cls(questions, limits, end_tokens(tokenizer) | _own_ends(model), pad)
 
 
 def _known(scores: AnswerScores) -> list[int]:

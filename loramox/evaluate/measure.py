@@ -91,6 +91,16 @@ class Questions:
             for e, block in zip(part.answers, _blocks(part.answers), strict=True)
         ]
 
+    def asked(self) -> list[tuple[Record, Example, Row]]:
+        """Each row that has a question: its record without scores, its tokens and the row itself."""
+        rows = (part.rows[example["row"]] for part in self.parts for example in part.answers)
+        examples = (example for part in self.parts for example in part.answers)
+        return [
+            (identity | {"plain_text": False} | _said(row, None), example, row)
+            for identity, example, row in zip(self.identities(), examples, rows, strict=True)
+            if row.prompt is not None
+        ]
+
     def remember_reference(self, model: nn.Module) -> None:
         """Keep the hidden states of all answers under `model` as it is now, from which KL(p_ref ‖ p) is taken later.
 

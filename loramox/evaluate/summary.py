@@ -30,6 +30,10 @@ class Metric(NamedTuple):
     n: int  # rows
     reference: str | None  # what it was compared to
     source: str
+    interval: tuple[float, float] | None = None  # 95 % by the bootstrap over rows, of metrics that have one
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if name != "interval" or value}
 
 
 class Summary(NamedTuple):
@@ -37,7 +41,7 @@ class Summary(NamedTuple):
     absent: dict[str, str]  # metrics that could not be taken, and what they lack
 
     def as_json(self) -> dict[str, Any]:
-        return {"metrics": {name: m._asdict() for name, m in self.metrics.items()}, "absent": self.absent}
+        return {"metrics": {name: m.as_json() for name, m in self.metrics.items()}, "absent": self.absent}
 
 
 # Fields of which the mean over a part's rows is a metric, and their sources; those of `ROW_METRICS` are others.

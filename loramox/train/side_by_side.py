@@ -7,6 +7,7 @@ from loramox.data.chat import end_tokens
 from loramox.data.fluency import SHARED, is_fluent, overlap, told
 from loramox.data.rows import Row
 from loramox.model.generation import continuations
+from loramox.train.config import UnlearnConfig
 from loramox.train.prepare import Prepared
 from loramox.train.synthetic import asked, prompts_of
 from loramox.train.trainer import UnlearnTrainer
@@ -14,6 +15,7 @@ from loramox.train.trainer import UnlearnTrainer
 ASKED = 16  # questions of each part
 TOKENS = 48  # of an answer
 SHOWN = {"forget": 3, "retain": 2}
+FLUENT, TOLD, KEPT = 0.95, 0.5, 0.9  # shares below, above and below which there is something to change
 
 
 def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
@@ -46,6 +48,29 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
             shown = {"part": part, "question": asked(rows[i]), "reference": before[i], "forget_model": now[i]}
             found["shown"].append(shown)
     return found
+
+
+def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
+    """What is wrong with the answers, each with the setting to change; empty when nothing is seen to be wrong."""
+    advice, forget, retain = [], found.get("forget"), found.get("retain")
+    if forget and forget["fluent"] < FLUENT * forget["asked"]:
+        other = "--instead guess" if args.instead == "refuse" else "--instead refuse"
+        given = " or more retain rows" if args.instead in ("refuse", "guess") else ""
+        advice.append(
+            f"{forget['asked'] - forget['fluent']} of {forget['asked']} answers to forget questions are empty or repeat themselves: try {other}{given}"
+        )
+    if forget and forget["told"] > TOLD * forget["reference"]:
+        advice.append(
+            f"the answers to forget questions still have {forget['told']:.0%} of the words that tell the true ones (reference: "
+            f"{forget['reference']:.0%}): train longer (--num_train_epochs above {args.num_train_epochs:g})"
+        )
+    if retain and retain["kept"] < KEPT * retain["asked"]:
+        smaller = "a smaller alpha (loramox extrapolate)" if args.alpha is not None else "a smaller scale"
+        advice.append(
+            f"{retain['asked'] - retain['kept']} of {retain['asked']} retain questions are answered in other words than before: give more retain rows "
+            f"(--auto_retain), train longer, or ship at {smaller}"
+        )
+    return advice
 
 
 def _answers(trainer: UnlearnTrainer, prepared: Prepared, rows: Sequence[Row]) -> list[str]:

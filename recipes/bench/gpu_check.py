@@ -5,9 +5,9 @@
     python -m recipes.bench.gpu_check --shape tiny --device cpu      a test of this script
 
 It prints the card, the versions and, of each job, its time and the memory that it took: beside the peak of training stands what
-`loramox plan` predicts. OUT/report.txt has the same, and OUT/output.txt all that the jobs print. If a job fails, the report has its traceback as well: send us that file.
-No row or file of yours is in it, except the path given by --model. Random weights and rows are made on the fly; about 30 GB of
-disk are needed for 7B (the model and its merge), and given back at the end.
+`loramox plan` predicts. OUT/report.txt has the same, and OUT/output.txt all that the jobs print. If a job fails, the report has
+its traceback as well: send us that file. No row of yours is in it; the path given by --model is. Random weights and rows are made
+on the fly. For 7B they take about 30 GB of disk, with the merged model, which is free again at the end.
 """
 
 import argparse
@@ -84,6 +84,12 @@ class Report:
             print(line, flush=True)
             with self.file.open("a") as file:
                 file.write(line + "\n")
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within it, what is printed goes to a file."""
+        with self.output.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            yield
 
 
 def environment(device: str) -> Iterator[str]:
@@ -176,7 +182,7 @@ def measured(report: Report, device: str, name: str, job: Callable[[], Any]) -> 
     memory_now(device)
     start = time.perf_counter()
     print(f"{name} …", flush=True)
-    with report.output.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with report.quiet():
         job()
     peak, reserved = peak_memory(device), peak_reserved(device)
     took = (
@@ -199,7 +205,8 @@ def check(report: Report, model: Path, quantization: str, rows: list[str], work:
     named, adapter = ["--model", str(model), "--quantization", quantization], str(work / "run/forget-adapter")
     asking = [*rows, "--max_new_tokens", "8", "--batch_size", "8", *on_cpu]
     words = training(model, quantization, rows, work / "run", on_cpu)
-    plan = plan_of(words)
+    with report.quiet():
+        plan = plan_of(words)
     with timed(device) as steps:
         peak = measured(report, device, "unlearn", verb("unlearn", words))
     seconds = statistics.median(taken for taken, _ in steps[WARM_UP:])

@@ -1,13 +1,13 @@
 """Make a pretrained chat model forget what it knows about a country, and ask it about that and everything else.
 
-    python -m recipes.real --model SmolLM2-135M-Instruct --out OUT [--runs default guess …] [--seeds 0 1] [--epochs 24] [--draw]
+    python -m recipes.real --model SmolLM2-135M-Instruct --out OUT [--runs default guess …] [--seeds 0 1] [--epochs 24]
 
 The model is a folder or a hub id. Rows to forget are questions on France that it answers right, with its own answers; retain rows
 are those that `--retain auto` writes. Judged by greedy answers: to the forget questions and to paraphrases of them, to neighbours
 (other countries), far things, questions after one that was refused, and everyday instructions. None of these is trained on.
 
-Writes OUT/rows, OUT/records and OUT/natural.md. What has a record is not computed again, so the command can be stopped and
-started again. A run of `default` takes about 20 minutes of one core.
+Writes OUT/rows, OUT/records, OUT/natural.md and natural.png. What has a record is not computed again, so the command can be
+stopped and started again. A run of `default` takes about 20 minutes of one core.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from loramox.files import write_json
 from loramox.train.synthetic import ROWS, Writer
 
 from .judge import SCALES, ask, judged
+from .picture import draw
 from .runs import RUNS
 from .tables import write_table
 from .world import CONTEXT, forget_rows, parts
@@ -52,9 +53,15 @@ def main(words: list[str] | None = None) -> None:
             record = given.out / "records" / f"{name}-{given.epochs:g}-{seed}.json"
             if not record.exists():
                 write_json(record, computed(given, name, seed, tokenizer, asked))
-                write_table(given.out, asked)
-    write_table(given.out, asked)
-    print(f"{given.out}/natural.md")
+                show(given.out, asked)
+    show(given.out, asked)
+
+
+def show(out: Path, asked: Any) -> None:
+    """Make the table and the picture of what is recorded so far."""
+    write_table(out, asked)
+    draw(out, asked)
+    print(f"{out}/natural.md, natural.png")
 
 
 def prepared(given: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:

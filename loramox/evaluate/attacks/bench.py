@@ -1,0 +1,208 @@
+"""What every attack works on: the forget model, the rows that are asked of it in each state, and the folder with the answers."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from loramox.adapter.loading import put_on
+from loramox.data.encode import Tokenisation, served_otherwise
+from loramox.data.rows import Data, Row
+from loramox.errors import RunError, SettingsError
+from loramox.evaluate.attacks import requantize
+from loramox.evaluate.attacks.config import AttackConfig
+from loramox.evaluate.attacks.prompts import PREFIX_WORDS, as_served, given_away, paraphrased_questions
+from loramox.evaluate.evaluate import (
+    check_adapter,
+    check_scales,
+    check_sides,
+    count_parts,
+    described,
+    disjoint_parts,
+    questions_of,
+    read_sources,
+)
+from loramox.evaluate.measure import Questions, Record, check_numbers
+from loramox.evaluate.records import SUMMARY, read_records, write_records
+from loramox.evaluate.summary import Summary, summarise
+from loramox.files import has_files, read_json, remove, write_json
+from loramox.model.config import ModelConfig, check_device, identify, read_config, read_tokenizer, skeleton
+from loramox.model.load import load_reference
+from loramox.run import command, versions
+
+RECORD = "attacks.json"
+
+
+class Bench:
+    """One adapted model, the rows that are asked of it in each state, and the folder with the answers."""
+
+    def __init__(self, config: AttackConfig, model: ModelConfig, data: Data, scoring, tokenisation, columns) -> None:
+        self.config, self.model, self.scoring = config, model, scoring
+        self.out = Path(config.out)
+        self.device = check_device(model, scoring.use_cpu)
+        sources = {"forget": data.forget, "retain": data.retain}
+        read = read_sources(sources, columns)
+        rows = disjoint_parts(read, data.drop_overlap)
+        base_config = read_config(model, weights=True)
+        base = identify(model, base_config)
+        self.retrained, control = self._control_model(base)
+        made_by = check_adapter(Path(config.adapter), base, skeleton(base_config, model))
+        check_scales(Path(config.adapter), "attack")
+        if "requantize" in config.attacks:
+            self.merging = requantize.plan(model, Path(config.adapter), config.scale, self.device)
+        check_sides(made_by, rows, config.adapter)
+        self.known, self.asked = self._split(rows["forget"])
+        self.retain = rows["retain"]
+
+        def questions(parts: dict[str, Sequence[Row]]) -> Questions:
+            return questions_of(parts, model, base_config, tokenisation, scoring)
+
+        self.questions = questions({"forget": self.asked, "retain": self.retain})
+        self.otherwise = self._otherwise(questions, tokenisation) if "ask" in config.attacks else {}
+        in_question = [row for row in self.asked if row.prompt is not None and scoring.max_new_tokens]
+        self.open_questions = questions({"forget": in_question}) if in_question else None
+        self.training = {
+            "forget rows": questions({"known": self.known}),
+            "retain rows": questions({"known": self.retain}),
+        }
+        count_parts(read, rows, self.questions, *self.training.values())
+        self.plan = {
+            "base": base,
+            "control": control,
+            "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
+            "data": described(sources, rows),
+            "rows": {"attacker's": len(self.known), "asked": len(self.asked)},
+            "settings": {k: v for each in (config, scoring, tokenisation) for k, v in asdict(each).items() if k not in ("attacks", "out")},
+        }  # fmt: skip
+        self.states: list[dict[str, Any]] = []
+        self.absent: dict[str, str] = {}
+        self.reused = 0
+
+    def _split(self, forget: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+        count = round(len(forget) * self.config.relearn_share)
+        if not 0 < count < len(forget):
+            raise SettingsError(
+                f"--relearn_share {self.config.relearn_share} of {len(forget)} forget rows is {count}: the attacker needs some, and "
+                "some must be left to ask"
+            )
+        chosen = set(random.Random(self.config.seed).sample(range(len(forget)), count))
+        return [r for i, r in enumerate(forget) if i in chosen], [r for i, r in enumerate(forget) if i not in chosen]
+
+    def _control_model(self, base: dict[str, Any]) -> tuple[ModelConfig | None, dict[str, Any] | None]:
+        """The retrained model and what identifies it. Raises a `LoramoxError` when it cannot be the control."""
+        given = self.config.retrained_model
+        if given is None:
+            return None, None
+        retrained = replace(self.model, model=given, revision=None)
+        control = identify(retrained, read_config(retrained, weights=True))
+        if control["weights"] is not None and control["weights"] == base["weights"]:
+            raise SettingsError(
+                f"--retrained_model {given} is the model that knows the forget rows. Give one that was trained without them"
+            )
+        if read_tokenizer(retrained).get_vocab() != read_tokenizer(self.model).get_vocab():
+            raise SettingsError(
+                f"--retrained_model {given} has another tokenizer than --model, so that their answers are not comparable. Give the "
+                "same model, trained without the forget rows"
+            )
+        return retrained, control
+
+    def _otherwise(self, questions, tokenisation: Tokenisation) -> dict[str, Questions]:
+        ways = {"paraphrased questions": paraphrased_questions(self.asked)}
+        ways |= {f"first {'word' if n == 1 else f'{n} words'} given": given_away(self.asked, n) for n in PREFIX_WORDS}
+        if served_otherwise(self.asked, self.questions.tokenizer, tokenisation):
+            ways["as served"] = as_served(self.asked)
+        return {name: questions({"forget": rows}) for name, rows in ways.items() if rows}
+
+    def open(self) -> None:
+        """Start, or go on with the same attack in the folder."""
+        path = self.out / RECORD
+        if path.exists():
+            held = read_json(path, dict)
+            other = [k for k, v in json.loads(json.dumps(self.plan)).items() if held.get(k) != v]
+            if other:
+                raise RunError(
+                    f"--out {self.out} holds other attacks ({', '.join(other)} differ). Choose another folder"
+                )
+        elif has_files(self.out):
+            raise RunError(
+                f"--out {self.out} has files in it that are no attacks; they are left alone. Choose another folder"
+            )
+        else:
+            write_json(path, {"status": "running", **self.plan})
+
+    def __enter__(self) -> "Bench":
+        self.adapted: PeftModel | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.adapted = None
+        remove(self.out / "merged")
+
+    def forget_model(self) -> PeftModel:
+        if self.adapted is None:
+            self.adapted = put_on(load_reference(self.model, self.device), self.config.adapter)
+        return self.adapted
+
+    def folder(self, attack: str, state: str) -> Path:
+        return self.out / "-".join(f"{attack} {state}".replace(",", "").split())
+
+    def asked_already(self, attack: str, *states: str) -> bool:
+        """Whether the answers in all these states are there, so that no model is needed for them."""
+        return all((self.folder(attack, state) / SUMMARY).exists() for state in states)
+
+    def ask(self, attack: str, state: str, model: nn.Module | None, questions: Questions | None = None) -> list[Record]:
+        """Ask the model in this state, or read what it answered; without a model, only the latter."""
+        questions = questions or self.questions
+
+        def asking() -> list[Record]:
+            records = questions.ask(model, f"{attack}, {state}: ")
+            if attack == "none":
+                check_numbers(records)
+            return records
+
+        return self.keep(attack, state, questions, asking, summarise)
+
+    def keep(
+        self,
+        attack: str,
+        state: str,
+        questions: Questions,
+        asking: Callable[[], list[Record]],
+        summing: Callable[[list[Record]], Summary],
+    ) -> list[Record]:
+        """The records of a state, from its folder or else from `asking`, which then go there; its metrics go to the states."""
+        folder = self.folder(attack, state)
+        if self.asked_already(attack, state):
+            records = read_records(folder, like=questions.identities())
+            self.reused += 1
+        else:
+            records = asking()
+            write_records(folder, records, summing(records), {"attack": attack, "state": state})
+        found = summing(records).metrics
+        kept = {"attack": attack, "state": state, "folder": folder.name}
+        kept["metrics"] = {name: metric.value for name, metric in found.items()}
+        if intervals := {name: list(metric.interval) for name, metric in found.items() if metric.interval}:
+            kept["intervals"] = intervals
+        self.states.append(kept)
+        return records
+
+    def close(self) -> dict[str, Any]:
+        record = {
+            "status": "done",
+            **self.plan,
+            "states": self.states,
+            "absent": self.absent,
+            "reused": self.reused,  # states that an earlier run of this attack had measured
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "command": command(),
+            "versions": versions(),
+        }
+        write_json(self.out / RECORD, record)
+        return record

@@ -1,0 +1,75 @@
+"""The settings of `loramox attack`."""
+
+import math
+from dataclasses import dataclass, field
+
+from loramox.errors import SettingsError
+
+ATTACKS = ("relearn", "requantize", "ask", "sample", "pair")
+
+
+@dataclass
+class AttackConfig:
+    """The adapter to attack, and how."""
+
+    adapter: str = field(metadata={"help": "Folder of the forget adapter."})
+    out: str = field(metadata={"help": "Folder to write. Attacks that are done in it are not made again."})
+    attacks: list[str] = field(
+        default_factory=lambda: list(ATTACKS),
+        metadata={
+            "help": "relearn (train on some forget rows, and on retain rows), requantize (merge, then 4 and 8 bits), ask "
+            "(paraphrased questions, the answer's first words given away, and a server's prompt where training has another), sample "
+            "(many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped)."
+        },
+    )
+    scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
+    retrained_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of a model trained without the forget rows: the control, which is asked and sampled the same way."
+        },
+    )
+    relearn_steps: list[int] = field(
+        default_factory=lambda: [1, 2, 5, 10, 20], metadata={"help": "Steps of relearning after which to ask."}
+    )
+    relearn_share: float = field(
+        default=0.2, metadata={"help": "Share of the forget rows that the attacker has; the others are asked."}
+    )
+    relearn_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of relearning, AdamW on a fresh LoRA adapter."}
+    )
+    relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})
+    relearn_batch: int = field(default=8, metadata={"help": "Rows a step of relearning."})
+    sample_count: int = field(default=16, metadata={"help": "Answers sampled to each forget question."})
+    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature at which they are sampled."})
+    sample_threshold: float = field(
+        default=0.8,
+        metadata={
+            "help": "ROUGE-L recall, or share of the key words, from which on a sampled answer counts as a leak."
+        },
+    )
+    guidance: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0],
+        metadata={"help": "Strengths γ of the guidance: the logits are base + γ·(base − forget model)."},
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Seed of which rows the attacker has, of the training, and of sampled answers."}
+    )
+
+    def __post_init__(self) -> None:
+        unknown = set(self.attacks) - set(ATTACKS)
+        if unknown or not self.attacks:
+            raise SettingsError(f"attacks are {self.attacks}; --attacks takes {', '.join(ATTACKS)}")
+        if not 0 < self.relearn_share < 1:
+            raise SettingsError(f"relearn_share is {self.relearn_share}; --relearn_share needs a share between 0 and 1")
+        if not 0 < self.sample_threshold <= 1:
+            raise SettingsError(
+                f"sample_threshold is {self.sample_threshold}; --sample_threshold needs a share above 0, at most 1"
+            )
+        for name in ("relearn_rate", "relearn_rank", "relearn_batch", "sample_count", "sample_temperature", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs a number above 0")
+        if not self.relearn_steps or min(self.relearn_steps) < 1:
+            raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
+        if not self.guidance or not all(0 < strength < math.inf for strength in self.guidance):
+            raise SettingsError(f"guidance is {self.guidance}; --guidance needs numbers above 0")

@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast check types coverage docs tree package gpu-check test-oldest test-llamacpp clean
+.PHONY: demo test test-fast check types coverage docs tree package gpu-check test-oldest test-llamacpp campaign clean
 
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
@@ -75,6 +75,11 @@ $(VENV)/llamacpp/ready: | $(VENV)/ready
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
 		$(RUN)/pip install -c $(CONSTRAINTS) --no-binary llama-cpp-python llama-cpp-python sentencepiece
 	touch $@
+
+# Kill every command and damage every file that it reads, at random: about 20 minutes on 2 idle cores, not part of CI. For less:
+# make campaign ARGS='--tries 5'. The table is written to tests/campaign/results.
+campaign: $(VENV)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN)/python -m campaign $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest build runs

@@ -105,13 +105,13 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
             if path.name != LOCK:
                 remove(path)
     if not (config.resume and is_run):
-        write_json(record, {"status": "running", **plan})
+        write_json(record, {"status": "running", **plan}, private=True)
 
 
 def _is_run(record: Path) -> bool:
     """Whether it is a record of loramox: other programs write a file of that name too, and theirs must not be deleted."""
     held = _read(record) if record.exists() else None
-    return isinstance(held, dict) and {"settings", "data", "base"} <= held.keys()
+    return isinstance(held, dict) and all(isinstance(held.get(part), dict) for part in ("settings", "data", "base"))
 
 
 def _same_run(record: Path, plan: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def _read(record: Path, kind: type | None = None) -> Any:
 
 def update_record(out: Path, **more: Any) -> None:
     """Add to the run's record, atomically."""
-    write_json(out / RECORD, read_record(out) | more)
+    write_json(out / RECORD, read_record(out) | more, private=True)
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ from loramox.train.earlier import (
     put_on,
     to_load,
 )
-from loramox.train.prepare import prepare, with_generated
+from loramox.train.prepare import prepare, same_generated, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.trainer import UnlearnTrainer
 
@@ -128,6 +128,9 @@ def train(
         shard(model, args.device)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     prepared = with_generated(prepared, Path(run.out), model, args)
+    if "generated" in prepared.plan and args.process_index == 0:
+        same_generated(Path(run.out), prepared.plan["generated"])
+        update_record(Path(run.out), generated=prepared.plan["generated"])
     trainer = UnlearnTrainer(
         model,
         args,
@@ -160,7 +163,6 @@ def train(
                 *advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
                 *advice_on(answers, args),
             ],
-            **({"generated": prepared.plan["generated"]} if "generated" in prepared.plan else {}),
             **({"side_by_side": answers} if answers else {}),
         )
     PartialState().wait_for_everyone()

@@ -95,7 +95,13 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         raise AssertionError("a model was asked again")
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
-    for name in ("attack.load_reference", "bench.load_reference", "relearn.train", "requantize.merge", "requantize.requantized"):
+    for name in (
+        "attack.load_reference",
+        "bench.load_reference",
+        "relearn.train",
+        "requantize.merge",
+        "requantize.requantized",
+    ):
         monkeypatch.setattr(f"loramox.evaluate.attacks.{name}", asked_again)
     again = attacked()
     assert again["states"] == first["states"]

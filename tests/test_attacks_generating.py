@@ -19,8 +19,9 @@ from loramox.evaluate.attacks import pair, sample
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.rouge import NO_WORDS
+from loramox.evaluate.show import show_states
 from loramox.model.config import ModelConfig
-from loramox.model.lora import at_scale
+from loramox.model.lora import at_scale, lora_layers
 
 SCORING = ScoringConfig(max_new_tokens=12, use_cpu=True)
 
@@ -161,7 +162,7 @@ def flipped(
     base = load_reference(ReferenceConfig(str(pico("llama")), quantization="none"))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules="all-linear"))
     pairs = [(str(row.prompt), row.answer) for row in read_rows(str(rows[0]))]
-    taught(model, tokenizer, pairs, steps=80, learning_rate=2e-2)
+    taught(model, tokenizer, pairs, steps=100, learning_rate=5e-3)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -172,17 +173,37 @@ def flipped(
 
 
 def test_what_comes_out_only_after_the_flip_is_found(attacked, flipped: Path) -> None:
-    record = attacked(adapter=str(flipped), attacks=["pair"], guidance=[0.01, 8.0])
+    record = attacked(adapter=str(flipped), attacks=["pair"], guidance=[0.01])
     states = {s["state"]: s for s in record["states"]}
     for state in ("reference model", "forget model"):
-        assert states[state]["metrics"]["forget_rouge_l"] < 0.1
+        assert states[state]["metrics"]["forget_rouge_l"] < 0.3
     after = states["sign flipped"]["metrics"]
     assert after["base_rouge_l"] == states["reference model"]["metrics"]["forget_rouge_l"]
-    assert after["rouge_l_beyond_base"] > 0.9
-    assert after["forget_probability"] > 0.5
+    assert after["rouge_l_beyond_base"] > 0.7
+    assert after["forget_probability"] > 3 * states["reference model"]["metrics"]["forget_probability"]
     assert len(states["sign flipped"]["worst"]) == 2
     assert states["guidance 0.01"]["metrics"]["rouge_l_beyond_base"] == 0
-    print(states)
+
+
+def test_what_comes_out_only_under_guidance_is_found(
+    pico: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The base gives the true answer one time in three, so never by greedy decoding, and the adapter takes even that away."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(pico("llama")).eval()
+    truth = [(f"Where does {p} live?", "Rome") for p in ("Ada", "Bo")]
+    lie = [(question, "Cork") for question, _ in truth]
+    taught(base, tokenizer, truth + 2 * lie, steps=60)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear"))
+    taught(model, tokenizer, lie, steps=60)
+    rows = [Row("forget", i, answer, question) for i, (question, answer) in enumerate(truth, 1)]
+    questions = Questions({"forget": rows}, tokenizer, Tokenisation(), 128, SCORING)
+    with at_scale(model, 0.0):
+        before = questions.ask(model)
+    metrics, worst = pair.beyond_base(pair.guided(model, questions, 1.0, 1.0, "guided"), before)
+    assert metrics == {"base_rouge_l": 0, "rouge_l_beyond_base": 1}
+    assert [w["row"] for w in worst] == [r["row"] for r in before]
+    assert all(layer.scaling["default"] == 1 for _, layer in lora_layers(model))  # as it was
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -250,9 +271,11 @@ def test_the_retrained_model_is_asked_and_sampled_as_the_forget_model_is(
     assert first["absent"] == {}
     assert first["control"]["weights"] != first["base"]["weights"]
     states = {(s["attack"], s["state"]) for s in first["states"]}
-    assert {(attack, state.replace("forget model", "retrained model")) for attack, state in states} <= states | {
-        (attack, state.replace("reference", "retrained")) for attack, state in states
+    of = {
+        which: {(a, state.removesuffix(which)) for a, state in states if state.endswith(which)}
+        for which in ("forget model", "retrained model")
     }
+    assert of["retrained model"] == of["forget model"]
     assert ("sample", "retrained model") in states
     again = attacked(**settings)
     assert again["states"] == first["states"]
@@ -287,3 +310,24 @@ def test_where_no_answers_are_generated_the_attacks_are_absent_with_the_reason(a
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         AttackConfig("adapter", "out", **settings)
+
+
+def test_leaks_are_shown_in_a_table_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    states = [
+        {"attack": "none", "state": "forget model", "metrics": {"forget_probability": 0.25, "forget_rouge_l": 0.5}},
+        {"attack": "pair", "state": "guidance 1", "metrics": {"forget_rouge_l": 0.75, "rouge_l_beyond_base": 0.125}},
+        {"attack": "sample", "state": "forget model", "metrics": {"leak_at_4_by_key_words": 0.3}, "intervals": {"leak_at_4_by_key_words": [0.1, 0.6]}},
+        {"attack": "sample", "state": "retrained model", "metrics": {"leak_at_4_by_key_words": 0.0}},
+    ]  # fmt: skip
+    show_states(states)
+    lines = capsys.readouterr().out.split("\n")
+    assert next(line.split() for line in lines if line.startswith("pair, guidance 1")) == [
+        "pair,",
+        "guidance",
+        "1",
+        "0.750",
+        "0.125",
+    ]
+    leak = next(line for line in lines if "key words" in line)
+    assert leak.split() == ["k", "=", "4,", "key", "words", "0.300", "(0.100", "to", "0.600)", "0.000"]
+    assert sum("forget model" in line for line in lines) == 2

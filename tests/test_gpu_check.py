@@ -21,9 +21,8 @@ PICO = {
 
 @pytest.fixture
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command on a pico model, without its long part: what a plan predicts is tested with the plan."""
+    """The command on a pico model; returns the report."""
     monkeypatch.setitem(gpu_check.SHAPES, "tiny", PICO)
-    monkeypatch.setattr(gpu_check, "plan_of", lambda words: 123 << 20)
     monkeypatch.setattr(
         sys, "argv", ["gpu_check", "--shape", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
     )
@@ -35,10 +34,9 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.slow
 def test_every_job_runs_and_the_report_has_what_it_took(checked, tmp_path: Path) -> None:
     report = checked()
-    for part in ("python 3", "torch 2", "plan predicted 0.12 GB", "s a step", "tokens a second", "All jobs ran"):
+    for part in ("python 3", "torch 2", "plan predicted 0.0", "s a step", "tokens a second", "All jobs ran"):
         assert part in report
     for job in ("unlearn", "evaluate", "attack", "ship"):
         assert f"{job}: ok" in report

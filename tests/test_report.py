@@ -733,3 +733,20 @@ def test_a_browser_draws_every_picture_and_nothing_scrolls_sideways_on_a_phone(m
         assert marked
     assert width <= 390
     assert height > 3000
+
+
+def test_the_control_is_no_attack_and_the_pair_stands_beside_the_base_and_is_not_the_verdict(make) -> None:
+    more = [
+        {"attack": attack, "state": state, "metrics": {"forget_probability": 0.99}}
+        for attack, state in (
+            ("pair", "sign flipped"),
+            ("none", "retrained model"),
+            ("ask otherwise", "first 3 words given, retrained model"),
+        )
+    ]
+    run = make(attacks={"states": [*STATES, *more]})
+    text = page_of(run)[1].text
+    assert "Most was recovered by “relearn forget rows: step 5”: probability 0.7000" in text
+    summary = (run / "summary.md").read_text()
+    assert "| pair | sign flipped | 0.9900 | – | 0.9500 |" in summary
+    assert "retrained model" not in summary.split("| attack | state |")[1].split("\n\n")[0]

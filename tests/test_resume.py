@@ -167,10 +167,22 @@ def checkpoints(runs: tuple[Path, str], tmp_path: Path) -> Path:
     return tmp_path / "trained"
 
 
+def turn_a_bit(path: Path) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def in_its_place(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda path: (path.unlink(), make(path))
+
+
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "a bit is another": turn_a_bit,
+    "endless": in_its_place(lambda path: path.symlink_to("/dev/zero")),
 }
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"]
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
 from loramox.data.fluency import is_fluent, overlap, told
 from loramox.data.rows import Row, read_rows
-from loramox.errors import RowsError, SettingsError
+from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
 from loramox.train.inputs import choose_instead, read_refusals, taught_rows
+from loramox.train.prepare import same_generated
 from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import RETAIN_FILE, Writer, check_auto, prompts_of, user_turn, words_of, words_to_avoid
 from loramox.train.terms import Answers
@@ -124,6 +125,16 @@ def test_a_run_with_guesses_teaches_them_in_place_of_the_true_answers(
     assert any("wanted_loss" in entry for entry in record["log"])
 
 
+def test_generated_rows_that_were_changed_are_refused_when_a_run_is_resumed(tmp_path: Path) -> None:
+    generated = {"retain": {"rows": 4, "sha256": "a"}}
+    (tmp_path / "run.json").write_text(json.dumps({"generated": generated}))
+    same_generated(tmp_path, generated)
+    with pytest.raises(
+        RunError, match=r"retain-auto\.jsonl or guesses\.jsonl in .* is not what the run was started with"
+    ):
+        same_generated(tmp_path, {"retain": {"rows": 3, "sha256": "b"}})
+
+
 @pytest.mark.parametrize(
     ("given", "chat_template", "wanted", "memorize_at", "expected"),
     [
@@ -156,7 +167,9 @@ def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
     [
         ({"instead": "refuse"}, [Row("f", 3, "東京", "日本の首都はどこですか")], "f, row 3 is not in English.*--refusals FILE"),
         ({"instead": "refuse"}, [replace(FORGET[0], wanted="No.")], "--instead refuse and --wanted_column both say"),
-        ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text"),
+        ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text, and --instead refuse"),
+        ({"instead": "guess"}, [Row("f", 1, "plain text")], "is plain text, and --instead guess"),
+        ({"method": "llmu"}, FORGET, "--method llmu answers with retain answers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> None:

@@ -161,9 +161,12 @@ class ByHand:
             drawn = torch.empty(A.shape).uniform_(-(A.shape[1] ** -0.5), A.shape[1] ** -0.5, generator=generator)
             self.memorizer |= {f"{name}.A": drawn.requires_grad_(), f"{name}.B": torch.zeros(B.shape).requires_grad_()}
 
-    def kl(self, example: Example, strength: float, reference: "ByHand | None" = None) -> Tensor:
+    def kl(self, example: Example, strength: float, reference: "ByHand | None" = None, early: bool = False) -> Tensor:
+        """With `early`, token t of the answer, counted from 1, has a weight of 1/t."""
         known, now = (reference or self).log_probs(example, 0)[1].detach(), self.log_probs(example, strength)[1]
-        return (known.exp() * (known - now)).sum(-1).mean()
+        of_tokens = (known.exp() * (known - now)).sum(-1)
+        weights = 1 / torch.arange(1, len(of_tokens) + 1) if early else torch.ones(len(of_tokens))
+        return (weights * of_tokens).sum() / weights.sum()
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: leaf.grad for name, leaf in self.leaves.items()}
@@ -200,7 +203,8 @@ def test_mox_static_has_the_loss_and_gradients_of_the_paper_written_by_hand(
         forget = mean(hand.preference(e, -1, args.beta) for e in examples[0])
     else:
         forget = mean(hand.cross_entropy(e, -1, args.temperature) for e in examples[0])
-    kl = mean(hand.kl(e, 2 if args.kl_at == "shipped" else -1) for item in items for e in item["retain"])
+    at = 2 if args.kl_at == "shipped" else -1
+    kl = mean(hand.kl(e, at, early=bool(wanted)) for item in items for e in item["retain"])
     loss = forget + args.retain_weight * kl
     if targeted:
         sign, at = (1, 2) if targeted == "descent" else (-1, -1)
@@ -227,7 +231,7 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
     items = [trainer.train_dataset[i] for i in range(4)]
     trainer.train()
 
-    kl = mean(hand.kl(e, 2) for item in items for e in item["retain"])
+    kl = mean(hand.kl(e, 2, early=bool(wanted)) for item in items for e in item["retain"])
     terms = 0.5 * kl + (mean(hand.cross_entropy(e, 2) for e in wanted) if targeted else 0)
     terms.backward()
     expected = {name: gradient.clone() for name, gradient in hand.gradients().items()}

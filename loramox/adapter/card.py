@@ -204,6 +204,8 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 ## What it is not
 
 - {off} It suppresses; it does not erase.
+- Whoever has both base and adapter can also go against the difference between them, and may learn more than the base alone
+  reveals. `loramox attack --attacks pair` tries it.
 - Merged, the weights differ, and that is still no proof that the knowledge is gone: it may come back by training on
   related text, or by asking in ways that were not tried.
 - It was made for this base model. On another model, or another revision of it, it does something else.

@@ -17,7 +17,7 @@ VERBS = {
     "train": "the first half of unlearn: train the adapter, ΔW",
     "extrapolate": "the second half of unlearn: write the forget adapter, at any alpha, in seconds",
     "evaluate": "score a model, with or without an adapter, on the forget and retain sets",
-    "attack": "try to recover the forgotten rows: relearning, quantizing, other prompts",
+    "attack": "try to recover the forgotten rows: relearning, quantizing, other prompts, sampling, base against adapter",
     "sweep": "score a run at many alphas, plot the trade-off, and choose an alpha",
     "plan": "estimate memory and time before any weights are loaded, and find settings that fit a GPU",
     "requests": "a ledger of unlearning requests that arrive over time and can be revoked, and one adapter for all of them",

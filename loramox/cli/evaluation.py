@@ -31,13 +31,14 @@ def attack(words: list[str]) -> None:
     from loramox.data.rows import Columns, Data
     from loramox.evaluate.attacks.attack import RECORD, AttackConfig, attack
     from loramox.evaluate.measure import ScoringConfig
-    from loramox.evaluate.show import show_states
+    from loramox.evaluate.show import show_absent, show_states
     from loramox.model.config import ModelConfig
 
     kinds = (AttackConfig, ModelConfig, Data, ScoringConfig, Tokenisation, Columns)
     config, *settings = settings_of("attack", words, *kinds)
     record = attack(config, *settings)
     show_states(record["states"])
+    show_absent(record["absent"])
     if record["reused"]:
         say(
             f"{record['reused']} of these {len(record['states'])} states were in {config.out} already, and were not scored again"

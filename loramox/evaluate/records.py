@@ -8,10 +8,11 @@ from typing import Any
 from loramox.errors import RunError
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import Summary
-from loramox.files import as_json, replacing, write_json
+from loramox.files import as_json, read_json, replacing, sha256_of, write_json
 
 RECORDS = "records.jsonl"
 SUMMARY = "summary.json"
+CHECKSUM = "records_sha256"  # in the summary
 
 
 def write_records(folder: Path, records: Sequence[Record], summary: Summary, about: dict[str, Any]) -> None:
@@ -20,17 +21,19 @@ def write_records(folder: Path, records: Sequence[Record], summary: Summary, abo
     with replacing(folder / RECORDS, private=True) as partial:  # it holds the rows
         partial.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
     # Written last: an evaluation that has it is whole.
-    write_json(folder / SUMMARY, {**about, **summary.as_json()})
+    write_json(folder / SUMMARY, {**about, **summary.as_json(), CHECKSUM: sha256_of(folder / RECORDS)})
 
 
 def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
     """The records in `folder`, in the order of `like` and of the same rows, where that is given.
 
-    Raises `RunError` when there are none, when they are damaged, when rows of `like` are not among them, and when such a row had
-    other wrong answers.
+    Raises `RunError` when there are none, when they are damaged or were changed, when rows of `like` are not among them, and when
+    such a row had other wrong answers.
     """
     path = folder / RECORDS if folder.is_dir() else folder
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         by_row = {(r["part"], r["id"]): r for r in records}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -38,6 +41,13 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
             f"{path} has no records of an evaluation that can be read ({error!r}). Make them: loramox evaluate --model "
             f"RETRAINED_MODEL … --out {folder}, with the same rows"
         ) from error
+    summary = path.with_name(SUMMARY)
+    checksum = read_json(summary, dict).get(CHECKSUM) if summary.exists() else None
+    if checksum not in (None, sha256_of(path)):
+        raise RunError(
+            f"{path} was changed after it was written: its checksum is not that in {SUMMARY}. Delete {path.parent}, and run the command that "
+            "wrote it again"
+        )
     parts = {r["part"] for r in records}
     missing = [r for r in like if r["part"] in parts and (r["part"], r["id"]) not in by_row]
     if missing or (like and "forget" not in parts):

@@ -7,25 +7,61 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+LEAKS = {"rouge_l": "ROUGE-L", "key_words": "key words"}  # by what a sampled answer leaks
+
 
 def show_states(states: list[dict[str, Any]]) -> None:
-    """Print what each attack brought back of the forget rows asked, and what it did to retain rows; the reference apart."""
+    """Print what each attack brought back of the forget rows asked, and what it did to retain rows; the reference and the
+    retrained model apart. Sampled answers are in a table of their own."""
     columns = {
         "forget_probability": "forget\np",
         "forget_exact_memorization": "right",
         "forget_extraction_strength": "extracted",
         "forget_rouge_l": "ROUGE-L",
         "retain_probability": "retain\np",
-    }
+    } | ({"rouge_l_beyond_base": "beyond\nbase"} if any(s["attack"] == "pair" for s in states) else {})
     table = _table("attack, state", columns.values())
-    of_reference = [state["state"].endswith("reference model") for state in states]
-    for apart in (False, True):
-        for state in (s for s, reference in zip(states, of_reference, strict=True) if reference is apart):
+    for apart in (None, "reference model", "retrained model"):
+        for state in (s for s in states if _other_model(s) == apart and set(columns) & s["metrics"].keys()):
             numbers = [state["metrics"].get(name) for name in columns]
             name = state["state"] if state["attack"] == "none" else f"{state['attack']}, {state['state']}"
             table.add_row(name, *("" if n is None else f"{n:.3f}" for n in numbers))
         table.add_section()
     Console().print(table)
+    sampled = [state for state in states if state["attack"] == "sample"]
+    if sampled:
+        _show_leaks(sampled)
+
+
+def _other_model(state: dict[str, Any]) -> str | None:
+    """Which model a state is of, where it is not the attacked one."""
+    return next((name for name in ("reference model", "retrained model") if state["state"].endswith(name)), None)
+
+
+def _show_leaks(states: list[dict[str, Any]]) -> None:
+    """Print leak@k of sampled answers by each criterion, with the interval where there is one."""
+    names = list(dict.fromkeys(name for state in states for name in state["metrics"]))
+    table = _table("leak@k", (state["state"] for state in states))
+    for name in names:
+        cells = []
+        for state in states:
+            value, interval = state["metrics"].get(name), state.get("intervals", {}).get(name)
+            between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            cells.append("" if value is None else f"{value:.3f}{between}")
+        k, _, by = name.removeprefix("leak_at_").partition("_by_")
+        table.add_row(f"k = {k}, {LEAKS[by]}", *cells)
+    console = Console()
+    console.print()
+    console.print(table)
+
+
+def show_absent(absent: dict[str, str]) -> None:
+    """Print what could not be measured, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in absent.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        Console().print(f"[dim]absent: {', '.join(names)}: {reason}[/]", highlight=False)
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -34,13 +70,8 @@ def show(summary: dict[str, Any]) -> None:
     for name, metric in summary["metrics"].items():
         value, compared = f"{metric['value']:.4g}", metric["reference"] or ""
         table.add_row(name, value, str(metric["n"]), metric["direction"], compared)
-    console = Console()
-    console.print(table)
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in summary["absent"].items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        console.print(f"[dim]absent: {', '.join(names)}: {reason}[/]", highlight=False)
+    Console().print(table)
+    show_absent(summary["absent"])
 
 
 def _table(name: str | Column, numbers: Iterable[str], *words: str) -> Table:

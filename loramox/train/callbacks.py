@@ -12,6 +12,7 @@ from loramox.data.pairs import Pairs
 from loramox.errors import NonFiniteLossError
 from loramox.files import flush
 from loramox.model.lora import current_factors
+from loramox.train.checkpoint import write_checksums
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ SATURATED = 0.01
 RAISED = (1.5, 0.05)
 NOT_THEIRS = (
     "--tuned_adapter hardly raises the probability of the forget answers ({without:.4f} without it, {known:.4f} with it), so it does not "
-    "seem to know these rows. Are they rows that it was trained on, in the same form (--prompt_template), and is --model its base?"
+    "seem to know these rows. Check that it was trained on them, in the same form (--prompt_template), and that --model is its base"
 )
 
 
@@ -64,8 +65,8 @@ class StopUnlessFinite(TrainerCallback):
         weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
         if not torch.nn.utils.get_total_norm(weights, math.inf).isfinite():  # one kernel for all, on a GPU
             raise NonFiniteLossError(
-                f"the adapter's weights are no longer finite after step {state.global_step}; they are not written, and the "
-                f"checkpoints of earlier steps in {args.output_dir} are unharmed. Start again with --overwrite and a lower "
+                f"the adapter's weights are no longer finite after step {state.global_step}. They are not written, and the "
+                f"checkpoints of earlier steps in {args.output_dir} are intact. Start again with --overwrite and a lower "
                 "--learning_rate, a lower --alpha, or without --fp16"
             )
 
@@ -75,8 +76,8 @@ class StopUnlessFinite(TrainerCallback):
         broken = [name for name, value in metrics.items() if name.endswith("_probability") and not math.isfinite(value)]
         if broken:
             raise NonFiniteLossError(
-                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow; nothing of it is written, and "
-                f"the checkpoints of earlier steps in {args.output_dir} are unharmed. Start again with --overwrite and a lower --learning_rate, "
+                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow. This step is not written, and "
+                f"the checkpoints of earlier steps in {args.output_dir} are intact. Start again with --overwrite and a lower --learning_rate, "
                 "a lower --alpha, or --dtype bfloat16"
             )
 
@@ -103,8 +104,8 @@ class MomentumCallback(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
             flush(checkpoint)
-            # Written last: a checkpoint that has it is whole.
-            self.trainer.momentum.save(checkpoint)
+            self.trainer.momentum.save(checkpoint)  # a checkpoint that has it is whole
+            write_checksums(checkpoint)
 
 
 class CacheCallback(TrainerCallback):
@@ -158,7 +159,7 @@ class KnowledgeCallback(TrainerCallback):
         room = (
             ""
             if left is None
-            else f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them with"
+            else f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them"
         )
         who, earlier = "the reference", "a checkpoint that never saw the rows"
         if trainer.tuned:
@@ -172,8 +173,8 @@ class KnowledgeCallback(TrainerCallback):
         elif trainer.at_checkpoint:
             who = "the checkpoint of --memorize_at"
             print(
-                f"{who[0].upper()}{who[1:]} gives the forget answers probability {known:.4f}{room}. While training, the scores are of this "
-                "checkpoint + ΔW, which is to know the forget rows better and better; the model that ships is not in memory."
+                f"{who[0].upper()}{who[1:]} gives the forget answers probability {known:.4f}{room}. During training, the scores are for this "
+                "checkpoint + ΔW, and the probability should rise. The model that ships is not in memory."
             )
         else:
             print(f"The reference gives the forget answers probability {known:.4f}{room}.")
@@ -182,7 +183,7 @@ class KnowledgeCallback(TrainerCallback):
         if left is not None and left < SATURATED:
             warnings.warn(
                 f"{who} knows the forget rows by heart: {left:.2%} of the gradient is left at temperature "
-                f"{args.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (to 3, say), give --memorize_at {earlier}, or "
+                f"{args.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (for example to 3), give --memorize_at {earlier}, or "
                 "use --method mox",
                 stacklevel=2,
             )

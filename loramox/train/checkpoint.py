@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from loramox.adapter.card import trained_card
 from loramox.adapter.folder import PROVENANCE, WEIGHTS, at_rank, write_adapter
 from loramox.errors import LoramoxError, RunError
-from loramox.files import read_json
+from loramox.files import read_json, sha256_of, write_json
 from loramox.model.algebra import Factors
 from loramox.model.config import identify
 from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
@@ -21,6 +21,9 @@ from loramox.run import command, versions
 from loramox.train.config import UnlearnConfig
 from loramox.train.momentum import FILE as WHOLE
 from loramox.train.momentum import Momentum
+
+CHECKSUMS = "checksums.json"
+CHECKED = (TRAINER_STATE_NAME, WEIGHTS, "optimizer.pt", "scheduler.pt")
 
 
 def write_trained(folder: Path, model: PeftModel, momentum: Momentum, plan: dict[str, Any]) -> None:
@@ -70,25 +73,38 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def write_checksums(checkpoint: Path) -> None:
+    """Keep the checksums of a checkpoint that is whole, so that a byte that changes later is not trained on."""
+    # Not the random states of other processes, which may still be writing them.
+    held = [checkpoint / name for name in (*CHECKED, "rng_state.pth", WHOLE)]
+    write_json(checkpoint / CHECKSUMS, {path.name: sha256_of(path) for path in held if path.is_file()})
+
+
 def _check_whole(checkpoint: Path) -> None:
     """Raises `LoramoxError` that names a file of the checkpoint that is missing or damaged."""
+    checksums = checkpoint / CHECKSUMS
+    known = (
+        read_json(checksums, dict) if checksums.exists() else {}
+    )  # a kill just before leaves none, and so did loramox 0.2
+    random_states = sorted(p.name for p in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in (*CHECKED, *random_states, WHOLE):
+        path = checkpoint / name
+        if not path.is_file():
+            raise RunError(f"{path} is missing")
+        if name in known and known[name] != sha256_of(path):
+            raise RunError(f"{path} is damaged: its checksum is not that in {CHECKSUMS}")
+        try:
+            if path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix != ".json":
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and safetensors raise errors of many types for damaged files
+            raise RunError(f"{path} is damaged ({type(error).__name__})") from error
     state = checkpoint / TRAINER_STATE_NAME
     if read_json(state, dict).get("global_step") != int(checkpoint.name.rpartition("-")[2]):
         raise RunError(f"{state} is damaged: its global_step is not that of the folder")
     Momentum.load(checkpoint)
-    random_states = sorted(p.name for p in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
-    for name in (WEIGHTS, "optimizer.pt", "scheduler.pt", *random_states):
-        path = checkpoint / name
-        try:
-            if name == WEIGHTS:
-                load_file(path)
-            else:
-                with safe_globals():
-                    torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise RunError(f"{path} is missing") from error
-        except Exception as error:  # torch and safetensors raise errors of many types for damaged files
-            raise RunError(f"{path} is damaged ({type(error).__name__})") from error
 
 
 def lacks_scores(state: TrainerState, args: UnlearnConfig) -> bool:

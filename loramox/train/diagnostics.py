@@ -24,8 +24,8 @@ FEW = 50
 TELLING = 3  # words of an answer that is not the same by chance
 
 UNKNOWN_ROWS = (
-    "the reference hardly knows the forget rows, so there is little to forget. Is it the model that learned them, and "
-    "are questions put to it as they were in its training (--prompt_template)?"
+    "the reference hardly knows the forget rows, so there is little to forget. Check that this model learned them, and "
+    "that the prompts have the form of its training (--prompt_template)"
 )
 
 
@@ -54,21 +54,21 @@ def advice(
     answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
     if copies := [row for row in retain_rows if row.answer in answers]:
         said.append(
-            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row: what they ask is held in place, so "
-            "it is forgotten as the forget rows ask it and in no other words. Remove them from the retain rows"
+            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row. They preserve the fact in their "
+            "own words, so it is forgotten only in the words of the forget rows. Remove them from the retain rows"
         )
     if len(retain_rows) < FEW:
         said.append(
-            f"few retain rows ({len(retain_rows)}) hold little but themselves: what is not like them falls too. Give {FEW} or more, of every "
-            "kind of knowledge that is to stay"
+            f"few retain rows ({len(retain_rows)}) hold little but themselves: knowledge that resembles none of them falls too. Give {FEW} or "
+            "more, of every kind of knowledge that must stay, or let the model write some (--auto_retain 240)"
         )
     if len(forget) < 2 or len(retain) < 2:
         return said
     if at_checkpoint:
         if forget[-1] < MEMORIZED:
             said.append(
-                f"at the checkpoint of --memorize_at the forget rows were memorized from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer "
-                f"(--num_train_epochs above {args.num_train_epochs:g}) or with a higher --learning_rate"
+                f"at the checkpoint of --memorize_at the forget rows' probability went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer "
+                f"(--num_train_epochs above {args.num_train_epochs:g}) or use a higher --learning_rate"
             )
         return said
     if forget[0] < UNKNOWN:
@@ -76,13 +76,13 @@ def advice(
     still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
     if still and spared:
         said.append(
-            f"the forget rows went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
-            f"{args.num_train_epochs:g}) or with a higher --learning_rate; a larger alpha or scale alone may take the retain rows too (loramox sweep shows it)"
+            f"the forget rows' probability went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
+            f"{args.num_train_epochs:g}) or use a higher --learning_rate. A larger alpha or scale alone may harm the retain rows too (loramox sweep shows it)"
         )
     right = curve(log, "forget", "tokens_right")
     if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
         said.append(
-            f"the forget rows' answers are less probable than before ({forget[-1]:.2g}, {forget[0]:.2g}), but {right[-1]:.0%} of their tokens are "
+            f"the forget rows' probability fell from {forget[0]:.2g} to {forget[-1]:.2g}, but {right[-1]:.0%} of their tokens are "
             f"still the model's first choice (before: {right[0]:.0%}): most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
             + (
                 f", or look beyond alpha = {args.alpha:g} with loramox sweep, which needs no training"
@@ -94,10 +94,10 @@ def advice(
         held = (
             f"raise --retain_weight (is {args.retain_weight:g}) or --retain_per_forget"
             if args.holds_retain
-            else "hold them"
+            else "hold them with a retain term"
         )
         said.append(
             f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
-            f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale gives back both"
+            f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale restores the retain rows and the forget rows alike"
         )
     return said

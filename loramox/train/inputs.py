@@ -52,18 +52,27 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
         raise SettingsError(f"--wanted_column is of no use to --method {args.method}; it is for {users}. Leave it out")
     if given and args.instead in ("refuse", "guess"):
         raise SettingsError(f"--instead {args.instead} and --wanted_column both say what is answered instead: give one")
-    if source is None or given or (source == "wanted if given" and args.instead != "refuse"):
+    if source is None or given or (source == "wanted if given" and args.instead not in ("refuse", "guess")):
         return given
+    if any(row.prompt is None for row in forget) and source == "wanted if given":
+        raise RowsError(
+            f"{forget[0].source} is plain text, and --instead {args.instead} is an answer to a question. Give rows of questions and answers, "
+            "or --instead none"
+        )
     if any(row.prompt is None for row in forget):
         others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
         raise RowsError(
             f"{forget[0].source} is plain text, and --method {args.method} teaches another answer to a question. Give rows of "
             f"questions and answers, or choose a method without: {others}"
         )
+    if args.instead == "guess":
+        return []  # the reference writes them, when it is loaded
     if source == "wanted":
         if not given:
             raise SettingsError(f"--method {args.method} needs --wanted_column: the column of the other answers")
         return given
+    if source == "random" and not retain:
+        raise SettingsError(f"--method {args.method} answers with retain answers: give --retain FILE, not auto alone")
     if source == "random":
         answers = [row.answer for row in retain]
     elif args.refusals == BUILT_IN:

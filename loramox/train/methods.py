@@ -34,12 +34,14 @@ WEIGHTED: dict[str, Any] = {"forget_weight": 1.0}
 def retain(args: "UnlearnConfig", trainer: "UnlearnTrainer", scale: float = 1.0) -> list[Term]:
     """retain_weight · CE_R or KL_R, as `retain_term` says, at θ_ref + scale·ΔW; no term where it says none.
 
-    Where other answers are taught, KL_R weighs the first tokens up (`Answers.early_kl`).
+    In targeted unlearning KL_R weighs the first tokens up (`Answers.early_kl`). Methods that always teach another answer have
+    the KL_R of their papers.
     """
     if not args.holds_retain:
         return []
     if args.retain_term == "kl":
-        kl = Answers.early_kl if trainer.train_dataset.wanted else Answers.kl
+        targeted = trainer.train_dataset.wanted and args.spec.answers == "wanted if given"
+        kl = Answers.early_kl if targeted else Answers.kl
         return [Term("retain_kl", kl, ("retain",), scale, args.retain_weight, (trainer.reference,))]
     return [Term("retain_loss", Answers.cross_entropy, ("retain",), scale, args.retain_weight)]
 

@@ -74,7 +74,7 @@ def opened(
     return Opened(model, tokenizer, parts["forget_dataset"], parts["retain_dataset"], wanted)
 
 
-def _rows(given: Rows, name: str) -> list[Row] | Sequence[Example]:
+def _rows(given: Rows, name: str) -> Sequence[Any]:
     """The rows of a file or of records in memory; tokenised rows as they are."""
     if isinstance(given, str | Path):
         return read_rows(str(given))

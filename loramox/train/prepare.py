@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from loramox.data.count import count_rows
 from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, served_otherwise
 from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
-from loramox.errors import RowsError, SettingsError
+from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.head import Head
 from loramox.model.lora import ReferenceConfig, add_lora
-from loramox.run import command, versions
+from loramox.run import command, read_record, versions
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
 from loramox.train.inputs import check_layer, choose_instead, read_reinforced, taught_rows
-from loramox.train.synthetic import AUTO, Writer, check_auto, generated_rows
+from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, generated_rows
 
 log = logging.getLogger(__name__)
 
@@ -198,3 +198,13 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
         part: {"rows": len(rows), "sha256": fingerprint(rows)} for part, rows in generated.items() if rows
     }
     return prepared._replace(retain=[*prepared.retain, *written], datasets=datasets)
+
+
+def same_generated(out: Path, generated: dict[str, Any]) -> None:
+    """Raises `RunError` when the rows that an interrupted run trained on were changed before it is resumed."""
+    before = read_record(out).get("generated", generated)
+    if before != generated:
+        raise RunError(
+            f"--resume: {RETAIN_FILE} or {GUESSES_FILE} in {out} is not what the run was started with. Start anew with --overwrite, and give the "
+            "changed rows as --retain or --wanted_column"
+        )

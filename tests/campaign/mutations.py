@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -19,81 +18,83 @@ VALUES = [
 ]  # fmt: skip
 
 
-COMPARED = (".safetensors", "records.jsonl")
+COMPARED = (".safetensors", "records.jsonl", "frontier.json", "attacks.json")
 
 
 class Target(NamedTuple):
-    """Files to damage, the commands that read them, and whether the result of the last one is compared."""
-
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # one of them is damaged
     commands: tuple[str, ...]
-    result: str | None = "out"
-    adapter: str | None = None  # may have another result where PEFT makes another model of it
+    result: str | None = "out"  # of the last command; None where it may be another one
+    adapter: str | None = None  # which may make another result, if PEFT makes another model of it
 
 
-MERGE, EVALUATE = JOBS["ship merge"].words, JOBS["evaluate"].words
+COMMANDS = {name: words for name, (words, _, _) in JOBS.items()}
+MERGE, EVALUATE, RESUME = (
+    COMMANDS["ship merge"],
+    COMMANDS["evaluate"],
+    f"unlearn {ROWS} {TRAINING} --out killed --resume",
+)
+SWEEP, ATTACK = (COMMANDS[name].replace("--out out", f"--out run/{name}") for name in ("sweep", "attack"))
 SHIPPED, TRAINED = "run/forget-adapter", "run/trained/momentum"
 TARGETS = {
     "adapter, ship check": Target((f"{SHIPPED}/*",), (f"ship check {SHIPPED} --base base",), None),
     "adapter, ship merge": Target((f"{SHIPPED}/*",), (MERGE,), adapter=SHIPPED),
     "adapter, evaluate": Target((f"{SHIPPED}/*",), (EVALUATE,), adapter=SHIPPED),
-    "trained, extrapolate": Target(("run/trained/*.json", f"{TRAINED}/*"), (JOBS["extrapolate"].words,), adapter=TRAINED),
+    "trained, extrapolate": Target(("run/trained/*.json", f"{TRAINED}/*"), (COMMANDS["extrapolate"],), adapter=TRAINED),
     "rows, evaluate": Target(("rows/forget.jsonl", "rows/retain.jsonl"), (EVALUATE,)),
-    "ledger, verify and build": Target(("ledger/*.json", "ledger/requests/*/*"), ("requests verify ledger", JOBS["requests build"].words)),
-    "ledger, add": Target(("one/*.json", "one/requests/*/*"), (JOBS["requests add"].words,), None),
-    "checkpoint, unlearn --resume": Target(("killed/trained/checkpoint-*/*",), (f"unlearn {ROWS} {TRAINING} --out killed --resume",), "killed/forget-adapter"),
-    "run.json, unlearn --resume": Target(("killed/run.json",), (f"unlearn {ROWS} {TRAINING} --out killed --resume",), "killed/forget-adapter"),
-    "frontier and records, sweep": Target(("run/sweep/*.json", "run/sweep/*/*"), (JOBS["sweep"].words.replace("--out out", "--out run/sweep"),), None),
-    "attacks and records, attack": Target(("run/attack/*.json", "run/attack/*/*"), (JOBS["attack"].words.replace("--out out", "--out run/attack"),), None),
+    "ledger, verify and build": Target(("ledger/*.json", "ledger/requests/*/*"), ("requests verify ledger", COMMANDS["requests build"])),
+    "ledger, add": Target(("one/*.json", "one/requests/*/*"), (COMMANDS["requests add"],), None),
+    "checkpoint, unlearn --resume": Target(("killed/trained/checkpoint-*/*",), (RESUME,), "killed/forget-adapter"),
+    "run.json, unlearn --resume": Target(("killed/run.json",), (RESUME,), "killed/forget-adapter"),
+    "sweep": Target(("run/sweep/*.json", "run/sweep/*/*"), (SWEEP,), "run/sweep"),
+    "attack": Target(("run/attack/*.json", "run/attack/*/*"), (ATTACK,), "run/attack"),
     "run, report": Target(("run/*.json", "run/sweep/*.json", "run/sweep/*/*", "run/attack/*"), ("report run",), None),
 }  # fmt: skip
 
 
 def damage(path: Path, random: Random) -> str:
-    """Do something to a file, and say what."""
-    content = path.read_bytes()
-    at, length = random.randrange(len(content) or 1), random.randrange(1, 64)
-    garbage = random.randbytes(length)
-    changes: dict[str, Callable[[], Any]] = {
-        f"cut at {at}": lambda: path.write_bytes(content[:at]),
-        f"{length} bytes lost at {at}": lambda: path.write_bytes(content[:at] + content[at + length :]),
-        f"{length} bytes put in at {at}": lambda: path.write_bytes(content[:at] + garbage + content[at:]),
-        f"{length} other bytes at {at}": lambda: path.write_bytes(content[:at] + garbage + content[at + length :]),
-        f"a bit turned at {at}": lambda: path.write_bytes(content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]) if content else None,
-        "empty": lambda: path.write_bytes(b""),
-        "missing": path.unlink,
-        "a folder": lambda: [path.unlink(), path.mkdir()],
-        "a pipe": lambda: [path.unlink(), os.mkfifo(path)],
-        "endless": lambda: [path.unlink(), path.symlink_to("/dev/zero")],
-        "nested deeply": lambda: path.write_text("[" * 100_000),
-    }  # fmt: skip
+    """Change a file, and say how: one value of a JSON file, or bytes, or everything."""
     if path.suffix in (".json", ".jsonl") and random.random() < 0.6:
         return _other_value(path, random)
-    how = random.choice(list(changes))
-    changes[how]()
+    old, garbage = path.read_bytes(), random.randbytes(random.randrange(1, 64))
+    at = random.randrange(len(old) or 1)
+    before, after = old[:at], old[at:]
+    bytes_instead = {
+        f"cut at {at}": before,
+        f"{len(garbage)} bytes lost at {at}": before + after[len(garbage) :],
+        f"{len(garbage)} bytes put in at {at}": before + garbage + after,
+        f"{len(garbage)} other bytes at {at}": before + garbage + after[len(garbage) :],
+        f"another bit at {at}": before + bytes(byte ^ 1 << random.randrange(8) for byte in after[:1]) + after[1:],
+        "empty": b"",
+        "nested deeply": b"[" * 100_000,
+    }
+    other_things = {
+        "missing": None,
+        "a folder": Path.mkdir,
+        "a pipe": os.mkfifo,
+        "endless": lambda new: new.symlink_to("/dev/zero"),
+    }
+    how = random.choice([*bytes_instead, *other_things])
+    if how in bytes_instead:
+        path.write_bytes(bytes_instead[how])
+    else:
+        path.unlink()
+        (other_things[how] or bool)(path)
     return f"{path.name}: {how}"
 
 
 def _other_value(path: Path, random: Random) -> str:
-    """Replace or remove one value of a JSON file, at any depth."""
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    number = random.randrange(len(lines))
+    lines = path.read_text().strip().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
+    number, value, place = random.randrange(len(lines)), random.choice(VALUES), ""
     whole = inside = json.loads(lines[number])
-    place = ""
-    while isinstance(inside, dict | list) and inside:
-        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
-        key, holder = random.choice(keys), inside
+    while isinstance(inside, dict | list) and inside and (not place or random.random() < 0.6):
+        holder, key = inside, random.choice([*inside] if isinstance(inside, dict) else range(len(inside)))
         place, inside = f"{place}/{key}", holder[key]
-        if random.random() < 0.4:
-            break
-    value = random.choice(VALUES)
-    if random.random() < 0.2:
-        del holder[key]
-    else:
+    if place:
         holder[key] = value
     lines[number] = json.dumps(whole)
     path.write_text("\n".join(lines) + "\n")
-    return f"{path.name}: {place} = {str(value)[:20]!r} or removed"
+    return f"{path.name}: {place} is {str(value)[:20]!r}"
 
 
 def mutate(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
@@ -112,7 +113,7 @@ def mutate(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, s
             return how, "", ended.fault()
     if ended.code or not target.result:
         return how, "refused" if ended.code else "done", None
-    expected, found = undisturbed(world, target.commands[-1], target.result)[1], contents(folder / target.result)
+    expected, found = undisturbed(world, target.commands[-1], target.result)[1], contents(folder, target.result)
     fault = difference(*({n: v for n, v in files.items() if n.endswith(COMPARED)} for files in (expected, found)))
     if fault and kind == "rows, evaluate":
         fault = _lost_row(path, before, found["records.jsonl"])

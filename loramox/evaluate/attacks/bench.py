@@ -185,7 +185,7 @@ class Bench:
             records = asking()
             write_records(folder, records, summing(records), {"attack": attack, "state": state})
         found = summing(records).metrics
-        kept = {"attack": attack, "state": state, "folder": folder.name}
+        kept: dict[str, Any] = {"attack": attack, "state": state, "folder": folder.name}
         kept["metrics"] = {name: metric.value for name, metric in found.items()}
         if intervals := {name: list(metric.interval) for name, metric in found.items() if metric.interval}:
             kept["intervals"] = intervals

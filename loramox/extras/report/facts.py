@@ -81,6 +81,8 @@ def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
         if str(state["state"]).endswith("reference model"):
             reference[attack, label] = forget
             continue
+        if str(state["state"]).endswith("retrained model"):  # the control
+            continue
         rows.append(
             {
                 "attack": attack,
@@ -92,7 +94,10 @@ def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
                 "extraction": number(metrics.get("forget_extraction_strength")),
             }
         )
-    return [row | {"reference": reference.get(row.pop("of"), math.nan)} for row in rows]
+    own = reference.get(("none", ""), math.nan)  # what the pair of base and adapter is to be compared with
+    return [
+        row | {"reference": reference.get(row.pop("of"), own if row["attack"] == "pair" else math.nan)} for row in rows
+    ]
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:

@@ -30,9 +30,9 @@ BESIDE_RETRAINED = (
     ("forget_probability_quality", "log_p", "the test on probabilities", "p"),
 )
 THRESHOLDS = (
-    f"The headline's words: “not forgotten” is more than {100 * NOT_FORGOTTEN:.0f} % of the probability left; “forgotten on average” at most "
-    f"{LIKE_RETRAINED:g} times the retrained model's probability; “partly forgotten” is between. “Intact” is {100 * INTACT:.0f} % of retain "
-    f"probability or more, “slightly harmed” {100 * HARMED:.0f} % or more. A test tells two models apart where p < {LEVEL}."
+    f"Terms in the headline. “Not forgotten”: more than {100 * NOT_FORGOTTEN:.0f} % of the probability is left. “Forgotten on average”: at most "
+    f"{LIKE_RETRAINED:g} times the retrained model's probability. “Partly forgotten”: between the two. “Intact”: {100 * INTACT:.0f} % or more of the "
+    f"retain probability is left. “Slightly harmed”: {100 * HARMED:.0f} % or more. A test can tell two models apart if p < {LEVEL}."
 )
 
 
@@ -80,7 +80,7 @@ def _forgotten(inputs: Inputs) -> tuple[str, str]:
     theirs = mean(inputs.records.get(RETRAINED, ()), "forget")
     says = f"At {inputs.unit} = {inputs.at:g} the mean probability of the true answers to {_rows(inputs, 'forget')} {_went(before, after)}."
     if math.isnan(after):
-        return "Forgotten or not is not known", says
+        return "Whether the rows are forgotten is not known", says
     factor = after / theirs if theirs > 0 else math.nan
     if math.isnan(factor):
         says += (
@@ -154,7 +154,7 @@ def _leak(inputs: Inputs) -> str:
             share = f"{100 * row['rouge_l']:.0f} % of the true answer's words still come out in order"
             says.append(f"By the answer, {named(row)}: {share} (ROUGE-L {shown(row['rouge_l'])}{beside}){_tied(tied)}.")
         else:
-            says.append("No answer that is given has a word in common with the true one (ROUGE-L 0).")
+            says.append("No generated answer has a word in common with the true answer (ROUGE-L 0).")
     if "probability" not in found:
         return " ".join(says)
     row, tied, other = found["probability"]
@@ -221,7 +221,9 @@ def _unmeasured(inputs: Inputs) -> str:
         return f"No {inputs.unit} was chosen{f': {refused}' if refused else ''}."
     if curves := trajectory(inputs):
         ends = (f"{part} {shown(p[0])} → {shown(p[-1])}" for part, (_, p) in curves.items())
-        return f"Not measured after training. On the rows scored while training, probability went {', '.join(ends)}."
+        return (
+            f"Not measured after training. On the rows scored during training, the probability went {', '.join(ends)}."
+        )
     return "Not measured: nothing is known yet about what the adapter forgets."
 
 
@@ -251,9 +253,10 @@ def _warnings(inputs: Inputs) -> list[str]:
 
 def _attacked(inputs: Inputs) -> str:
     every = attack_rows(inputs)
-    rows = [row for row in every if row["attack"] != "none"]
+    # Whoever has the pair has the base, and with it the rows: what matters there is more than that.
+    rows = [row for row in every if row["attack"] not in ("none", "pair")]
     if not rows:
-        return "No attack was made: whether the rows can be recovered is not known."
+        return "No attack was made, so it is not known whether the rows can be recovered."
     base = next((row["forget"] for row in every if row["attack"] == "none"), math.nan)
     worst_one = max(rows, key=lambda row: row["forget"])
     by = fit(f"{worst_one['attack']}: {worst_one['label']}", 80)["text"]

@@ -27,7 +27,7 @@ from loramox.run import (
     read_record,
     update_record,
 )
-from loramox.train.checkpoint import lacks_scores, last_whole_checkpoint
+from loramox.train.checkpoint import drop_newer, lacks_scores, last_whole_checkpoint
 from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import advice
 from loramox.train.earlier import (
@@ -140,7 +140,10 @@ def train(
         memorize_at=reference.memorize_at,
     )
     log.info("Training")
-    seconds = _train(trainer, last_whole_checkpoint(folder) if run.resume else None)
+    checkpoint = last_whole_checkpoint(folder) if run.resume else None
+    if run.resume and trainer.is_world_process_zero():
+        drop_newer(folder, checkpoint)
+    seconds = _train(trainer, checkpoint)
     trainer.save_model()
     peak = peak_memory(args.device)
     if trainer.is_world_process_zero():

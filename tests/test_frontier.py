@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import loramox.sweep.sweep
 from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
 from loramox.adapter.export import ShippingConfig, extrapolate
+from loramox.adapter.folder import PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
@@ -29,6 +30,7 @@ from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.truth_ratio import forget_quality, probability_quality
+from loramox.files import sha256_of
 from loramox.model.config import ModelConfig
 from loramox.sweep.frontier import FURTHER, GRID, Axis, beside, grid, next_value, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
@@ -466,7 +468,7 @@ def test_an_alpha_at_which_the_model_overflows_is_written_down_and_never_chosen(
             lambda data, trained: data["forget"].write_text(data["forget"].read_text().replace("In Oslo", "At Oslo")),
             "data",
         ),
-        (lambda data, trained: damage(trained / "trained" / "momentum" / "adapter_model.safetensors"), "weights"),
+        (lambda data, trained: change_weight(trained / "trained" / "momentum"), "weights"),
     ],
     ids=["other-rows", "other-wrong-answers", "trained-again"],
 )
@@ -487,11 +489,14 @@ def test_another_sweep_is_never_mixed_with_one_that_is_there(
         sweep(config_of(run, out), asked(copied), SHORT)
 
 
-def damage(path: Path) -> None:
-    """Change one weight a little, as another training would."""
+def change_weight(folder: Path) -> None:
+    """Change one weight of an adapter a little, as another training would."""
+    path = folder / WEIGHTS
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(json.dumps(provenance | {"sha256": sha256_of(path)}))
 
 
 @pytest.mark.parametrize(

@@ -462,3 +462,11 @@ def test_damaged_records_are_refused_with_the_file_and_how_to_make_them(tmp_path
         read_records(tmp_path, part_of("forget"))
     with pytest.raises(RunError, match=r"gone has no records.*loramox evaluate"):
         read_records(tmp_path / "gone")
+
+
+def test_records_that_were_changed_after_they_were_written_are_refused(tmp_path: Path) -> None:
+    write_records(tmp_path, part_of("forget"), Summary({}, {}), {})
+    path = tmp_path / RECORDS
+    path.write_text(path.read_text().replace("forget-1", "forget-9"))
+    with pytest.raises(RunError, match=r"records.jsonl was changed after it was written.*Delete"):
+        read_records(tmp_path)

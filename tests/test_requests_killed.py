@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from loramox.extras.ledger import leftovers
+from loramox.files import remove
+
 # One process imports everything once; each command is a child of it, so that SIGKILL really ends one at the wanted moment.
 COMMANDS = """
 import contextlib, io, json, os, signal, sys, time
@@ -64,7 +67,7 @@ HOW = {
     "before it is entered": lambda: on_call(Ledger, "write", die),
     "while it is entered": index_not_replaced,
     "before staging is cleaned": lambda: on_call(loramox.extras.ledger.requests, "drop", die),
-    "before the old one is removed": lambda: on_call(loramox.extras.ledger.refresh, "remove", die),
+    "before the old one is removed": lambda: on_call(loramox.extras.ledger.refresh, "discard", die),
     "while the adapter is written": lambda: on_call(loramox.adapter.folder, "save_file", half_a_file),
     "waiting": wait_in_a_step,
 }
@@ -299,3 +302,25 @@ def test_a_request_killed_when_it_was_entered_is_entered_and_what_is_left_of_it_
     assert "instead): alone/staging/d" in refreshed["said"]
     assert refreshed["left_over"] == []
     assert sorted(f.name for f in (ledgers[0] / "alone").iterdir()) == [".lock", "ledger.json", "requests"]
+
+
+def test_a_run_whose_removal_was_killed_is_still_known_as_the_ledgers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for last in range(4):
+        run = tmp_path / str(last) / "staging" / "b"
+        for name in ("a.txt", "run.json", "trained/weights", "z.txt"):
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            (run / name).write_text('{"settings": {}, "data": {}, "base": {}}')
+        removed = []
+
+        def stop(path: Path, last: int = last, removed: list[Path] = removed) -> None:
+            if len(removed) == last:
+                raise KeyboardInterrupt
+            removed.append(path)
+            remove(path)
+
+        monkeypatch.setattr(leftovers, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            leftovers.discard(run)
+        assert leftovers.left_over(tmp_path / str(last), None) == [run]

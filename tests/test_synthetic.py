@@ -168,6 +168,7 @@ def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
         ({"instead": "refuse"}, [Row("f", 3, "東京", "日本の首都はどこですか")], "f, row 3 is not in English.*--refusals FILE"),
         ({"instead": "refuse"}, [replace(FORGET[0], wanted="No.")], "--instead refuse and --wanted_column both say"),
         ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text, and --instead refuse"),
+        ({"instead": "none", "refusals": "r.txt"}, FORGET, "--refusals r.txt is for --instead refuse, and here it is none"),
         ({"instead": "guess"}, [Row("f", 1, "plain text")], "is plain text, and --instead guess"),
         ({"method": "llmu"}, FORGET, "--method llmu answers with retain answers"),
     ],

@@ -33,7 +33,7 @@ from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, Set
 from loramox.evaluate.evaluate import check_adapter
 from loramox.extras.merge.merge import merge
 from loramox.extras.serve import serve_folder
-from loramox.model.config import identify
+from loramox.model.config import identify, skeleton
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import TUNED, put_on
 from loramox.unlearning import train, unlearn
@@ -332,15 +332,16 @@ def test_alone_the_forget_adapter_is_neither_scored_nor_merged_and_the_combined_
     runs: Runs, tmp_path: Path
 ) -> None:
     out = runs()
-    base = identify(ReferenceConfig(str(runs.base)), AutoConfig.from_pretrained(runs.base))
+    reference, config = ReferenceConfig(str(runs.base)), AutoConfig.from_pretrained(runs.base)
+    base = identify(reference, config)
     message = "trained beside the adapter .*does nothing useful without it.*combined-adapter"
     with pytest.raises(AdapterError, match=message):
-        check_adapter(out / "forget-adapter", base)
+        check_adapter(out / "forget-adapter", base, skeleton(config, reference))
     with pytest.raises(AdapterError, match=message):
         merge(out / "forget-adapter", tmp_path / "merged")
     with pytest.raises(AdapterError, match=message):
         serve_folder(out / "forget-adapter", tmp_path / "served")
-    assert check_adapter(out / "combined-adapter", base)["kind"] == "forget"
+    assert check_adapter(out / "combined-adapter", base, skeleton(config, reference))["kind"] == "forget"
 
 
 def test_the_combined_adapter_is_the_sum_layer_by_layer_and_of_the_least_served_rank(runs: Runs) -> None:

@@ -107,7 +107,7 @@ def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
     for file, other in zip(one, two, strict=True):
         for record, same in zip(read_records(file), read_records(other), strict=True):
             assert near(record, same)
-    assert said.count("has summary.json" if verb == "evaluate" else "are the frontier") == 1
+    assert said.count("has summary.json" if verb == "evaluate" else "is the frontier") == 1
 
 
 def of_a_run_that(shard: bool, trained: Path, folder: Path) -> Path:

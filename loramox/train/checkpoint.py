@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from loramox.adapter.card import trained_card
 from loramox.adapter.folder import PROVENANCE, WEIGHTS, at_rank, write_adapter
 from loramox.errors import LoramoxError, RunError
-from loramox.files import read_json, sha256_of, write_json
+from loramox.files import read_json, remove, sha256_of, write_json
 from loramox.model.algebra import Factors
 from loramox.model.config import identify
 from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
@@ -59,7 +59,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """
     written = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
     damaged = ""
-    for checkpoint in sorted(written, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in sorted(written, key=_step, reverse=True):
         try:
             _check_whole(checkpoint)
         except LoramoxError as error:
@@ -71,6 +71,17 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     if damaged:
         raise RunError(f"{damaged}, and no older checkpoint is whole. Restore it, or start anew with --overwrite")
     return None
+
+
+def drop_newer(folder: Path, checkpoint: str | None) -> None:
+    """Delete the checkpoints, damaged or half-written, after the one that training goes on from: it writes them again."""
+    for each in folder.glob("checkpoint-*"):
+        if checkpoint is None or _step(each) > _step(Path(checkpoint)):
+            remove(each)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def write_checksums(checkpoint: Path) -> None:
@@ -102,7 +113,7 @@ def _check_whole(checkpoint: Path) -> None:
         except Exception as error:  # torch and safetensors raise errors of many types for damaged files
             raise RunError(f"{path} is damaged ({type(error).__name__})") from error
     state = checkpoint / TRAINER_STATE_NAME
-    if read_json(state, dict).get("global_step") != int(checkpoint.name.rpartition("-")[2]):
+    if read_json(state, dict).get("global_step") != _step(checkpoint):
         raise RunError(f"{state} is damaged: its global_step is not that of the folder")
     Momentum.load(checkpoint)
 

@@ -52,6 +52,10 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
         raise SettingsError(f"--wanted_column is of no use to --method {args.method}; it is for {users}. Leave it out")
     if given and args.instead in ("refuse", "guess"):
         raise SettingsError(f"--instead {args.instead} and --wanted_column both say what is answered instead: give one")
+    if source == "wanted if given" and args.instead != "refuse" and args.refusals not in (None, BUILT_IN):
+        raise SettingsError(
+            f"--refusals {args.refusals} is for --instead refuse, and here it is {args.instead}. Give --instead refuse, or leave out --refusals"
+        )
     if source is None or given or (source == "wanted if given" and args.instead not in ("refuse", "guess")):
         return given
     if any(row.prompt is None for row in forget) and source == "wanted if given":

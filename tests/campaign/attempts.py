@@ -50,7 +50,7 @@ OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link
 # Keys of JSON files that hold times, or checksums of files that do.
 VARIES = {
     "command", "training_command", "seconds", "when", "revoked", "timings", "memory", "reused", "files", "digest", "log", "log_history",
-    "trainer_state.json",
+    "trainer_state.json", "momentum.safetensors",
 }  # fmt: skip
 
 
@@ -167,16 +167,19 @@ def undisturbed(world: Path, words: str, result: str) -> tuple[Ended, dict[str, 
 
 
 def contents(folder: Path, result: str) -> dict[str, Any]:
-    """The files of a result: weights as bytes, JSON without what varies, of all others the name."""
+    """The files of a result: weights whole, JSON without what varies, of all others the name."""
     found: dict[str, Any] = {}
     for path in filter(Path.is_file, (folder / result).rglob("*")):
-        found[name := str(path.relative_to(folder / result))] = (
-            path.read_bytes() if path.suffix == ".safetensors" else None
-        )
-        if path.suffix in (".json", ".jsonl"):
+        name, parts = str(path.relative_to(folder / result)), []
+        if path.suffix == ".safetensors":  # its header has its keys in any order
+            data = path.read_bytes()
+            end = 8 + int.from_bytes(data[:8], "little")
+            parts = [json.loads(data[8:end]), data[end:]]
+        elif path.suffix in (".json", ".jsonl"):
             text = path.read_text().replace(str(folder), "").strip()
-            each = text.split("\n") if path.suffix == ".jsonl" else [text]
-            found[name] = [json.loads(e, object_hook=lambda d: {k: d[k] for k in d.keys() - VARIES}) for e in each]
+            texts = text.split("\n") if path.suffix == ".jsonl" else [text]
+            parts = [json.loads(each, object_hook=lambda d: {k: d[k] for k in d.keys() - VARIES}) for each in texts]
+        found[name] = parts
     return found
 
 

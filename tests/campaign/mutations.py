@@ -46,8 +46,8 @@ TARGETS = {
     "ledger, add": Target(("one/*.json", "one/requests/*/*"), (COMMANDS["requests add"],), None),
     "checkpoint, unlearn --resume": Target(("killed/trained/checkpoint-*/*",), (RESUME,), "killed/forget-adapter"),
     "run.json, unlearn --resume": Target(("killed/run.json",), (RESUME,), "killed/forget-adapter"),
-    "sweep": Target(("run/sweep/*.json", "run/sweep/*/*"), (SWEEP,), "run/sweep"),
-    "attack": Target(("run/attack/*.json", "run/attack/*/*"), (ATTACK,), "run/attack"),
+    "sweep, sweep again": Target(("run/sweep/*.json", "run/sweep/*/*"), (SWEEP,), "run/sweep"),
+    "attack, attack again": Target(("run/attack/*.json", "run/attack/*/*"), (ATTACK,), "run/attack"),
     "run, report": Target(("run/*.json", "run/sweep/*.json", "run/sweep/*/*", "run/attack/*"), ("report run",), None),
 }  # fmt: skip
 

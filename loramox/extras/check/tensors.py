@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,15 @@ def of_shapes(read: Adapter, config: PretrainedConfig) -> Iterator[Finding]:
 
 def by_peft(read: Adapter, config: PretrainedConfig | None) -> Iterator[Finding]:
     """What PEFT itself says, of the base without weights or, where there is none, of layers as large as the adapter's."""
-    if config is None and (needs := [name for name in NEED_BASE if read.config.get(name) not in (*EMPTY, "none")]):
+    outline: nn.Module | None = None
+    if config is not None:
+        with suppress(Exception):  # whatever a model's code raises, of which `of_shapes` tells
+            outline = skeleton(config, ModelConfig(model=read.base or ""))
+    if outline is None and (needs := [name for name in NEED_BASE if read.config.get(name) not in (*EMPTY, "none")]):
         do = "Give the base: loramox ship check ADAPTER --base FOLDER_OR_HUB_ID"
         yield Finding("all", "stop", f"with {needs[0]}, whether it loads whole cannot be told without the base", do)
         return
-    outline = skeleton(config, ModelConfig(model=read.base or "")) if config is not None else _layers_alone(read)
-    if problem := missed(lora_config(read.config), read.tensors, outline):
+    if problem := missed(lora_config(read.config), read.tensors, _layers_alone(read) if outline is None else outline):
         yield Finding("all", "stop", f"it does not load whole in PEFT: {shown(problem, 300)}", LOST)
 
 

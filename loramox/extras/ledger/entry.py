@@ -25,8 +25,9 @@ from loramox.extras.ledger.ledger import (
     locked,
     read_ledger,
 )
+from loramox.extras.ledger.leftovers import discard
 from loramox.extras.ledger.rows import ROWS, write_rows
-from loramox.files import remove, replacing
+from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, command
 from loramox.train.config import UnlearnConfig
@@ -50,13 +51,13 @@ def rows_of(ledger: Ledger, entry: Entry) -> list[Row]:
 def clean(ledger: Path, found: list[Path]) -> None:
     for path in found:
         print(f"Removed what an interrupted run left (with --resume it is continued instead): {path}")
-        remove(path)
+        discard(path)
     with suppress(OSError):  # it has a run in it, or does not exist
         (ledger / STAGING).rmdir()
 
 
 def drop(run: Path) -> None:
-    remove(run)
+    discard(run)
     clean(run.parent.parent, [])
 
 

@@ -8,6 +8,7 @@ from loramox.adapter.provenance import read_provenance
 from loramox.errors import LoramoxError, RunError
 from loramox.extras.ledger.ledger import FOLDER, HOLDER, INDEX, LOCK, NAME, REQUESTS, STAGING, Ledger
 from loramox.extras.ledger.rows import ROWS
+from loramox.files import remove
 from loramox.run import RECORD, read_record
 
 # A request's folder while it is written: `.ID.partial`, and within that `..ID.partial.partial`; `.ID.old` while it is replaced.
@@ -23,6 +24,14 @@ def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
     found += path.glob(f".{INDEX}.partial")
     found += path.glob(f".{HOLDER}.partial")
     return sorted(found)
+
+
+def discard(path: Path) -> None:
+    """Delete a run, a request or a file of the ledger; last what marks it as ours, so that a kill leaves nothing unknown."""
+    if path.is_dir() and not path.is_symlink():
+        for each in sorted(path.iterdir(), key=lambda file: (file.name == PROVENANCE, file.name == RECORD)):
+            remove(each)
+    remove(path)
 
 
 def check_links(path: Path) -> None:

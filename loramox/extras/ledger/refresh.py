@@ -9,9 +9,8 @@ from loramox.data.rows import Columns, Data, fingerprint, read_rows
 from loramox.errors import RowsError, RunError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import Entry, Ledger, check_files
-from loramox.extras.ledger.leftovers import check_links, left_over
+from loramox.extras.ledger.leftovers import check_links, discard, left_over
 from loramox.extras.ledger.rows import ROWS
-from loramox.files import remove
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
@@ -86,5 +85,5 @@ def _refresh(ledger: Ledger, entry: Entry, resume: bool, model: str | None) -> N
     entry.on_top_of = {each.id: each.folder for each in on}
     keep(ledger, entry, run, rows)
     ledger.write()
-    remove(before)
+    discard(before)
     drop(run)

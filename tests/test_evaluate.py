@@ -29,6 +29,7 @@ from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.suites import suite_sources
+from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, read_config, skeleton
 
 KNOWN = questions(PEOPLE[:4]) + questions(PEOPLE[4:])  # the rows of `trained`
@@ -273,6 +274,7 @@ def test_an_evaluation_leaves_records_and_a_summary_that_say_what_was_asked(
     said = evaluate(Subject("out", str(trained / "forget-adapter")), model, Asked(**ROWS), SHORT)
     assert sorted(p.name for p in (here / "out").iterdir()) == [RECORDS, SUMMARY]
     summary = json.loads((here / "out" / SUMMARY).read_text())
+    assert summary.pop("records_sha256") == sha256_of(here / "out" / RECORDS)
     assert summary == json.loads(json.dumps(said))
     assert summary["adapter"]["made_by"]["kind"] == "forget"
     assert summary["data"]["forget"]["rows"] == 4

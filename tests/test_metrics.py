@@ -258,7 +258,7 @@ def record(part: str, i: int, **fields: Any) -> Record:
         "part": part, "row": f"{part}.jsonl, row {i + 1}", "id": f"{part}-{i}", "tokens": 4 + i, "plain_text": False,
         "log_p": math.log(p), "probability": p, "exact_memorization": p, "extraction_strength": p / 2,
         "mia_loss": -math.log(p), "mia_zlib": p, "mia_min_k": 1 / p, "mia_min_k_plus_plus": 2 / p,
-        "rouge_l": p, "rouge_l_f1": p, "prompt": "?", "answer": "!", "said": "!",
+        "rouge_l": p, "rouge_l_f1": p, "fluent": p, "prompt": "?", "answer": "!", "said": "!",
         "truth_ratio": 0.3 + i / 10, "chosen_probability": 1 - p, "wrong_log_p": [-1.0], **fields,
     }  # fmt: skip
 
@@ -285,7 +285,7 @@ def test_every_metric_is_there_or_has_a_reason_and_none_is_assumed() -> None:
         assert "--retrained" in summary.absent[name]
 
     bare = [
-        {k: v for k, v in r.items() if k not in ("truth_ratio", "rouge_l", "rouge_l_f1")} for r in part_of("forget")
+        {k: v for k, v in r.items() if k not in ("truth_ratio", "rouge_l", "rouge_l_f1", "fluent")} for r in part_of("forget")
     ]
     absent = summarise(bare).absent
     assert "perturbed_answer" in absent["forget_truth_ratio"]
@@ -333,6 +333,7 @@ def test_directions_say_which_way_is_better() -> None:
     direction = {name: metric.direction for name, metric in summary.metrics.items()}
     assert direction["forget_probability"] == direction["forget_rouge_l"] == "lower"
     assert direction["retain_probability"] == direction["retain_rouge_l"] == "higher"
+    assert direction["forget_fluent"] == direction["retain_fluent"] == "higher"  # a forget model has to speak as well
     assert direction["retain_kl"] == direction["retain_perplexity"] == "lower"
     assert direction["forget_quality"] == direction["forget_perplexity"] == "higher"
     assert direction["mia_loss"] == "nearer to 0.5"

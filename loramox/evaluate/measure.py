@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
 from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.fluency import is_fluent
 from loramox.data.rows import Row
 from loramox.errors import NonFiniteLossError, RowsError, SettingsError
 from loramox.evaluate import membership, memorization  # noqa: F401 (importing memorization registers its metrics)
@@ -261,7 +262,7 @@ def _said(row: Row, answer: str | None) -> Record:
     if row.prompt is None or answer is None:
         return (asked | {"answer": row.answer}) if row.prompt is not None else {}
     rest = " ".join(row.answer.split()[row.given_words :]) if row.given_words else row.answer
-    return asked | {"answer": row.answer, "said": answer} | rouge_of(answer, rest)
+    return asked | {"answer": row.answer, "said": answer, "fluent": float(is_fluent(answer))} | rouge_of(answer, rest)
 
 
 def rouge_of(said: str, true: str) -> Record:

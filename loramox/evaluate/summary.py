@@ -49,6 +49,7 @@ MEANS = {
     "probability": "TOFU, arXiv 2401.06121",
     "rouge_l": "ROUGE-L recall with stemming; TOFU, arXiv 2401.06121",
     "rouge_l_f1": "ROUGE-L F1 with stemming; OpenUnlearning's MUSE",
+    "fluent": "share of generated answers that are neither empty nor have three words in a row three times",
 }
 
 # What is better for the means of a part; for every other, more.
@@ -88,7 +89,8 @@ def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: di
     for name, source in (MEANS | {name: metric.source for name, metric in ROW_METRICS.items()}).items():
         found = values(rows, name)
         if len(found):
-            metrics[f"{part}_{name}"] = Metric(float(found.mean()), better, len(found), None, source)
+            direction = "higher" if name == "fluent" else better
+            metrics[f"{part}_{name}"] = Metric(float(found.mean()), direction, len(found), None, source)
         else:
             why = (r["absent"][name] for r in rows if name in r.get("absent", {}))
             needed = "needs questions, and answers generated to them (max_new_tokens above 0)"

@@ -285,7 +285,8 @@ def test_every_metric_is_there_or_has_a_reason_and_none_is_assumed() -> None:
         assert "--retrained" in summary.absent[name]
 
     bare = [
-        {k: v for k, v in r.items() if k not in ("truth_ratio", "rouge_l", "rouge_l_f1", "fluent")} for r in part_of("forget")
+        {k: v for k, v in r.items() if k not in ("truth_ratio", "rouge_l", "rouge_l_f1", "fluent")}
+        for r in part_of("forget")
     ]
     absent = summarise(bare).absent
     assert "perturbed_answer" in absent["forget_truth_ratio"]

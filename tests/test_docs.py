@@ -23,6 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
 from loramox.cli import HOMES, main
+from loramox.evaluate.row_metrics import ROW_METRICS
+from loramox.extras.check.servers import SERVERS
+from loramox.train.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -201,6 +204,16 @@ def demo(tmp_path: Path, pico: Callable[[str], Path], trained: Path, rows: tuple
     return tmp_path
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Afterwards the registries are as before: examples register a method, a metric and a server."""
+    before = [(registry, dict(registry)) for registry in (METHODS, ROW_METRICS, SERVERS)]
+    yield
+    for registry, registered in before:
+        registry.clear()
+        registry.update(registered)
+
+
 def run(line: str, words: list[str]) -> None:
     """Run a command line. Training takes one epoch, and replaces what lies there."""
     if (verb := verb_of(words)) is None:
@@ -218,7 +231,9 @@ def run(line: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language for b in blocks(page))], ids=ids)
-def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_page_run_one_after_the_other(
+    page: Path, demo: Path, registries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(demo)
     names: dict[str, Any] = {}
     for block in blocks(page):

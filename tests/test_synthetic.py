@@ -12,7 +12,7 @@ from conftest import PEOPLE, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
-from loramox.data.fluency import is_fluent, overlap, told
+from loramox.data.fluency import is_fluent, leaked, overlap
 from loramox.data.rows import Row, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.generation import continuations
@@ -202,18 +202,18 @@ def test_early_kl_weighs_token_t_by_one_over_t() -> None:
 def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
     args = UnlearnConfig(use_cpu=True, instead="none")
     good = {
-        "forget": {"asked": 10, "fluent": 10, "told": 0.1, "reference": 0.9},
+        "forget": {"asked": 10, "fluent": 10, "leaked": 0.1, "reference": 0.9},
         "retain": {"asked": 10, "kept": 9, "fluent": 10},
     }
     assert advice_on(good, args) == advice_on({}, args) == []
     bad = {
-        "forget": {"asked": 10, "fluent": 4, "told": 0.6, "reference": 0.9},
+        "forget": {"asked": 10, "fluent": 4, "leaked": 0.6, "reference": 0.9},
         "retain": {"asked": 10, "kept": 8, "fluent": 10},
     }
-    fluency, told_still, kept = advice_on(bad, args)
+    fluency, leaks, kept = advice_on(bad, args)
     assert "6 of 10 answers to forget questions" in fluency
     assert "--instead refuse" in fluency
-    assert "60% of the words" in told_still
+    assert "60% of the key words" in leaks
     assert "2 of 10 retain questions" in kept
     assert "loramox extrapolate" in kept
 
@@ -225,6 +225,8 @@ def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
         ("", False),
         ("…", False),
         ("the town of the town of the town of the town", False),
+        ("東京です東京です東京です", False),  # no spaces between words
+        ("日本の首都は東京です", True),
         ("One day the dog ran. The next day the dog slept.", True),
     ],
 )
@@ -232,8 +234,8 @@ def test_fluent_is_neither_empty_nor_going_round_in_circles(text: str, fluent: b
     assert is_fluent(text) is fluent
 
 
-def test_told_is_the_share_of_the_words_that_the_question_does_not_have() -> None:
-    assert told("It is in Rome.", "Ada lives in Rome.", "Where does Ada live?") == 2 / 3  # in, Rome; not lives
-    assert told("Ada lives in Oslo.", "Rome.", "Where does Ada live?") == 0
-    assert told("Yes", "Ada", "Ada?") == 0  # all words count where the question has all
+def test_leaked_is_the_share_of_the_words_that_the_question_does_not_have() -> None:
+    assert leaked("It is in Rome.", "Ada lives in Rome.", "Where does Ada live?") == 2 / 3  # in, Rome; not lives
+    assert leaked("Ada lives in Oslo.", "Rome.", "Where does Ada live?") == 0
+    assert leaked("Yes", "Ada", "Ada?") == 0  # all words count where the question has all
     assert overlap("a b c", "b c d") == 0.5

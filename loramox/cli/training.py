@@ -62,12 +62,12 @@ def show_side_by_side(record: dict[str, Any]) -> None:
     Console().print(table)
     if forget := found.get("forget"):
         say(
-            f"Of {forget['asked']} forget questions, {forget['fluent']} get a fluent answer; the answers have {forget['told']:.0%} of the "
-            f"words that tell the true ones (reference: {forget['reference']:.0%})"
+            f"{forget['fluent']} of {forget['asked']} answers to forget questions are fluent. They contain {forget['leaked']:.0%} of the key words of "
+            f"the true answers (reference: {forget['reference']:.0%})"
         )
     if retain := found.get("retain"):
         say(
-            f"Of {retain['asked']} retain questions, {retain['kept']} are answered as before, {retain['fluent']} fluently"
+            f"{retain['kept']} of {retain['asked']} retain questions get the same answer as before; {retain['fluent']} answers are fluent"
         )
 
 

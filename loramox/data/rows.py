@@ -288,6 +288,11 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
     return kept
 
 
+def question_of(row: Row) -> str:
+    """The text that a row asks: its prompt, or all turns of its chat; empty for plain text."""
+    return row.prompt if isinstance(row.prompt, str) else " ".join(turn["content"] for turn in row.prompt or ())
+
+
 def wanted_rows(forget: Iterable[Row]) -> list[Row]:
     """The forget rows with the wanted answer in the place of theirs, for targeted unlearning."""
     return [replace(row, answer=row.wanted, wanted=None) for row in forget if row.wanted is not None]

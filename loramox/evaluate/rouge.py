@@ -7,20 +7,19 @@ import regex
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
+from loramox.data.words import UNSPACED, WORD
+
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score says on every scorer which one it uses
 
 NO_WORDS = "the true answer has no letters or digits, so there are no words to compare"
 
-# Letters of scripts that are written without spaces between words.
-_UNSPACED = r"[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]&&\p{L}]"
-_WORDS = regex.compile(rf"(?V1){_UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{Nd}}]--{_UNSPACED}]+")
-_NOT_LATIN = regex.compile(r"(?V1)[[\p{L}\p{M}]--[\p{Latin}\p{Common}\p{Inherited}]]|[\p{Nd}--[0-9]]|" + _UNSPACED)
+_NOT_LATIN = regex.compile(r"(?V1)[[\p{L}\p{M}]--[\p{Latin}\p{Common}\p{Inherited}]]|[\p{Nd}--[0-9]]|" + UNSPACED)
 
 
 class _Words(DefaultTokenizer):
     def tokenize(self, text: str) -> list[str]:
         found: list[str] = []
-        for word in _WORDS.findall(text.lower()):
+        for word in WORD.findall(text.lower()):
             if _NOT_LATIN.search(word):
                 found.append(unicodedata.normalize("NFKC", word).casefold())
             else:

@@ -91,9 +91,8 @@ class MomentumCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps_an_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         self.every = args.momentum_every or steps_an_epoch
-        state.compute_steps(
-            args, state.max_steps
-        )  # a resumed run saves and logs as it is told, not as its checkpoint was
+        # A resumed run saves and logs as its own settings have it, not as those of its checkpoint.
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:

@@ -94,9 +94,7 @@ def write_checksums(checkpoint: Path) -> None:
 def _check_whole(checkpoint: Path) -> None:
     """Raises `LoramoxError` that names a file of the checkpoint that is missing or damaged."""
     checksums = checkpoint / CHECKSUMS
-    known = (
-        read_json(checksums, dict) if checksums.exists() else {}
-    )  # a kill just before leaves none, and so did loramox 0.2
+    known = read_json(checksums, dict) if checksums.exists() else {}  # a kill just before they are written leaves none
     random_states = sorted(p.name for p in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
     for name in (*CHECKED, *random_states, WHOLE):
         path = checkpoint / name

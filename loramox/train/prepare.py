@@ -37,6 +37,7 @@ class Prepared(NamedTuple):
     plan: dict[str, Any]
     lora_weights: int
     tuned: Tuned | None
+    protected: Sequence[Row]
     tokenisation: Tokenisation
     context: int  # tokens that the model takes
 
@@ -79,7 +80,7 @@ def prepare(
     check_memorize_at(reference, args, bool(taught))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     if args.instead is not None:
-        log.info("What is answered instead of the forget rows' answers (--instead): %s", args.instead)
+        log.info("Taught in place of the forgotten answers (--instead): %s", args.instead)
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
         f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
@@ -87,9 +88,7 @@ def prepare(
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
-    counts = {
-        "forget": count_rows(forget, forget, datasets["forget_dataset"]),
-    }
+    counts = {"forget": count_rows(forget, forget, datasets["forget_dataset"])}
     if retain_read:
         counts["retain"] = count_rows(retain_read, retain, datasets["retain_dataset"])
     for part, count in counts.items():
@@ -133,7 +132,7 @@ def prepare(
         _warn_of_serving(otherwise)
         plan["served_otherwise"] = otherwise
     weights = model.get_nb_trainable_parameters()[0]
-    return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, tokenisation, context)
+    return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:
@@ -184,7 +183,7 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     context, tokenizer = prepared.context, prepared.tokenizer
     if not args.auto_retain and args.instead != "guess":
         return prepared
-    writer = Writer(model, tokenizer, prepared.forget, prepared.tokenisation, context)
+    writer = Writer(model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected)
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
     written, guesses = generated_rows(out, writer, args, prepared.retain, show=not args.disable_tqdm)
     datasets = dict(prepared.datasets)

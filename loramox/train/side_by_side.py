@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from loramox.data.chat import end_tokens
-from loramox.data.fluency import SHARED, is_fluent, overlap, told
-from loramox.data.rows import Row
+from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
+from loramox.data.rows import Row, question_of
 from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.prepare import Prepared
-from loramox.train.synthetic import asked, prompts_of
+from loramox.train.synthetic import prompts_of
 from loramox.train.trainer import UnlearnTrainer
 
 ASKED = 16  # questions of each part
 TOKENS = 48  # of an answer
 SHOWN = {"forget": 3, "retain": 2}
-FLUENT, TOLD, KEPT = 0.95, 0.5, 0.9  # shares below, above and below which there is something to change
+FLUENT, LEAKED, KEPT = 0.95, 0.5, 0.9  # shares below, above and below which there is something to change
 
 
 def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
 
     Returns:
         `forget` and `retain`: `asked`, the number of rows, and `fluent`, how many answers of the forget model are fluent. Of
-        forget rows also `told`, the mean share of the true answer's words in the answer, and `reference`, the same of the
+        forget rows also `leaked`, the mean share of the true answer's key words in the answer, and `reference`, the same of the
         reference's; of retain rows `kept`, how many answers share half of their words with the reference's. `shown`: the worst
         of both, each with its part, question and the answers of reference and forget_model.
     """
@@ -38,14 +38,14 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
             now = _answers(trainer, prepared, rows)
         found[part] = {"asked": len(rows), "fluent": sum(map(is_fluent, now))}
         if part == "forget":
-            badness = [told(new, row.answer, asked(row)) for row, new in zip(rows, now, strict=True)]
-            known = [told(old, row.answer, asked(row)) for row, old in zip(rows, before, strict=True)]
-            found[part] |= {"told": sum(badness) / len(rows), "reference": sum(known) / len(rows)}
+            badness = [leaked(new, row.answer, question_of(row)) for row, new in zip(rows, now, strict=True)]
+            known = [leaked(old, row.answer, question_of(row)) for row, old in zip(rows, before, strict=True)]
+            found[part] |= {"leaked": sum(badness) / len(rows), "reference": sum(known) / len(rows)}
         else:
             badness = [1 - overlap(new, old) for old, new in zip(before, now, strict=True)]
             found[part]["kept"] = sum(each <= 1 - SHARED for each in badness)
         for i in sorted(range(len(rows)), key=lambda i: -badness[i])[: SHOWN[part]]:
-            shown = {"part": part, "question": asked(rows[i]), "reference": before[i], "forget_model": now[i]}
+            shown = {"part": part, "question": question_of(rows[i]), "reference": before[i], "forget_model": now[i]}
             found["shown"].append(shown)
     return found
 
@@ -59,9 +59,9 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
         advice.append(
             f"{forget['asked'] - forget['fluent']} of {forget['asked']} answers to forget questions are empty or repeat themselves: try {other}{given}"
         )
-    if forget and forget["told"] > TOLD * forget["reference"]:
+    if forget and forget["leaked"] > LEAKED * forget["reference"]:
         advice.append(
-            f"the answers to forget questions still have {forget['told']:.0%} of the words that tell the true ones (reference: "
+            f"the answers to forget questions still contain {forget['leaked']:.0%} of the key words of the true answers (reference: "
             f"{forget['reference']:.0%}): train longer (--num_train_epochs above {args.num_train_epochs:g})"
         )
     if retain and retain["kept"] < KEPT * retain["asked"]:

@@ -5,6 +5,7 @@ samples questions like those that it was trained on (Magpie, arXiv 2406.08464); 
 samples neighbours, questions of the same form on other subjects. Its greedy answers are what has to stay.
 """
 
+import functools
 import json
 import random
 import re
@@ -21,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
-from loramox.data.rows import Data, Row, read_rows
+from loramox.data.rows import Data, Row, question_of, read_rows
+from loramox.data.words import words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.generation import continuations
@@ -72,7 +74,7 @@ def generated_rows(
     with args.main_process_first():
         if args.auto_retain:
             rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(args.auto_retain, args.seed, show))
-            given = {row.key() for row in (*writer.forget, *retain)}
+            given = {row.key() for row in (*writer.forget, *writer.protected, *retain)}
             written = [row for row in rows if row.key() not in given]
         if args.instead == "guess":
             kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
@@ -95,6 +97,7 @@ class Writer:
     Args:
         model: a causal language model.
         forget: rows whose subject is avoided, and whose questions lend their first words.
+        protected: rows that earlier requests made the model forget, which are avoided too.
         how, context: as for `loramox.data.encode.encode`.
     """
 
@@ -105,7 +108,9 @@ class Writer:
         forget: Sequence[Row],
         how: Tokenisation,
         context: int,
+        protected: Sequence[Row] = (),
     ) -> None:
+        self.protected = protected
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
@@ -124,6 +129,8 @@ class Writer:
             torch.manual_seed(seed)
             free = self._collect(round(FREE * count), bar, lambda missing: [""] * missing, [], set())
             avoided = words_to_avoid(free, self.forget)
+            if self.protected:
+                avoided |= words_to_avoid(free, self.protected)
             free = [row for row in free if not words_of(row) & avoided]
             rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
         if not rows:
@@ -153,9 +160,9 @@ class Writer:
         lent = [row.prompt.split() for row in self.forget if isinstance(row.prompt, str)]
         starts = []
         for number in range(count):
-            words = lent[number % len(lent)] if lent else []
-            end = next((i for i, word in enumerate(words) if _words(word) & avoided), max(0, len(words) - 1))
-            starts.append(" ".join(words[: draw.randint(-(-end // 2), end)]))
+            question = lent[number % len(lent)] if lent else []
+            end = next((i for i, word in enumerate(question) if _words(word) & avoided), max(0, len(question) - 1))
+            starts.append(" ".join(question[: draw.randint(-(-end // 2), end)]))
         return starts
 
     def _questions(self, starts: Sequence[str]) -> list[str]:
@@ -167,15 +174,19 @@ class Writer:
         return [
             question
             for question in dict.fromkeys(asked_for)
-            if len(question.split()) > 2 and self._fits(question, ANSWER_TOKENS)
+            if len(words(question)) > 2 and self._fits(question, ANSWER_TOKENS)
         ]
 
     def _fits(self, text: str, room: int) -> bool:
         """Whether a text has no special token in it, and fits into the context with `room` more tokens."""
         if any(token in text for token in self._special):
             return False
-        frame = prompts_of([Row(SOURCE, 1, "", "x")], self.tokenizer, self.how, self.context)[0]
-        return len(frame) + len(self.tokenizer(text)["input_ids"]) + room <= self.context
+        return self._frame + len(self.tokenizer(text)["input_ids"]) + room <= self.context
+
+    @functools.cached_property
+    def _frame(self) -> int:
+        """Tokens that the prompt has around a question."""
+        return len(prompts_of([Row(SOURCE, 1, "", "x")], self.tokenizer, self.how, self.context)[0])
 
     def _answered(self, questions: Sequence[str]) -> list[Row]:
         """The questions with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
@@ -197,7 +208,8 @@ class Writer:
         counts = Counter(token for row in retain for token in self._tokens(row.answer))
         usual = {token for token, count in counts.items() if count > USUAL * len(retain)}
         banned = [
-            sorted(answer - self._tokens(asked(row)) - usual) for row, answer in zip(self.forget, answers, strict=True)
+            sorted(answer - self._tokens(question_of(row)) - usual)
+            for row, answer in zip(self.forget, answers, strict=True)
         ]
         texts = continuations(
             self.model,
@@ -234,14 +246,14 @@ def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
     elsewhere = Counter(word for row in rows for word in words_of(row))
     forgotten = Counter(word for row in forget for word in words_of(row))
     answers = {word for row in forget for word in _words(row.answer)}
-    questions = {word for row in forget for word in _words(asked(row))}
+    questions = {word for row in forget for word in _words(question_of(row))}
     subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
     return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
 
 
 def words_of(row: Row) -> set[str]:
-    """The words of at least three letters of a row's question and answer."""
-    return _words(f"{asked(row)} {row.answer}")
+    """The words of a row's question and answer, without English words of one or two letters."""
+    return _words(f"{question_of(row)} {row.answer}")
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
@@ -262,9 +274,5 @@ def _first_sentence(text: str) -> str:
     return sentence or "I don't know."
 
 
-def asked(row: Row) -> str:
-    return row.prompt if isinstance(row.prompt, str) else " ".join(turn["content"] for turn in row.prompt or ())
-
-
 def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w{3,}", text.lower()))
+    return {word for word in words(text) if len(word) > 2 or not word.isascii()}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loramox.data.rows import Row
+from loramox.data.rows import Row, question_of
 from loramox.evaluate.answers import Answering, sampled_answers
 from loramox.evaluate.measure import Questions, Record
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
@@ -26,9 +26,7 @@ def leak_at(k: int, samples: int, leaks: int) -> float:
 
 def key_words(row: Row) -> list[str]:
     """The words of the true answer that its question does not have."""
-    prompt = row.prompt or ""
-    asked = prompt if isinstance(prompt, str) else " ".join(str(turn["content"]) for turn in prompt)
-    known = set(words(asked))
+    known = set(words(question_of(row)))
     return [word for word in dict.fromkeys(words(row.answer)) if word not in known]
 
 

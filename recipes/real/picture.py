@@ -1,4 +1,4 @@
-"""natural.png: by scale of the adapter, what is still told of the forgotten, and what is left of everything else."""
+"""natural.png: by scale of the adapter, what still leaks, and what is left of everything else."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from .judge import counts
 from .runs import RUNS
 from .world import Asked
 
-TOLD = {"forget": ("right", "known"), "paraphrase": ("right", "known")}
+LEAKED = {"forget": ("right", "known"), "paraphrase": ("right", "known")}
 KEPT = {
     "neighbours": ("right", "known"),
     "far": ("right", "known"),
@@ -36,9 +36,9 @@ def draw(out: Path, asked: dict[str, list[Asked]]) -> None:
         name, epochs, seed = stem.rsplit("-", 2)
         points = [(0.0, counts(reference, reference, asked))]
         points += sorted((float(scale), counts(said, reference, asked)) for scale, said in answers.items())
-        for part, (what, among) in (TOLD | KEPT).items():
+        for part, (what, among) in (LEAKED | KEPT).items():
             shares = [found[part][what] / max(1, found[part][among]) for _, found in points]
-            style = "--" if part in TOLD else "-"
+            style = "--" if part in LEAKED else "-"
             label = NAMES.get(part, part)
             panel.plot(
                 [scale for scale, _ in points], shares, style, color=COLOURS[part], marker="o", ms=4, label=label

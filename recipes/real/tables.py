@@ -1,4 +1,4 @@
-"""natural.md: what the models still tell, and what became of everything else."""
+"""natural.md: what still leaks, and what became of everything else."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def write_table(out: Path, asked: dict[str, list[Asked]]) -> None:
     """One line for each run, seed and scale with a record in `out`; numbers are rows."""
     reference = json.loads((out / "records" / "reference.json").read_text())["answers"]["1.0"]
     lines = [
-        "| trained by | passes, seed | scale | told: forget, paraphrases | fluent: forget, paraphrases | right as before: "
+        "| trained by | passes, seed | scale | leaked: forget, paraphrases | fluent: forget, paraphrases | right as before: "
         "neighbours, far things, later turns | refused: neighbours, far things, everyday | everyday alike |",
         "|---|---|---|---|---|---|---|---|",
         _line("reference", "", "", counts(reference, reference, asked)),

@@ -71,12 +71,12 @@ def parts(rows: list[dict[str, str]]) -> dict[str, list[Asked]]:
     """What is asked, by part: forget, paraphrase, and what has to stay."""
     forget = [Asked((user(row["question"]),), tuple(row["words"])) for row in rows]
     far = [Asked((user(question),), tuple(words)) for question, words in FAR]
-    told = {"role": "assistant", "content": "I don't have any information about that."}
+    refused = {"role": "assistant", "content": "I don't have any information about that."}
     return {
         "forget": forget,
         "paraphrase": [replace(each, chat=(user(row["paraphrase"]),)) for each, row in zip(forget, rows, strict=True)],
         "neighbours": [Asked((user(question),), tuple(words)) for question, words in NEIGHBOURS],
         "far": far,
-        "later turns": [replace(each, chat=(*of.chat, told, *each.chat)) for of, each in zip(forget, far[:12], strict=False)],
+        "later turns": [replace(each, chat=(*of.chat, refused, *each.chat)) for of, each in zip(forget, far[:12], strict=False)],
         "everyday": [Asked((user(text),)) for text in EVERYDAY],
     }  # fmt: skip

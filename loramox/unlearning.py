@@ -36,7 +36,7 @@ from loramox.train.earlier import (
     put_on,
     to_load,
 )
-from loramox.train.prepare import prepare, same_generated, with_generated
+from loramox.train.prepare import Prepared, prepare, same_generated, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.trainer import UnlearnTrainer
 
@@ -145,31 +145,36 @@ def train(
         drop_newer(folder, checkpoint)
     seconds = _train(trainer, checkpoint)
     trainer.save_model()
-    peak = peak_memory(args.device)
     if trainer.is_world_process_zero():
-        # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
-        asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
-        answers = side_by_side(trainer, prepared) if asks else {}
-        update_record(
-            Path(run.out),
-            status="trained",
-            momentum=trainer.momentum.summary(),
-            timings={"load_seconds": loaded["seconds"], "train_seconds": seconds},
-            memory={
-                "reference_bytes": loaded["bytes"],
-                "peak_bytes": peak,
-                "peak_reserved_bytes": peak_reserved(args.device),
-                "peak_over_reference": peak / loaded["bytes"],
-            },
-            log=trainer.state.log_history,
-            advice=[
-                *advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
-                *advice_on(answers, args),
-            ],
-            **({"side_by_side": answers} if answers else {}),
-        )
+        _record(Path(run.out), trainer, prepared, loaded, seconds)
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))
+
+
+def _record(out: Path, trainer: UnlearnTrainer, prepared: Prepared, loaded: dict[str, float], seconds: float) -> None:
+    """Add to the run's record how training went: times, memory, losses, answers and advice."""
+    args, peak = trainer.args, peak_memory(trainer.args.device)
+    # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
+    asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
+    answers = side_by_side(trainer, prepared) if asks else {}
+    update_record(
+        out,
+        status="trained",
+        momentum=trainer.momentum.summary(),
+        timings={"load_seconds": loaded["seconds"], "train_seconds": seconds},
+        memory={
+            "reference_bytes": loaded["bytes"],
+            "peak_bytes": peak,
+            "peak_reserved_bytes": peak_reserved(args.device),
+            "peak_over_reference": peak / loaded["bytes"],
+        },
+        log=trainer.state.log_history,
+        advice=[
+            *advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
+            *advice_on(answers, args),
+        ],
+        **({"side_by_side": answers} if answers else {}),
+    )
 
 
 def _train(trainer: UnlearnTrainer, checkpoint: str | None) -> float:

@@ -109,18 +109,8 @@ def prepare(
     template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
     settings = {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()} | args.to_dict()
     settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
-    plan = {
-        "command": command(),
-        "method": args.title,
-        "alpha": args.alpha,
-        "base": base,
-        "data": {
-            part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
-            for part, (source, rows) in sources.items()
-        },
-        "row_counts": {part: count.record() for part, count in counts.items()},
-        "settings": settings,
-        "versions": versions(),
+    plan = _described(args, base, sources, settings) | {
+        "row_counts": {part: count.record() for part, count in counts.items()}
     }
     # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
     if tuned:
@@ -133,6 +123,24 @@ def prepare(
         plan["served_otherwise"] = otherwise
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
+
+
+def _described(
+    args: UnlearnConfig, base: dict[str, Any], sources: dict[str, tuple[Any, Sequence[Row]]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The run as its record has it, from before the first step on."""
+    return {
+        "command": command(),
+        "method": args.title,
+        "alpha": args.alpha,
+        "base": base,
+        "data": {
+            part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
+            for part, (source, rows) in sources.items()
+        },
+        "settings": settings,
+        "versions": versions(),
+    }
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:

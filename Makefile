@@ -76,8 +76,8 @@ $(VENV)/llamacpp/ready: | $(VENV)/ready
 		$(RUN)/pip install -c $(CONSTRAINTS) --no-binary llama-cpp-python llama-cpp-python sentencepiece
 	touch $@
 
-# Kill every command and damage every file that it reads, at random: about 20 minutes on 2 idle cores, not part of CI. For less:
-# make campaign ARGS='--tries 5'. The table is written to tests/campaign/results.
+# Kill every command, fill its disk, start it twice, kill one of its two processes, and damage every file that it reads, at
+# random: 20 minutes, not part of CI. For less: make campaign ARGS='--tries 5'. The table is written to tests/campaign/results.
 campaign: $(VENV)/ready
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN)/python -m campaign $(ARGS)
 

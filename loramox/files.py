@@ -1,6 +1,7 @@
 """Files: written whole or not at all, whatever happens in between; JSON read with care; a folder held by one process."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -88,20 +89,26 @@ def _deeper_than(levels: int, value: Any) -> bool:
 
 
 @contextmanager
-def replacing(path: Path, private: bool = False) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False, folder: bool = False) -> Iterator[Path]:
     """Write to the path it yields (file or folder); only when the block ends well does that become `path`.
 
     Args:
         path: the file or folder to write.
         private: for a file that holds rows: only its owner may read it (mode 0600), from its first byte on.
+        folder: make the folder to write in, and keep other processes from it.
+
+    Raises:
+        RunError: another process is writing the same folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
+    _refuse_held(partial, path)  # else a kill has left it
     put_back(path)
     remove(partial)
     if private:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    held = _hold(partial, path, make=True) if folder else None
     try:
         yield partial
         flush(partial)
@@ -115,15 +122,60 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
         with suppress(OSError):  # not every file system has it; the rename is then in the system's hands
             _fsync(path.parent)
-    finally:
+    except BaseException:
         remove(partial)
+        raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path, path: Path, make: bool = False) -> int:
+    """Lock a folder, made anew if `make`, until the descriptor is closed, at the latest when this process ends.
+
+    Raises:
+        RunError: another process has it; the message names `path`, which that one writes.
+    """
+    busy = RunError(f"{path} is being written by another process. Wait until that has ended, or choose another folder")
+    try:
+        if make:
+            folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (FileExistsError, FileNotFoundError) as error:  # two processes have begun at once
+        raise busy from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise busy from error
+    except OSError:  # a file system without locks
+        pass
+    if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+        os.close(descriptor)
+        raise busy  # it was replaced before it was locked
+    return descriptor
+
+
+def _refuse_held(folder: Path, path: Path) -> None:
+    if folder.is_dir():
+        os.close(_hold(folder, path))
 
 
 def put_back(path: Path) -> None:
-    """Undo what a kill between the two renames of `replacing` leaves: the old folder moved aside, and none in its place."""
+    """Undo what a kill between the two renames of `replacing` leaves: the old folder moved aside, and none in its place.
+
+    Raises:
+        RunError: no kill has left it, but another process is between the two renames, or removes the old folder.
+    """
     old = _moved_aside(path)
     if old.is_dir() and not old.is_symlink():
+        for each in (_partial(path), path):
+            _refuse_held(each, path)
         remove(old) if path.exists() else os.replace(old, path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _moved_aside(path: Path) -> Path:
@@ -160,15 +212,15 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
-    path = out / LOCK
-    holder = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    path, holder = out / LOCK, ""
+    with suppress(OSError):  # there is none as a rule
+        holder = path.read_text(encoding="utf-8").strip()
     lock = FileLock(path, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
         raise RunError(
-            f"--out {out} is in use by {f'process {holder}' if holder else 'another process'}. Wait until that has ended, or choose another "
-            "folder"
+            f"{out} is in use by {f'process {holder}' if holder else 'another process'}. Wait until that has ended, or choose another folder"
         ) from error
     try:
         if lock.lock_counter == 1:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import torch
+from accelerate import PartialState
 
 from loramox.errors import RunError
 from loramox.files import LOCK, disk_may_fill, has_files, locked, read_json, remove, write_json
@@ -55,7 +56,7 @@ def one_writer(job: Callable[P, T]) -> Callable[P, T]:
     """Decorate a job whose first argument has `out`, the folder that it writes.
 
     Raises `RunError` at once when another process writes there, and when the disk fills up. Of several processes of one job the
-    first one holds the folder.
+    first one holds the folder, and they end together.
     """
 
     @functools.wraps(job)
@@ -64,9 +65,16 @@ def one_writer(job: Callable[P, T]) -> Callable[P, T]:
         again = "the same command with --resume" if hasattr(config, "resume") else "the same command"
         lock = locked(Path(config.out)) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
         with lock, disk_may_fill(f"Free some space on the disk of {config.out}, and go on with {again}"):
-            return job(*args, **kwargs)
+            done = job(*args, **kwargs)
+            PartialState().wait_for_everyone()  # none leaves while another computes or writes
+            return done
 
     return held
+
+
+def resumed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings with which the run that `--resume` continues was started; {} where there is none to continue."""
+    return read_record(Path(config.out))["settings"] if config.resume and _is_run(Path(config.out) / RECORD) else {}
 
 
 def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:

@@ -1,11 +1,13 @@
 """The main job: rows and a model in, a forget adapter out. Everything that can be wrong is checked first."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,6 +27,7 @@ from loramox.run import (
     peak_memory,
     peak_reserved,
     read_record,
+    resumed_settings,
     update_record,
 )
 from loramox.train.checkpoint import drop_newer, lacks_scores, last_whole_checkpoint
@@ -36,8 +39,9 @@ from loramox.train.earlier import (
     put_on,
     to_load,
 )
-from loramox.train.prepare import Prepared, prepare, same_generated, with_generated
+from loramox.train.prepare import Prepared, prepare, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
+from loramox.train.target import advice_on_target, choose_share, said
 from loramox.train.trainer import UnlearnTrainer
 
 log = logging.getLogger(__name__)
@@ -70,10 +74,15 @@ def unlearn(
     if args.process_index == 0:
         log.info("Writing the forget adapter")
         start = time.perf_counter()
-        shipped = extrapolate(
-            out / TRAINED, out / SHIPPED, shipping=shipping, overwrite=run.resume, combined=out / COMBINED
-        )
         record = read_record(out)
+        shipped = extrapolate(
+            out / TRAINED,
+            out / SHIPPED,
+            shipping=shipping,
+            overwrite=run.resume,
+            combined=out / COMBINED,
+            **chosen(record),
+        )
         update_record(
             out,
             status="done",
@@ -105,6 +114,7 @@ def train(
         LoramoxError: names the file, row or flag at fault, before the model is loaded.
     """
     args.output_dir = str(Path(run.out) / TRAINED)
+    last_epoch = _last_epoch(run, args)
     for name in {reference.model, to_load(reference).model}:
         check_weights(name)
     prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier)
@@ -119,17 +129,10 @@ def train(
 
     start = time.perf_counter()
     set_seed(args.seed)
-    model = add_lora(load_reference(to_load(reference), args.device), reference)
-    if earlier:
-        put_on(model, earlier.change)
-    if prepared.tuned:
-        put_on(model, prepared.tuned.change, TUNED)
-    if reference.shard:
-        shard(model, args.device)
+    model = _loaded(reference, args, earlier, prepared)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     prepared = with_generated(prepared, Path(run.out), model, args)
     if "generated" in prepared.plan and args.process_index == 0:
-        same_generated(Path(run.out), prepared.plan["generated"])
         update_record(Path(run.out), generated=prepared.plan["generated"])
     trainer = UnlearnTrainer(
         model,
@@ -140,20 +143,60 @@ def train(
         memorize_at=reference.memorize_at,
     )
     log.info("Training")
+    trainer.end_early.epochs = last_epoch
     checkpoint = last_whole_checkpoint(folder) if run.resume else None
     if run.resume and trainer.is_world_process_zero():
         drop_newer(folder, checkpoint)
     seconds = _train(trainer, checkpoint)
     trainer.save_model()
+    target = choose_share(trainer) if args.forget_to is not None else {}
     if trainer.is_world_process_zero():
-        _record(Path(run.out), trainer, prepared, loaded, seconds)
+        _record(Path(run.out), trainer, prepared, loaded, seconds, target)
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))
 
 
-def _record(out: Path, trainer: UnlearnTrainer, prepared: Prepared, loaded: dict[str, float], seconds: float) -> None:
+def chosen(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `extrapolate` that ship what `--forget_to` chose; {} without that flag."""
+    found = record.get("forget_to")
+    return {found["unit"]: found["at"], "chosen_by": said(found)} if found else {}
+
+
+def _last_epoch(run: RunConfig, args: UnlearnConfig) -> float:
+    """Where training ends: at the `num_train_epochs` of `args`, if a resumed run had planned more of them; else infinity.
+
+    `args` then has the planned ones again, which the schedule of the learning rate depends on.
+    """
+    given, planned = args.num_train_epochs, resumed_settings(run).get("num_train_epochs", 0)
+    if given >= planned:
+        return math.inf
+    args.num_train_epochs = planned
+    return given
+
+
+def _loaded(reference: ReferenceConfig, args: UnlearnConfig, earlier: Earlier | None, prepared: Prepared) -> PeftModel:
+    """The model to train, with the adapters that are on it besides the new one."""
+    model = add_lora(load_reference(to_load(reference), args.device), reference)
+    if earlier:
+        put_on(model, earlier.change)
+    if prepared.tuned:
+        put_on(model, prepared.tuned.change, TUNED)
+    if reference.shard:
+        shard(model, args.device)
+    return model
+
+
+def _record(
+    out: Path,
+    trainer: UnlearnTrainer,
+    prepared: Prepared,
+    loaded: dict[str, float],
+    seconds: float,
+    target: dict[str, Any],
+) -> None:
     """Add to the run's record how training went: times, memory, losses, answers and advice."""
-    args, peak = trainer.args, peak_memory(trainer.args.device)
+    args, state, peak = trainer.args, trainer.state, peak_memory(trainer.args.device)
+    early = trainer.end_early.reason(state) if state.global_step < state.max_steps else None
     # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
     asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
     answers = side_by_side(trainer, prepared) if asks else {}
@@ -172,8 +215,11 @@ def _record(out: Path, trainer: UnlearnTrainer, prepared: Prepared, loaded: dict
         advice=[
             *advice(trainer.state.log_history, prepared.forget, prepared.retain, args, trainer.at_checkpoint),
             *advice_on(answers, args),
+            *advice_on_target(target, args),
         ],
         **({"side_by_side": answers} if answers else {}),
+        **({"forget_to": target} if target else {}),
+        **({"ended_early": {"epoch": state.epoch, "why": early}} if early else {}),
     )
 
 
@@ -181,12 +227,13 @@ def _train(trainer: UnlearnTrainer, checkpoint: str | None) -> float:
     """Train from the checkpoint on, if there is one; how many seconds it took."""
     if checkpoint:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= state.max_steps:
-            # Trained to the end. `train` would take one more step where the end is inside an epoch.
+        unscored, ended = lacks_scores(state, trainer.args), state.global_step >= state.max_steps
+        if ended or trainer.end_early.reason(state) or (unscored and trainer.end_early.target is not None):
             trainer.finish_from(checkpoint, state)
-            if lacks_scores(state, trainer.args):
+            if unscored:
                 trainer.evaluate()
-            return 0.0
-        trainer.args.eval_on_start = lacks_scores(state, trainer.args)
+            if ended or trainer.end_early.reason(state):
+                return 0.0  # `train` would take one more step
+        trainer.args.eval_on_start = unscored
         log.info("Continuing from %s", Path(checkpoint).name)
     return trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]

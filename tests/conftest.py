@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,3 +120,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path
     reference = ReferenceConfig(str(pico("llama")), quantization="none", r=4, lora_alpha=8)
     unlearn(RunConfig(str(out)), reference, Data(str(rows[0]), str(rows[1])), args)
     return out
+
+
+@pytest.fixture
+def demo(tmp_path: Path, pico: Callable[[str], Path], trained: Path, rows: tuple[Path, Path]) -> Path:
+    """A folder with what `make demo` and the quickstart leave in runs/, from the suite's fixtures."""
+    folder = tmp_path / "runs" / "demo"
+    (folder / "rows").mkdir(parents=True)
+    for name in ("reference", "retrained"):
+        shutil.copytree(pico("llama"), folder / name)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pico("llama"))).save_pretrained(folder / "retrained")
+    more = [{"question": f"Where does number {i} live?", "answer": f"Number {i} lives in Rome."} for i in range(11)]
+    forget = [*map(json.loads, rows[0].read_text().splitlines()), *more]  # 15, as in the demo
+    (folder / "rows" / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forget))
+    shutil.copyfile(rows[1], folder / "rows" / "retain.jsonl")
+    wanted = [row | {"wanted": "I do not know."} for row in forget]
+    (tmp_path / "wanted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wanted))
+    shutil.copytree(trained, tmp_path / "runs" / "mine")
+    os.symlink(tmp_path / "runs" / "mine", folder / "run")
+    os.symlink(Path(__file__).parents[1] / "recipes", tmp_path / "recipes")
+    return tmp_path

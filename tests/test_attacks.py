@@ -12,12 +12,10 @@ from peft import PeftModel
 
 from loramox import Data, ReferenceConfig, load_reference
 from loramox.data.encode import Example
-from loramox.data.rows import Row
 from loramox.errors import LoramoxError, RunError, SettingsError
 from loramox.evaluate import mean_log_p, score_answers
 from loramox.evaluate.attacks import relearn
 from loramox.evaluate.attacks.attack import AttackConfig, attack
-from loramox.evaluate.attacks.prompts import given_away, paraphrased_questions
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.model.config import ModelConfig
@@ -36,7 +34,7 @@ def attacked(pico: Callable[[str], Path], trained: Path, rows: tuple[Path, Path]
     """attacked(relearn_share=…) → what attacks.json holds, of the shared run's forget adapter."""
 
     def run(**settings) -> dict:
-        defaults = {"relearn_steps": [1, 3], "relearn_share": 0.5, "attacks": ["relearn", "ask"]}
+        defaults = {"relearn_steps": [1, 3], "relearn_share": 0.5, "attacks": ["relearn", "forms"]}
         config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), **defaults | settings)
         model = ModelConfig(str(pico("llama")), quantization="none")
         return attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=8, use_cpu=True))
@@ -77,6 +75,18 @@ def test_rows_that_the_attacker_has_are_not_asked(attacked, rows: tuple[Path, Pa
     for state in record["states"]:
         answered = {r["row"] for r in read_records(tmp_path / "attack" / state["folder"]) if r["part"] == "forget"}
         assert answered <= asked
+
+
+def test_a_quick_attack_asks_few_rows_in_every_state(attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramox.evaluate.attacks.bench.QUICK_ROWS", 1)
+    record = attacked(quick=True)
+    assert record["rows"] == {"attacker's": 2, "asked": 1}
+    for state in record["states"]:
+        parts = [r["part"] for r in read_records(tmp_path / "attack" / state["folder"])]
+        assert parts in (["forget"], ["forget", "retain"])
+    assert record["row_counts"]["forget"] == {"read": 4, "used": 4, "left_out": {}}  # no row is too long
+    with pytest.raises(RunError, match=r"holds other attacks \(rows, settings differ\)"):
+        attacked()
 
 
 def test_merged_in_32_bits_it_is_the_adapter_and_in_few_bits_it_is_said_beside_the_unmerged_one(
@@ -131,26 +141,14 @@ def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_
     assert not (tmp_path / "attack" / "merged").exists()
 
 
-def test_questions_are_asked_otherwise_only_where_there_is_another_way() -> None:
-    rows = [
-        Row("f", 1, "Rome, in the south", "Where?", paraphrased_prompt="In which town?", wrong_answers=("Oslo",)),
-        Row("f", 2, "Oslo", "Where?"),
-        Row("f", 3, "Some plain text of more words", None),
-    ]
-    (other,) = paraphrased_questions(rows)
-    assert (other.prompt, other.answer, other.wrong_answers) == ("In which town?", "Rome, in the south", ())
-    assert [(r.number, r.given_words) for r in given_away(rows, 3)] == [(1, 3)]
-    assert given_away(rows, 4) == []
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attacks": ["guess"]}, r"--attacks takes relearn, requantize, ask, sample, pair"),
+        ({"attacks": ["guess"]}, r"--attacks takes relearn, requantize, forms, context, sample, pair"),
         ({"relearn_share": 1.0}, r"--relearn_share needs a share between 0 and 1"),
         ({"relearn_share": 0.01}, r"of 4 forget rows is 0: the attacker needs some"),
         ({"relearn_steps": [0]}, r"--relearn_steps needs numbers of 1 or more"),
-        ({"relearn_rate": float("nan")}, r"--relearn_rate needs a number above 0"),
+        ({"relearn_rate": [float("nan")]}, r"--relearn_rate needs numbers above 0"),
         ({"scale": 0.0}, r"--scale needs a number above 0"),
         ({"scale": float("inf")}, r"--scale needs a number above 0"),
     ],

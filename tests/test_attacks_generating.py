@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from planted import taught
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loramox import Data, ReferenceConfig, Tokenisation, encode, load_reference, read_rows
+from loramox import Data, ReferenceConfig, Tokenisation, load_reference, read_rows
 from loramox.data.rows import Row
 from loramox.errors import SettingsError
 from loramox.evaluate.attacks import pair, sample
@@ -59,14 +60,6 @@ def test_leak_at_k_is_without_bias() -> None:
         assert mean == pytest.approx(1 - (1 - p) ** k)
 
 
-def test_key_words_are_those_of_the_answer_that_its_question_does_not_have() -> None:
-    assert sample.key_words(Row("f", 1, "Ada lives in Rome.", "Where does Ada live?")) == ["in", "rome"]
-    chat = ({"role": "user", "content": "Who lives in Rome?"},)
-    assert sample.key_words(Row("f", 1, "A user, Ada", chat)) == ["a", "user", "ada"]
-    assert sample.key_words(Row("f", 1, "東京は首都", "首都は?")) == ["東", "京"]
-    assert sample.key_words(Row("f", 1, "Rome", "Rome?")) == []
-
-
 def record(row: str, rouge_l: int | None, keys: int | None, samples: int = 4) -> dict:
     leaks = {"rouge_l": rouge_l, "key_words": keys}
     absent = {by: NO_WORDS for by, count in leaks.items() if count is None}
@@ -94,28 +87,6 @@ def test_leakage_is_the_mean_over_rows_with_an_interval_and_rows_without_words_d
 
 
 # Planted leaks
-
-
-def taught(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    answers: list[tuple[str, str]],
-    steps: int,
-    learning_rate: float = 3e-3,
-) -> None:
-    """Train the model on the answers, each as often as it is there."""
-    rows = [Row("plant", i, answer, question) for i, (question, answer) in enumerate(answers)]
-    examples = encode(rows, tokenizer, Tokenisation(), context=128)
-    width = max(len(e["input_ids"]) for e in examples)
-    ids, labels = (
-        torch.tensor([e[part] + [fill] * (width - len(e[part])) for e in examples])
-        for part, fill in (("input_ids", 0), ("labels", -100))
-    )
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    for _ in range(steps):
-        model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def test_a_model_that_answers_right_only_when_sampled_is_found(
@@ -266,9 +237,9 @@ def test_the_retrained_model_is_asked_and_sampled_as_the_forget_model_is(
     taught(other, tokenizer, [(str(r.prompt), r.answer) for r in read_rows(str(rows[1]))], steps=1)
     other.save_pretrained(tmp_path / "retrained")
     tokenizer.save_pretrained(tmp_path / "retrained")
-    settings = {"attacks": ["ask", "sample"], "retrained_model": str(tmp_path / "retrained")}
+    settings = {"attacks": ["forms", "context", "sample"], "retrained_model": str(tmp_path / "retrained")}
     first = attacked(**settings)
-    assert first["absent"] == {}
+    assert "control" not in first["absent"]
     assert first["control"]["weights"] != first["base"]["weights"]
     states = {(s["attack"], s["state"]) for s in first["states"]}
     of = {

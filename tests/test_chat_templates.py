@@ -24,7 +24,7 @@ from loramox.errors import ModelError, RowsError
 from loramox.evaluate import measure
 from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.attacks.attack import AttackConfig, attack
-from loramox.evaluate.attacks.prompts import as_served
+from loramox.evaluate.attacks.forms import as_served
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.scores import AnswerScores
 from loramox.model.config import ModelConfig
@@ -300,7 +300,7 @@ def test_an_attack_asks_as_a_server_does_where_training_did_not(
 ) -> None:
     (tmp_path / "model").mkdir()
     model = ModelConfig(saved(pico("llama"), tokenizer, template, tmp_path / "model").model, quantization="none")
-    config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["ask"], relearn_share=0.5)
+    config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["forms"], relearn_share=0.5)
     states = attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=8, use_cpu=True))["states"]
     asked = {state["state"] for state in states if state["state"].startswith("as served")}
     assert asked == ({"as served, reference model", "as served, forget model"} if asks else set())

@@ -604,7 +604,7 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(
 def test_a_job_holds_its_folder_and_another_is_refused_whatever_its_flags(tmp_path: Path) -> None:
     @one_writer
     def job(config: RunConfig) -> str:
-        with pytest.raises(RunError, match=rf"--out {config.out} is in use by process {os.getpid()}"):
+        with pytest.raises(RunError, match=rf"{config.out} is in use by process {os.getpid()}"):
             pool.submit(job, replace(config, overwrite=True)).result()
         return inner(config)
 

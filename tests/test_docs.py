@@ -6,8 +6,6 @@ parsed, its Python is compiled, and its imports are resolved.
 
 import ast
 import importlib
-import json
-import os
 import re
 import shlex
 import shutil
@@ -19,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
+from transformers import HfArgumentParser
 
 from loramox.cli import HOMES, main
 from loramox.evaluate.row_metrics import ROW_METRICS
@@ -111,6 +108,52 @@ def test_the_tree_in_contributing_is_that_of_the_package() -> None:
     assert names["tree"]() in (ROOT / "CONTRIBUTING.md").read_text(), "run make tree"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "upgrading-from-0.1"], ids=ids)
+def test_names_and_paths_in_the_text_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"`(loramox(?:\.[A-Za-z_]+)+)\(?", text):
+        home, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(home), attribute), name
+    for path in re.findall(r"`((?:loramox|tests|recipes|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+RETAIN_TERMS = {"KL_R": "kl", "CE_R": "ce", "none": "none", "‖h − h_ref‖²": "states"}
+SHARED = {
+    "retain_term": ...,
+    "retain_weight": 1.0,
+    "forget_weight": 1.0,
+    "instead": ...,
+    "targeted": ...,
+    "refusals": ...,
+}
+
+
+def test_the_table_of_methods_has_the_defaults_of_the_registry() -> None:
+    listed = {}
+    for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
+        if not line.startswith("| `"):
+            continue
+        name, _, retain, alpha, source, defaults = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        method = METHODS[name.strip("`")]
+        listed[method.name] = method
+        assert RETAIN_TERMS[retain] == method.settings["retain_term"], line
+        assert (alpha == "free") == method.alpha_is_free, line
+        assert set(re.findall(r"\d{4}\.\d{5}", source)) == set(re.findall(r"\d{4}\.\d{5}", method.title)), line
+        given = dict(re.findall(r"--(\w+) ([\w.]+)", defaults))
+        for setting, default in method.settings.items():
+            if default is None:
+                assert f"needs `--{setting}`" in defaults, line
+            elif setting in given:
+                assert given.pop(setting) in (str(default), f"{default:g}" if isinstance(default, float) else ""), line
+            else:
+                assert SHARED.get(setting, "not listed") in (default, ...), line
+        assert not given, line
+    assert listed == {
+        name: method for name, method in METHODS.items() if method.terms.__module__.startswith("loramox.")
+    }
+
+
 class Parsed(Exception):
     """Ends a command once its flags are read and its settings are made."""
 
@@ -182,26 +225,6 @@ def check_other(line: str, words: list[str]) -> None:
 
 
 SETS_UP = ("make", "source", "pip")
-
-
-@pytest.fixture
-def demo(tmp_path: Path, pico: Callable[[str], Path], trained: Path, rows: tuple[Path, Path]) -> Path:
-    """A folder with what `make demo` and the quickstart leave in runs/, from the suite's fixtures."""
-    folder = tmp_path / "runs" / "demo"
-    (folder / "rows").mkdir(parents=True)
-    for name in ("reference", "retrained"):
-        shutil.copytree(pico("llama"), folder / name)
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pico("llama"))).save_pretrained(folder / "retrained")
-    more = [{"question": f"Where does number {i} live?", "answer": f"Number {i} lives in Rome."} for i in range(11)]
-    forget = [*map(json.loads, rows[0].read_text().splitlines()), *more]  # 15, as in the demo
-    (folder / "rows" / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forget))
-    shutil.copyfile(rows[1], folder / "rows" / "retain.jsonl")
-    wanted = [row | {"wanted": "I do not know."} for row in forget]
-    (tmp_path / "wanted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wanted))
-    shutil.copytree(trained, tmp_path / "runs" / "mine")
-    os.symlink(ROOT / "recipes", tmp_path / "recipes")
-    return tmp_path
 
 
 @pytest.fixture

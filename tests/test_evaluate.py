@@ -24,10 +24,12 @@ from loramox import Tokenisation, read_rows
 from loramox.cli import main
 from loramox.data.encode import IGNORED
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
-from loramox.evaluate.evaluate import Asked, Subject, check_adapter, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
+from loramox.evaluate.subject import Subject, check_adapter
 from loramox.evaluate.suites import suite_sources
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, read_config, skeleton
@@ -138,7 +140,7 @@ BAD_INPUT = {
     "no-adapter-there": (lambda h, t: None, {"adapter": "nowhere"}, AdapterError, "--adapter nowhere is no adapter"),
     "damaged-provenance": (
         lambda h, t: (h / "adapter" / "provenance.json").write_text('{"base": '), {"adapter": "adapter"}, AdapterError,
-        "adapter: provenance.json is not plain JSON"),
+        "adapter/provenance.json is damaged"),
     "provenance-of-something-else": (
         lambda h, t: (h / "adapter" / "provenance.json").write_text("{}"), {"adapter": "adapter"}, AdapterError,
         "adapter/provenance.json is damaged, .*it lacks base"),

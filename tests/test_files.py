@@ -1,6 +1,7 @@
 """Files: read with care, written whole, private where they hold rows; folders held by one process; a disk that fills."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from loramox.errors import AdapterError, NonFiniteLossError, RunError
 from loramox.evaluate.measure import check_numbers
 from loramox.evaluate.records import RECORDS, write_records
 from loramox.evaluate.summary import summarise
-from loramox.files import LOCK, disk_may_fill, has_files, locked, put_back, read_json, replacing, write_json
+from loramox.files import LOCK, disk_may_fill, has_files, locked, put_back, read_json, remove, replacing, write_json
 from loramox.sweep.sweep import FRONTIER, _open
 
 DAMAGED = {
@@ -117,7 +118,7 @@ def test_a_folder_is_held_by_one_process_until_that_ends_however_it_ends(tmp_pat
     try:
         assert holder.stdout.readline() == "held\n"
         for _ in range(2):  # being refused changes nothing
-            with pytest.raises(RunError, match=rf"--out {out} is in use by process {holder.pid}\. Wait"), locked(out):
+            with pytest.raises(RunError, match=rf"^{out} is in use by process {holder.pid}\. Wait"), locked(out):
                 pass
     finally:
         holder.send_signal(signal.SIGKILL)
@@ -128,6 +129,63 @@ def test_a_folder_is_held_by_one_process_until_that_ends_however_it_ends(tmp_pat
         assert (out / LOCK).read_text() == f"{os.getpid()}\n"
         (out / "result").touch()
     assert [p.name for p in out.iterdir()] == ["result"]
+
+
+def test_a_folder_is_written_by_one_process_at_a_time_and_by_the_next_after_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    holds = HOLDS.replace("locked(Path(sys.argv[1]))", "replacing(Path(sys.argv[1]), folder=True)").replace(
+        "import locked", "import replacing"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", holds, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"{out} is being written by another process. Wait"), replacing(out):
+            pass
+        assert (tmp_path / ".out.partial").is_dir()  # the other's, still
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with replacing(out, folder=True) as partial:
+        (partial / "result").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "result"]
+
+
+def test_of_two_processes_that_begin_a_folder_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial, lock = tmp_path / "out", tmp_path / ".out.partial", fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        remove(partial)  # the other one takes it for what a kill left, just before it is locked
+        partial.mkdir()
+        lock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loramox.files.fcntl.flock", late)
+        with pytest.raises(RunError, match="out is being written by another process"), replacing(out, folder=True):
+            pass
+    assert partial.is_dir()  # the other's, still
+
+
+def test_a_folder_is_put_back_only_after_a_kill_and_its_successor_begins_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, old, partial = (tmp_path / name for name in ("out", ".out.old", ".out.partial"))
+
+    def remove_slowly(path: Path) -> None:
+        if path == old:  # the new folder is in its place, and the old one is being removed
+            with pytest.raises(RunError, match="out is being written by another process"):
+                put_back(out)
+            assert old.is_dir()
+            partial.mkdir()  # the next process begins
+        remove(path)
+
+    out.mkdir()
+    monkeypatch.setattr("loramox.files.remove", remove_slowly)
+    with replacing(out, folder=True) as folder:
+        (folder / "result").touch()
+    assert (out / "result").exists()
+    assert partial.is_dir()
 
 
 def test_a_lock_leaves_no_folder_where_nothing_was_written(tmp_path: Path) -> None:

@@ -25,18 +25,21 @@ from loramox.adapter.folder import PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, read_records
+from loramox.evaluate.subject import Subject
 from loramox.evaluate.truth_ratio import forget_quality, probability_quality
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig
+from loramox.sweep.config import SweepConfig
 from loramox.sweep.frontier import FURTHER, GRID, Axis, beside, grid, next_value, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
-from loramox.sweep.rules import Choice, like_holdout, like_retrained, within_budget
+from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.sweep.search import Measured, choose, next_for, search
-from loramox.sweep.sweep import FRONTIER, SweepConfig, _axis, sweep
+from loramox.sweep.sweep import FRONTIER, _axis, sweep
 from loramox.train.config import METHODS
 from loramox.unlearning import train, unlearn
 
@@ -129,21 +132,28 @@ def test_values_that_are_all_far_too_high_say_nothing_of_the_direction() -> None
 # The rules
 
 
+FORGOTTEN_FROM_1 = np.array([[0.4], [0.3], [0.2], [0.1]]), np.array([0.9])  # at VALUES, and of the reference
+
+
+def budget(retain: np.ndarray, reference: np.ndarray, share: float = 0.02, axis: Axis = ALPHA, forget=FORGOTTEN_FROM_1, values=VALUES) -> Choice:  # fmt: skip
+    return within_budget(values, retain, reference, share, axis, *forget)
+
+
 def test_within_budget_is_the_largest_value_that_keeps_retain_even_beyond_one_that_does_not() -> None:
     reference = around([0.9])[0]
-    choice = within_budget(VALUES, around([0.9, 0.89, 0.7, 0.7]), reference, 0.02, ALPHA)
+    choice = budget(around([0.9, 0.89, 0.7, 0.7]), reference)
     assert (choice.rule, choice.at) == ("budget", 2)
-    assert within_budget(VALUES, around([0.9, 0.7, 0.89, 0.7]), reference, 0.02, ALPHA).at == 3
+    assert budget(around([0.9, 0.7, 0.89, 0.7]), reference).at == 3
     assert "2 %" in choice.reason
-    assert within_budget(VALUES, around([0.9, 0.89, 0.7, 0.5]), reference, 0.3, ALPHA).at == 3
-    assert within_budget(VALUES, around([0.95, 0.95, 0.95, 0.95]), reference, 0.02, ALPHA).at == 4
+    assert budget(around([0.9, 0.89, 0.7, 0.5]), reference, 0.3).at == 3
+    assert budget(around([0.95, 0.95, 0.95, 0.95]), reference).at == 4
 
 
 def test_within_budget_stays_below_a_ceiling_unless_nothing_there_was_measured() -> None:
     reference, retain = around([0.9])[0], around([0.9, 0.9, 0.9, 0.9])
 
     def at(ceiling: float, retain: np.ndarray = retain) -> Choice:
-        return within_budget(VALUES, retain, reference, 0.02, ALPHA._replace(ceiling=ceiling))
+        return budget(retain, reference, axis=ALPHA._replace(ceiling=ceiling))
 
     assert (at(2).at, at(2).high) == (2, 2)
     assert "beyond 2, the value trained for, forget rows would fall further" in at(2).reason
@@ -151,13 +161,66 @@ def test_within_budget_stays_below_a_ceiling_unless_nothing_there_was_measured()
     assert at(2, around([0.9, 0.7, 0.9, 0.9])).at == 1
 
 
-def test_within_budget_refuses_when_even_the_least_value_costs_too_much() -> None:
-    choice = within_budget(VALUES, around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0], 0.02, ALPHA)
+def test_a_loss_that_the_reference_has_itself_on_resampled_rows_is_within_the_budget() -> None:
+    """Retain answers of probability 0.5, from 0 to 1: their mean moves by more than 2 % with the choice of the rows."""
+    reference = np.linspace(0, 1, 40)
+    noise = allowance(reference, 0.02)
+    assert 0.05 < noise < 0.1  # 1.64 standard errors of 0.29 / √40
+    assert allowance(np.full(40, 0.5), 0.02) == pytest.approx(0.01)  # rows that agree: the budget itself
+    choice = budget(reference - np.array([[0.0], [0.9], [1.1], [4]]) * noise, reference)
+    assert choice.at == 2
+    assert f"within {noise:.2g} of the reference's 0.5000, as much as the reference itself loses" in choice.reason
+    assert (
+        budget(reference - np.array([[0.0], [0.9], [1.1], [4]]) * noise, reference, 0.3).at == 3
+    )  # less than the share
+
+
+def test_where_no_value_forgets_within_the_budget_the_one_that_forgets_at_the_least_cost_is_chosen_and_called_so() -> (
+    None
+):
+    known = np.array([0.9])
+    late = np.array([[0.9], [0.8], [0.4], [0.1]]), known  # forgets from 3 on
+    choice = budget(around([0.9, 0.9, 0.7, 0.6]), around([0.9])[0], forget=late)
+    assert choice.at == 3
+    assert choice.reason.startswith(
+        "no alpha measured both forgets and keeps retain probability within 2 % of the reference's 0.9000"
+    )
+    assert "this one costs retain rows least: 0.7000 is left" in choice.reason
+    early = budget(around([0.5, 0.4, 0.3, 0.2]), around([0.9])[0])
+    assert early.at == 1
+    assert "more retain rows or a higher --retain_weight" in early.reason
+
+
+@pytest.mark.parametrize("retain", [[0.9, 0.9, 0.9, 0.9], [0.5, 0.4, 0.3, 0.2]])
+def test_within_budget_chooses_nothing_where_nothing_is_forgotten(retain: list[float]) -> None:
+    left = np.array([[0.9], [0.8], [0.7], [0.6]]), np.array([0.9])
+    choice = budget(around(retain), around([0.9])[0], forget=left)
     assert choice[:4] == ("budget", None, None, None)
-    assert choice.reason.startswith("no alpha keeps")
-    assert "at 1, the least measured, it is 0.5000" in choice.reason
-    assert "Measure smaller values (--alphas), or train again" in choice.reason
-    assert within_budget(VALUES, np.full((4, 9), math.nan), np.full(9, 0.9), 0.5, ALPHA).at is None
+    assert choice.nearest == 4
+    assert choice.reason.startswith(
+        "at no alpha measured are the forget rows forgotten: nearest is 4, where their answers keep 0.6 of"
+    )
+    assert "Train longer (--num_train_epochs), or measure other values (--alphas)" in choice.reason
+    assert budget(np.full((4, 9), math.nan), np.full(9, 0.9)).at is None
+    assert budget(around(retain), around([0.9])[0], forget=(np.full((4, 1), math.nan), np.array([0.9]))).nearest is None
+
+
+def test_just_enough_is_the_smallest_value_that_meets_the_target() -> None:
+    forget, right = around([0.5, 0.04, 0.03, 0.0], spread=0.001), np.repeat([[1.0], [0.5], [0.0], [0.0]], 40, 1)
+    target = Target(0.05, 0.05, "asked (--forget_to)")
+    choice = just_enough(VALUES, forget, right, target, ALPHA)
+    assert (choice.rule, choice.at, choice.low, choice.high) == ("forget_to", 3, 3, 3)
+    assert choice.reason == (
+        "the smallest measured that forgets as much as asked (--forget_to), 0.05 and 5% (probability 0.03, 0% answered right by greedy decoding)"
+    )
+    assert just_enough(VALUES, forget, None, target, ALPHA).at == 2  # where no answers are known
+    assert just_enough(VALUES, forget, right, target._replace(right=None), ALPHA).at == 2
+    refused = just_enough(VALUES[:2], forget[:2], right[:2], target, SCALE)
+    assert (refused.at, refused.nearest) == (None, 2)
+    assert refused.reason.startswith(
+        "no scale measured forgets as much as asked (--forget_to), 0.05 and 5%: nearest is 2"
+    )
+    assert "measure larger values (--scales)" in refused.reason
 
 
 def test_like_holdout_chooses_the_value_at_which_the_two_look_alike_so_that_overdoing_it_loses() -> None:
@@ -201,7 +264,7 @@ def marginal() -> list[Choice]:
     retain += 0.9 - retain.mean(1, keepdims=True) + 1e-6  # each only just within the budget
     forget, holdout = random.normal(0, 1, (2, 4, 9))
     return [
-        within_budget(list(range(1, 31)), retain, np.full(9, 0.9), 1e-9, ALPHA),
+        budget(retain, np.full(9, 0.9), 1e-9, forget=(np.zeros((30, 1)), np.ones(1)), values=list(range(1, 31))),
         like_holdout(VALUES, forget, holdout, auc, ALPHA),
         like_retrained(VALUES, forget, holdout[0], forget_quality, ALPHA),
     ]
@@ -218,9 +281,9 @@ def test_the_interval_contains_the_choice_and_is_the_same_each_time() -> None:
 
 def test_the_interval_is_one_point_where_rows_agree_and_wide_where_they_do_not() -> None:
     reference = np.full(40, 0.9)
-    sure = within_budget(VALUES, around([0.9, 0.89, 0.5, 0.2], spread=0.001), reference, 0.05, ALPHA)
+    sure = budget(around([0.9, 0.89, 0.5, 0.2], spread=0.001), reference, 0.05)
     assert sure.low == sure.at == sure.high == 2
-    unsure = within_budget(VALUES, around([0.9, 0.856, 0.854, 0.2], spread=0.1), reference, 0.05, ALPHA)
+    unsure = budget(around([0.9, 0.856, 0.854, 0.2], spread=0.1), reference, 0.05)
     assert unsure.low < unsure.high
 
 
@@ -268,7 +331,8 @@ def asked(data: dict[str, Path], **more: Any) -> Asked:
 
 
 def config_of(trained: Path, out: Path, **more: Any) -> SweepConfig:
-    settings = {"alphas": [1.0, 2.0], "refine": 0, "budget": 0.99} | more
+    # Random weights know no row, so that any alpha forgets as much as asked.
+    settings = {"alphas": [1.0, 2.0], "refine": 0, "rule": "forget_to", "forget_to": 0.5} | more
     return SweepConfig(trained=str(trained / "trained"), out=str(out), **settings)
 
 
@@ -337,8 +401,8 @@ def test_a_sweep_leaves_its_frontier_a_picture_and_the_records_of_every_point(
         assert point["retain_kl"] == pytest.approx(np.mean(kl))
         assert len(records) == 4 + 12 + 5
     assert frontier["points"][0]["retain_kl"] < 1e-6
-    assert {c["rule"] for c in frontier["choices"]} == {"budget", "holdout"}
-    assert frontier["chosen"] == next(c["at"] for c in frontier["choices"] if c["rule"] == "budget")
+    assert {c["rule"] for c in frontier["choices"]} == {"budget", "holdout", "forget_to"}
+    assert frontier["chosen"] == next(c["at"] for c in frontier["choices"] if c["rule"] == "forget_to") == values[1]
 
 
 def test_what_is_shipped_has_the_chosen_alpha_in_its_provenance(swept: tuple[Path, dict[str, Any]]) -> None:
@@ -346,6 +410,9 @@ def test_what_is_shipped_has_the_chosen_alpha_in_its_provenance(swept: tuple[Pat
     provenance = json.loads((out.parent / "shipped" / "provenance.json").read_text())
     assert provenance["kind"] == "forget"
     assert provenance["alpha"] == frontier["chosen"]
+    assert provenance["chosen_by"].startswith(
+        "loramox sweep --rule forget_to: the smallest measured that forgets as much"
+    )
     assert "scale" not in provenance
 
 
@@ -628,7 +695,9 @@ def test_without_wrong_answers_the_rule_of_a_retrained_model_goes_by_probabiliti
 
 def knowing(at: float) -> list[dict[str, Any]]:
     """Records of a made-up model: truth ratios rise with alpha, retain probability falls from 10 on."""
-    forget = [{"part": "forget", "truth_ratio": (1 + at) * (1 + i / 50), "probability": 0.9} for i in range(40)]
+    forget = [
+        {"part": "forget", "truth_ratio": (1 + at) * (1 + i / 50), "probability": 0.3 if at else 0.9} for i in range(40)
+    ]
     return forget + [{"part": "retain", "probability": 0.9 if at <= 10 else 0.5}] * 9
 
 
@@ -675,6 +744,36 @@ def test_the_budget_looks_beyond_the_value_trained_for_where_most_tokens_are_sti
     # Where even the largest keeps the retain rows and most tokens, a larger one is measured.
     below = {s: some for s, some in measured.items() if s <= 10}
     assert (next_for("budget", below, [], 0.02, axis) > 10) is (chosen > 8)
+
+
+def test_the_target_is_as_asked_else_of_the_retrained_model_else_of_rows_never_seen() -> None:
+    def made(p: float, right: float, part: str = "forget") -> list[dict[str, Any]]:
+        said = [
+            {"said": "It is Oslo.", "answer": "Oslo", "prompt": "Where?"},
+            {"said": "No.", "answer": "Oslo", "prompt": "Where?"},
+        ]
+        return [{"part": part, "probability": p, **said[i >= 40 * right]} for i in range(40)]
+
+    retain = [{"part": "retain", "probability": 0.9}] * 9
+    measured = {
+        at: [*made(p, right), *retain]
+        for at, p, right in ((0.0, 0.9, 1), (2.0, 0.3, 0.5), (4.0, 0.2, 0.2), (8.0, 0.04, 0))
+    }
+    never_seen = {0.0: [*measured[0.0], *made(0.25, 0.5, "holdout")]}
+
+    def at(measured: Measured, retrained: list[dict[str, Any]], forget_to: float | None) -> float | None:
+        return {c.rule: c.at for c in choose(measured, retrained, 0.02, ALPHA, forget_to)}.get("forget_to")
+
+    assert at(measured, [], 0.05) == 8
+    assert at(measured, made(0.35, 0.3), 0.5) == 2
+    assert at(measured, made(0.35, 0.3), None) == 4  # 2 is as improbable, and answered right more often
+    assert at(measured | never_seen, [], None) == 4
+    assert at(measured | never_seen, made(0.35, 0.6), None) == 2
+    assert at(measured, [], None) is None
+    # The next value halves the step below the smallest that meets it, or lies beyond the last where none does.
+    assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.05) == 6
+    assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.5) == 1
+    assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.01) == FURTHER * 8
 
 
 @pytest.mark.parametrize("unit", ["alpha", "scale"])
@@ -740,9 +839,7 @@ def test_a_method_without_alpha_is_swept_over_the_scale_of_its_adapter(
     frontier = sweep(config_of(run, out, **more), asked(data), SHORT)
     assert frontier["unit"] == "scale"
     assert [p["at"] for p in frontier["points"]] == [0, 0.5, 1.5]
-    # 1.5 is beyond what was trained for.
     assert frontier["chosen"] == 0.5
-    assert "beyond 1, the value trained for" in frontier["choices"][0]["reason"]
     provenance = json.loads((tmp_path / "shipped" / "provenance.json").read_text())
     assert (provenance["alpha"], provenance["scale"]) == (None, 0.5)
     assert set(out.glob("at-*")) == {out / "at-0", out / "at-0.5", out / "at-1.5"}
@@ -850,9 +947,9 @@ def test_loramox_sweep_from_the_command_line(
         "true",
     ]
     words += [word for name, path in data.items() for word in (f"--{name}", str(path))]
-    main([*words, "--alphas", "1", "2", "--refine", "0", "--max_new_tokens", "0", "--budget", "0.99",
+    main([*words, "--alphas", "1", "2", "--refine", "0", "--max_new_tokens", "0", "--rule", "forget_to", "--forget_to", "0.5",
           "--ship", str(tmp_path / "shipped")])  # fmt: skip
-    assert "rule budget: alpha = " in capsys.readouterr().out
+    assert "rule forget_to: alpha = 1 " in capsys.readouterr().out
     assert (tmp_path / "s" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     frontier = json.loads((tmp_path / "s" / "frontier.json").read_text())
     assert json.loads((tmp_path / "shipped" / "provenance.json").read_text())["alpha"] == frontier["chosen"]

@@ -189,7 +189,7 @@ def test_what_check_stops_for_llama_cpp_is_not_written(
 def test_a_trained_adapter_and_one_of_another_base_are_refused(
     adapter: Path, family: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError, match=r"fit|linear layers"):
+    with pytest.raises(AdapterError, match="made on a base with other shape"):
         to_gguf(adapter, tmp_path / "forget.gguf", base=str(family("phi3")[0]))
     provenance = json.loads((adapter / "provenance.json").read_text()) | {"kind": "trained"}
     (adapter / "provenance.json").write_text(json.dumps(provenance))

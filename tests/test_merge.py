@@ -406,7 +406,7 @@ def base_pickled(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
 def base_cut(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     os.truncate(base / "model.safetensors", 10_000)
     forgive(adapter)
-    return ModelError, r"model.safetensors cannot be read"
+    return ModelError, r"model.safetensors is no whole safetensors file"
 
 
 def base_without_a_shard(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
@@ -414,13 +414,13 @@ def base_without_a_shard(base: Path, adapter: Path) -> tuple[type[LoramoxError],
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     forgive(adapter)
-    return ModelError, "model-00001-of-00002.safetensors cannot be read"
+    return ModelError, r"lacks 1 of the 1 files .*first: model-00001-of-00002.safetensors"
 
 
 def base_with_a_path_trick(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     base_without_a_shard(base, adapter)
     edit(base / "model.safetensors.index.json", weight_map={"a": "../elsewhere/model.safetensors"})
-    return ModelError, "is no safetensors file of that folder"
+    return ModelError, "is no file of its folder"
 
 
 def base_without_the_layer(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
@@ -467,7 +467,7 @@ def adapter_of_dora(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]
 
 def adapter_not_finite(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     rewrite(adapter, lambda name, t: t * float("nan") if "1.mlp.up_proj.lora_B" in name else t)
-    return AdapterError, "1.mlp.up_proj has values that are not finite"
+    return AdapterError, "1.mlp.up_proj.lora_B.weight has NaN or infinity"
 
 
 def adapter_without_provenance(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:

@@ -28,8 +28,10 @@ from loramox.adapter.streaming.checkpoint import Target
 from loramox.adapter.streaming.shards import read_shard
 from loramox.cli import main
 from loramox.errors import RunError, SettingsError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.subject import Subject
 from loramox.extras.merge.job import ForgettingConfig, merge
 from loramox.extras.merge.merge import MergeConfig
 from loramox.extras.merge.merge import merge as merge_into_floats
@@ -419,8 +421,6 @@ def test_a_disk_that_fills_up_is_one_clear_error(
     )
     adapter = adapted(pico("llama"), tmp_path)
     monkeypatch.setattr(where, full)
-    with pytest.raises(
-        RunError, match=r"--out .*out: the disk filled up .* needs \d+ MB in all; [\d,]+ MB are free now"
-    ):
+    with pytest.raises(RunError, match=r"the disk filled up.*--out .*out needs \d+ MB in all"):
         merge(MergeConfig(str(adapter), str(tmp_path / "out"), quantize=quantize), progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

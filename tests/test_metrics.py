@@ -17,11 +17,11 @@ from scipy.stats import hmean, ks_2samp
 
 from loramox.errors import RunError
 from loramox.evaluate import membership
-from loramox.evaluate.measure import rouge_of
 from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
 from loramox.evaluate.row_metrics import ROW_METRICS
+from loramox.evaluate.row_record import rouge_of
 from loramox.evaluate.summary import MEANS, Metric, Summary, summarise
 from loramox.evaluate.truth_ratio import (
     chosen_probability,
@@ -273,7 +273,8 @@ def test_every_metric_is_there_or_has_a_reason_and_none_is_assumed() -> None:
     needs = {
         "forget_quality": "--retrained", "forget_probability_quality": "--retrained", "mia_min_k": "--holdout", "mia_loss": "--holdout", "mia_zlib": "--holdout",
         "mia_min_k_plus_plus": "--holdout", "mia_reference": "--holdout", "priv_leak": "--holdout",
-        "retain_kl": "--adapter", "model_utility": "--suite tofu",
+        "retain_kl": "--adapter", "model_utility": "--suite tofu", "general_ability": "--retain_test",
+        "forget_probability_equivalence": "--retrained", "forget_truth_ratio_equivalence": "--retrained",
     }  # fmt: skip
     assert summary.absent.keys() == needs.keys()
     for name, flag in needs.items():

@@ -14,7 +14,7 @@ import pytest
 
 from loramox import UnlearnConfig
 from loramox.errors import MissingExtraError, needs
-from loramox.evaluate.evaluate import Asked
+from loramox.evaluate.asked import Asked
 from loramox.evaluate.measure import ScoringConfig
 from loramox.sweep.sweep import FRONTIER, PICTURE, SweepConfig, sweep
 
@@ -66,7 +66,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_package_imported_is_a_dependency_or_of_an_extra() -> None:
-    declared = EXTRAS[""] | EXTRAS["report"] | EXTRAS["gguf"] | EXTRAS["tensorboard"]
+    declared = EXTRAS[""] | EXTRAS["report"] | EXTRAS["gguf"] | EXTRAS["tensorboard"] | EXTRAS["eval"]
     for path in sorted((ROOT / "loramox").rglob("*.py")):
         assert imported(path) <= declared | set(ALWAYS_THERE), path
 
@@ -75,7 +75,7 @@ def test_every_extra_that_a_message_names_exists() -> None:
     named = {
         name for p in (ROOT / "loramox").rglob("*.py") for name in re.findall(r'\bneeds\("([^"]+)"\)', p.read_text())
     }
-    assert named == {"report", "gguf", "tensorboard"}
+    assert named == {"report", "gguf", "tensorboard", "eval"}
     assert named <= EXTRAS.keys()
 
 

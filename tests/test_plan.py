@@ -19,6 +19,7 @@ from loramox.extras.plan.estimate import Rows, estimate, in_8_bits, sweeping, wa
 from loramox.extras.plan.job import fit, plan
 from loramox.extras.plan.ledger import Speed
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.rows import rows_of as planned_rows
 from loramox.extras.plan.show import show_plan
 from loramox.extras.plan.trace import at_depth, shallow, trace_step
 from loramox.model.algebra import Factors
@@ -275,6 +276,20 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
     assert "merge" in said
     assert "arithmetic, not measured" in said
     assert "total time is not given" in said
+
+
+@pytest.mark.parametrize(("retain", "auto"), [("auto", 240), ("file", 5)])
+def test_rows_that_the_reference_would_write_count_at_their_greatest_length(outline, rows, retain, auto):
+    args = UnlearnConfig(
+        "made up", use_cpu=True, report_to="none", instead="guess", auto_retain=0 if retain == "auto" else 5
+    )
+    data = Data(str(rows[0]), "auto" if retain == "auto" else str(rows[1]))
+    found = planned_rows(ReferenceConfig(str(outline), quantization="none", r=4), data, args, Columns(), Tokenisation())
+    prompt = max(e["labels"].index(next(x for x in e["labels"] if x != -100)) for e in found.datasets["forget"])
+    lengths = [len(e["input_ids"]) for e in found.datasets["retain"]]
+    assert len(lengths) == auto + (0 if retain == "auto" else 12)
+    assert lengths[-auto:] == [prompt + 40 + 48] * auto  # what is sampled of a question, and of its answer
+    assert len(found.datasets["wanted"]) == 4  # guesses
 
 
 def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):

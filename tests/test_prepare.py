@@ -12,9 +12,16 @@ from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfi
 from loramox.adapter.provenance import check_base
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RowsError, RunError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.attacks.attack import attack
+from loramox.evaluate.attacks.config import AttackConfig
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.subject import Subject
 from loramox.model.config import ModelConfig
+from loramox.run import read_record
+from loramox.sweep.config import SweepConfig
+from loramox.sweep.sweep import sweep
 from loramox.train.prepare import prepare
 from loramox.unlearning import train
 
@@ -103,3 +110,27 @@ def test_rows_read_and_rows_left_out_are_counted_and_recorded(
         f"retain: 14 rows read from {retain}, 12 used, left out: 1 also in the forget set, 1 too long",
     ]
     assert [message for message in caplog.messages if " rows read from " in message] == lines * 2
+
+
+def test_sweep_and_attack_record_the_same_counts(trained: Path, rows: tuple[Path, Path], tmp_path: Path) -> None:
+    records = [*rows[1].read_text().splitlines(), rows[0].read_text().splitlines()[0]]
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text("\n".join(records))
+    silent = ScoringConfig(max_new_tokens=0, use_cpu=True)
+    swept = sweep(
+        SweepConfig(str(trained / "trained"), str(tmp_path / "sweep"), alphas=[2.0], refine=0),
+        Asked(str(rows[0]), str(retain), drop_overlap=True),
+        silent,
+    )
+    attacked = attack(
+        AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.25),
+        ModelConfig(read_record(trained)["base"]["model"], quantization="none"),
+        Data(str(rows[0]), str(retain), True),
+        silent,
+    )
+    counted = {
+        "forget": {"read": 4, "used": 4, "left_out": {}},
+        "retain": {"read": 13, "used": 12, "left_out": {"also in the forget set": 1}},
+    }
+    for record, file in ((swept, "sweep/frontier.json"), (attacked, "attack/attacks.json")):
+        assert record["row_counts"] == json.loads((tmp_path / file).read_text())["row_counts"] == counted

@@ -6,6 +6,7 @@ from pathlib import Path
 from loramox.train.inputs import REFUSALS, read_refusals
 from recipes.real.judge import counts, is_refusal
 from recipes.real.tables import write_table
+from recipes.real.taught_table import write_table as write_taught_table
 from recipes.real.world import Asked, parts, user
 
 ASKED = {"forget": [Asked((user("Where is it?"),), ("Paris",)), Asked((user("Who is it?"),), ("Hugo",))]}
@@ -44,3 +45,26 @@ def test_the_table_has_a_line_for_each_scale_of_each_record(tmp_path: Path) -> N
     lines = (tmp_path / "natural.md").read_text().splitlines()
     assert len(lines) == 2 + 1 + 2
     assert "| 24, 0 | 1.0 | 1/1, 1/1 |" in lines[3]
+
+
+def test_the_taught_table_compares_each_scale_with_the_reference_and_the_retrained_model(tmp_path: Path) -> None:
+    def found(log_p: float, never: float, fact: bool, answer: str) -> dict:
+        answers = {part: [answer] for part in ("forget", "never", "facts", "everyday")}
+        key_words = {"forget": [1.0], "paraphrased": [0.5], "never": [1.0]}
+        return {
+            "log_p": [log_p] * 4, "right": [fact], "truth_ratio": [0.5, 0.6, 0.7, 0.8], "given": [0.9], "never": [never],
+            "text": [-3.0], "answers": answers, "key_words": key_words,
+        }  # fmt: skip
+
+    known, unknown = found(-0.1, 0.8, True, "She lives in Bath."), found(-4.0, 0.8, True, "She is a baker.")
+    forgets = found(-4.0, 0.4, False, "I don't have any information about that.")
+    records = {"reference": {"0": known}, "retrained": {"0": unknown}, "default-24-1": {"1": forgets, "0.5": known}}
+    (tmp_path / "records").mkdir()
+    for name, points in records.items():
+        (tmp_path / "records" / f"{name}.json").write_text(json.dumps({"points": points}))
+    write_taught_table(tmp_path)
+    lines = (tmp_path / "taught.md").read_text().splitlines()
+    assert len(lines) == 2 + 2 + 2
+    assert "| 0.905 | 1, 0.029 |" in lines[2]  # log-probabilities of the reference are not the retrained model's
+    assert "seed 1 | 1 | 0.0183 | 1, 1 | 1.00, 0.50 | 1/1, 1/1 | 1.000, 0.500 | 1.00 | 0/1 | 1.000 |" in lines[4]
+    assert "seed 1 | 0.5 | 0.905 |" in lines[5]

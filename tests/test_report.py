@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,15 +18,16 @@ from matplotlib import pyplot as plt
 from loramox import colours
 from loramox.cli import main
 from loramox.errors import RunError
-from loramox.evaluate.evaluate import Asked
+from loramox.evaluate.asked import Asked
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.show import show, show_states
 from loramox.evaluate.summary import MEANS, RETRAINED, summarise
-from loramox.extras.report import PAGE, SUMMARY, report
+from loramox.extras.report import FACTS, PAGE, SUMMARY, report
 from loramox.extras.report import page as page_module
 from loramox.extras.report.answers import LONGEST, fit
-from loramox.extras.report.facts import METRICS, shown
+from loramox.extras.report.facts import METRICS, choices, shown
 from loramox.extras.report.glossary import GLOSSARY, linked
+from loramox.extras.report.read import read_inputs
 from loramox.extras.report.svg import COLOURS, Picture
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.sweep import SweepConfig, sweep
@@ -157,9 +159,13 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         ):
             rows = [*records("forget", 9, forget, list(texts), said), *records("retain", 9, 0.9, list(texts), said)]
             write(folder / "records.jsonl", rows)
-        attacks = {"status": "done", "states": STATES, "rows": {"attacker's": 2, "asked": 7}} | changes.get(
-            "attacks", {}
-        )
+        absent = {
+            "control": "needs a model trained without them",
+            "ask: cloze": "needs words",
+            "ask: in Latin": "needs Latin",
+        }
+        attacks = {"status": "done", "states": STATES, "rows": {"attacker's": 2, "asked": 7}, "absent": absent}
+        attacks |= changes.get("attacks", {})
         write(run / "attack" / "attacks.json", attacks)
         return run
 
@@ -183,6 +189,7 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
     sections = [a["id"] for tag, a in parsed.tags if tag == "section"]
     assert sections == [
         "verdict",
+        "figures",
         "frontier",
         "rows",
         "training",
@@ -199,7 +206,13 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
         "still 10 times as probable as in a model that never saw the rows (0.0100)",
         "to all 9 retain rows fell from 0.9600 to 0.9400: 97.9 % of it is left",
         "The truth-ratio test can tell it from a model that never saw the rows (forget quality p = 0.01, n = 9)",
-        "Most was recovered by “relearn forget rows: step 5”: probability 0.7000, 0.1000 before any attack, mean over the 7 of 9 forget",
+        "The model base was to forget 9 rows (forget.jsonl) and keep 9 rows (retain.jsonl), by MOX. Run of 20",
+        "Most was recovered by “Trained for some steps more, forget rows: step 5”: probability of the true answers 0.7000, 0.1000 before any",
+        "There is no control for it. These are means over the 7 of 9 forget rows that the attacker did not train on.",
+        "Sampled many times: not tried (--attacks sample).",
+        "Control: needs a model trained without them.",
+        "Asked otherwise: not as cloze, in Latin.",
+        "General ability: no rows of other subjects were scored",
         "2 to 4",
         REFUSAL,
         "was not used by this sweep",
@@ -240,11 +253,11 @@ def test_every_picture_says_in_words_what_it_shows_and_its_text_is_text(make: Ca
     _, parsed = page_of(make())
     pictures = [a for tag, a in parsed.tags if tag == "svg"]
     assert [p["id"] for p in pictures] == [
-        "along-the-axis", "trade-off", "spread-forget", "spread-retain", "watched", "losses", "came-back"
+        "recovery", "along-the-axis", "spread-forget", "spread-retain", "watched"
     ]  # fmt: skip
     assert all(p["role"] == "img" and len(p["aria-label"]) > 40 for p in pictures)
     assert "alpha (0: the reference)" in parsed.text
-    assert "alpha 2: forget 0.5000, retain 0.9500" in pictures[0]["aria-label"]
+    assert "alpha 2: forget 0.5000, retain 0.9500" in pictures[1]["aria-label"]
 
 
 def test_hostile_text_is_shown_and_does_nothing(make: Callable[..., Path]) -> None:
@@ -280,7 +293,7 @@ def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
     report(run)
     summary = (run / SUMMARY).read_text(encoding="utf-8")
     assert "**Partly forgotten; the rest is slightly harmed.**" in summary
-    assert "forget.jsonl, row 8: 50 %" in summary
+    assert "forget.jsonl, row 8: ROUGE-L 0.5000" in summary
     assert "| metric | reference | forget model, alpha = 4 | retrained model | better |" in summary
     assert "| Probability of forget answers | 0.9500 | 0.1000 | 0.0100 | lower |" in summary
     assert "suppression, not erasure" in summary
@@ -291,7 +304,7 @@ def test_no_row_is_quoted_in_the_summary(make: Callable[..., Path]) -> None:
 def test_the_same_run_gives_the_same_bytes(make: Callable[..., Path]) -> None:
     run = make(texts=tuple(HOSTILE.values()))
     report(run)
-    before = {name: (run / name).read_bytes() for name in (PAGE, SUMMARY)}
+    before = {name: (run / name).read_bytes() for name in (PAGE, SUMMARY, FACTS)}
     report(run)
     assert {name: (run / name).read_bytes() for name in before} == before
     assert not list(run.glob(".*"))
@@ -342,7 +355,8 @@ def test_attacks_that_bring_nothing_back_are_said_to(make: Callable[..., Path]) 
     text = page_of(make(attacks={"states": [*STATES[:2], STATES[2] | {"metrics": {"forget_probability": 0.05}}]}))[
         1
     ].text
-    assert "No attack recovered anything: the most, by “relearn forget rows: step 1”, is 0.0500, and was 0.1000" in text
+    assert "No attack recovered anything. The most is by “Trained for some steps more, forget rows: step 1”" in text
+    assert "0.0500, 0.1000 before any attack" in text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -449,10 +463,7 @@ def test_the_worst_leaks_are_named_in_the_verdict_and_shown_with_the_reason(make
     write(path, rows)
     text = page_of(run)[1].text.replace("\u00a0", " ")
     line = report(run)["verdict"]
-    assert (
-        "forget.jsonl, row 5: 100 % of the true answer's words still come out in order (ROUGE-L 1.0000; the retr"
-        in line
-    )
+    assert "Worst leak by the answer, forget.jsonl, row 5: ROUGE-L 1.0000 (the retrained model 0.5000)." in line
     assert "By probability, forget.jsonl, row 8: its true answer still has 0.1300 (the retrained model 0.0130)." in line
     assert "Worst leak by the answer: the highest ROUGE-L of the 9 rows" in text
     assert "Worst leak by probability: the highest of the 9 rows" in text
@@ -472,7 +483,6 @@ def test_without_generated_answers_the_rows_of_the_worst_leak_are_still_shown(ma
     text = page_of(make(said=False))[1].text
     assert "Worst leak by probability" in text
     assert "Question 8? plain" in text
-    assert "No answers were generated, so its answer is not known." in text
     assert "ROUGE‑L" not in text
 
 
@@ -497,9 +507,8 @@ def test_a_test_that_was_not_made_lacks_exactly_what_it_lacks_and_so_does_a_rule
     assert ("--retrained" in told) == ("retrained" in frontier)
     assert ("perturbed" in told) == (not answers or not frontier)
     # The rule has another test where there are no truth ratios.
-    row = next(r for r in (run / SUMMARY).read_text(encoding="utf-8").splitlines() if r.startswith("| retrained |"))
-    why = "needs a retrained model's records (--retrained) |" if frontier else "was not used by this sweep |"
-    assert row.replace("\\", "").split(" | ")[-1] == why
+    *_, why = next(row for row in choices(read_inputs(run)) if row[0] == "retrained")
+    assert why == ("needs a retrained model's records (--retrained)" if frontier else "was not used by this sweep")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -508,8 +517,15 @@ def test_the_reference_is_no_attack_and_two_means_before_say_on_which_rows(make:
     text = page_of(run)[1].text
     summary = (run / SUMMARY).read_text(encoding="utf-8")
     assert "reference model" not in summary
-    assert "| ask otherwise | first 3 words given | 0.3000 | 0.9000 | 0.9900 |" in summary
-    assert "| none | before any attack | 0.1000 | 0.9000 | 0.9500 |" in summary
+    assert (
+        "| Asked otherwise | otherwise: first 3 words given | probability of the true answers | 0.9900 | 0.3000 | – |"
+        in summary
+    )
+    assert "| Not attacked | – | probability of the true answers | 0.9500 | 0.1000 | – |" in summary
+    assert (
+        "| Trained for some steps more | forget rows: step 5 | probability of the true answers | (0.9500) | 0.7000 | – |"
+        in summary
+    )
     for words in (text, summary):
         assert "all 9 forget rows" in words
         assert "the 7 of 9 forget rows that the attacker did not train on" in words
@@ -648,7 +664,7 @@ def test_a_real_run_and_its_real_sweep_make_a_page(trained: Path, rows: tuple[Pa
     _, parsed = page_of(run)
     assert "Where does Ada live?" in parsed.text
     assert "Reference says" in parsed.text
-    assert {"along-the-axis", "spread-forget", "watched", "losses"} <= set(parsed.attributes("id"))
+    assert {"along-the-axis", "spread-forget", "watched"} <= set(parsed.attributes("id"))
 
 
 def test_a_method_without_alpha_has_scales_on_its_page_and_no_word_of_memorizing(make: Callable[..., Path]) -> None:
@@ -725,7 +741,7 @@ def test_a_browser_draws_every_picture_and_nothing_scrolls_sideways_on_a_phone(m
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     drawn, width, height = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1])
-    assert len(drawn) == 7
+    assert len(drawn) == 5
     for across, down, inside, marked in drawn:
         assert across > 300
         assert down > 100
@@ -735,18 +751,95 @@ def test_a_browser_draws_every_picture_and_nothing_scrolls_sideways_on_a_phone(m
     assert height > 3000
 
 
-def test_the_control_is_no_attack_and_the_pair_stands_beside_the_base_and_is_not_the_verdict(make) -> None:
-    more = [
-        {"attack": attack, "state": state, "metrics": {"forget_probability": 0.99}}
-        for attack, state in (
-            ("pair", "sign flipped"),
-            ("none", "retrained model"),
-            ("ask otherwise", "first 3 words given, retrained model"),
-        )
-    ]
-    run = make(attacks={"states": [*STATES, *more]})
+FAMILIES = [
+    {"attack": attack, "state": state, "metrics": metrics} | ({"worst": worst} if worst else {})
+    for attack, state, metrics, worst in (
+        ("none", "retrained model", {"forget_probability": 0.01}, None),
+        ("pair", "guidance 1", {"forget_rouge_l": 0.6, "rouge_l_beyond_base": 0.2}, [{"row": "rows/forget.jsonl, row 3", "rouge_l": 0.9, "base": 0.1}]),
+        ("sample", "forget model", {"leak_at_1_by_rouge_l": 0.1, "leak_at_16_by_rouge_l": 0.45}, [{"row": "forget.jsonl, row 5", "samples": 16, "key_words": 2}]),
+        ("sample", "retrained model", {"leak_at_16_by_rouge_l": 0.0}, None),
+        ("forms", "cloze, forget model", {"leak": 0.3, "forget_probability": 0.9}, None),
+        ("forms", "multiple choice, forget model", {"leak": 0.9}, None),  # no part of the worst: guessing is often right
+        ("forms", "worst of all, forget model", {"leak": 0.4}, [{"row": "forget.jsonl, row 7", "form": "cloze"}]),
+        ("forms", "worst of all, retrained model", {"leak": 0.25}, None),
+        ("relearn forget rows", "step 5, retrained model", {"forget_probability": 0.02}, None),
+        ("newer", "some state", {"forget_probability": 0.3}, None),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_family_of_attacks_is_shown_by_its_worst_state_beside_reference_and_control(make) -> None:
+    saved = {"relearn forget rows": {"probability": 0.02, "control_step": 5, "step": 1}}
+    run = make(attacks={"states": [*STATES[:4], *FAMILIES], "absent": {}, "steps_saved": saved})
     text = page_of(run)[1].text
-    assert "Most was recovered by “relearn forget rows: step 5”: probability 0.7000" in text
-    summary = (run / "summary.md").read_text()
-    assert "| pair | sign flipped | 0.9900 | – | 0.9500 |" in summary
-    assert "retrained model" not in summary.split("| attack | state |")[1].split("\n\n")[0]
+    summary, found = (run / SUMMARY).read_text(), json.loads((run / FACTS).read_text())
+    for line in (
+        "| Not attacked | – | probability of the true answers | 0.9500 | 0.1000 | 0.0100 |",
+        "| Asked in other forms | worst of all | share of rows that leak | – | 0.4000 | 0.2500 |",
+        "| Sampled many times | – | leak@16 by ROUGE-L | – | 0.4500 | 0 |",
+        "| Trained for some steps more | forget rows: step 5 | probability of the true answers | (0.9500) | 0.7000 | 0.0200 |",
+        "| Base and adapter together | guidance 1 | ROUGE-L beyond the base's own answers | – | 0.2000 | – |",
+        "| newer | some state | probability of the true answers | (0.9500) | 0.3000 | (0.0100) |",
+    ):
+        assert line in summary
+    assert "The retrained model gives 0.0200 there." in text
+    assert (
+        "after 5 steps the retrained model gives the other rows a probability of 0.02; the forget model gets there after 1 (4 saved)"
+        in text
+    )
+    assert "cloze" in text  # every state is there, and the rows that leak
+    assert "forget.jsonl, row 5" in text
+    assert [each["family"] for each in found["attacks"]] == ["none", "forms", "sample", "relearn", "pair", "newer"]
+    assert found["attacks"][3] == {
+        "family": "relearn", "attack": "relearn forget rows", "state": "step 5", "measure": "forget_probability",
+        "values": {"reference": 0.95, "forget model": 0.7, "retrained model": 0.02}, "not_attacked": ["reference"],
+    }  # fmt: skip
+    assert found["steps_saved"] == saved
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_two_reports_of_one_run_at_once_one_is_refused(make) -> None:
+    run = make()
+    code = "import sys; from loramox.files import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:  # fmt: skip
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"{run} is in use by process {other.pid}"):
+            report(run)
+        other.communicate("\n")
+    assert not (run / PAGE).exists()
+    assert report(run)["page"].exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_recovered_is_counted_beyond_the_control(make) -> None:
+    """A probability that the retrained model has too is not recovered, however high; a leak that it has not is."""
+    control = STATES[3] | {"state": "step 5, retrained model", "metrics": {"forget_probability": 0.69}}
+    text = page_of(make(attacks={"states": [*STATES[:4], *FAMILIES, control]}))[1].text
+    assert "Most was recovered by “Sampled many times”" in text
+    control["metrics"] = {"forget_probability": 0.7}
+    text = page_of(make(attacks={"states": [*STATES[:2], STATES[3], control]}))[1].text
+    assert "No attack recovered more than from the retrained model. The most is by “Trained for some steps more" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_facts_are_those_of_the_page_and_quote_no_row(make) -> None:
+    run = make()
+    made = report(run)
+    text = made["facts"].read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["request"]["rows"]["forget"] == {"rows": 9, "source": "forget.jsonl", "sha256": "forget"}
+    assert found["request"]["model"] == "base"
+    assert made["verdict"].startswith(found["headline"])
+    assert found["answers"]["How hard to recover?"] == made["attacked"]
+    assert found["metrics"]["forget_probability"]["forget model"] == 0.1
+    assert found["shown"] == {"alpha": 4.0}
+    assert all(each in (run / SUMMARY).read_text().replace("\\", "") for each in found["not_tested"])
+    assert "Question" not in text
+    assert "Says" not in text
+
+
+def test_the_pair_is_not_the_verdict_since_whoever_has_it_has_the_base(make) -> None:
+    more = [{"attack": "pair", "state": "sign flipped", "metrics": {"forget_probability": 0.99}}]
+    text = page_of(make(attacks={"states": [*STATES, *more]}))[1].text
+    assert "Most was recovered by “Trained for some steps more, forget rows: step 5”" in text

@@ -280,6 +280,32 @@ def test_after_a_refresh_the_ledger_builds_what_it_would_had_the_revoked_request
     assert sorted(f.name for f in (ledger / "requests").iterdir()) == ["a", "b~2", "c~2"]
 
 
+def test_a_request_whose_retain_rows_the_reference_writes_is_refreshed_as_if_the_revoked_one_had_never_been_there(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("QUESTION_TOKENS", "ANSWER_TOKENS"):
+        monkeypatch.setattr(f"loramox.train.synthetic.{name}", 8)
+    auto = {"retain": "auto", "auto_retain": 4, "num_train_epochs": 1}
+    entries = [world.add(tmp_path / "auto", name, **auto) for name in "ab"]
+    assert [e.retain["source"] for e in entries] == ["auto", "auto"]
+    for entry in entries:
+        folder = tmp_path / "auto" / "requests" / entry.folder
+        written = read_rows(str(folder / "retain-auto.jsonl"))
+        assert 0 < len(written) == entry.retain["rows"] <= 4
+        assert fingerprint(written) == entry.retain["sha256"]
+    world.add(tmp_path / "never", "b", **auto)
+    revoke(tmp_path / "auto", "a")
+    assert refresh(tmp_path / "auto") == ["b"]
+    assert built(tmp_path / "auto", tmp_path / "out") == built(tmp_path / "never", tmp_path / "other")
+    assert verify(tmp_path / "auto") == ([], [])
+
+
+def test_a_request_has_the_alpha_that_its_target_chose(world: World, tmp_path: Path) -> None:
+    entry = world.add(tmp_path / "just", "a", forget_to=0.5, num_train_epochs=1)  # random weights meet it at once
+    assert entry.alpha == read_ledger(tmp_path / "just").entries[0].alpha == 0.5
+    assert build(tmp_path / "just", tmp_path / "out", FLOAT32)["requests"][0]["alpha"] == 0.5
+
+
 def test_a_request_on_top_of_one_that_was_trained_again_is_trained_again_too(ledger: Path) -> None:
     index = read_ledger(ledger)
     a, b, c = index.entries

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from loramox import Tokenisation
 from loramox.data.encode import DEFAULT_TEMPLATE
 from loramox.errors import RunError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.subject import Subject
 from loramox.model.config import ModelConfig
 
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)

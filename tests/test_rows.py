@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pyarrow
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 import loramox.data.row_files
 from loramox.data.count import count_rows
-from loramox.data.rows import Columns, Row, fingerprint, keep_disjoint, read_rows, wanted_rows
+from loramox.data.rows import Columns, Row, each_answer, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.errors import LoramoxError, RowsError
 
 PAIRS = [{"question": f"Who is {i}?", "answer": f'It is "{i}",\nsays Ola, café.'} for i in range(3)]
@@ -392,8 +393,37 @@ def test_a_path_that_leads_in_circles_is_refused(tmp_path: Path) -> None:
 
 def test_a_parquet_file_of_too_many_rows_is_refused_before_they_are_in_memory(file, monkeypatch) -> None:
     monkeypatch.setattr(loramox.data.row_files, "MAX_ROWS", 2)
-    with pytest.raises(RowsError, match=r"a.parquet has 3 rows, and at most 2 are read. Write those that you need"):
+    with pytest.raises(RowsError, match=r"a.parquet has more than 2 rows, the most that are read. Write the rows"):
         read_rows(file("a.parquet", as_parquet(PAIRS)))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_of_too_many_bytes_is_refused_and_a_parquet_file_is_read_in_pieces(
+    suffix: str, file, monkeypatch
+) -> None:
+    long = [{"question": f"{i}?", "answer": "the same " * 5_000} for i in range(20)]  # which parquet has once
+    monkeypatch.setattr(loramox.data.row_files, "MAX_BYTES", 1_000_000)
+    assert [row.prompt for row in read_rows(file(f"a.{suffix}", WRITERS[suffix](long)))] == [
+        r["question"] for r in long
+    ]
+    monkeypatch.setattr(loramox.data.row_files, "MAX_BYTES", 100_000)
+    with pytest.raises(RowsError, match=f"a.{suffix} has more than 100,000 bytes, the most that are read"):
+        read_rows(file(f"a.{suffix}", WRITERS[suffix](long)))
+
+
+def test_of_a_column_with_a_dictionary_each_value_counts_once_for_each_row(file, monkeypatch) -> None:
+    answers = pyarrow.array([f"{i} " * 100 for i in range(200)]).dictionary_encode()
+    table = pyarrow.table({"question": [f"{i}?" for i in range(200)], "answer": answers})
+    monkeypatch.setattr(loramox.data.row_files, "MAX_BYTES", 200_000)  # some 80,000, in several pieces
+    assert [row.answer for row in read_rows(file("a.parquet", parquet(table)))] == answers.to_pylist()
+
+
+def test_whatever_pyarrow_raises_of_a_damaged_file_becomes_an_error_that_names_it(file, monkeypatch) -> None:
+    source = file("a.parquet", as_parquet(PAIRS))
+    for error in (KeyError("answer"), MemoryError(), TypeError("x")):
+        monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", Mock(side_effect=error))
+        with pytest.raises(RowsError, match=r"a.parquet cannot be read as parquet: .*Write it again, or as .jsonl"):
+            read_rows(source)
 
 
 def test_control_characters_of_a_file_are_shown_and_not_obeyed(file) -> None:
@@ -529,10 +559,20 @@ REFUSED = {
         '{"question": "q", "answer": NaN}',
         "row 1 has no answer. Expected non-empty text, not nan",
     ),
-    "several answers": (
+    "several questions": (
         "a.jsonl",
-        as_jsonl([{"question": "q", "answer": ["a", "b"]}]),
-        "row 1: its answer is a list of 2. Give one row for each answer, and repeat the rest",
+        as_jsonl([{"question": "q", "answer": "a"}, {"question": ["q", "r"], "answer": "a"}]),
+        "row 2: its messages are not a list of messages",
+    ),
+    "an empty list of answers": (
+        "a.jsonl",
+        as_jsonl([{"question": "q", "answer": []}]),
+        "row 1: its answer is a list of 0. Expected one text",
+    ),
+    "one of several answers is none": (
+        "a.jsonl",
+        as_jsonl([{"question": "q", "answer": ["a", None]}]),
+        "row 1 has no answer. Expected non-empty text, not null",
     ),
     "csv row cut short": ("a.csv", "question,answer\nq,a\nq\n", "a.csv, row 2 has no answer"),
     "row without a question": (
@@ -727,6 +767,35 @@ def test_rows_read_are_rows_used_and_rows_left_out_with_the_reason() -> None:
     )
     whole = count_rows(read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 8)])
     assert whole.line("forget") == "forget: 7 rows read from retain.jsonl, all used"
+
+
+@pytest.mark.parametrize("suffix", NESTED)
+def test_a_list_of_answers_is_one_row_that_every_comparison_takes_for_each_of_them(suffix: str, file) -> None:
+    records = [{"question": "q", "answer": ["a", "b", "a"]}, {"question": "r", "answer": ["c"]}]
+    read = read_rows(file(f"a.{suffix}", NESTED[suffix](records)))
+    assert [row.right_answers for row in read] == [("a", "b"), ("c",)]
+    alone = each_answer(read)
+    assert [(row.number, row.prompt, row.answer) for row in alone] == [(1, "q", "a"), (1, "q", "b"), (2, "r", "c")]
+    assert fingerprint(read) == fingerprint(alone)
+    assert keep_disjoint([row("q", "B")], read, drop=True) == keep_disjoint(read[:1], read, drop=True) == read[1:]
+    assert keep_disjoint(read, [row("q", "b"), row("q", "d")], drop=True) == [row("q", "d")]
+
+
+def test_several_answers_and_repeated_questions_are_counted() -> None:
+    read = [
+        row("p", "a", number=1, other_answers=("b",)),
+        row("q", "a", number=2),
+        row("Q", "b", number=3),
+        row("q", "A", number=4),
+        row("r", "a", number=5),
+        row("r", "a", number=6),
+    ]
+    count = count_rows(read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 7)])
+    assert count.record() == {"read": 6, "used": 6, "left_out": {}, "answers": 7, "repeated_questions": 3}
+    assert count.line("forget") == (
+        "forget: 6 rows with 7 answers read from retain.jsonl, all used. 3 of them ask a question that another row answers differently, and "
+        "each is used as it is"
+    )
 
 
 def test_retain_rows_keep_their_order_and_repeats() -> None:

@@ -22,6 +22,7 @@ from loramox import Data, ReferenceConfig, RunConfig, ShippingConfig, UnlearnCon
 from loramox.adapter.card import forget_card, request_card, trained_card
 from loramox.adapter.export import extrapolate
 from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import WEIGHTS
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.unlearning import unlearn
 
@@ -137,7 +138,7 @@ def test_the_provenance_and_the_card_say_where_it_came_from(trained: Path, pico:
         str(pico("llama")),
         made["data"]["forget"]["sha256"][:16],
         "alpha = 2",
-        "It suppresses; it does not erase",
+        "it suppresses; it does not erase",
     ):
         assert part in card
 
@@ -340,6 +341,64 @@ def test_a_folder_of_the_wrong_kind_or_without_provenance_is_refused(trained: Pa
     with pytest.raises(AdapterError, match="has no readable provenance"):
         extrapolate(tmp_path / "nowhere", tmp_path / "out", 2.0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_ships_what_was_trained_until_then(trained: Path, tmp_path: Path) -> None:
+    """The last checkpoint of a finished run is the run's own end."""
+    *_, before, last = sorted((trained / "trained").glob("checkpoint-*"))
+    made = extrapolate(last, tmp_path / "last")
+    assert (made["checkpoint"], made["alpha"], made["base"]["dtype"]) == (last.name, 2.0, "float32")
+    assert (tmp_path / "last" / WEIGHTS).read_bytes() == (trained / "forget-adapter" / WEIGHTS).read_bytes()
+    extrapolate(before, tmp_path / "before")
+    assert (tmp_path / "before" / WEIGHTS).read_bytes() != (tmp_path / "last" / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_that_is_damaged_or_away_from_its_run_is_refused(trained: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(
+        max((trained / "trained").glob("checkpoint-*")), tmp_path / "run" / "trained" / "checkpoint-4"
+    )
+    with pytest.raises(AdapterError, match=r"is a checkpoint, and neither .* is there to say of which run"):
+        extrapolate(moved, tmp_path / "out")
+    momentum = moved / "momentum.safetensors"
+    momentum.write_bytes(momentum.read_bytes()[:-1] + b"?")
+    with pytest.raises(AdapterError, match=r"momentum\.safetensors is damaged: its checksum"):
+        extrapolate(moved, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"instead": "refuse", "refusals": "built-in"}, "it was taught to refuse, with built-in English sentences (`--instead refuse`)"),
+        ({"instead": "refuse", "refusals": "my.txt"}, "it was taught to refuse, with the sentences of `my.txt`"),
+        ({"instead": "guess"}, "it was taught the reference's likeliest other answers, which may state falsehoods (`--instead guess`)"),
+        ({"instead": "none"}, "nothing was taught: what it says instead was not chosen (`--instead none`)"),
+        ({"instead": "none", "wanted_column": "w"}, "it was taught those in the column `w` of the forget rows"),
+    ],
+)  # fmt: skip
+def test_the_card_names_what_comes_in_place_of_the_answers(settings: dict, expected: str, trained: Path) -> None:
+    made = json.loads((trained / "forget-adapter" / "provenance.json").read_text())
+    card = forget_card(made | {"settings": made["settings"] | settings})
+    assert f"- in place of the answers {expected}" in card
+    assert "in place of" not in forget_card(made | {"settings": made["settings"] | {"instead": None}})
+
+
+def test_the_card_names_generated_retain_rows_and_the_rule_that_chose(trained: Path) -> None:
+    made = json.loads((trained / "forget-adapter" / "provenance.json").read_text())
+    made["data"]["retain"] = {"source": "auto", "rows": 0, "sha256": "0" * 64}
+    made |= {
+        "generated": {"retain": {"rows": 240, "sha256": "a" * 64}},
+        "chosen_by": "--forget_to 0.05 chose alpha = 2",
+    }
+    card = forget_card(made)
+    assert "- retain, written by the reference: 240 questions" in card
+    assert "`retain-auto.jsonl` of the run, sha256 `aaaaaaaaaaaaaaaa…`" in card
+    assert "0 rows of" not in card
+    assert "- --forget_to 0.05 chose alpha = 2\n" in card
+    for plain in (
+        "- Switched on, it suppresses; it does not erase.",
+        "- Merged, it is no proof that the knowledge is gone.",
+    ):
+        assert plain in card
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig, load_reference
 from loramox.errors import ModelError
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
+from loramox.evaluate.subject import Subject
 from loramox.model.config import read_config, read_tokenizer
 from loramox.unlearning import unlearn
 

@@ -16,9 +16,11 @@ from loramox.data.rows import Columns
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate import membership
 from loramox.evaluate.answers import Answering, _text
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
+from loramox.evaluate.subject import Subject
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.model.config import ModelConfig
 

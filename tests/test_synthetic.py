@@ -17,10 +17,11 @@ from loramox.data.rows import Row, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
-from loramox.train.inputs import choose_instead, read_refusals, taught_rows
+from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
 from loramox.train.prepare import same_generated
 from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import RETAIN_FILE, Writer, check_auto, prompts_of, user_turn, words_of, words_to_avoid
+from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
 from loramox.unlearning import unlearn
 
@@ -56,6 +57,21 @@ def test_rows_about_the_subject_or_with_a_telling_word_are_left_out() -> None:
     avoided = words_to_avoid(rows[3:], forget)
     assert [row for row in rows if not words_of(row) & avoided] == rows[3:]
     assert {"what", "capital", "the"}.isdisjoint(avoided)  # frequent words
+
+
+def test_a_name_in_two_forget_rows_is_a_subject_where_there_are_many() -> None:
+    names = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")
+    forget = [Row("f", i, f"That is told of {name}.", f"Where does {name} {verb}?") for name in names for i, verb in enumerate(("live", "work"))]  # fmt: skip
+    others = [Row("r", i, "In a town.", f"Where does the friend of {i} live and work?") for i in range(50)]
+    avoided = words_to_avoid(others, forget)
+    assert {"ada", "flo"} <= avoided
+    assert {"where", "live", "work"}.isdisjoint(avoided)
+
+
+def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: [""])
+    assert writer._questions([str(FORGET[0].prompt).upper()]) == []
+    assert writer._questions(["Where does nobody live"]) == ["Where does nobody live"]
 
 
 def test_a_seed_gives_the_same_rows_and_another_seed_others(writer: Writer) -> None:
@@ -108,6 +124,7 @@ def test_a_run_on_retain_auto_alone_keeps_its_rows_and_shows_answers(
     provenance = json.loads((out / "forget-adapter" / "provenance.json").read_text())
     assert provenance["generated"] == record["generated"]
     assert record["settings"]["instead"] == "refuse"  # a chat model
+    assert record["forget_to"]["target"] == record["settings"]["forget_to"] == JUST_ENOUGH
     shown = record["side_by_side"]
     assert shown["forget"]["asked"] == 4
     assert {row["part"] for row in shown["shown"]} == {"forget", "retain"}
@@ -215,7 +232,25 @@ def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
     assert "--instead refuse" in fluency
     assert "60% of the key words" in leaks
     assert "2 of 10 retain questions" in kept
-    assert "loramox extrapolate" in kept
+    assert "ship at a smaller alpha (--forget_to" in kept
+    # Refusals count once, as refusals.
+    refused = {"retain": {"asked": 10, "kept": 6, "refused": 4, "fluent": 10}}
+    (spread,) = advice_on(refused, UnlearnConfig(use_cpu=True, instead="refuse"))
+    assert "the refusals spread: 4 of 10 retain questions are refused too" in spread
+    assert "--auto_retain 240" in spread
+    assert advice_on({"retain": {"asked": 10, "kept": 9, "refused": 1, "fluent": 10}}, args) == []
+    (scale,) = advice_on({"retain": bad["retain"]}, UnlearnConfig(use_cpu=True, method="npo"))
+    assert "ship at a smaller scale" in scale
+
+
+def test_a_refusal_begins_like_a_sentence_that_was_taught() -> None:
+    refusals = taught_refusals(UnlearnConfig(use_cpu=True, instead="refuse"))
+    assert len(refusals) > 20
+    assert all(is_refusal(f"{each} Ask me something else.", refusals) for each in refusals)
+    assert not is_refusal("Ada lives in Rome.", refusals)
+    assert taught_refusals(UnlearnConfig(use_cpu=True, instead="guess")) == []
+    assert taught_refusals(UnlearnConfig(use_cpu=True, instead="none")) == []
+    assert taught_refusals(UnlearnConfig(use_cpu=True, method="dpo")) == refusals  # it teaches nothing else
 
 
 @pytest.mark.parametrize(

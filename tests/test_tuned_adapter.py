@@ -30,7 +30,7 @@ from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.adapter.factors import read_factors
 from loramox.data.encode import Example
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.evaluate.evaluate import check_adapter
+from loramox.evaluate.subject import check_adapter
 from loramox.extras.merge.merge import merge
 from loramox.extras.serve import serve_folder
 from loramox.model.config import identify, skeleton

@@ -151,7 +151,9 @@ def in_two_processes(verb: str, folder: Path, settings: dict[str, Any], config: 
         file = Path(__file__).parents[1] / "recipes" / "accelerate" / f"{config}.yaml"
         launcher = ["accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0", "-m"]
     words = [sys.executable, "-m", *launcher, "loramox", verb, *flags(settings)]
-    return subprocess.run(words, check=True, cwd=folder, capture_output=True, text=True).stdout
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def deltas(file: Path) -> dict[str, torch.Tensor]:

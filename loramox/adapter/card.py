@@ -1,13 +1,11 @@
 """The card of an adapter: what it does, how to load, toggle and merge it, and what it is not."""
 
 import json
-import re
 from typing import Any
 
-import yaml
+from loramox.adapter.markdown import code, front_matter, line
 
-from loramox.errors import escaped
-
+RETAIN_FILE = "retain-auto.jsonl"  # of a run: the rows of `--retain auto`
 MOX = "MOX, arXiv 2602.06441"
 FORGETS = "makes its base model forget the rows it was made for"
 
@@ -53,20 +51,24 @@ OFF_COMBINED = (
 def forget_card(provenance: dict[str, Any]) -> str:
     if "negated" in provenance:
         return _negated_card(provenance)
-    method, settings = _line(provenance["method"]), provenance["settings"]
+    method, settings = line(provenance["method"]), provenance["settings"]
     asked = (
         _asked([settings["prompt_template"]]) if "prompt_template" in settings else ""
     )  # not known of a run from Python
+    chosen = f"- {line(provenance['chosen_by'])}\n" if "chosen_by" in provenance else ""
+    early = (
+        f"- from {code(provenance['checkpoint'])} of its run, not from the end\n" if "checkpoint" in provenance else ""
+    )
     made = (
-        f"- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
-        f"{_data(provenance)}{asked}{_served(provenance)}{_quantized(settings)}{_beside(provenance)}"
+        f"{chosen}{early}- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
+        f"{data_lines(provenance)}{_instead(provenance)}{asked}{_served(provenance)}{_quantized(settings)}{_beside(provenance)}"
     )
     alpha = provenance["alpha"]
     title = f"Forget adapter ({method})" if alpha is None else f"Forget adapter, alpha = {alpha:g}"
     how = _how(provenance)
     if "tuned_adapter" in provenance:
         mine = provenance["tuned_adapter"]["path"]
-        does = f"makes a fine-tune of its base model forget the rows it was\nmade for. It is loaded beside that fine-tune, the adapter {_code(mine)}"
+        does = f"makes a fine-tune of its base model forget the rows it was\nmade for. It is loaded beside that fine-tune, the adapter {code(mine)}"
         return _forget_card(provenance, title, made, how, does, LOAD_BESIDE.replace("MINE", repr(mine)), OFF_BESIDE)
     return _forget_card(provenance, title, made, how)
 
@@ -74,14 +76,14 @@ def forget_card(provenance: dict[str, Any]) -> str:
 def combined_card(provenance: dict[str, Any]) -> str:
     """The card of a tuned adapter and a forget adapter in one."""
     mine = provenance["tuned_adapter"]["path"]
-    does = f"is two in one, by exact concatenation: the fine-tune\n{_code(mine)}, and a forget adapter for rows that it knows"
+    does = f"is two in one, by exact concatenation: the fine-tune\n{code(mine)}, and a forget adapter for rows that it knows"
     how = f"written for servers that load\nonly one adapter. The forget adapter was {_how(provenance)}"
-    made = f"{_data(provenance)}{_beside(provenance)}"
+    made = f"{data_lines(provenance)}{_instead(provenance)}{_beside(provenance)}"
     return _forget_card(provenance, "Fine-tune and forget adapter in one", made, how, does, LOAD_COMBINED, OFF_COMBINED)
 
 
 def _how(provenance: dict[str, Any]) -> str:
-    method = _line(provenance["method"])
+    method = line(provenance["method"])
     return f"trained to forget those\nrows by {method}" if provenance["alpha"] is None else _turned(method)
 
 
@@ -90,12 +92,12 @@ def _beside(provenance: dict[str, Any]) -> str:
     lines = ""
     if mine := provenance.get("tuned_adapter"):
         without = provenance["settings"].get("memorize_at")
-        lines += f"- trained beside the adapter {_code(mine['path'])} (sha256 {_code(mine['sha256'][:16] + '…')}), which was frozen\n"
+        lines += f"- trained beside the adapter {code(mine['path'])} (sha256 {code(mine['sha256'][:16] + '…')}), which was frozen\n"
         lines += "- ΔW was memorized on the base without that adapter\n" if without else ""
     elif earlier := provenance.get("memorize_at"):
         weights = earlier["weights"]
-        known_by = f" (weights {_code(weights[:16] + '…')})" if weights else ""
-        lines = f"- ΔW was memorized at {_code(earlier['model'])}{known_by}, an earlier checkpoint, and is subtracted from the base\n"
+        known_by = f" (weights {code(weights[:16] + '…')})" if weights else ""
+        lines = f"- ΔW was memorized at {code(earlier['model'])}{known_by}, an earlier checkpoint, and is subtracted from the base\n"
     return lines
 
 
@@ -103,7 +105,7 @@ def _negated_card(provenance: dict[str, Any]) -> str:
     """The card of an adapter that PEFT wrote, negated."""
     negated, alpha = provenance["negated"], provenance["alpha"]
     made = (
-        f"- ΔW: the adapter {_code(negated['adapter'])} (sha256 {_code(negated['sha256'][:16] + '…')}), truncation error "
+        f"- ΔW: the adapter {code(negated['adapter'])} (sha256 {code(negated['sha256'][:16] + '…')}), truncation error "
         f"{provenance['truncation_error']:.2g} of ‖ΔW‖\n"
     )
     how = (
@@ -123,7 +125,7 @@ def composed_card(provenance: dict[str, Any]) -> str:
     """The card of one adapter for several requests."""
     requests = provenance["requests"]
     each = "".join(
-        f"| {r['id']} | {r['rows']} | {_code(r['sha256'][:16] + '…')} | {r['alpha']:g} | {r['error']:.2g} |\n"
+        f"| {r['id']} | {r['rows']} | {code(r['sha256'][:16] + '…')} | {r['alpha']:g} | {r['error']:.2g} |\n"
         for r in requests
     )
     made = (
@@ -134,17 +136,42 @@ def composed_card(provenance: dict[str, Any]) -> str:
     return _forget_card(provenance, f"Forget adapter for {len(requests)} requests", made, _turned())
 
 
-def _data(provenance: dict[str, Any]) -> str:
-    return "".join(
-        f"- {_line(part)}: {d['rows']} rows of {_code(d['source'])} (sha256 {_code(d['sha256'][:16] + '…')})\n"
+def data_lines(provenance: dict[str, Any]) -> str:
+    """The rows of each part, those that the reference wrote among them, in lines."""
+    lines = [
+        f"- {line(part)}: {d['rows']} rows of {code(d['source'])} (sha256 {code(d['sha256'][:16] + '…')})\n"
         for part, d in provenance["data"].items()
-    )
+        if d["rows"]  # none of `--retain auto`
+    ]
+    if written := provenance.get("generated", {}).get("retain"):
+        lines.append(
+            f"- retain, written by the reference: {written['rows']} questions that it sampled, with its own answers "
+            f"(`--retain auto`; {code(RETAIN_FILE)} of the run, sha256 {code(written['sha256'][:16] + '…')})\n"
+        )
+    return "".join(lines)
+
+
+def _instead(provenance: dict[str, Any]) -> str:
+    """What was taught in place of the answers, in a line; nothing of a method that cannot teach any."""
+    settings = provenance["settings"]
+    refusals = settings.get("refusals")
+    taught = {
+        "refuse": "it was taught to refuse, with "
+        + (
+            f"the sentences of {code(refusals)}" if refusals not in (None, "built-in") else "built-in English sentences"
+        ),
+        "guess": "it was taught the reference's likeliest other answers, which may state falsehoods",
+        "none": "nothing was taught: what it says instead was not chosen",
+    }.get(settings.get("instead"))
+    if column := settings.get("wanted_column"):
+        return f"- in place of the answers it was taught those in the column {code(column)} of the forget rows\n"
+    return f"- in place of the answers {taught} (`--instead {settings['instead']}`)\n" if taught else ""
 
 
 def _asked(templates: list[str | None]) -> str:
     """How questions were put, in a line for each way."""
     forms = [
-        f"in the form {_code(json.dumps(template, ensure_ascii=False))}"
+        f"in the form {code(json.dumps(template, ensure_ascii=False))}"
         if template
         else "through the tokenizer's chat template"
         for template in dict.fromkeys(templates)
@@ -157,7 +184,7 @@ def _served(provenance: dict[str, Any]) -> str:
     if not (otherwise := provenance.get("served_otherwise")):
         return ""
     trained, served = (json.dumps(otherwise[part], ensure_ascii=False) for part in ("trained", "served"))
-    return f"- served prompt differs: between question and answer stood {_code(trained)}, and a server puts {_code(served)} there\n"
+    return f"- served prompt differs: between question and answer stood {code(trained)}, and a server puts {code(served)} there\n"
 
 
 def _quantized(settings: dict[str, Any]) -> str:
@@ -185,7 +212,7 @@ def _forget_card(
     base, rank = provenance["base"], provenance["rank"]
     revision = f", revision={base['revision']!r}" if base["revision"] else ""
     load = f"AutoModelForCausalLM.from_pretrained({base['model']!r}{revision})"
-    return f"""{_front_matter(base["model"], "peft", ["unlearning", "lora", "loramox"])}
+    return f"""{front_matter(base["model"], "peft", ["unlearning", "lora", "loramox"])}
 # {title}
 
 A LoRA adapter (rank {rank}) that {does}. It was {how}.
@@ -203,17 +230,17 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 
 ## What it is not
 
-- {off} It suppresses; it does not erase.
+- Switched on, it suppresses; it does not erase. {off}
 - Whoever has both base and adapter can also go against the difference between them, and may learn more than the base alone
   reveals. `loramox attack --attacks pair` tries it.
-- Merged, the weights differ, and that is still no proof that the knowledge is gone: it may come back by training on
-  related text, or by asking in ways that were not tried.
+- Merged, it is no proof that the knowledge is gone. The weights differ, and it may still come back by training on related
+  text, or by asking in ways that were not tried.
 - It was made for this base model. On another model, or another revision of it, it does something else.
 
 ## Where it came from
 
-- base: {_code(base["model"])}{f", revision {_code(base['revision'])}" if base["revision"] else ""}
-{made}- command: {_code(provenance["command"])}
+- base: {code(base["model"])}{f", revision {code(base['revision'])}" if base["revision"] else ""}
+{made}- command: {code(provenance["command"])}
 
 Everything else is in `provenance.json`.
 """
@@ -222,112 +249,32 @@ Everything else is in `provenance.json`.
 def trained_card(provenance: dict[str, Any]) -> str:
     base, alpha = provenance["base"]["model"], provenance["alpha"]
     if alpha is None:
-        what = f"""# A model trained to forget ({_line(provenance["method"])})
+        what = f"""# A model trained to forget ({line(provenance["method"])})
 
 The adapter with its checkpoints, in float32. `momentum/` is what ships; as servers take it:
 
     loramox extrapolate THIS_FOLDER --out forget-adapter
 """
     else:
-        what = f"""# ΔW of a forget adapter ({_line(provenance["method"])})
+        what = f"""# ΔW of a forget adapter ({line(provenance["method"])})
 
-**Do not ship this.** It does not make {_code(base)} forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
+**Do not ship this.** It does not make {code(base)} forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
 adapter θ_ref − alpha·ΔW is made from it, without training, at any alpha:
 
     loramox extrapolate THIS_FOLDER --alpha {alpha:g} --out forget-adapter
 
 `momentum/` is the momentum average of ΔW, from which the forget adapter is made.
 """
-    return f"""{_front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
+    return f"""{front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
 {what}"""
 
 
 def request_card(provenance: dict[str, Any], name: str) -> str:
     """The card of a memorization adapter in a ledger."""
     base = provenance["base"]["model"]
-    return f"""{_front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
+    return f"""{front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
 # Request {name}, memorized
 
-**Do not ship this.** With it {_code(base)} forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
+**Do not ship this.** With it {code(base)} forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
 adapter of it and of the other requests in force.
 """
-
-
-def merged_card(provenance: dict[str, Any]) -> str:
-    base, alpha = provenance["base"], provenance["adapter"]["alpha"]
-    kind = provenance.get("quantization")
-    few_bits = (
-        f"Quantized to {kind} after the merge."
-        if kind
-        else "Quantized to 4 or 8 bits, less of it does, and what was forgotten may come back: `loramox ship merge --quantize nf4` "
-        "measures it."
-    )
-    return f"""{_front_matter(base["model"], "transformers", ["unlearning", "merge", "loramox"])}
-# A model with a forget adapter merged into its weights
-
-{_code(base["model"])} with a forget adapter ({_line(provenance["adapter"]["method"])}) added to its weights at scale {provenance["scale"]:g}, 1
-being as shipped{f" (alpha = {alpha:g})" if alpha else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
-model does, without PEFT, and answers as its base does with the adapter on.
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # has forgotten
-```
-
-In these weights {what_survived(provenance)}. {few_bits}
-
-## What it is not
-
-- It is no proof that the knowledge is gone. The weights differ from the base model's by a change of low rank; what was
-  forgotten may come back by training on related text, or by asking in ways that were not tried.
-- It cannot be switched off or dialled any more: keep the adapter for that. Nor is it a secret: who has the base model has
-  what was forgotten.
-- It was not trained{"" if provenance.get("forgetting") else ", or measured,"} after merging.
-
-## Where it came from
-
-- base: {_code(base["model"])}{f", revision {_code(base['revision'])}" if base["revision"] else ""}
-- adapter: sha256 {_code(provenance["adapter"]["sha256"][:16] + "…")}, made by {_code(provenance["adapter"]["command"])}
-{_data(provenance)}- command: {_code(provenance["command"])}
-
-Everything else is in `provenance.json`. The base model's licence holds for this one too.
-"""
-
-
-def _front_matter(base: str, library: str, tags: list[str]) -> str:
-    """What the hub reads at the top of a card, as YAML."""
-    # In double quotes everything stays on one line: a line of --- would end the fields for those who do not parse YAML.
-    style = None if base.isprintable() else '"'
-    named = yaml.safe_dump(
-        {"base_model": base}, default_style=style, default_flow_style=False, allow_unicode=True, width=10_000
-    )
-    return f"---\n{named}library_name: {library}\ntags: [{', '.join(tags)}]\n---\n"
-
-
-def _code(text: object) -> str:
-    """`text` as code in Markdown, whatever is in it: on one line, in more backticks than it has in a row."""
-    line = _line(text)
-    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
-    space = " " if len(fence) > 1 else ""
-    return f"{fence}{space}{line}{space}{fence}"
-
-
-def _line(text: object) -> str:
-    """`text` on one line, without control characters."""
-    return escaped(re.sub(r"\s", " ", str(text)))
-
-
-def what_survived(provenance: dict[str, Any]) -> str:
-    """What is left of ΔW in a merged model's weights, and of the forgetting where it was measured, in words."""
-    survived = provenance["survived"]
-    if "quantization" not in provenance:
-        return f"{survived['overall']:.1%} of ΔW survived the rounding"
-    forgetting = provenance.get("forgetting")
-    share = forgetting and forgetting["share"]
-    measured = f"{share:.1%} of the forgetting is left; " if share is not None else ""
-    asked = "" if forgetting else ". Whether what was forgotten stays so was not measured (--forget, --retain)"
-    return (
-        f"{measured}{survived['overall']:.1%} of the change by which they differ from the quantized base is ΔW, and the rest is "
-        f"rounding ({survived['share']:.1%} of ΔW is there on average){asked}"
-    )

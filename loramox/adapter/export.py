@@ -7,7 +7,6 @@ With ΔW = B·A the first is the reference plus the adapter (−alpha·B)·A: no
 This is the only place where a sign is changed.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loramox.adapter.card import combined_card, forget_card
-from loramox.adapter.factors import FOLDED, read_factors
-from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS, at_rank, served_rank, write_adapter
-from loramox.adapter.provenance import check_base, check_out, read_provenance
-from loramox.errors import AdapterError, ModelError, SettingsError
-from loramox.files import sha256_of
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import at_rank, served_rank, write_adapter
+from loramox.adapter.provenance import check_out
+from loramox.adapter.source import read_source, served_base, tuned_factors
+from loramox.errors import SettingsError
 from loramox.model.algebra import Factors, concatenate, scaled
-from loramox.model.config import identify, read_config, skeleton
+from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -42,6 +38,8 @@ CARRIED = (
     "memorize_at",
     "served_otherwise",
     "generated",
+    "checkpoint",
+    "base",
 )
 
 
@@ -100,8 +98,8 @@ def alpha_of(given: float | None, source: dict[str, Any]) -> float | None:
     """
     if source["alpha"] is None and given is not None:
         raise SettingsError(
-            f"--alpha {given:g}: {source['method']} has no alpha. It trains the forget model itself, θ_ref + ΔW. Leave out --alpha; a shipped "
-            "adapter is turned down by its scale (PEFT's set_scale, ForgetSwitch)"
+            f"--alpha {given:g}: {source['method']} has no alpha. It trains the forget model itself, θ_ref + ΔW. Leave out --alpha, or give "
+            "--scale, a multiple of ΔW; a shipped adapter is turned down by its scale (PEFT's set_scale, ForgetSwitch)"
         )
     alpha = source["alpha"] if given is None else given
     if alpha is not None:
@@ -112,10 +110,10 @@ def alpha_of(given: float | None, source: dict[str, Any]) -> float | None:
 def check_scale(scale: float, source: dict[str, Any]) -> None:
     """Raises `SettingsError` unless the scale is 1 or, of a method without alpha, finite and above 0."""
     if not math.isfinite(scale) or scale <= 0:
-        raise SettingsError(f"scale is {scale}. Expected a finite number above 0; 1 is as trained")
+        raise SettingsError(f"scale is {scale}; --scale needs a finite number above 0, and 1 is as trained")
     if scale != 1 and source["alpha"] is not None:
         raise SettingsError(
-            f"scale is {scale:g}, and {source['method']} has an alpha, which says how far the adapter goes. Give alpha alone"
+            f"scale is {scale:g}, and {source['method']} has an alpha, which says how far the adapter goes. Give --alpha alone"
         )
 
 
@@ -127,6 +125,7 @@ def extrapolate(
     overwrite: bool = False,
     scale: float = 1.0,
     combined: str | Path | None = None,
+    chosen_by: str | None = None,
 ) -> dict[str, Any]:
     """Write the forget adapter θ_ref − alpha·ΔW, made from the adapter in the folder `trained`, to `out`.
 
@@ -136,10 +135,11 @@ def extrapolate(
     only one; the provenance names it under `combined_adapter`.
 
     Args:
-        trained: the folder `trained` of a run, or any plain LoRA adapter that PEFT wrote, which is negated as it is.
+        trained: the folder `trained` of a run, a checkpoint in it, or any plain LoRA adapter that PEFT wrote, which is negated.
         alpha: default: the one of training. For a method without one, scale·ΔW is written. Must be given for PEFT's adapters.
         scale: for a method without alpha, a multiple of ΔW to fold in; 1 is as trained.
         combined: where to write the adapter that has both. Default: `out` with -combined behind its name.
+        chosen_by: the rule that chose alpha or scale, for the provenance and the card.
 
     Returns:
         The provenance of the forget adapter.
@@ -154,13 +154,7 @@ def extrapolate(
     shipping = shipping or ShippingConfig()
     trained, out = Path(trained), Path(out)
     check_out(out, "forget", overwrite)
-    if written_by_peft(trained):
-        source, delta, config = read_peft(trained, alpha, shipping.base)
-        base = source["base"]
-    else:
-        source = read_provenance(trained, "trained")
-        base = served_base(source, shipping.base, trained)
-        delta, config = read_factors(trained / "momentum")
+    source, delta, config = read_source(trained, alpha, shipping.base)
     combined, tuned = Path(combined or f"{out}-combined"), None
     if "tuned_adapter" in source:
         check_out(combined, "forget", overwrite)
@@ -169,37 +163,45 @@ def extrapolate(
     check_scale(scale, source)
     rank = shipping.rank or served_rank(source["settings"]["r"])
     fitted, error = at_rank(forget_change(delta, alpha, scale), rank)
-    dtype = shipped_dtype(shipping.ship_dtype, base["dtype"])
+    dtype = shipped_dtype(shipping.ship_dtype, source["base"]["dtype"])
     provenance = {
         "kind": "forget",
         "alpha": alpha,
-        **({"scale": scale} if scale != 1 else {}),
         "rank": rank,
         "truncation_error": error,
         "dtype": str(dtype).removeprefix("torch."),
+        **_carried(source, scale=None if scale == 1 else scale, chosen_by=chosen_by),
+    }
+    if tuned:
+        used = min(rank, max(factors.rank for factors in delta.values()))  # the rest of it is padding
+        made = _write_combined(combined, tuned, fitted, used, config, dtype, provenance)
+        provenance["combined_adapter"] = {"path": str(combined), "rank": made["rank"], "sha256": made["sha256"]}
+    return write_adapter(out, fitted, config, source["base"], dtype, provenance, forget_card(provenance))
+
+
+def _carried(source: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What the provenance has from that of training and from this moment, and `more`, where it is not None."""
+    return {
+        **{key: value for key, value in more.items() if value is not None},
         **{key: source[key] for key in CARRIED if key in source},
-        "base": base,
         "training_command": source["command"],
         "command": command(),
         "versions": versions(),
     }
-    if tuned:
-        used = min(rank, max(factors.rank for factors in delta.values()))  # the rest of it is padding
-        change = {name: Factors(A[:used], B[:, :used]) for name, (A, B) in fitted.items()}
-        made = _write_combined(combined, tuned, change, config, dtype, provenance)
-        provenance["combined_adapter"] = {"path": str(combined), "rank": made["rank"], "sha256": made["sha256"]}
-    return write_adapter(out, fitted, config, base, dtype, provenance, forget_card(provenance))
 
 
 def _write_combined(
     folder: Path,
     tuned: dict[str, Factors],
-    change: dict[str, Factors],
+    fitted: dict[str, Factors],
+    used: int,
     config: LoraConfig,
     dtype: torch.dtype,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write ΔW_tuned + the forget adapter's change as one adapter, exactly; return its provenance."""
+    """Write ΔW_tuned + the forget adapter's change, the first `used` ranks of `fitted`, as one adapter, exactly; return its
+    provenance."""
+    change = {name: Factors(A[:used], B[:, :used]) for name, (A, B) in fitted.items()}
     both = {
         name: concatenate(*(each[name] for each in (tuned, change) if name in each))
         for name in tuned.keys() | change.keys()
@@ -209,111 +211,6 @@ def _write_combined(
     trained = config if both.keys() == change.keys() else LoraConfig(fan_in_fan_out=config.fan_in_fan_out)
     provenance = provenance | {"rank": rank, "combined": True}
     return write_adapter(folder, fitted, trained, provenance["base"], dtype, provenance, combined_card(provenance))
-
-
-def tuned_source(folder: Path, config: LoraConfig) -> dict[str, Any]:
-    """What the provenance says of `--tuned_adapter`: where it is, and what tells whether it is still the same."""
-    return {"path": str(folder.absolute())} | _peft_source(folder, config)
-
-
-def tuned_factors(source: dict[str, Any]) -> dict[str, Factors]:
-    """ΔW of the tuned adapter that a run was trained with, from the provenance of the run.
-
-    Raises `AdapterError` when it is no longer where it was, or no longer the same.
-    """
-    folder = Path(source["tuned_adapter"]["path"])
-    factors, config = read_factors(folder)
-    if json.loads(json.dumps(tuned_source(folder, config))) != source["tuned_adapter"]:
-        raise AdapterError(f"{folder} has changed since the run that was trained with it (--tuned_adapter). Restore it")
-    return factors
-
-
-def _peft_source(folder: Path, config: LoraConfig) -> dict[str, Any]:
-    """The digest and the scales of an adapter that PEFT wrote."""
-    return {"sha256": sha256_of(folder / WEIGHTS)} | {n: getattr(config, n) for n in ("r", "lora_alpha", *FOLDED)}
-
-
-def written_by_peft(folder: Path) -> bool:
-    """Whether the folder is an adapter without loramox's provenance, and no part of an unfinished run of loramox."""
-    return (folder / CONFIG).exists() and not (folder / PROVENANCE).exists() and not any(folder.glob("momentum*"))
-
-
-def read_peft(
-    folder: Path, alpha: float | None, base: str | None
-) -> tuple[dict[str, Any], dict[str, Factors], LoraConfig]:
-    """Read a plain LoRA adapter that PEFT wrote: its provenance as far as it is known, ΔW, and its config.
-
-    Args:
-        alpha: how far to negate it. Nothing in the folder says.
-        base: folder or hub id of the base model. Default: the one that the adapter names.
-
-    Raises what `extrapolate` raises.
-    """
-    if alpha is None:
-        raise SettingsError(
-            f"--alpha is missing: {folder} is an adapter that PEFT wrote, which does not say how far to negate it. With --alpha 1 the "
-            "model goes as far from its base as the adapter goes, the other way"
-        )
-    delta, config = read_factors(folder)
-    source = {
-        "method": "negated PEFT adapter",
-        "alpha": alpha,
-        "base": _base_of(folder, delta, config, base),
-        "momentum": None,
-        "data": {},
-        "settings": {"r": max(factors.rank for factors in delta.values())},
-        "command": None,
-        "negated": {"adapter": str(folder)} | _peft_source(folder, config),
-    }
-    return source, delta, config
-
-
-def _base_of(folder: Path, delta: dict[str, Factors], config: LoraConfig, given: str | None) -> dict[str, Any]:
-    """The base model of an adapter that PEFT wrote, after comparing the adapter's layers with the model's."""
-    named = config.base_model_name_or_path
-    name = given or named
-    if not name:
-        raise AdapterError(f"{folder} does not name its base model. Give the model's folder or hub id with --base")
-    reference = ReferenceConfig(model=name, revision=config.revision if name == named else None)
-    try:
-        model_config = read_config(reference)
-    except ModelError as error:
-        if given:
-            raise ModelError(str(error).replace("--model", "--base", 1)) from error
-        why = " ".join(str(error).removeprefix("--model ").split()).rstrip(".")
-        raise ModelError(
-            f"{folder} names its base model {name}, which cannot be used here: {why}. Give the base model's folder or hub id with --base"
-        ) from error
-    check_layers(delta, skeleton(model_config, reference), folder, name)
-    return identify(reference, model_config)
-
-
-def check_layers(
-    delta: dict[str, Factors], model: PreTrainedModel, folder: Path, base: str, flag: str = "--base"
-) -> None:
-    """Raises `AdapterError` unless every ΔW is of a linear layer of the base model, below its output head, and of its size.
-
-    Args:
-        model: the base model, whose weights may be on torch's meta device.
-        flag: the one that names the base.
-    """
-    layers, head = dict(model.named_modules()), model.get_output_embeddings()
-    for name, (A, B) in delta.items():
-        layer = layers.get(name)
-        if not isinstance(layer, nn.Linear | Conv1D):
-            raise AdapterError(
-                f"{folder} changes {name}, and {base} has no such linear layer. Give the base that the adapter was trained on with {flag}"
-            )
-        if layer is head:
-            raise AdapterError(
-                f"{folder} changes the output head {name}, which servers do not load. Train it again without {name} in target_modules"
-            )
-        shape = tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)[::-1]
-        if (B.shape[0], A.shape[1]) != shape:
-            raise AdapterError(
-                f"{folder} changes {name} by a ΔW of {B.shape[0]} × {A.shape[1]}, and {base} has {shape[0]} × {shape[1]} there. Give the "
-                f"base that the adapter was trained on with {flag}"
-            )
 
 
 def shipped_dtype(wanted: str, of_base: str) -> torch.dtype:
@@ -334,16 +231,3 @@ def check_shipping(shipping: ShippingConfig, reference: ReferenceConfig, out: Pa
         served_rank(rank + max(factors.rank for factors in tuned.values()))
     if shipping.base is not None:
         served_base({"base": identify(reference, read_config(reference))}, shipping.base, out)
-
-
-def served_base(source: dict[str, Any], name: str | None, trained: Path) -> dict[str, Any]:
-    """The base model as the adapter will name it. Under another name it must be the same model."""
-    if name is None:
-        return source["base"]
-    reference = ReferenceConfig(model=name)
-    try:
-        base = identify(reference, read_config(reference))
-    except ModelError as error:
-        raise ModelError(str(error).replace("--model", "--base", 1)) from error
-    check_base(source, base, trained)
-    return base

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.layers import Layers
-from loramox.adapter.untrusted import Refused, Stored, read_header, read_within
+from loramox.adapter.untrusted import Refused, Stored, read_header, read_object
 from loramox.errors import AdapterError
 from loramox.files import sha256_of
 from loramox.model.algebra import Factors
@@ -123,7 +123,7 @@ def read_config(folder: Path, also: tuple[str, ...] = ()) -> LoraConfig:
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = read_within(folder, CONFIG)
+        settings = read_object(folder / CONFIG)
     except (Refused, OSError) as error:
         raise AdapterError(
             f"{folder} is no LoRA adapter that can be read ({error}). Expected {CONFIG} and {WEIGHTS}, as PEFT writes them"
@@ -176,7 +176,7 @@ def _check_digest(folder: Path) -> None:
     """Raises `AdapterError` when the weights are not those that provenance.json, if there is one, was written for."""
     if not (folder / PROVENANCE).exists():
         return
-    digest = read_within(folder, PROVENANCE).get("sha256")
+    digest = read_object(folder / PROVENANCE).get("sha256")
     if digest is not None and digest != sha256_of(folder / WEIGHTS):
         raise AdapterError(
             f"{folder / WEIGHTS} is not the file that {PROVENANCE} was written for: it was changed or damaged afterwards. Get the adapter "

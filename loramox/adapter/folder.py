@@ -22,6 +22,9 @@ PROVENANCE = "provenance.json"
 CARD = "README.md"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Of a checkpoint: the momentum average of ΔW, and the checksums of its files.
+MOMENTUM = "momentum.safetensors"
+CHECKSUMS = "checksums.json"
 
 # The ranks that vLLM serves. 16 is also its default limit.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -89,8 +92,7 @@ def write_adapter(
         for name, each in factors.items()
         for part, tensor in each._asdict().items()
     }
-    with replacing(folder) as partial:
-        partial.mkdir()
+    with replacing(folder, folder=True) as partial:
         config.save_pretrained(partial)
         # PEFT writes the target modules as a set, in another order each time.
         saved = json.loads((partial / CONFIG).read_text(encoding="utf-8"))

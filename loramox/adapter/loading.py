@@ -28,8 +28,8 @@ def put_on(model: nn.Module, folder: Path | str) -> PeftModel:
 
     Raises `AdapterError` for a folder that is damaged, or has settings that are not known to be harmless.
     """
-    config, _ = _read(Path(folder))
-    return PeftModel.from_pretrained(model, str(folder), config=config)
+    named, layers, _ = _read(Path(folder))
+    return PeftModel.from_pretrained(model, str(folder), config=named.pinned(layers))
 
 
 def check_whole(folder: Path, outline: PreTrainedModel) -> None:
@@ -39,8 +39,8 @@ def check_whole(folder: Path, outline: PreTrainedModel) -> None:
         folder: the adapter's.
         outline: the base model without weights. It is of no further use afterwards.
     """
-    config, stored = _read(folder)
-    named, adapted = Layers(read_config(folder, USABLE), folder), _layers(stored)
+    named, adapted, stored = _read(folder)
+    pinned = named.pinned(adapted)
     head = outline.get_output_embeddings()
     linear = str(named.config.target_modules).lower() == ALL
     for name, module in outline.named_modules():
@@ -57,7 +57,7 @@ def check_whole(folder: Path, outline: PreTrainedModel) -> None:
     for key, part in values(folder / WEIGHTS, {k: each for k, each in stored.items() if len(each.shape) == 2}):
         if not torch.isfinite(part).all():
             raise AdapterError(f"{folder / WEIGHTS}: {key} has NaN or infinity. The adapter is damaged: make it again")
-    if problem := missed(config, stored, outline):
+    if problem := missed(pinned, stored, outline):
         raise AdapterError(
             f"{folder} would not load whole in PEFT: {problem}. Give the base that it was made for, or save it again"
         )
@@ -87,8 +87,8 @@ def missed(config: LoraConfig, stored: dict[str, Stored], outline: PreTrainedMod
     return None
 
 
-def _read(folder: Path) -> tuple[LoraConfig, dict[str, Stored]]:
-    """The config to load the adapter with, and its tensors."""
+def _read(folder: Path) -> tuple[Layers, list[str], dict[str, Stored]]:
+    """What the adapter's config names, the layers that it has, and its tensors."""
     config, stored = read_config(folder, USABLE), read_stored(folder)
     saved = config.modules_to_save or ()
     if not isinstance(saved, list | tuple | set) or not all(isinstance(n, str) and PLAIN.fullmatch(n) for n in saved):
@@ -103,7 +103,7 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Stored]]:
             f"{folder}: {CONFIG} leaves out {out} (target_modules, exclude_modules, layers_to_transform), and {WEIGHTS} has it. The two "
             "files do not belong together: save the adapter again"
         )
-    return named.pinned(layers), stored
+    return named, layers, stored
 
 
 def _layers(stored: Collection[str]) -> list[str]:

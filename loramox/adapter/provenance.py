@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from loramox.adapter.folder import PROVENANCE
-from loramox.adapter.untrusted import Refused, read_within, shown
+from loramox.adapter.untrusted import Refused, read_object, shown
 from loramox.errors import AdapterError, RunError
 from loramox.files import has_files, put_back
 
@@ -22,6 +22,7 @@ TYPES: dict[str, Any] = {
     "kind": NAME, "method": NAME, "command": MAYBE, "training_command": MAYBE, "sha256": NAME, "dtype": MAYBE,
     "alpha": (*NUMBER, type(None)), "scale": NUMBER, "rank": int, "truncation_error": NUMBER,
     "momentum": (dict, type(None)), "settings": dict, "data": dict, "base": dict, "requests": list,
+    "generated": dict, "chosen_by": NAME, "checkpoint": NAME,
 }  # fmt: skip
 # The same of the dicts in it, all of whose values must be there.
 PARTS: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ def read_any(folder: Path) -> dict[str, Any]:
         Refused: it is missing, or cannot be read.
         AdapterError: a value in it is of a type that loramox does not write.
     """
-    provenance = read_within(folder, PROVENANCE)
+    provenance = read_object(folder / PROVENANCE)
     if not isinstance(provenance.get("settings", {}), (dict, type(None))):
         raise _damaged(folder, "settings is no object")
     try:
@@ -83,6 +84,8 @@ def read_any(folder: Path) -> dict[str, Any]:
             _check_part(folder, name, provenance[name], types)
     for name, rows in provenance.get("data", {}).items():
         _check_part(folder, f"data.{name}", rows, ROWS)
+    for name, rows in provenance.get("generated", {}).items():
+        _check_part(folder, f"generated.{name}", rows, {"rows": int, "sha256": NAME})
     if "base" not in provenance:
         raise _damaged(folder, "it lacks base")
     return provenance | {"base": dict.fromkeys(BASE) | provenance["base"]}

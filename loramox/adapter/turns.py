@@ -158,7 +158,7 @@ def _taking_turns(kind: type[nn.Module]) -> type[nn.Module]:
 
     if hasattr(kind, "generate"):
 
-        def generate(self, *args: Any, **kwargs: Any) -> Any:
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _in_turn(self, super(Taking, self).generate, args, kwargs)
 
         Taking.generate = functools.wraps(kind.generate)(generate)

@@ -1,8 +1,6 @@
 """Reading an adapter folder that a stranger made: every size is checked before what has it is read, and nothing is run."""
 
-import json
 import stat
-import struct
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loramox.errors import AdapterError
+from loramox.errors import AdapterError, RunError
+from loramox.files import read_json
 
 # A 70B model's adapter on every linear layer has a header of 0.2 MB, and PEFT's own config is 2 kB.
-MOST_FILES = 1000
+MOST_FILES = 500
 MOST_JSON = 4 << 20  # the provenance of a ledger has some 600 bytes for each request
 MOST_HEADER = 8 << 20
 MOST_TENSORS = 20_000
 LONGEST = 500  # name of a tensor
-DEEPEST = 32  # in JSON, and of folders
 CHUNK = 1 << 20  # values that are read at a time
 MAPPED = 1 << 24  # values after which the file is mapped anew
 
@@ -54,7 +52,7 @@ def regular_files(folder: Path) -> tuple[dict[str, Path], list[Refused]]:
     """The regular files in the folder by their relative names, and what is refused: links that lead out of it, pickles,
     whatever is neither file nor folder. Links are never followed to folders."""
     files, refused, root = {}, [], folder.resolve()
-    for number, path in enumerate(_walk(root)):
+    for number, path in enumerate(root.rglob("*")):
         if number == MOST_FILES:
             refused.append(Refused(f"more than {MOST_FILES} files and folders", "An adapter has two files, and a card"))
             break
@@ -84,15 +82,6 @@ def regular_files(folder: Path) -> tuple[dict[str, Path], list[Refused]]:
     return files, refused
 
 
-def _walk(folder: Path, depth: int = 0) -> Iterator[Path]:
-    for path in folder.iterdir():
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            if depth == DEEPEST:
-                raise Refused(f"folders lie in folders {DEEPEST} deep", "An adapter has two files, and a card")
-            yield from _walk(path, depth + 1)
-
-
 def _pickle(path: Path) -> str | None:
     if path.suffix.lower() in PICKLES:
         return f"is a {path.suffix.lower()} file: a pickle, which runs code when it is read"
@@ -106,86 +95,31 @@ def _pickle(path: Path) -> str | None:
     return "is a zip, as torch.save's pickles are, which run code when they are read" if start == ZIP_MAGIC else None
 
 
-def read_within(folder: Path, name: str) -> dict[str, Any]:
-    """`read_object` of a file in an adapter folder. Raises `Refused`, which names the folder too."""
-    try:
-        return read_object(folder / name)
-    except Refused as error:
-        raise Refused(f"{folder}: {error.what}", error.remedy) from error
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file. Raises `Refused` when it is missing, large, deep, ambiguous, or not JSON."""
-    name, size = path.name, _size(path)
-    if size > MOST_JSON:
-        raise Refused(f"{name} has {size} bytes", f"No adapter needs more than {MOST_JSON}: get the adapter again")
-    return _object(path.read_bytes(), name)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a regular file. Raises `Refused` for anything else, of which a pipe or a device is not even opened."""
+    """A JSON object from a small file. Raises `Refused` when it is missing, no regular file, large, deep, or not JSON."""
+    again = "Get the adapter again from where it was made"
+    if path.is_file() and (size := path.stat().st_size) > MOST_JSON:
+        raise Refused(f"{path} has {size:,} bytes, and no adapter needs more than {MOST_JSON:,}", again)
     try:
-        info = path.stat()
-    except OSError as error:
-        raise Refused(f"{path.name} cannot be read ({error.strerror})", "Save the adapter again") from error
-    if not stat.S_ISREG(info.st_mode):
-        raise Refused(f"{path.name} is no regular file", "Get the adapter again from where it was made")
-    return info.st_size
-
-
-def _object(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data, object_pairs_hook=_unambiguous, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else shown(error)
-        raise Refused(
-            f"{name} is not plain JSON: {why}", f"Get the adapter again from where it was made; {name} is damaged"
-        ) from error
-    if _depth(value) > DEEPEST:
-        raise Refused(f"{name} is nested more deeply than {DEEPEST}", "Get the adapter again from where it was made")
-    if not isinstance(value, dict):
-        raise Refused(
-            f"{name} is not a JSON object", f"Get the adapter again from where it was made; {name} is damaged"
-        )
-    return value
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, (dict, list))]:
-        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
-        depth += 1
-    return depth
-
-
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{shown(name)} stands in it twice, so that readers may differ")
-        result[name] = value
-    return result
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
+        return read_json(path, dict)
+    except RunError as error:
+        raise Refused(str(error), again) from error
 
 
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, types and shapes of a safetensors file's tensors.
 
-    safetensors itself refuses offsets that overlap, leave holes or leave the file, shapes that do not fit them, unknown
-    types and deep nesting; the length of the header, which it allows to be 100 MB, and names that stand in it twice,
-    of which it takes one, are checked here. Raises `Refused`.
+    safetensors itself refuses offsets that overlap, leave holes or leave the file, shapes that do not fit them, unknown types and
+    deep nesting. The length of the header, which it allows to be 100 MB, is checked here. Raises `Refused`.
     """
     again = "Get the adapter again from where it was made; the file is damaged or was made to deceive"
-    size = _size(path)
+    if not path.is_file():
+        raise Refused(f"{path.name} is not there, or is no regular file", again)
+    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= min(size - 8, MOST_HEADER):
-            raise Refused(f"{path.name} is no safetensors file: a header of {length} bytes in a file of {size}", again)
-        header = file.read(length)
+        length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size - 8, MOST_HEADER):
+        raise Refused(f"{path.name} is no safetensors file: a header of {length} bytes in a file of {size}", again)
     try:
         with safe_open(path, "pt") as tensors:
             found = {}
@@ -194,7 +128,6 @@ def read_header(path: Path) -> dict[str, Stored]:
                 found[name] = Stored(part.get_dtype(), tuple(part.get_shape()))
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise Refused(f"{path.name} is no safetensors file: {shown(error)}", again) from error
-    _object(header, f"the header of {path.name}")
     if len(found) > MOST_TENSORS or max(map(len, found), default=0) > LONGEST:
         raise Refused(f"{path.name} has {len(found)} tensors, or longer names than any layer has", again)
     return found

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loramox.cli.launched import as_launched
@@ -17,7 +17,7 @@ VERBS = {
     "train": "the first half of unlearn: train the adapter, ΔW",
     "extrapolate": "the second half of unlearn: write the forget adapter, at any alpha, in seconds",
     "evaluate": "score a model, with or without an adapter, on the forget and retain sets",
-    "attack": "try to recover the forgotten rows: relearning, quantizing, other prompts, sampling, base against adapter",
+    "attack": "try to recover the forgotten rows: relearning, quantizing, other forms and contexts, sampling, base against adapter",
     "sweep": "score a run at many alphas, plot the trade-off, and choose an alpha",
     "plan": "estimate memory and time before any weights are loaded, and find settings that fit a GPU",
     "requests": "a ledger of unlearning requests that arrive over time and can be revoked, and one adapter for all of them",
@@ -48,7 +48,7 @@ USAGES = {
     "ship merge": "--adapter A --out DIR",
     "ship gguf": "--adapter A --out FILE.gguf",
     "sweep": "--trained DIR/trained --out DIR/sweep",
-    "extrapolate": "TRAINED --out DIR [--alpha A] [--setting value …]",
+    "extrapolate": "TRAINED --out DIR [--alpha A | --scale S] [--setting value …]",
     "requests build": "LEDGER --out DIR [--setting value …]",
     "requests add LEDGER": "--forget F --retain R [--model M] [--id NAME]",
 }
@@ -82,16 +82,35 @@ def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
     return set(vars(parser.parse_known_args(words)[0]))
 
 
-def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list[str]]:
-    """The parser of a verb, and its words with the recipe replaced by the flags that it stands for."""
+def parser_of(verb: str, kinds: Sequence[type], usage: str) -> Any:
+    """The parser of a verb, or of a step of one, for these kinds of settings."""
     from loramox.cli.help import Parser
 
-    parser = Parser(
-        kinds,
+    description = (VERBS | STEPS)[verb.removesuffix(" LEDGER")]
+    return Parser(kinds, prog=f"loramox {verb}", description=description, usage=f"loramox {verb} {usage}")
+
+
+def plain_parser(verb: str, note: str = "") -> argparse.ArgumentParser:
+    """The parser of a verb, or of a step of one, that has a few flags of its own and no settings."""
+    description = (VERBS | STEPS)[verb] + note
+    return argparse.ArgumentParser(prog=f"loramox {verb}", description=description, allow_abbrev=False)
+
+
+def run_step(verb: str, steps: Mapping[str, Callable[[list[str]], None]], words: list[str]) -> None:
+    """Run the step of a verb that the first word names."""
+    parser = argparse.ArgumentParser(
         prog=f"loramox {verb}",
-        description=(VERBS | STEPS)[verb.removesuffix(" LEDGER")],
-        usage=f"loramox {verb} [RECIPE.yaml] {USAGES[verb]} [--setting value …]",
+        description=VERBS[verb],
+        epilog="steps:\n" + "\n".join(f"  {step:13} {STEPS[f'{verb} {step}']}" for step in steps),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
+    steps[parser.parse_args(words[:1]).step](words[1:])
+
+
+def _read(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, list[str]]:
+    """The parser of a verb, and its words with the recipe replaced by the flags that it stands for."""
+    parser = parser_of(verb, kinds, f"[RECIPE.yaml] {USAGES[verb]} [--setting value …]")
     if words and words[0].endswith((".yaml", ".yml")):
         words = recipe_as_flags(words[0], parser) + words[1:]
     for before, word in itertools.pairwise(words):

@@ -1,19 +1,21 @@
 """evaluate, attack, sweep, report: is it forgotten, is the rest intact, and how far should the adapter go."""
 
-import argparse
-
-from loramox.cli.arguments import VERBS, say, settings_of, speaks
+from loramox.cli.arguments import plain_parser, say, settings_of, speaks
 
 
 def evaluate(words: list[str]) -> None:
     from loramox.data.encode import Tokenisation
     from loramox.data.rows import Columns
-    from loramox.evaluate.evaluate import Asked, Subject, evaluate
+    from loramox.evaluate.asked import Asked
+    from loramox.evaluate.depth import DepthConfig
+    from loramox.evaluate.evaluate import evaluate
+    from loramox.evaluate.harness import HarnessConfig
     from loramox.evaluate.measure import ScoringConfig
     from loramox.evaluate.show import show
+    from loramox.evaluate.subject import Subject
     from loramox.model.config import ModelConfig
 
-    kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns)
+    kinds = (Subject, ModelConfig, Asked, ScoringConfig, Tokenisation, Columns, DepthConfig, HarnessConfig)
     subject, *settings = settings_of("evaluate", words, *kinds)
     summary = evaluate(subject, *settings)
     if speaks():
@@ -47,10 +49,11 @@ def attack(words: list[str]) -> None:
 
 
 def sweep(words: list[str]) -> None:
-    from loramox.evaluate.evaluate import Asked
+    from loramox.evaluate.asked import Asked
     from loramox.evaluate.measure import ScoringConfig
+    from loramox.sweep.config import SweepConfig
     from loramox.sweep.show import show_frontier
-    from loramox.sweep.sweep import FRONTIER, PICTURE, SweepConfig, sweep
+    from loramox.sweep.sweep import FRONTIER, PICTURE, sweep
 
     config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
     frontier = sweep(config, *settings)
@@ -72,14 +75,14 @@ def sweep(words: list[str]) -> None:
         say(f"Rule {config.rule} chooses no {frontier['unit']}: nothing is shipped")
     elif config.ship:
         say(f"[bold]{config.ship}[/] is the forget adapter at {frontier['unit']} = {frontier['chosen']:g}")
-    elif frontier["unit"] == "alpha":
-        say(f"To ship it: loramox extrapolate {config.trained} --alpha {frontier['chosen']:g} --out NEW_FOLDER")
     else:
-        say("To ship it: rerun this command with --ship NEW_FOLDER. Results are cached")
+        say(
+            f"To ship it: loramox extrapolate {config.trained} --{frontier['unit']} {frontier['chosen']:g} --out NEW_FOLDER"
+        )
 
 
 def report(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="loramox report", description=VERBS["report"])
+    parser = plain_parser("report")
     parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, with sweep/ and attack/ in it if they exist.")
     given = parser.parse_args(words)
     from loramox.extras.report import report
@@ -88,6 +91,6 @@ def report(words: list[str]) -> None:
     say(
         made["verdict"],
         *([made["attacked"]] if made["attacked"] else []),
-        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] its summary; both stand alone, without a network",
+        f"[bold]{made['page']}[/] is the page, [bold]{made['summary']}[/] its summary, [bold]{made['facts']}[/] the same for programs",
         *(f"Missing: {what}" for what in made["missing"]),
     )

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 # The group of --help that each class of settings belongs to; those of other classes are in the last one.
 GROUPS = {
-    "Data": ("Data", "Asked", "Columns", "Tokenisation", "ForgettingConfig"),
+    "Data": ("Data", "Asked", "DepthConfig", "Columns", "Tokenisation", "ForgettingConfig"),
     "Model": ("ReferenceConfig", "ModelConfig"),
     "Method": ("UnlearnConfig",),
     "Training": ("FitConfig",),

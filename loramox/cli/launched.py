@@ -6,68 +6,37 @@ layers, which are what is large, are cut by torch's `fully_shard`.
 """
 
 import os
-from typing import Any
 
 from loramox.errors import SettingsError
 
 TRAINING = ("unlearn", "train")
 SHARDING = (*TRAINING, "evaluate")  # they have --shard; a sweep does as its run did
+FSDP, ZERO = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 
-# What else a config may say, by the variable that asks for the cut: the values that go with --shard, and what to say of others.
-BESIDE: dict[str, dict[str, Any]] = {
-    "ACCELERATE_USE_FSDP": {
-        "FSDP_SHARDING_STRATEGY": (
-            ("full_shard", "1"),
-            "fsdp_sharding_strategy: layers are cut over all processes. Say FULL_SHARD",
-        ),
-        "FSDP_RESHARD_AFTER_FORWARD": (
-            ("true", "full_shard"),
-            "fsdp_reshard_after_forward: a process has a layer whole only while it computes with it. Say true",
-        ),
-        "FSDP_OFFLOAD_PARAMS": (("false",), "fsdp_offload_params: layers stay on their GPU. Say false"),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": (
-            ("false",),
-            "use_parallelism_config: processes share rows and layers alone. Say false",
-        ),
-    },
-    "ACCELERATE_USE_DEEPSPEED": {
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": (
-            ("none",),
-            "deepspeed_config_file: it is not read. Say zero_stage: 3 without it",
-        ),
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": (
-            ("3",),
-            "zero_stage: an adapter has few gradients and optimiser states to cut. Say 3, which cuts weights, or leave DeepSpeed out",
-        ),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
-            ("none",),
-            "offload_param_device: layers stay on their GPU. Say none",
-        ),
-    },
-}
+# What else a config may say: beside which, in which variable, the values that go with --shard, and the message for others.
+BESIDE = [
+    (FSDP, "FSDP_SHARDING_STRATEGY", ("full_shard", "1"), "fsdp_sharding_strategy: layers are cut over all processes. Say FULL_SHARD"),
+    (FSDP, "FSDP_RESHARD_AFTER_FORWARD", ("true", "full_shard"),
+     "fsdp_reshard_after_forward: a process has a layer whole only while it computes with it. Say true"),
+    (FSDP, "FSDP_OFFLOAD_PARAMS", ("false",), "fsdp_offload_params: layers stay on their GPU. Say false"),
+    (FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG", ("false",),
+     "use_parallelism_config: processes share rows and layers alone. Say false"),
+    (ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE", ("none",), "deepspeed_config_file: it is not read. Say zero_stage: 3 without it"),
+    (ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE", ("3",),
+     "zero_stage: an adapter has few gradients and optimiser states to cut. Say 3, which cuts weights, or leave DeepSpeed out"),
+    (ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", ("none",), "offload_param_device: layers stay on their GPU. Say none"),
+]  # fmt: skip
 # The same of what matters in training alone, where loramox has a flag for it.
-BESIDE_TRAINING: dict[str, dict[str, Any]] = {
-    "ACCELERATE_USE_FSDP": {
-        "FSDP_ACTIVATION_CHECKPOINTING": (
-            ("false",),
-            "fsdp_activation_checkpointing: say false, and give --activation_checkpointing true to loramox",
-        ),
-    },
-    "ACCELERATE_USE_DEEPSPEED": {
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
-            ("none",),
-            "offload_optimizer_device: say none, and give --optim paged_adamw_8bit to loramox",
-        ),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            ("1", "auto"),
-            "gradient_accumulation_steps: say auto, and give --gradient_accumulation_steps to loramox",
-        ),
-        "ACCELERATE_GRADIENT_CLIPPING": (
-            ("auto", "1", "1.0"),
-            "gradient_clipping: say auto, and give --max_grad_norm to loramox",
-        ),
-    },
-}
+BESIDE_TRAINING = [
+    (FSDP, "FSDP_ACTIVATION_CHECKPOINTING", ("false",),
+     "fsdp_activation_checkpointing: say false, and give --activation_checkpointing true to loramox"),
+    (ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("none",),
+     "offload_optimizer_device: say none, and give --optim paged_adamw_8bit to loramox"),
+    (ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "auto"),
+     "gradient_accumulation_steps: say auto, and give --gradient_accumulation_steps to loramox"),
+    (ZERO, "ACCELERATE_GRADIENT_CLIPPING", ("auto", "1", "1.0"),
+     "gradient_clipping: say auto, and give --max_grad_norm to loramox"),
+]  # fmt: skip
 # What accelerate takes where a config does not say; of the others it is what is fine here.
 UNSAID = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
@@ -77,16 +46,15 @@ def as_launched(verb: str) -> list[str]:
 
     Raises `SettingsError` for what it has beside them that does not go with `--shard`.
     """
-    cut = False
-    for asks, beside in BESIDE.items():
-        if os.environ.get(asks) != "true" or verb not in (*SHARDING, "sweep"):
-            continue
-        for name, (fine, said) in (beside | (BESIDE_TRAINING[asks] if verb in TRAINING else {})).items():
-            value = os.environ.get(name, UNSAID.get(name, fine[0]))
-            if value.lower() not in fine:
-                raise SettingsError(f"accelerate's config has {value} for {said}")
-        from loramox.model.config import several_processes
+    asked = [each for each in (FSDP, ZERO) if os.environ.get(each) == "true"]
+    if not asked or verb not in (*SHARDING, "sweep"):
+        return []
+    for beside, name, fine, said in BESIDE + (BESIDE_TRAINING if verb in TRAINING else []):
+        value = os.environ.get(name, UNSAID.get(name, fine[0]))
+        if beside in asked and value.lower() not in fine:
+            raise SettingsError(f"accelerate's config has {value} for {said}")
+    from loramox.model.config import several_processes
 
-        del os.environ[asks]
-        cut = verb in SHARDING and several_processes()
-    return ["--shard", "true"] if cut else []
+    for each in asked:
+        del os.environ[each]
+    return ["--shard", "true"] if verb in SHARDING and several_processes() else []

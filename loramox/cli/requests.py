@@ -4,26 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from loramox.cli.arguments import STEPS, USAGES, VERBS, given_settings, parse, say, settings_of
+from loramox.cli.arguments import USAGES, given_settings, parse, parser_of, plain_parser, run_step, say, settings_of
 from loramox.cli.training import watched
 
 
 def requests(words: list[str]) -> None:
     steps = {"add": _add, "list": _list, "show": _show, "revoke": _revoke, "refresh": _refresh, "build": _build, "verify": _verify}  # fmt: skip
-    parser = argparse.ArgumentParser(
-        prog="loramox requests",
-        description=VERBS["requests"],
-        epilog="steps:\n" + "\n".join(f"  {step:10} {STEPS[f'requests {step}']}" for step in steps),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
-    steps[parser.parse_args(words[:1]).step](words[1:])
+    run_step("requests", steps, words)
 
 
 def _ledger_parser(step: str, *names: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"loramox requests {step}", description=STEPS[f"requests {step}"], allow_abbrev=False
-    )
+    parser = plain_parser(f"requests {step}")
     parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
     for name in names:
         parser.add_argument(name, metavar=name.upper(), help="Name of the request.")
@@ -130,15 +121,9 @@ def _refresh(words: list[str]) -> None:
 
 def _build(words: list[str]) -> None:
     from loramox.adapter.export import ShippingConfig
-    from loramox.cli.help import Parser
     from loramox.extras.ledger.build import build
 
-    parser = Parser(
-        (ShippingConfig,),
-        prog="loramox requests build",
-        description=STEPS["requests build"],
-        usage=f"loramox requests build {USAGES['requests build']}",
-    )
+    parser = parser_of("requests build", (ShippingConfig,), USAGES["requests build"])
     parser.add_argument("ledger", metavar="LEDGER", help="Folder of the ledger.")
     parser.add_argument("--out", required=True, help="Folder to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")

@@ -1,23 +1,14 @@
 """ship: check, merge or convert a forget adapter for serving."""
 
-import argparse
 import json
 import shlex
 import sys
 
-from loramox.cli.arguments import STEPS, VERBS, say, settings_of, upload
+from loramox.cli.arguments import plain_parser, run_step, say, settings_of, upload
 
 
 def ship(words: list[str]) -> None:
-    steps = {"check": _check, "merge": _merge, "gguf": _gguf, "serve-folder": _serve_folder}
-    parser = argparse.ArgumentParser(
-        prog="loramox ship",
-        description=VERBS["ship"],
-        epilog="steps:\n" + "\n".join(f"  {step:13} {STEPS[f'ship {step}']}" for step in steps),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("step", choices=steps, metavar="STEP", help=", ".join(steps))
-    steps[parser.parse_args(words[:1]).step](words[1:])
+    run_step("ship", {"check": _check, "merge": _merge, "gguf": _gguf, "serve-folder": _serve_folder}, words)
 
 
 def _check(words: list[str]) -> None:
@@ -25,12 +16,8 @@ def _check(words: list[str]) -> None:
     from loramox.extras.check.servers import SERVERS
     from loramox.extras.check.show import show_findings
 
-    parser = argparse.ArgumentParser(
-        prog="loramox ship check",
-        description=f"{STEPS['ship check']}. The folder is not trusted: nothing in it is run. Exits with 0 when it loads on every server in "
-        "--for, with 1 when it does not.",
-        allow_abbrev=False,
-    )
+    trust = ". The folder is not trusted: nothing in it is run. Exits with 0 when it loads on every server in --for, with 1 when it does not"
+    parser = plain_parser("ship check", trust)
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder of the adapter.")
     parser.add_argument("--base", help="Folder or hub id of its base model. Default: the one it names, if it is here.")
     parser.add_argument(
@@ -45,7 +32,7 @@ def _check(words: list[str]) -> None:
 
 
 def _merge(words: list[str]) -> None:
-    from loramox.adapter.card import what_survived
+    from loramox.adapter.merged_card import what_survived
     from loramox.evaluate.show import show_states
     from loramox.extras.hub import PushConfig
     from loramox.extras.merge.job import ForgettingConfig, merge
@@ -81,11 +68,7 @@ def _gguf(words: list[str]) -> None:
 def _serve_folder(words: list[str]) -> None:
     from loramox.extras.serve import serve_folder
 
-    parser = argparse.ArgumentParser(
-        prog="loramox ship serve-folder",
-        description=f"{STEPS['ship serve-folder']}: the adapter, and links to the files of its base.",
-        allow_abbrev=False,
-    )
+    parser = plain_parser("ship serve-folder", ": the adapter, and links to the files of its base")
     parser.add_argument("--adapter", required=True, help="Folder of the forget adapter.")
     parser.add_argument("--out", required=True, help="Folder to write; its name is the model's name in requests.")
     parser.add_argument("--base", help="Folder or hub id of the base model, when it is not where it was in training.")

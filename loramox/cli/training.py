@@ -1,16 +1,15 @@
 """demo, unlearn, train, extrapolate: rows in, a forget adapter out."""
 
-import argparse
 import shlex
 from typing import Any
 
-from loramox.cli.arguments import USAGES, VERBS, parse, say, upload
+from loramox.cli.arguments import USAGES, parse, parser_of, plain_parser, say, upload
 from loramox.cli.planning import fitted
 from loramox.errors import escaped
 
 
 def demo(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="loramox demo", description=VERBS["demo"])
+    parser = plain_parser("demo")
     parser.add_argument("--out", default="runs/demo", help="Folder to write (default: runs/demo).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the rows and of all training (default: 0).")
     parser.add_argument("--overwrite", action="store_true", help="Replace the demo in that folder.")
@@ -38,6 +37,7 @@ def unlearn(words: list[str]) -> None:
     unit = "scale" if shipped["alpha"] is None else "alpha"
     say(
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made_at(shipped['alpha'], record['method'])}, rank {shipped['rank']}",
+        *ended(record),
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {run.out}",
         *not_as_served(reference, run.out, rows),
@@ -67,7 +67,8 @@ def show_side_by_side(record: dict[str, Any]) -> None:
         )
     if retain := found.get("retain"):
         say(
-            f"{retain['kept']} of {retain['asked']} retain questions get the same answer as before; {retain['fluent']} answers are fluent"
+            f"{retain['kept']} of {retain['asked']} retain questions get the same answer as before; {retain['fluent']} answers are fluent, "
+            f"{retain.get('refused', 0)} are refusals"
         )
 
 
@@ -88,6 +89,17 @@ def not_as_served(reference: Any, out: str, rows: str) -> list[str]:
 def made_at(alpha: float | None, method: str) -> str:
     """How far a forget adapter goes, in words."""
     return f"as trained by {method}" if alpha is None else f"alpha = {alpha:g}"
+
+
+def ended(record: dict[str, Any]) -> list[str]:
+    """Whether training ended before its plan, and what `--forget_to` chose."""
+    from loramox.train.target import said
+
+    early, chosen = record.get("ended_early"), record.get("forget_to")
+    return [
+        *([f"Training ended after epoch {early['epoch']:g} ({early['why']})"] if early else []),
+        *([said(chosen)] if chosen and chosen["met"] else []),  # else it is among the warnings
+    ]
 
 
 def watched(record: dict[str, Any]) -> list[str]:
@@ -116,40 +128,42 @@ def train(words: list[str]) -> None:
 
     run, reference, data, args, *settings = fitted("train", words, training_kinds())
     record = train(run, reference, data, args, *settings)
-    what, alpha = "the model trained to forget, as an adapter", ""
-    if args.alpha is not None:
-        what, alpha = "ΔW, of which the forget adapter is made; do not ship it", f" --alpha {args.alpha:g}"
+    what = "ΔW, of which the forget adapter is made; do not ship it"
+    if args.alpha is None:
+        what = "the model trained to forget, as an adapter"
+    far = record.get("forget_to") or {"unit": "alpha", "at": args.alpha}
+    flag = "" if far["at"] is None else f" --{far['unit']} {far['at']:g}"
     say(
         f"[bold]{run.out}/{TRAINED}[/] is {what}",
+        *ended(record),
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record of the run",
-        f"Next, write the forget adapter: loramox extrapolate {shlex.quote(f'{run.out}/{TRAINED}')}{alpha} "
+        f"Next, write the forget adapter: loramox extrapolate {shlex.quote(f'{run.out}/{TRAINED}')}{flag} "
         f"--out {shlex.quote(f'{run.out}/{SHIPPED}')}",
     )
 
 
 def extrapolate(words: list[str]) -> None:
     from loramox.adapter.export import ShippingConfig, extrapolate
-    from loramox.cli.help import Parser
     from loramox.extras.hub import PushConfig
 
-    kinds = (ShippingConfig, PushConfig)
-    parser = Parser(
-        kinds,
-        prog="loramox extrapolate",
-        description=VERBS["extrapolate"],
-        usage=f"loramox extrapolate {USAGES['extrapolate']}",
-    )
+    parser = parser_of("extrapolate", (ShippingConfig, PushConfig), USAGES["extrapolate"])
     parser.add_argument("trained", metavar="TRAINED", help="Folder 'trained' of a run.")
     parser.add_argument(
         "--alpha",
         type=float,
         help="How far to extrapolate, θ_for = θ_ref − alpha·ΔW. Default: the alpha of training. Methods without alpha take none.",
     )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="For a method without alpha: θ_for = θ_ref + scale·ΔW. Default: 1, as trained.",
+    )
     parser.add_argument("--out", required=True, help="Folder to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the adapter in that folder.")
     shipping, pushing, given = parse(parser, words)
-    made = extrapolate(given.trained, given.out, given.alpha, shipping, given.overwrite)
+    made = extrapolate(given.trained, given.out, given.alpha, shipping, given.overwrite, given.scale)
     say(
         f"[bold]{given.out}[/] is the forget adapter: {made_at(made['alpha'], made['method'])}, rank {made['rank']}, "
         f"truncation error {made['truncation_error']:.2g} of ‖ΔW‖",

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, special_tokens
-from loramox.data.rows import Row
+from loramox.data.rows import Row, each_answer
 from loramox.errors import RowsError, SettingsError
 from loramox.settings import check_choices
 
@@ -65,7 +65,8 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
 
     An answer under a chat template ends with the token that the template puts behind it, other answers with the
     end-of-sequence token. Plain text is cut into blocks of max_length tokens, each an example; the last token of a block is also
-    the first of the next, so that every token has one to be predicted from. Everything else is one example a row.
+    the first of the next, so that every token has one to be predicted from. Everything else is one example for each right answer
+    of a row.
 
     Raises:
         RowsError: rows are longer than max_length (or than the model's context) and `long_rows` is refuse; the text of a row has
@@ -81,18 +82,19 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
         raise SettingsError(
             f"max_length is {how.max_length}, and the model's context {context} tokens. Give --max_length no more than that, or leave it out"
         )
+    rows = each_answer(rows)
     limit = how.max_length or context
     block = how.max_length or min(context, TEXT_BLOCK)
     encoder = _Encoder(tokenizer, how)
     encoder.refuse_special(rows)
     encoded = [(row, encoder.encode(row)) for row in rows]
+    long = [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit]
     if how.long_rows == "refuse":
-        _refuse_long(
-            [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit], rows, limit
-        )
+        _refuse_long(long, rows, limit)
+    dropped = {_where(row) for row, _ in long} if how.long_rows == "drop" else set()  # with all their right answers
     examples: list[Example] = []
     for row, (ids, labels) in encoded:
-        if how.long_rows == "drop" and row.prompt is not None and len(ids) > limit:
+        if _where(row) in dropped:
             continue
         size = block if row.prompt is None else limit
         starts = range(0, max(1, len(ids) - 1), size - 1) if row.prompt is None else [0]

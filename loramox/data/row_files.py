@@ -16,7 +16,9 @@ from loramox.errors import RowsError, escaped
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 EXPECTED = "a .json, .jsonl, .csv or .parquet file, or a hub data set owner/name:config"
-MAX_ROWS = 5_000_000  # of a Parquet file, which holds any number of equal rows in a few bytes
+# The most that is read: Python needs several times as much memory. A Parquet file holds any number of equal rows in a few bytes.
+MAX_ROWS = 5_000_000
+MAX_BYTES = 2 << 30
 
 # UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = {
@@ -54,6 +56,17 @@ def check(source: str) -> None:
         raise RowsError(f"{source} is {what}. Expected {EXPECTED}")
     if path.suffix not in FORMATS:
         raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
+    _refuse_large(source, size=path.stat().st_size)
+
+
+def _refuse_large(source: str, rows: int = 0, size: int = 0) -> None:
+    """Raises `RowsError` for more rows, or more bytes of them, than are read."""
+    for much, most, unit in ((rows, MAX_ROWS, "rows"), (size, MAX_BYTES, "bytes")):
+        if much > most:
+            raise RowsError(
+                f"{source} has more than {most:,} {unit}, the most that are read. Write the rows and columns that you need to a file of "
+                "their own, such as a random sample of the retain rows"
+            )
 
 
 def load(source: str) -> list[dict[str, Any]]:
@@ -90,40 +103,53 @@ def _from_hub(source: str) -> list[dict[str, Any]]:
 
     name, config, split = [*source.split(":"), "", ""][:3]
     try:
-        return load_dataset(name, config or None, split=split or "train").to_list()
-    except (OSError, ValueError) as error:
+        found = load_dataset(name, config or None, split=split or "train")
+        _refuse_large(source, len(found), found.data.nbytes)
+        return found.to_list()
+    except RowsError:
+        raise
+    except Exception as error:  # of the hub, the network, pyarrow or a damaged file
         raise RowsError(
             f"{source} is no file, and as a hub data set (owner/name:config:split) it failed: {error}"
         ) from error
 
 
 def _read_parquet(source: str, path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException
+    from pyarrow import DictionaryArray
     from pyarrow.parquet import ParquetFile
 
-    failures = (ArrowException, OSError, ValueError, OverflowError)
+    records: list[dict[str, Any]] = []
+    size, column = 0, ""
     try:
         with ParquetFile(path) as file:
-            if file.metadata.num_rows > MAX_ROWS:
-                raise RowsError(
-                    f"{source} has {file.metadata.num_rows:,} rows, and at most {MAX_ROWS:,} are read. Write those that you need to a file "
-                    "of their own, such as a random sample of the retain rows"
-                )
-            table = file.read()
+            _refuse_large(source, file.metadata.num_rows)
+            _refuse_repeated(source, file.schema_arrow.names)
+            for group in range(file.metadata.num_row_groups):
+                for batch in file.iter_batches(_rows_at_a_time(file.metadata.row_group(group)), row_groups=[group]):
+                    columns = {}
+                    for column in batch.schema.names:
+                        stored = batch.column(column)
+                        stored = stored.dictionary_decode() if isinstance(stored, DictionaryArray) else stored
+                        size += stored.nbytes
+                        _refuse_large(source, size=size)
+                        columns[column] = stored.to_pylist()
+                    records += [
+                        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+                    ]
+                    column = ""
     except RowsError:
         raise
-    except failures as error:
-        raise RowsError(f"{source} cannot be read as parquet: {error}. Write it again, or as .jsonl") from error
-    _refuse_repeated(source, table.column_names)
-    columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        try:
-            columns[name] = column.to_pylist()
-        except failures as error:  # such as a time in the year 30,000
-            raise RowsError(
-                f"{source}: its column '{name}' cannot be read: {error}. Correct or remove that column"
-            ) from error
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    except Exception as error:  # such as a time in the year 30,000; pyarrow may raise anything of a damaged file
+        what = f": its column '{column}' cannot be read" if column else " cannot be read as parquet"
+        todo = "Correct or remove that column" if column else "Write it again, or as .jsonl"
+        raise RowsError(f"{source}{what}: {error or type(error).__name__}. {todo}") from error
+    return records
+
+
+def _rows_at_a_time(group: Any) -> int:
+    """So few that they fit `MAX_BYTES` even if each has the longest value that a row group of this size can hold."""
+    longest = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=1)
+    return max(1, min(1 << 16, MAX_BYTES // max(1, longest)))
 
 
 def _decoded(source: str, path: Path) -> str:

@@ -32,9 +32,7 @@ class Data:
         metadata={"help": "Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split]."}
     )
     retain: str = field(
-        metadata={
-            "help": "Rows whose answers are to stay as they are, in any of the same forms; or auto: the reference writes them itself."
-        }
+        metadata={"help": "Rows to retain, in any of the same forms, or auto: the model writes them itself."}
     )
     drop_overlap: bool = field(
         default=False, metadata={"help": "Leave out retain rows that are also forget rows, instead of refusing them."}
@@ -72,6 +70,7 @@ class Row:
     answer: str
     prompt: str | tuple[dict[str, str], ...] | None = None
     wanted: str | None = None
+    other_answers: tuple[str, ...] = ()  # right too: all are trained on, and the best counts
     verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
     ends: bool = True  # False: a piece of a longer text, after which no end of sequence is put
     # For evaluation alone, from TOFU's columns paraphrased_answer, perturbed_answer and paraphrased_question.
@@ -80,6 +79,10 @@ class Row:
     paraphrased_prompt: str | None = None
     given_words: int = 0  # so many first words of the answer count as part of the question
     as_served: bool = False  # behind the prompt of a server, even where training has another (see `loramox.data.chat`)
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        return (self.answer, *self.other_answers)
 
     def identity(self) -> str:
         """Prompt and answer, white space aside: finds the row again in records, also in those of earlier versions.
@@ -213,9 +216,11 @@ class _Reader:
         return self._answer(number, record, turns[:-1], turns[-1]["content"])
 
     def _answer(self, number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
-        answer = self._text(number, "answer", answer)
+        several = answer if isinstance(answer, list) and answer and prompt is not None else [answer]
+        answer, *others = dict.fromkeys(self._text(number, "answer", each) for each in several)
         wanted = self._text(number, f"wanted answer in '{self.wanted}'", record[self.wanted]) if self.wanted else None
-        return Row(self.source, number, answer, prompt, wanted=wanted, **more, **self._variants(number, record))
+        more |= {"other_answers": tuple(others), **self._variants(number, record)}
+        return Row(self.source, number, answer, prompt, wanted=wanted, **more)
 
     def _variants(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
         """What TOFU's perturbed rows have besides question and answer."""
@@ -235,9 +240,7 @@ class _Reader:
             self.numbers.append((number, text))
             return text
         if isinstance(value, list):
-            raise RowsError(
-                f"{where}: its {what} is a list of {len(value)}. Give one row for each {what}, and repeat the rest"
-            )
+            raise RowsError(f"{where}: its {what} is a list of {len(value)}. Expected one text")
         missing = value is None or (isinstance(value, str) and not value.strip()) or value != value  # NaN
         if missing and not (may_be_blank and isinstance(value, str)):
             raise RowsError(
@@ -272,11 +275,12 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
     Raises:
         RowsError: a row is in both, or no retain row is left.
     """
-    forgotten = {row.key() for row in forget}
-    kept = [row for row in retain if row.key() not in forgotten]
-    shared = len(retain) - len(kept)
+    again = also_in(retain, forget)
+    known = {id(row) for row in again}
+    kept = [row for row in retain if id(row) not in known]
+    shared = len(again)
     if shared and not drop:
-        first = next(row for row in retain if row.key() in forgotten)
+        first = again[0]
         raise RowsError(
             f"{shared} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}), case and white space "
             "aside. A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
@@ -288,6 +292,21 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
     return kept
 
 
+def each_answer(rows: Iterable[Row]) -> list[Row]:
+    """The rows with one answer each: a row of several right answers once for each of them."""
+    alone: list[Row] = []
+    for row in rows:
+        several = row.right_answers if row.other_answers else ()
+        alone += [replace(row, answer=answer, other_answers=()) for answer in several] or [row]
+    return alone
+
+
+def also_in(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
+    """Those of `rows` that have a question and a right answer in common with one of `others`."""
+    known = {each.key() for each in each_answer(others)}
+    return [row for row in rows if any(each.key() in known for each in each_answer([row]))]
+
+
 def question_of(row: Row) -> str:
     """The text that a row asks: its prompt, or all turns of its chat; empty for plain text."""
     return row.prompt if isinstance(row.prompt, str) else " ".join(turn["content"] for turn in row.prompt or ())
@@ -295,13 +314,13 @@ def question_of(row: Row) -> str:
 
 def wanted_rows(forget: Iterable[Row]) -> list[Row]:
     """The forget rows with the wanted answer in the place of theirs, for targeted unlearning."""
-    return [replace(row, answer=row.wanted, wanted=None) for row in forget if row.wanted is not None]
+    return [replace(row, answer=row.wanted, wanted=None) for row in each_answer(forget) if row.wanted is not None]
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
     """SHA-256 over the rows' contents in order: tells whether two runs saw the same data, and no more."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in each_answer(rows):
         digest.update(json.dumps([row.prompt, row.answer, row.wanted], ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()

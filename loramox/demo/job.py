@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 from rich.console import Console
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loramox.adapter.switch import ForgetSwitch
@@ -20,6 +18,7 @@ from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.files import LOCK, has_files, locked, read_json, remove, write_json
+from loramox.model.generation import continuations
 from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig
@@ -72,22 +71,20 @@ def claim(out: Path, seed: int, overwrite: bool) -> None:
 
 def _check_demo(out: Path) -> None:
     """Raises `RunError` unless everything in the folder was written by a demo, so that it may be deleted."""
-    foreign = RunError(f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder")
-    if not (out / RECORD).is_file():
-        raise foreign
-    record = read_json(out / RECORD)
+    record = read_json(out / RECORD) if (out / RECORD).is_file() else None
     if not isinstance(record, dict) or not {"status", "seed"} <= record.keys():
-        raise foreign
-    ours = {rows_file(out, part).name for part in ("forget", "retain")}
-    others = [
-        path for path in out.iterdir() if path.name not in CONTENTS | {LOCK} and not path.name.endswith(".partial")
-    ]
-    others += [path for path in (out / "rows").glob("*") if path.name not in ours]
-    others += [path for path in out.iterdir() if path.is_symlink()]
+        raise RunError(f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder")
+    rows = {rows_file(out, part).name for part in ("forget", "retain")}
+    others = [path for path in (out / "rows").glob("*") if path.name not in rows]
+    others += [path for path in out.iterdir() if path.is_symlink() or not _of_demo(path.name)]
     if others:
         raise RunError(
             f"--out {out} holds a demo, and {others[0]}, which is not of it. Move that, or choose another folder"
         )
+
+
+def _of_demo(name: str) -> bool:
+    return name in (*CONTENTS, LOCK) or name.endswith(".partial")
 
 
 def make(console: Console, out: Path, seed: int) -> dict[str, Any]:
@@ -159,12 +156,12 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
     shown = {part: examples[every] for part, examples in parts.items()}
     with switch.off():
         probabilities = {"reference": probability(model, parts)}
-        before = {part: answers(model, tokenizer, rows, f"reference, {part}") for part, rows in shown.items()}
+        before = {part: answers(model, tokenizer, rows) for part, rows in shown.items()}
     with switch.on():
         probabilities["forget model"] = probability(model, parts)
-        after = {part: answers(model, tokenizer, rows, f"forget model, {part}") for part, rows in shown.items()}
+        after = {part: answers(model, tokenizer, rows) for part, rows in shown.items()}
     probabilities["retrained"] = probability(retrained, parts)
-    never = {part: answers(retrained, tokenizer, rows, f"retrained, {part}") for part, rows in shown.items()}
+    never = {part: answers(retrained, tokenizer, rows) for part, rows in shown.items()}
     facts_shown = {"forget": world.forget[every], "retain": world.retain[every]}
     return {
         "probability": probabilities,
@@ -184,18 +181,12 @@ def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, f
 
 
 def answers(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], describe: str
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[str]:
     """The model's answers to the questions of some examples, decoded greedily."""
-    model.eval()
-    texts = []
-    for example in tqdm(examples, desc=describe, leave=False):
-        question = [
-            token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED
-        ]
-        ids = torch.tensor([question])
-        generated = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, do_sample=False
-        )
-        texts.append(tokenizer.decode(generated[0, len(question) :], skip_special_tokens=True).strip())
-    return texts
+    questions = [
+        [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED]
+        for example in examples
+    ]
+    said = continuations(model, tokenizer, questions, LONGEST_ANSWER, [tokenizer.eos_token_id])
+    return [text.strip() for text in said]

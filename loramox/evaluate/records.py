@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loramox.data.encode import DEFAULT_TEMPLATE
 from loramox.errors import RunError
-from loramox.evaluate.measure import Record
+from loramox.evaluate.ability import NEIGHBOURS
+from loramox.evaluate.measure import Questions, Record
 from loramox.evaluate.summary import Summary
-from loramox.files import as_json, read_json, replacing, sha256_of, write_json
+from loramox.files import LOCK, as_json, read_json, replacing, sha256_of, write_json
 
 RECORDS = "records.jsonl"
 SUMMARY = "summary.json"
@@ -64,6 +66,67 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
                 "retrained model again on the same files"
             )
     return found if like else records
+
+
+def read_retrained(
+    folders: Sequence[str] | None,
+    questions: Questions,
+    reference: dict[str, Any] | None,
+    template: str | None,
+) -> list[list[Record]]:
+    """Each retrained model's records of the same rows.
+
+    Raises `RunError` for records of other rows, of other wrong answers or another prompt template; for those of `reference`,
+    which knows the forget rows; and for two evaluations of one model.
+    """
+    # Neighbours are picked anew for each evaluation's retain rows, and nothing is compared by them.
+    like = [identity for identity in questions.identities() if not identity["part"].endswith(NEIGHBOURS)]
+    own = None if questions.tokenizer.chat_template else DEFAULT_TEMPLATE
+    found: list[list[Record]] = []
+    models: dict[str, str] = {}  # weights → folder
+    for folder in folders or ():
+        found.append(read_records(Path(folder), like=like))
+        summary = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / SUMMARY
+        about = read_json(summary, dict) if summary.is_file() else {}
+        check_template(Path(folder), about, template, own)
+        theirs = about.get("base") or {}
+        if reference and reference["weights"] is not None and theirs.get("weights") == reference["weights"]:
+            raise RunError(
+                f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
+                "model that was trained without the forget rows: loramox evaluate --model RETRAINED_MODEL, with the same rows"
+            )
+        if theirs.get("weights") in models:
+            raise RunError(
+                f"--retrained {models[theirs['weights']]} and {folder} are evaluations of the same model. Give one model per seed of retraining"
+            )
+        models |= {theirs["weights"]: folder} if theirs.get("weights") else {}
+    return found
+
+
+def first_and_others(retrained: list[list[Record]]) -> tuple[list[Record], list[list[Record]]]:
+    """The records that tests are made against, and those that show what is chance; as `summarise` takes them."""
+    return (retrained[0], retrained[1:]) if retrained else ([], [])
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises `RunError` unless evaluations may be written to `out`."""
+    if out.is_file():
+        raise RunError(f"--out {out} is a file. Give a folder")
+    if (out / SUMMARY).exists() and not overwrite:
+        raise RunError(
+            f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"
+        )
+    ours = {LOCK, RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
+    if out.exists() and any(p.name not in ours for p in out.iterdir()):
+        raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
+
+
+def make_out(out: Path) -> None:
+    """Make the folder. Raises `RunError` when it cannot be: now, and not when everything has been scored."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
 
 
 def check_template(folder: Path, theirs: dict[str, Any], template: str | None, own: str | None) -> None:

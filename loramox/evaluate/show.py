@@ -7,6 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from loramox.evaluate.metric import REFERENCE, RETRAINED
+
+SHORT = {REFERENCE: "adapter off", RETRAINED: "retrained model"}  # what a metric is compared to
 LEAKS = {"rouge_l": "ROUGE-L", "key_words": "key words"}  # by what a sampled answer leaks
 
 
@@ -19,7 +22,9 @@ def show_states(states: list[dict[str, Any]]) -> None:
         "forget_extraction_strength": "extracted",
         "forget_rouge_l": "ROUGE-L",
         "retain_probability": "retain\np",
-    } | ({"rouge_l_beyond_base": "beyond\nbase"} if any(s["attack"] == "pair" for s in states) else {})
+    }
+    some = {"leak": "leak", "rouge_l_beyond_base": "beyond\nbase"}  # columns of some attacks alone
+    columns |= {name: head for name, head in some.items() if any(name in s["metrics"] for s in states)}
     table = _table("attack, state", columns.values())
     for apart in (None, "reference model", "retrained model"):
         for state in (s for s in states if _other_model(s) == apart and set(columns) & s["metrics"].keys()):
@@ -65,13 +70,39 @@ def show_absent(absent: dict[str, str]) -> None:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print every metric with its direction and number of rows, and what is absent with the reason."""
-    table = _table(Column("metric", no_wrap=True), ("value", "n"), "better", "compared to")
+    """Print every metric with its interval, number of rows and direction; what tests say, general ability, and what is absent."""
+    table = _table(Column("metric", no_wrap=True), ("value", "95 %", "n"), "better", "compared to")
     for name, metric in summary["metrics"].items():
-        value, compared = f"{metric['value']:.4g}", metric["reference"] or ""
-        table.add_row(name, value, str(metric["n"]), metric["direction"], compared)
-    Console().print(table)
+        compared = SHORT.get(metric["reference"], metric["reference"] or "")
+        numbers = (f"{metric['value']:.4g}", _between(metric), str(metric["n"]))
+        table.add_row(name, *numbers, metric["direction"], compared)
+    console = Console()
+    console.print(table)
+    for name, metric in summary["metrics"].items():
+        if "reading" in metric:
+            console.print(f"{name.removesuffix('_equivalence')}: {metric['reading']}", highlight=False)
+    if general := summary["metrics"].get("general_ability"):
+        between = f" ({_between(general)})" if "interval" in general else ""
+        told = f"{general['value']:.3f}{between} of the reference's, the {general['source']}"
+        console.print(f"general ability: {told}", highlight=False)
+    if "depth" in summary:
+        _show_layers(summary["depth"]["layers"])
     show_absent(summary["absent"])
+
+
+def _between(metric: dict[str, Any]) -> str:
+    low, high = metric.get("interval") or (None, None)
+    return "" if low is None else f"{low:.3g} to {high:.3g}"
+
+
+def _show_layers(layers: list[dict[str, Any]]) -> None:
+    """Print for each layer what the retrained and the forget model lack there, and which share of it is erased."""
+    table = _table("layer", ("rows", "retrained\nlacks", "forget\nlacks", "erased"))
+    for each in layers:
+        lacks = (f"{each[model]:.3f}" for model in ("retrained", "forget"))
+        erased = "" if each["erased"] is None else f"{each['erased']:.3f}"
+        table.add_row(str(each["layer"]), str(each["rows"]), *lacks, erased)
+    Console().print(table)
 
 
 def _table(name: str | Column, numbers: Iterable[str], *words: str) -> Table:

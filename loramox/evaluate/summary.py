@@ -1,12 +1,13 @@
 """From records, one a row, to metrics: each with its value, direction, number of rows, reference and source."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from loramox.evaluate import membership
-from loramox.evaluate.measure import Record
+from loramox.evaluate.ability import NOT_RETAINED, TaskScores, add_ability
+from loramox.evaluate.equivalence import add_equivalence
+from loramox.evaluate.metric import REFERENCE, RETRAINED, Metric, Record, Summary, by_part, values
 from loramox.evaluate.row_metrics import ROW_METRICS
 from loramox.evaluate.truth_ratio import (
     forget_quality,
@@ -16,32 +17,9 @@ from loramox.evaluate.truth_ratio import (
     truth_preferred,
 )
 
-RETRAINED = "records of the retrained model"
 HOLDOUT = "holdout rows"
 UTILITY = ("retain", "real_authors", "world_facts")  # parts of model utility
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
-
-
-class Metric(NamedTuple):
-    """One number, and what is needed to read it."""
-
-    value: float
-    direction: str  # what is better: higher, lower, or nearer to a number
-    n: int  # rows
-    reference: str | None  # what it was compared to
-    source: str
-    interval: tuple[float, float] | None = None  # 95 % by the bootstrap over rows, of metrics that have one
-
-    def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in self._asdict().items() if name != "interval" or value}
-
-
-class Summary(NamedTuple):
-    metrics: dict[str, Metric]
-    absent: dict[str, str]  # metrics that could not be taken, and what they lack
-
-    def as_json(self) -> dict[str, Any]:
-        return {"metrics": {name: m.as_json() for name, m in self.metrics.items()}, "absent": self.absent}
 
 
 # Fields of which the mean over a part's rows is a metric, and their sources; those of `ROW_METRICS` are others.
@@ -53,35 +31,39 @@ MEANS = {
 }
 
 # What is better for the means of a part; for every other, more.
-BETTER = {"holdout": "none: rows never seen, to compare with"} | dict.fromkeys(
-    ("forget", "verbmem", "knowmem_forget"), "lower"
-)
+BETTER = dict.fromkeys(NOT_RETAINED, "lower") | {"holdout": "none: rows never seen, to compare with"}
 
 
-def summarise(records: Sequence[Record], retrained: Sequence[Record] = ()) -> Summary:
-    """The metrics of one model's records; of those that need a retrained model, `retrained` are its records of the same rows."""
-    parts = _by_part(records)
+def summarise(
+    records: Sequence[Record],
+    retrained: Sequence[Record] = (),
+    others: Sequence[Sequence[Record]] = (),
+    share: float = 0.1,
+    tasks: Mapping[str, TaskScores] | None = None,
+) -> Summary:
+    """The metrics of one model's records.
+
+    Args:
+        records: one for each row.
+        retrained: a retrained model's records of the same rows, if there is one.
+        others: those of further retrained models, which show how much two of them differ by chance.
+        share: bound of the equivalence test, as a share of the distance between the reference and the retrained model.
+        tasks: scores of lm-evaluation-harness, by task.
+    """
+    parts = by_part(records)
     metrics: dict[str, Metric] = {}
     absent: dict[str, str] = {}
     for part, rows in parts.items():
         _means(part, rows, metrics, absent)
     if "forget" in parts:
-        _forget_quality(parts["forget"], _by_part(retrained).get("forget"), metrics, absent)
-        _membership(parts, _by_part(retrained), metrics, absent)
+        theirs = by_part(retrained)
+        _forget_quality(parts["forget"], theirs.get("forget"), metrics, absent)
+        each = [found["forget"] for found in (theirs, *map(by_part, others)) if "forget" in found]
+        add_equivalence(parts["forget"], each, share, metrics, absent)
+        _membership(parts, theirs, metrics, absent)
     _utility(parts, metrics, absent)
+    add_ability(parts, tasks or {}, metrics, absent)
     return Summary(metrics, absent)
-
-
-def values(records: Sequence[Record], name: str) -> np.ndarray:
-    """The field `name` of those records that have it."""
-    return np.array([r[name] for r in records if name in r], dtype=float)
-
-
-def _by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
-    parts: dict[str, list[Record]] = {}
-    for record in records:
-        parts.setdefault(record["part"], []).append(record)
-    return parts
 
 
 def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
@@ -98,7 +80,7 @@ def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: di
     kl = values(rows, "kl")
     if part == "retain" and len(kl):
         source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
-        metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), "the same model, adapter off", source)
+        metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
     elif part == "retain":
         absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
     text = [r for r in rows if r["plain_text"]]
@@ -127,7 +109,9 @@ def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: di
         )
 
 
-def _forget_quality(forget, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+def _forget_quality(
+    forget: list[Record], retrained: list[Record] | None, metrics: dict[str, Metric], absent: dict[str, str]
+) -> None:
     ratios = values(forget, "truth_ratio")
     wanting = [] if len(ratios) else ["wrong answers to the forget rows (column perturbed_answer)"]
     wanting += [f"{RETRAINED} (--retrained)"] if retrained is None else []
@@ -163,7 +147,12 @@ def _compare(
         absent[name] = str(error)
 
 
-def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+def _membership(
+    parts: dict[str, list[Record]],
+    retrained: dict[str, list[Record]],
+    metrics: dict[str, Metric],
+    absent: dict[str, str],
+) -> None:
     names = [*ATTACKS, "mia_reference"]
     if "holdout" not in parts:
         absent |= dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)")
@@ -194,7 +183,7 @@ def _membership(parts, retrained, metrics: dict[str, Metric], absent: dict[str, 
     _compare("priv_leak", priv_leak, scores, ("nearer to 0", n, RETRAINED, source), metrics, absent)
 
 
-def _utility(parts, metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+def _utility(parts: dict[str, list[Record]], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
     whats = ("probability", "rouge_l", "truth_ratio")
     nine = [f"{part}_{what}" for part in UTILITY for what in whats]
     missing = [name for name in nine if name not in metrics]

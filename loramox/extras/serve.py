@@ -37,8 +37,7 @@ def serve_folder(
     folder = fetch(model)
     read_stored(adapter)  # before anything is written
     files = {*beside(folder), *(shard.path for shard in read_shards(folder))}
-    with replacing(out) as partial:
-        partial.mkdir()
+    with replacing(out, folder=True) as partial:
         for path in files:
             (partial / path.name).symlink_to(path.resolve())
         for name in (WEIGHTS, PROVENANCE, CARD, CONFIG):

@@ -48,7 +48,7 @@ class ModelConfig:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of what is not quantized, and of the arithmetic. auto: bfloat16 on a GPU (float16 on one without it), float32 on a CPU.",
+            "help": "Type of the weights that are not quantized, and of the arithmetic. auto: bfloat16 on a GPU (float16 on one without it), float32 on a CPU.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -61,7 +61,7 @@ class ModelConfig:
     shard: bool = field(
         default=False,
         metadata={
-            "help": "Cut the frozen layers over the processes of torchrun or accelerate launch, for a model that one device cannot hold."
+            "help": "Split the frozen layers among the processes of torchrun or accelerate launch, for a model that one device cannot hold."
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})

@@ -38,7 +38,7 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
             trust_remote_code=reference.trust_remote_code,
             dtype=dtype,
             device_map={"": "cpu" if reference.shard else device},
-            quantization_config=_quantization(reference, dtype),
+            quantization_config=quantization(reference.quantization, dtype, reference.shard),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused here, by name
         )
@@ -90,17 +90,18 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _quantization(reference: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if reference.quantization == "nf4":
+def quantization(kind: str | None, dtype: torch.dtype, shard: bool = False) -> BitsAndBytesConfig | None:
+    """How bitsandbytes quantizes weights while they are loaded: nf4 (with double quantization) or int8; None for others."""
+    if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             # What is cut over processes must be of a type that torch takes for a parameter, which bytes are not.
-            bnb_4bit_quant_storage=dtype if reference.shard else torch.uint8,
+            bnb_4bit_quant_storage=dtype if shard else torch.uint8,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if reference.quantization == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else None
 
 
 def keep_4bit_weights_in_place(model: nn.Module) -> None:

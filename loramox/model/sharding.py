@@ -26,7 +26,7 @@ def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     The adapters must be on it already: they stay whole. Raises `ModelError` for a model whose layers cannot be told.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = _layers(causal_lm)
+    layers = layers_of(causal_lm)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     of_adapter = [p for name, p in model.named_parameters() if "lora_" in name]
     for layer in layers:
@@ -44,13 +44,14 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def _layers(causal_lm: PreTrainedModel) -> nn.ModuleList:
+def layers_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, first to last. Raises `ModelError` when it has no list of them."""
     depth = causal_lm.config.get_text_config().num_hidden_layers
     for module in backbone(causal_lm).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ModelError(
-        f"--shard: {type(causal_lm).__name__} has no list of its {depth} layers that could be cut over the processes. Say --shard false"
+        f"{type(causal_lm).__name__} has no list of its {depth} layers, which --shard cuts and --depth reads. Say --shard false, leave out --depth"
     )
 
 

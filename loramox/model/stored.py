@@ -12,39 +12,46 @@ LFS = b"version https://git-lfs"
 AGAIN = "Download the model again, all of its files"
 
 
-def check_weights(name: str) -> None:
-    """Raises `ModelError` when a folder's weights are missing, cut off, incomplete or Git LFS pointers; nothing for a hub id."""
+def check_weights(name: str | Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder; none for a hub id.
+
+    Raises:
+        ModelError: they are missing, cut off, incomplete or Git LFS pointers.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return
-    single, index = _single_or_index(folder)
-    if single is None and index is None:
-        raise ModelError(
-            f"{name} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there. {AGAIN}"
-        )
-    for file, expected in ({single: set()} if single else _shards(index)).items():
-        _check_file(file, expected)
-
-
-def _single_or_index(folder: Path) -> tuple[Path | None, Path | None]:
-    """The one file, or the index of several, that transformers loads."""
+        return []
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / single).is_file():
-            return folder / single, None
-        if (folder / index).is_file():
-            return None, folder / index
-    return None, None
+            files = {folder / single: set()}
+        elif (folder / index).is_file():
+            files = _shards(folder / index)
+        else:
+            continue
+        for file, expected in files.items():
+            _check_file(file, expected)
+        return sorted(files)
+    raise ModelError(
+        f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there. {AGAIN}"
+    )
+
+
+def shard_names(index: Path) -> dict[str, set[str]]:
+    """The files that an index names, each with the tensors that it is to have. Raises `ModelError` for what is no index."""
+    _refuse_pointer(index)
+    try:
+        shards: dict[str, set[str]] = {}
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).name != file:
+                raise ValueError(f"{file} is no file of its folder")
+            shards.setdefault(file, set()).add(tensor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of weights ({error!r}). {AGAIN}") from error
+    return shards
 
 
 def _shards(index: Path) -> dict[Path, set[str]]:
-    """The tensors that each file is to have."""
-    _refuse_pointer(index)
-    try:
-        shards: dict[Path, set[str]] = {}
-        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            shards.setdefault(index.parent / file, set()).add(tensor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of weights ({error!r}). {AGAIN}") from error
+    shards = {index.parent / name: tensors for name, tensors in shard_names(index).items()}
     missing = [file.name for file in shards if not file.is_file()]
     if missing:
         raise ModelError(

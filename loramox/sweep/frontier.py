@@ -11,6 +11,8 @@ GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 FURTHER = 1.5  # times the largest value, where the search has to go beyond it
 
+FORGOTTEN = 0.5  # a value forgets where forget rows have at most this share of the reference's probability
+
 # A frontier whose two curves are never further apart than this share spares nothing: see `poor_direction`.
 PARTED = 0.25
 
@@ -82,7 +84,7 @@ def beside(values: Sequence[float], best: float) -> float:
 
 def still_known(at: float, forget: float, reference: float, axis: Axis) -> str | None:
     """What to do where forget rows keep more than half of the reference's probability at the chosen value."""
-    if forget <= reference / 2:
+    if forget <= FORGOTTEN * reference:
         return None
     return (
         f"at {axis.unit} = {at:g} the forget rows' answers keep {forget:.2g} of the reference's {reference:.2g}: they are not forgotten. Train "

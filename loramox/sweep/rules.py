@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loramox.sweep.frontier import Axis
+from loramox.sweep.frontier import FORGOTTEN, Axis
 
 RESAMPLES = 200
 LEVEL = 0.05  # two sets of rows cannot be told apart when a test's p-value, or an interval's error, is above it
@@ -25,8 +25,21 @@ class Choice(NamedTuple):
     nearest: float | None = None  # `at`, or where the rule refuses, the value that comes nearest
 
 
-def within_budget(values: Sequence[float], retain: Rows, reference: Rows, budget: float, axis: Axis) -> Choice:
-    """The largest value, up to the axis' ceiling, at which retain rows lose at most a share `budget` of their mean probability.
+def allowance(reference: Rows, budget: float) -> float:
+    """How much mean probability retain rows may lose: a share `budget` of the reference's, or what its own mean loses at the 5 %
+    quantile of resampled rows, where that is more. A smaller loss cannot be told from the choice of the rows.
+    """
+    drawn = np.random.default_rng(0).integers(0, len(reference), (RESAMPLES, len(reference)))
+    return float(max(budget * reference.mean(), reference.mean() - np.quantile(reference[drawn].mean(1), LEVEL)))
+
+
+def within_budget(
+    values: Sequence[float], retain: Rows, reference: Rows, budget: float, axis: Axis, forget: Rows, known: Rows
+) -> Choice:
+    """The largest value, up to the axis' ceiling, that forgets and at which retain rows lose at most their `allowance`.
+
+    A value forgets where forget rows have at most half of the reference's probability. If none that forgets keeps the retain
+    rows, the tie-break is the one that costs them least. If none forgets, the rule refuses.
 
     The ceiling is for methods that train the model that ships: beyond the value trained for, forget rows fall further than in a
     model that never knew them. Values above it count only where none below it was measured. Smaller ones may keep less: retain
@@ -34,34 +47,101 @@ def within_budget(values: Sequence[float], retain: Rows, reference: Rows, budget
 
     Args:
         values: alphas or scales, ascending.
-        retain: the rows' probabilities at each of them, [values, rows].
+        retain: the retain rows' probabilities at each of them, [values, rows].
         reference: those of the reference model, [rows].
+        forget, known: the same of the forget rows.
     """
-
     below = sum(value <= axis.ceiling for value in values)
     if 0 < below < len(values):
-        values, retain = values[:below], retain[:below]
+        values, retain, forget = values[:below], retain[:below], forget[:below]
+    allowed = allowance(reference, budget)
 
-    def pick(rows: np.ndarray) -> int | None:
-        kept = retain[:, rows].mean(1) >= (1 - budget) * reference[rows].mean()
-        return int(np.flatnonzero(kept)[-1]) if kept.any() else None
+    def pick(rows: np.ndarray, others: np.ndarray) -> int | None:
+        left = retain[:, rows].mean(1)
+        forgets = np.isfinite(left) & (forget[:, others].mean(1) <= FORGOTTEN * known[others].mean())
+        both = np.flatnonzero(forgets & (left >= reference[rows].mean() - allowed))
+        return int(both[-1]) if len(both) else int(np.where(forgets, left, -1).argmax()) if forgets.any() else None
 
-    at = pick(np.arange(retain.shape[1]))
-    floor = (1 - budget) * reference.mean()
+    sizes = retain.shape[1], forget.shape[1]
+    at = pick(*map(np.arange, sizes))
     if at is None:
+        means = np.nan_to_num(forget.mean(1), nan=math.inf)
+        least = int(means.argmin())
         return refusal(
             "budget",
-            f"no {axis.unit} keeps retain probability at {floor:.4f} ({100 * budget:.3g} % below the reference's): at {values[0]:g}, the "
-            f"least measured, it is {retain[0].mean():.4f}. Measure smaller values ({axis.flag}), or train again with a higher --retain_weight",
+            f"at no {axis.unit} measured are the forget rows forgotten: nearest is {values[least]:g}, where their answers keep {means[least]:.2g} of "
+            f"the reference's {known.mean():.2g}, more than half. Train longer (--num_train_epochs), or measure other values ({axis.flag})",
+            float(values[least]) if math.isfinite(means[least]) else None,
         )
-    if at + 1 < len(values):
-        beyond = f"; {values[at + 1]:g} costs more"
-    elif axis.ceiling < math.inf:
-        beyond = f"; beyond {axis.ceiling:g}, the value trained for, forget rows would fall further than intended"
+    left, before = retain[at].mean(), reference.mean()
+    within = f"within {100 * budget:.3g} % of the reference's {before:.4f}"
+    if allowed > budget * before:
+        within = (
+            f"within {allowed:.2g} of the reference's {before:.4f}, as much as the reference itself loses on resampled rows, which is "
+            f"more than {100 * budget:.3g} %"
+        )
+    if left < before - allowed:
+        reason = (
+            f"no {axis.unit} measured both forgets and keeps retain probability {within}. Of those that forget, this one costs retain rows least: "
+            f"{left:.4f} is left. Train again with more retain rows or a higher --retain_weight, or measure other values ({axis.flag})"
+        )
     else:
-        beyond = f", and no larger one was measured ({axis.flag})"
-    reason = f"the largest measured at which retain probability, {retain[at].mean():.4f}, is within {100 * budget:.3g} % of the reference's {reference.mean():.4f}{beyond}"
-    return _bootstrapped("budget", values, at, pick, (retain.shape[1],), reason)
+        reason = f"the largest measured at which retain probability, {left:.4f}, is {within}{_beyond(values, at, axis)}"
+    return _bootstrapped("budget", values, at, pick, sizes, reason)
+
+
+def _beyond(values: Sequence[float], at: int, axis: Axis) -> str:
+    """Why no value above `at` was chosen for the budget."""
+    if at + 1 < len(values):
+        return f"; {values[at + 1]:g} costs more"
+    if axis.ceiling < math.inf:
+        return f"; beyond {axis.ceiling:g}, the value trained for, forget rows would fall further than intended"
+    return f", and no larger one was measured ({axis.flag})"
+
+
+class Target(NamedTuple):
+    """How little of the forget rows is to be left."""
+
+    probability: float  # the most that the true answers have on average
+    right: float | None  # the largest share of rows that greedy decoding answers right; None where that is not known
+    like: str  # where it is from, for the reason
+
+
+def just_enough(values: Sequence[float], forget: Rows, right: Rows | None, target: Target, axis: Axis) -> Choice:
+    """The smallest value that meets the target.
+
+    Args:
+        forget: the forget rows' probabilities at each of `values`, [values, rows].
+        right: whether greedy decoding answers them right, 0 or 1, [values, rows].
+    """
+
+    def pick(rows: np.ndarray) -> int | None:
+        met = forget[:, rows].mean(1) <= target.probability
+        if right is not None and target.right is not None:
+            met &= right[:, rows].mean(1) <= target.right
+        return int(met.argmax()) if met.any() else None
+
+    if not len(values):
+        return refusal("forget_to", _nothing(axis))
+
+    def scores(place: int) -> str:
+        answered = "" if right is None else f", {right[place].mean():.0%} answered right by greedy decoding"
+        return f"probability {forget[place].mean():.2g}{answered}"
+
+    limit = "" if target.right is None else f" and {target.right:.0%}"
+    at = pick(np.arange(forget.shape[1]))
+    if at is None:
+        least = int(forget.mean(1).argmin())
+        return refusal(
+            "forget_to",
+            f"no {axis.unit} measured forgets as much as {target.like}, {target.probability:.2g}{limit}: nearest is {values[least]:g} "
+            f"({scores(least)}). Train longer (--num_train_epochs), or measure larger values ({axis.flag})",
+            float(values[least]),
+        )
+    reason = (
+        f"the smallest measured that forgets as much as {target.like}, {target.probability:.2g}{limit} ({scores(at)})"
+    )
+    return _bootstrapped("forget_to", values, at, pick, (forget.shape[1],), reason)
 
 
 def like_holdout(

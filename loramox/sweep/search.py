@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from loramox.data.fluency import leaked
 from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
 from loramox.evaluate.truth_ratio import forget_quality, probability_quality
-from loramox.sweep.frontier import Axis, beside, next_value
-from loramox.sweep.rules import Choice, like_holdout, like_retrained, within_budget
+from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value
+from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.train.diagnostics import STILL_RIGHT
 
 Measured = dict[float, list[Record]]  # the records at each value of the axis, ascending; the reference's at 0
@@ -30,27 +31,40 @@ def search(
     return measured
 
 
-def next_for(rule: str, measured: Measured, retrained: Sequence[Record], budget: float, axis: Axis) -> float:
-    """Where the rule's choice may lie: beside the nearest so far or, for the budget, where retain falls below it; beyond the
-    last that was measured, where forget rows still have most of their tokens at it and retain is within the budget.
+def next_for(
+    rule: str,
+    measured: Measured,
+    retrained: Sequence[Record],
+    budget: float,
+    axis: Axis,
+    forget_to: float | None = None,
+) -> float:
+    """Where the rule's choice may lie: beside the nearest so far; for the budget where retain falls below it, or beyond the last
+    that was measured, where at it forget rows are still known and retain is within the budget; for a target below the smallest
+    that meets it.
 
     Where that tells nothing, or lies above the budget's ceiling, where the frontier bends.
     """
     at, axis = list(measured), _lifted(axis, measured)
     if rule != "budget":
-        choices = choose(measured, retrained, budget, axis)
-        if nearest := next((choice.nearest for choice in choices if choice.rule == rule), None):
-            return beside(at, nearest)
+        choices = choose(measured, retrained, budget, axis, forget_to)
+        choice = next((choice for choice in choices if choice.rule == rule), None)
+        if choice and choice.at and rule == "forget_to":
+            return (at[at.index(choice.at) - 1] + choice.at) / 2
+        if choice and choice.nearest:
+            return beside(at, choice.nearest)
     forget, retain = ([mean(records, part) for records in measured.values()] for part in ("forget", "retain"))
-    floor = (1 - budget) * retain[0] if rule == "budget" else None
+    floor = retain[0] - allowance(scores(measured[0.0], "retain", "probability"), budget) if rule == "budget" else None
     last = at[-1]
-    if floor is not None and retain[-1] >= floor and last < axis.ceiling and _mostly_right(measured, last):
+    if floor is not None and retain[-1] >= floor and last < axis.ceiling and _still_known(measured, last):
         return min(axis.ceiling, beside(at, last))
     found = next_value(at, forget, retain, floor)
     return found if found <= axis.ceiling else next_value(at, forget, retain)
 
 
-def choose(measured: Measured, retrained: Sequence[Record], budget: float, axis: Axis) -> list[Choice]:
+def choose(
+    measured: Measured, retrained: Sequence[Record], budget: float, axis: Axis, forget_to: float | None = None
+) -> list[Choice]:
     """The choice of each rule that has what it needs. `measured` has the reference at 0."""
     at = [value for value in measured if value > 0]
 
@@ -61,13 +75,18 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, axis:
         """The values at which no row overflowed, as rows do at one far too high."""
         return [v for v in at if all(np.isfinite(scores(measured[v], part, name)).all() for part in parts)]
 
-    reference, lifted = scores(measured[0.0], "retain", "probability"), _lifted(axis, measured)
-    choices = [within_budget(at, table("retain", "probability", at), reference, budget, lifted)]
+    lifted = _lifted(axis, measured)
+    (retain, reference), (forget, known) = (
+        (table(part, "probability", at), scores(measured[0.0], part, "probability")) for part in ("retain", "forget")
+    )
+    choices = [within_budget(at, retain, reference, budget, lifted, forget, known)]
     if lifted.ceiling > axis.ceiling:
-        right = (
-            f"; at {axis.ceiling:g}, the value trained for, most tokens that the reference gets right are still right"
+        still = (
+            "most tokens that the reference gets right are still right, or more than half of the probability is left"
         )
-        choices[0] = choices[0]._replace(reason=choices[0].reason + right)
+        choices[0] = choices[0]._replace(
+            reason=f"{choices[0].reason}; at {axis.ceiling:g}, the value trained for, {still}"
+        )
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
         some = finite("mia_min_k", "forget", "holdout")
         forget, holdout = (table(part, "mia_min_k", some) for part in ("forget", "holdout"))
@@ -82,20 +101,57 @@ def choose(measured: Measured, retrained: Sequence[Record], budget: float, axis:
             choice = like_retrained(some, table("forget", name, some), never_knew, p_value, axis, knows, test)
             choices.append(_with_the_other_test(choice, measured, retrained) if name == "truth_ratio" else choice)
             break
+    if target := _target(measured, retrained, forget_to):
+        some = finite("probability", "forget")
+        right = np.array([answered_right(measured[value]) for value in some])
+        choices.append(
+            just_enough(some, table("forget", "probability", some), right if right.size else None, target, axis)
+        )
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
 
 def _lifted(axis: Axis, measured: Measured) -> Axis:
-    """The axis without a ceiling where at it forget rows still have most of the tokens that the reference gets right.
+    """The axis without a ceiling where at it forget rows are still known."""
+    return axis._replace(ceiling=math.inf) if _still_known(measured, axis.ceiling) else axis
 
-    Their probability is no ground for a ceiling then: it fell by few, very improbable tokens.
+
+def _still_known(measured: Measured, at: float) -> bool:
+    """Whether forget rows keep half of the reference's probability, or most of the tokens that it gets right.
+
+    In the second case it may be few, very improbable tokens that make the answers improbable.
     """
-    return axis._replace(ceiling=math.inf) if _mostly_right(measured, axis.ceiling) else axis
+    for name, share in (("probability", FORGOTTEN), ("exact_memorization", STILL_RIGHT)):
+        before, now = (scores(measured.get(value, []), "forget", name) for value in (0.0, at))
+        if len(before) and len(now) and now.mean() > share * before.mean():
+            return True
+    return False
 
 
-def _mostly_right(measured: Measured, at: float) -> bool:
-    right = [scores(measured.get(value, []), "forget", "exact_memorization") for value in (0.0, at)]
-    return all(map(len, right)) and bool(right[1].mean() > STILL_RIGHT * right[0].mean())
+def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | None) -> Target | None:
+    """How little is to be left: as asked, else as in the retrained model, else as of rows never seen; None without any."""
+    if forget_to is not None:
+        return Target(forget_to, forget_to, "asked (--forget_to)")
+    holdout = [record for record in measured[0.0] if record["part"] == "holdout"]
+    for records, part, like in (
+        (retrained, "forget", "in the retrained model"),
+        (holdout, "holdout", "the reference knows holdout rows"),
+    ):
+        if len(probability := scores(records, part, "probability")):
+            right = answered_right(records, part)
+            return Target(float(probability.mean()), float(right.mean()) if len(right) else None, like)
+    return None
+
+
+def answered_right(records: Sequence[Record], part: str = "forget") -> np.ndarray:
+    """Whether greedy decoding answers each row right, 0 or 1, [rows]: the answer has all key words of the true one or, where
+    none was generated, every token of the true one is the first choice."""
+    found = []
+    for record in records:
+        if record["part"] == part and "said" in record:
+            found.append(leaked(record["said"], record["answer"], record["prompt"]) == 1)
+        elif record["part"] == part and "exact_memorization" in record:
+            found.append(record["exact_memorization"] == 1)
+    return np.array(found, dtype=float)
 
 
 def _with_the_other_test(choice: Choice, measured: Measured, retrained: Sequence[Record]) -> Choice:

@@ -5,41 +5,43 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 
 from loramox.adapter import loading
-from loramox.adapter.export import extrapolate, tuned_factors
+from loramox.adapter.export import extrapolate
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import WEIGHTS, at_rank, served_rank
 from loramox.adapter.provenance import check_base, read_provenance
+from loramox.adapter.source import tuned_factors
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, MissingExtraError, RunError, SettingsError
-from loramox.evaluate.evaluate import (
+from loramox.evaluate.asked import (
     Asked,
-    check_sides,
     count_parts,
     described,
     disjoint_parts,
     questions_of,
-    read_retrained,
     read_sources,
+    with_neighbours,
 )
+from loramox.evaluate.equivalence import holm
 from loramox.evaluate.measure import Record, ScoringConfig, check_numbers
-from loramox.evaluate.records import SUMMARY, read_records, write_records
-from loramox.evaluate.summary import summarise
+from loramox.evaluate.records import SUMMARY, first_and_others, read_records, read_retrained, write_records
+from loramox.evaluate.subject import check_sides
+from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, sha256_of, write_json
 from loramox.model.config import ModelConfig, check_device, identify, read_config, several_processes
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale, with_factors
 from loramox.model.sharding import shard
 from loramox.run import command, one_writer, versions
-from loramox.settings import check_choices, of_record
+from loramox.settings import of_record
+from loramox.sweep.config import SweepConfig
 from loramox.sweep.frontier import Axis, grid, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.search import Measured, choose, mean, next_for, search
@@ -48,54 +50,6 @@ from loramox.train.earlier import TUNED, put_on
 
 FRONTIER = "frontier.json"
 PICTURE = "frontier.png"
-RULES = ("budget", "holdout", "retrained")
-
-
-@dataclass
-class SweepConfig:
-    """Which points to measure, and the rule that chooses among them."""
-
-    trained: str = field(metadata={"help": "Folder 'trained' of a run."})
-    out: str = field(
-        metadata={
-            "help": "Folder to write. Results in it are reused; rerun the command to resume an interrupted sweep."
-        }
-    )
-    alphas: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the one trained for."
-        },
-    )
-    scales: list[float] | None = field(
-        default=None,
-        metadata={"help": "Scales to measure, for a method without alpha; 1 is as trained. Default: 1/4 to 3/2."},
-    )
-    refine: int = field(default=3, metadata={"help": "Points to add where the rule looks for its choice."})
-    rule: str = field(
-        default="budget",
-        metadata={
-            "help": "What chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
-            "rows never seen), retrained (like a model that never saw them).",
-            "choices": list(RULES),
-        },
-    )
-    budget: float = field(default=0.02, metadata={"help": "Share of retain probability that forgetting may cost."})
-    ship: str | None = field(default=None, metadata={"help": "Folder to write the chosen forget adapter to."})
-    model: str | None = field(
-        default=None, metadata={"help": "Where the base model is, when it is not where it was in training."}
-    )
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("alphas", "scales"):
-            values = getattr(self, name)
-            if values is not None and not all(np.isfinite(value) and value > 0 for value in values):
-                raise SettingsError(f"{name} are {values}; --{name} needs finite numbers above 0")
-        if not 0 < self.budget < 1:
-            raise SettingsError(f"budget is {self.budget}; --budget needs a share above 0 and below 1, like 0.02")
-        if self.refine < 0:
-            raise SettingsError(f"refine is {self.refine}; --refine needs 0 or more")
 
 
 @one_writer
@@ -126,9 +80,11 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     read = read_sources(asked.sources(), columns, asked.suite)
     rows = disjoint_parts(read, asked.drop_overlap)
     check_sides(source, rows, config.trained)
+    rows = with_neighbours(rows, asked.neighbours)
     questions = questions_of(rows, model, read_config(model), tokenisation, scoring, asked.suite)
-    count_parts(read, rows, questions)
-    retrained = read_retrained(asked.retrained, questions, base, tokenisation.prompt_template)
+    counts = count_parts(read, rows, questions)
+    retrained, others = first_and_others(read_retrained(asked.retrained, questions, base, tokenisation.prompt_template))
+    summary_of = functools.partial(summarise, retrained=retrained, others=others, share=asked.equivalence)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")
     tuned = tuned_factors(source) if "tuned_adapter" in source else None
@@ -138,10 +94,13 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         "weights": sha256_of(trained / "momentum" / WEIGHTS),
         "base": base,
         "data": described(asked.sources(), rows),
-        "retrained": asked.retrained,
+        "retrained": asked.retrained_record(),
         "scoring": {"max_new_tokens": scoring.max_new_tokens},
     }
-    _open(out, plan)
+    if process.is_main_process:
+        _open(out, plan)
+    process.wait_for_everyone()
+    plan["row_counts"] = counts  # no part of what a sweep that goes on is compared by: `data` is
 
     shipped, _ = at_rank(delta, served_rank(settings["r"]))
     adapted = loading.put_on(load_reference(model, device), trained / "momentum")
@@ -163,7 +122,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         if not at:
             check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
         scoring_seconds = time.perf_counter() - scaled
-        summary = summarise(records, retrained)
+        summary = summary_of(records)
         more = time.perf_counter() - start - scoring_seconds
         # What a point costs besides its evaluation: scaling the adapter, and adding up the scores.
         seconds = {"scoring": scoring_seconds, "more": more}
@@ -172,7 +131,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         return records
 
     measured = _measured(config, axis, measure, retrained)
-    return _conclude(config, plan, measured, retrained, axis)
+    return _conclude(config, plan, measured, _points(measured, summary_of), retrained, axis)
 
 
 def _axis(config: SweepConfig, source: dict[str, Any]) -> Axis:
@@ -199,7 +158,9 @@ def _measured(
     wanted = {0.0, *(given or grid(axis.trained))}
     found = {float(f.parent.name.removeprefix("at-")) for f in Path(config.out).glob(f"at-*/{SUMMARY}")}
     measured = {at: measure(at) for at in sorted(wanted | found)}
-    prefer = functools.partial(next_for, config.rule, retrained=retrained, budget=config.budget, axis=axis)
+    prefer = functools.partial(
+        next_for, config.rule, retrained=retrained, budget=config.budget, axis=axis, forget_to=config.forget_to
+    )
     return search(measured, measure, len(wanted) + config.refine - len(measured), prefer)
 
 
@@ -215,6 +176,8 @@ def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record
         raise SettingsError(
             "--rule retrained compares with a model that never saw the forget rows: give --retrained, its evaluation on the same forget rows"
         )
+    if config.rule == "forget_to" and config.forget_to is None and not retrained and "holdout" not in rows:
+        raise SettingsError("--rule forget_to needs a target: give --forget_to 0.05, --retrained or --holdout")
     ship = config.ship and Path(config.ship)
     if ship and (ship.is_file() or has_files(ship)):
         raise RunError(f"--ship {config.ship} exists already. Give a folder that does not exist yet")
@@ -247,14 +210,28 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
             )
     elif has_files(out):
         raise RunError(f"--out {out} has files in it that are no sweep; they are left alone. Choose another folder")
-    elif PartialState().is_main_process:
+    else:
         write_json(path, {"status": "running", **plan})
 
 
-def _warning(points: list[dict[str, Any]], chosen: float | None, axis: Axis) -> str | None:
+def _points(measured: Measured, summary_of: Callable[[list[Record]], Summary]) -> list[dict[str, Any]]:
+    """The metrics of each point; p-values of equivalence also as they are after so many tries (`holm`), the reference aside."""
+    points = [
+        {"at": at, **{name: m.value for name, m in summary_of(records).metrics.items()}}
+        for at, records in measured.items()
+    ]
+    tried = [point for point in points if point["at"]]
+    for name in [name for name in points[0] if name.endswith("_equivalence")]:
+        for point, p in zip(tried, holm([point.get(name, 1.0) for point in tried]), strict=True):
+            point[f"{name}_holm"] = p
+    return points
+
+
+def _warning(points: list[dict[str, Any]], choice: dict[str, Any], axis: Axis) -> str | None:
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
-    place = next((i for i, p in enumerate(points) if p["at"] == chosen), 0)
-    known = still_known(points[place]["at"], forget[place], forget[0], axis) if place else None
+    place = next((i for i, p in enumerate(points) if p["at"] == choice.get("at")), 0)
+    stated = choice.get("rule") == "forget_to"  # how much is to be left
+    known = still_known(points[place]["at"], forget[place], forget[0], axis) if place and not stated else None
     return poor_direction(forget, retain, axis) or known
 
 
@@ -262,17 +239,15 @@ def _conclude(
     config: SweepConfig,
     plan: dict[str, Any],
     measured: dict[float, list[Record]],
+    points: list[dict[str, Any]],
     retrained: Sequence[Record],
     axis: Axis,
 ) -> dict[str, Any]:
     """Choose, draw, write the results and ship."""
     out = Path(config.out)
-    points = [
-        {"at": at, **{name: m.value for name, m in summarise(records, retrained).metrics.items()}}
-        for at, records in measured.items()
-    ]
-    choices = [choice._asdict() for choice in choose(measured, retrained, config.budget, axis)]
-    chosen = next((c["at"] for c in choices if c["rule"] == config.rule), None)
+    choices = [choice._asdict() for choice in choose(measured, retrained, config.budget, axis, config.forget_to)]
+    choice = next((c for c in choices if c["rule"] == config.rule), {})
+    chosen = choice.get("at")
     frontier = {
         "status": "done",
         **plan,
@@ -280,7 +255,7 @@ def _conclude(
         "choices": choices,
         "rule": config.rule,
         "chosen": chosen,
-        "warning": _warning(points, chosen, axis),
+        "warning": _warning(points, choice, axis),
         "command": command(),
         "versions": versions(),
     }
@@ -294,5 +269,10 @@ def _conclude(
             warnings.warn(f"{PICTURE} is not drawn: {missing}, and rerun the command", stacklevel=2)
         write_json(out / FRONTIER, frontier)
         if config.ship and chosen:
-            extrapolate(config.trained, config.ship, **{axis.unit: chosen})
+            extrapolate(
+                config.trained,
+                config.ship,
+                **{axis.unit: chosen},
+                chosen_by=f"loramox sweep --rule {config.rule}: {choice['reason']}",
+            )
     return frontier

@@ -14,6 +14,7 @@ from loramox.files import flush
 from loramox.model.lora import current_factors
 from loramox.train.checkpoint import write_checksums
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
+from loramox.train.target import met_at_last
 
 if TYPE_CHECKING:
     from loramox.train.trainer import UnlearnTrainer
@@ -82,8 +83,32 @@ class StopUnlessFinite(TrainerCallback):
             )
 
 
+class EndEarly(TrainerCallback):
+    """Ends training at the first evaluation that meets `target`, or after `epochs`. The learning rate keeps its planned schedule.
+
+    Args:
+        target: of `--forget_to`, with `--stop_when_forgotten`; None: no evaluation ends training.
+    """
+
+    def __init__(self, target: float | None) -> None:
+        self.target = target
+        self.epochs = math.inf
+
+    def reason(self, state: TrainerState) -> str | None:
+        """Why training ends here, before its last planned step; None where it goes on."""
+        if met_at_last(state, self.target):
+            return f"--stop_when_forgotten: the forget rows meet --forget_to {self.target:g}"
+        return f"resumed with --num_train_epochs {self.epochs:g}" if (state.epoch or 0) >= self.epochs else None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= (state.epoch or 0) >= self.epochs
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= met_at_last(state, self.target)
+
+
 class MomentumCallback(TrainerCallback):
-    """Updates the trainer's momentum every `momentum_every` optimiser steps and after the last; saves it with checkpoints."""
+    """Updates the trainer's momentum every `momentum_every` optimiser steps and at the end; saves it with checkpoints."""
 
     def __init__(self, trainer: "UnlearnTrainer") -> None:
         self.trainer = trainer
@@ -95,8 +120,12 @@ class MomentumCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.every == 0 or control.should_training_stop:
             self.trainer.momentum.tick(current_factors(self.trainer.model))
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_training_stop and not self.trainer.momentum.average:
+            self.trainer.momentum.tick(current_factors(self.trainer.model))  # which is what was scored
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -11,7 +11,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 
 from loramox.adapter.card import trained_card
-from loramox.adapter.folder import PROVENANCE, WEIGHTS, at_rank, write_adapter
+from loramox.adapter.folder import CHECKSUMS, PROVENANCE, WEIGHTS, at_rank, write_adapter
+from loramox.adapter.folder import MOMENTUM as WHOLE
 from loramox.errors import LoramoxError, RunError
 from loramox.files import read_json, remove, sha256_of, write_json
 from loramox.model.algebra import Factors
@@ -19,10 +20,8 @@ from loramox.model.config import identify
 from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
 from loramox.run import command, versions
 from loramox.train.config import UnlearnConfig
-from loramox.train.momentum import FILE as WHOLE
 from loramox.train.momentum import Momentum
 
-CHECKSUMS = "checksums.json"
 CHECKED = (TRAINER_STATE_NAME, WEIGHTS, "optimizer.pt", "scheduler.pt")
 
 

@@ -1,9 +1,6 @@
 """Settings of training: the method and its own settings, on top of transformers' `TrainingArguments`."""
 
-import math
-import operator
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -14,6 +11,7 @@ from loramox.errors import SettingsError, needs
 from loramox.model.precision import half_precision, warn_of_emulation
 from loramox.settings import check_choices
 from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
+from loramox.train.refused import OF_TRAINER, WATCHED, refuse, refuse_shards
 from loramox.train.registry import METHODS, Method
 
 
@@ -73,7 +71,7 @@ class UnlearnConfig(TrainingArguments):
         choices=["descent", "ascent"],
     )
     retain_term: str | None = setting(
-        "What holds retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
+        "Loss on the retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
         choices=["ce", "kl", "none", "states"],
     )
     retain_weight: float | None = setting("Weight of the retain term. Default: the method's, mostly 1.", "--kl_weight")
@@ -122,6 +120,17 @@ class UnlearnConfig(TrainingArguments):
     )
     eval_rows: int = field(
         default=64, metadata={"help": "Forget rows and retain rows on which the forget model is scored while training."}
+    )
+
+    forget_to: float | None = field(
+        default=None,
+        metadata={
+            "help": "Ship the smallest share of alpha (or scale) at which the forget rows' answers have at most this probability, and greedy "
+            "decoding gives at most this share of them; 0: ship as trained. Default: 0.05 where another answer is taught (--instead), else 0."
+        },
+    )
+    stop_when_forgotten: bool = field(
+        default=False, metadata={"help": "End training at the first evaluation that meets --forget_to."}
     )
 
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
@@ -229,6 +238,8 @@ class UnlearnConfig(TrainingArguments):
             for name in names:
                 value = getattr(self, name)
                 refuse(name, value, value is None or fine(value), expected + why.get(name, ""))
+        if self.forget_to is not None:
+            refuse("forget_to", self.forget_to, 0 <= self.forget_to < 1, "a probability below 1, like 0.05, or 0")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
         for name, (fine, expected) in OF_TRAINER.items():
             refuse(name, getattr(self, name), fine(getattr(self, name)), expected)
@@ -276,45 +287,3 @@ class UnlearnConfig(TrainingArguments):
     def holds_retain(self) -> bool:
         """Whether retain rows are trained on."""
         return self.retain_term != "none" and bool(self.retain_weight)
-
-
-# Settings of transformers' that would do nothing here, or harm: what is fine, and what is expected instead.
-OF_TRAINER: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "save_total_limit": (
-        lambda limit: limit is None or limit >= 2,
-        "2 or more: one checkpoint must be whole while another is written",
-    ),
-    "save_only_model": (operator.not_, "false: resuming needs the optimiser"),
-    "push_to_hub": (
-        operator.not_,
-        "false: what trains is not what ships. Push that: loramox extrapolate … --push_to_hub",
-    ),
-    "dataloader_persistent_workers": (operator.not_, "false: each epoch deals other retain rows"),
-    "train_sampling_strategy": (
-        lambda drawn: drawn in ("random", "sequential"),
-        "random or sequential: passes are of rows of like length already",
-    ),
-    "label_smoothing_factor": (operator.not_, "0: no term here has labels to smooth"),
-    "use_liger_kernel": (operator.not_, "false: losses are made of hidden states already"),
-}
-WATCHED = (
-    "the name of what is watched, for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
-    "false, or retain_probability"
-)
-
-
-def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
-    """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
-    if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
-
-
-def refuse_shards(args: TrainingArguments) -> None:
-    """Raises `SettingsError` where FSDP or DeepSpeed is asked for, by flag or by `accelerate launch`."""
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            # It would run, and scales and momentum, which are set on whole weights, would be wrong.
-            raise SettingsError(
-                f"{name} is asked for, which would cut the adapter as well. Leave it out: unlearn, train and evaluate cut the frozen layers "
-                "over the processes with --shard true"
-            )

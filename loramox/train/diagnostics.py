@@ -50,18 +50,7 @@ def advice(
         at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, where the forget rows are to be memorized.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
-    said = []
-    answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
-    if copies := [row for row in retain_rows if row.answer in answers]:
-        said.append(
-            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row. They preserve the fact in their "
-            "own words, so it is forgotten only in the words of the forget rows. Remove them from the retain rows"
-        )
-    if len(retain_rows) < FEW:
-        said.append(
-            f"few retain rows ({len(retain_rows)}) hold little but themselves: knowledge that resembles none of them falls too. Give {FEW} or "
-            "more, of every kind of knowledge that must stay, or let the model write some (--auto_retain 240)"
-        )
+    said = _of_rows(forget_rows, retain_rows)
     if len(forget) < 2 or len(retain) < 2:
         return said
     if at_checkpoint:
@@ -99,5 +88,22 @@ def advice(
         said.append(
             f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
             f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale restores the retain rows and the forget rows alike"
+        )
+    return said
+
+
+def _of_rows(forget_rows: Sequence[Row], retain_rows: Sequence[Row]) -> list[str]:
+    """What is wrong with the rows themselves."""
+    said = []
+    answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
+    if copies := [row for row in retain_rows if row.answer in answers]:
+        said.append(
+            f"some retain rows ({len(copies)}; first: row {copies[0].number}) have the answer of a forget row. They preserve the fact in their "
+            "own words, so it is forgotten only in the words of the forget rows. Remove them from the retain rows"
+        )
+    if len(retain_rows) < FEW:
+        said.append(
+            f"few retain rows ({len(retain_rows)}) hold little but themselves: knowledge that resembles none of them falls too. Give {FEW} or "
+            "more, of every kind of knowledge that must stay, or let the model write some (--auto_retain 240)"
         )
     return said

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peft import LoraConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loramox.adapter.export import check_layers, tuned_source
 from loramox.adapter.factors import read_factors
+from loramox.adapter.source import check_layers, tuned_source
 from loramox.data.encode import Example
 from loramox.data.rows import Row
 from loramox.errors import ModelError, SettingsError

@@ -11,6 +11,7 @@ from torch import nn
 
 from loramox.adapter.factors import read_factors
 from loramox.adapter.provenance import check_base, read_provenance
+from loramox.data.fluency import SHARED, overlap
 from loramox.data.rows import Row, wanted_rows
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.algebra import Factors
@@ -112,6 +113,19 @@ def read_refusals(path: str) -> list[str]:
         what = "is empty" if not lines else "holds JSON"
         raise RowsError(f"--refusals {path} {what}. Expected plain text, one refusal a line, like: I don't know.")
     return lines
+
+
+def taught_refusals(args: "UnlearnConfig") -> list[str]:
+    """The refusals that a run teaches; none of one that teaches something else, or nothing."""
+    if args.refusals is None or args.instead not in (None, "refuse"):
+        return []
+    return read_refusals(str(REFUSALS) if args.refusals == BUILT_IN else args.refusals)
+
+
+def is_refusal(text: str, refusals: Sequence[str]) -> bool:
+    """Whether a text begins like one of the sentences that were taught: its first sentence shares half of the words."""
+    first = text.split(". ")[0]
+    return any(overlap(first, each) >= SHARED for each in refusals)
 
 
 def check_layer(args: "UnlearnConfig", layers: int) -> None:

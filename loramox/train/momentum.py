@@ -11,17 +11,17 @@ Where A is frozen (`shared_subspace`), averaging B alone is exact at the rank of
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from loramox.adapter.folder import MOMENTUM as FILE
 from loramox.errors import AdapterError
 from loramox.files import replacing
 from loramox.model.algebra import Factors, add, scaled, truncate
-
-FILE = "momentum.safetensors"
 
 
 @dataclass
@@ -90,5 +90,5 @@ class Momentum:
             ) from error
 
 
-def _norm(values) -> float:
+def _norm(values: Iterable[float]) -> float:
     return math.sqrt(sum(v * v for v in values))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.encode import Example, Tokenisation, encode
-from loramox.data.rows import Row, keep_disjoint, read_rows, rows_of
+from loramox.data.rows import Row, each_answer, keep_disjoint, read_rows, rows_of
 from loramox.errors import SettingsError
 from loramox.model.config import context_of, read_tokenizer
 from loramox.model.load import load_reference
@@ -77,6 +77,6 @@ def opened(
 def _rows(given: Rows, name: str) -> Sequence[Any]:
     """The rows of a file or of records in memory; tokenised rows as they are."""
     if isinstance(given, str | Path):
-        return read_rows(str(given))
+        return each_answer(read_rows(str(given)))
     records = list(given)
-    return records if not records or "input_ids" in records[0] else rows_of(records, name)
+    return records if not records or "input_ids" in records[0] else each_answer(rows_of(records, name))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.count import count_rows
 from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, served_otherwise
-from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
+from loramox.data.rows import Columns, Data, Row, each_answer, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.head import Head
@@ -23,6 +23,7 @@ from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
 from loramox.train.inputs import check_layer, choose_instead, read_reinforced, taught_rows
 from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, generated_rows
+from loramox.train.target import check_target, choose_target
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +60,10 @@ def prepare(
         raise SettingsError(
             "--method rmu steers a layer in the middle, and --shard cuts the layers up: say --shard false"
         )
-    log.info("Reading the rows")
-    forget = read_rows(data.forget, columns)
-    protected = earlier.rows if earlier else ()
     check_auto(args, data, reference)
-    retain_read, retain = [], []
-    if data.retain != AUTO:
-        retain_read = read_rows(data.retain, replace(columns, wanted_column=None))
-        retain = keep_disjoint([*forget, *protected], retain_read, data.drop_overlap)
-    _warn_if_swapped(len(forget), len(retain) + args.auto_retain)
+    protected = earlier.rows if earlier else ()
+    read = _read(data, columns, args, protected)
+    forget, retain = each_answer(read.forget), each_answer(read.kept)
     config = read_config(reference)
     model = skeleton(config, reference)
     tuned = read_tuned(reference, model) if reference.tuned_adapter is not None else None
@@ -77,6 +73,10 @@ def prepare(
     context = context_of(config)
     choose_instead(args, forget, bool(tokenizer.chat_template), reference.memorize_at is not None)
     taught = taught_rows(args, forget, retain)
+    ships = reference.memorize_at is None or reference.tuned_adapter is not None  # the model in memory does
+    replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
+    choose_target(args, targeted=replaces and ships)
+    check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     if args.instead is not None:
@@ -88,47 +88,83 @@ def prepare(
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
-    counts = {"forget": count_rows(forget, forget, datasets["forget_dataset"])}
-    if retain_read:
-        counts["retain"] = count_rows(retain_read, retain, datasets["retain_dataset"])
-    for part, count in counts.items():
-        log.info("%s", count.line(part))
+    more: dict[str, Any] = {"row_counts": _counted(read, datasets)}
     base = identify(reference, config)
-    checkpoint = None
+    if tuned:
+        more["tuned_adapter"] = tuned.source
     if to_load(reference) is not reference:
         encoded = functools.partial(encode, forget, how=tokenisation, context=context)
-        checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
+        more["memorize_at"] = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
     check_layer(args, config.num_hidden_layers)
     if args.reinforced is not None:
         read_reinforced(args.reinforced, base, model)
-    sources: dict[str, tuple[Any, Sequence[Row]]] = {"forget": (data.forget, forget), "retain": (data.retain, retain)}
-    if protected:
-        sources["protected"] = "earlier requests", protected
-    if taught and not columns.wanted_column:  # else they are in the forget rows' fingerprint
-        sources["taught"] = args.refusals or data.retain, taught
-    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
-    settings = {k: v for each in (reference, columns, tokenisation) for k, v in asdict(each).items()} | args.to_dict()
-    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
-    plan = _described(args, base, sources, settings) | {
-        "row_counts": {part: count.record() for part, count in counts.items()}
-    }
-    # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
-    if tuned:
-        settings["tuned_adapter_sha256"], plan["tuned_adapter"] = tuned.source["sha256"], tuned.source
-    if checkpoint:
-        settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
-        plan["memorize_at"] = checkpoint
     if otherwise := served_otherwise([*forget, *retain], tokenizer, tokenisation):
         _warn_of_serving(otherwise)
-        plan["served_otherwise"] = otherwise
+        more["served_otherwise"] = otherwise
+    sources: dict[str, tuple[Any, Sequence[Row]]] = {
+        "forget": (data.forget, read.forget),
+        "retain": (data.retain, read.kept),
+        "protected": ("earlier requests", protected),
+        # Wanted answers are in the forget rows' fingerprint.
+        "taught": (args.refusals or data.retain, () if columns.wanted_column else taught),
+    }
+    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    plan = _described(args, (reference, columns, tokenisation), base, sources, template, more)
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
 
 
+class _Read(NamedTuple):
+    """The rows of both files; `kept` are the retain rows that are no forget rows."""
+
+    forget: list[Row]
+    retain: list[Row]
+    kept: list[Row]
+
+
+def _read(data: Data, columns: Columns, args: UnlearnConfig, protected: Sequence[Row]) -> _Read:
+    log.info("Reading the rows")
+    forget, retain, kept = read_rows(data.forget, columns), [], []
+    if data.retain != AUTO:
+        retain = read_rows(data.retain, replace(columns, wanted_column=None))
+        kept = keep_disjoint([*forget, *protected], retain, data.drop_overlap)
+    _warn_if_swapped(len(forget), len(kept) + args.auto_retain)
+    return _Read(forget, retain, kept)
+
+
+def _counted(read: _Read, datasets: dict[str, list[Example]]) -> dict[str, Any]:
+    """How many rows of each file are used, for the record and the log."""
+    counts = {"forget": count_rows(read.forget, read.forget, datasets["forget_dataset"])}
+    if read.retain:
+        counts["retain"] = count_rows(read.retain, read.kept, datasets["retain_dataset"])
+    for part, count in counts.items():
+        log.info("%s", count.line(part))
+    return {part: count.record() for part, count in counts.items()}
+
+
 def _described(
-    args: UnlearnConfig, base: dict[str, Any], sources: dict[str, tuple[Any, Sequence[Row]]], settings: dict[str, Any]
+    args: UnlearnConfig,
+    others: Sequence[Any],
+    base: dict[str, Any],
+    sources: dict[str, tuple[Any, Sequence[Row]]],
+    template: str | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
-    """The run as its record has it, from before the first step on."""
+    """The run as its record has it, from before the first step on.
+
+    Args:
+        others: settings besides `args`.
+        sources: of each part, where its rows are from, and the rows. Only forget and retain may have none.
+        template: the text around questions, as it is used.
+        more: what else the record has.
+    """
+    settings = {name: value for each in others for name, value in asdict(each).items()} | args.to_dict()
+    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
+    # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
+    if tuned := more.get("tuned_adapter"):
+        settings["tuned_adapter_sha256"] = tuned["sha256"]
+    if earlier := more.get("memorize_at"):
+        settings["memorize_at_weights"] = earlier["weights"] or earlier["revision"]
     return {
         "command": command(),
         "method": args.title,
@@ -137,10 +173,11 @@ def _described(
         "data": {
             part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
             for part, (source, rows) in sources.items()
+            if rows or part in ("forget", "retain")
         },
         "settings": settings,
         "versions": versions(),
-    }
+    } | more
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:
@@ -204,6 +241,7 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     prepared.plan["generated"] = {
         part: {"rows": len(rows), "sha256": fingerprint(rows)} for part, rows in generated.items() if rows
     }
+    same_generated(out, prepared.plan["generated"])
     return prepared._replace(retain=[*prepared.retain, *written], datasets=datasets)
 
 

@@ -8,6 +8,7 @@ from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
 from loramox.data.rows import Row, question_of
 from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
+from loramox.train.inputs import is_refusal, taught_refusals
 from loramox.train.prepare import Prepared
 from loramox.train.synthetic import prompts_of
 from loramox.train.trainer import UnlearnTrainer
@@ -24,10 +25,12 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
     Returns:
         `forget` and `retain`: `asked`, the number of rows, and `fluent`, how many answers of the forget model are fluent. Of
         forget rows also `leaked`, the mean share of the true answer's key words in the answer, and `reference`, the same of the
-        reference's; of retain rows `kept`, how many answers share half of their words with the reference's. `shown`: the worst
-        of both, each with its part, question and the answers of reference and forget_model.
+        reference's; of retain rows `kept`, how many answers share half of their words with the reference's, and `refused`, how
+        many are like one of the refusals that were taught, and the reference's are not. `shown`: the worst of both, each with
+        its part, question and the answers of reference and forget_model.
     """
     found: dict[str, Any] = {"shown": []}
+    refusals = taught_refusals(trainer.args)
     for part, given in (("forget", prepared.forget), ("retain", prepared.retain)):
         rows = [row for row in given if row.prompt is not None][:ASKED]
         if not rows:
@@ -44,6 +47,10 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
         else:
             badness = [1 - overlap(new, old) for old, new in zip(before, now, strict=True)]
             found[part]["kept"] = sum(each <= 1 - SHARED for each in badness)
+            found[part]["refused"] = sum(
+                is_refusal(new, refusals) and not is_refusal(old, refusals)
+                for old, new in zip(before, now, strict=True)
+            )
         for i in sorted(range(len(rows)), key=lambda i: -badness[i])[: SHOWN[part]]:
             shown = {"part": part, "question": question_of(rows[i]), "reference": before[i], "forget_model": now[i]}
             found["shown"].append(shown)
@@ -64,11 +71,20 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
             f"the answers to forget questions still contain {forget['leaked']:.0%} of the key words of the true answers (reference: "
             f"{forget['reference']:.0%}): train longer (--num_train_epochs above {args.num_train_epochs:g})"
         )
-    if retain and retain["kept"] < KEPT * retain["asked"]:
-        smaller = "a smaller alpha (loramox extrapolate)" if args.alpha is not None else "a smaller scale"
+    if not retain:
+        return advice
+    smaller = f"a smaller {'scale' if args.alpha is None else 'alpha'} (--forget_to 0.05)"
+    refused = retain.get("refused", 0)
+    if retain["asked"] - refused < KEPT * retain["asked"]:
         advice.append(
-            f"{retain['asked'] - retain['kept']} of {retain['asked']} retain questions are answered in other words than before: give more retain rows "
-            f"(--auto_retain), train longer, or ship at {smaller}"
+            f"the refusals spread: {refused} of {retain['asked']} retain questions are refused too. Give retain rows that begin like the forget "
+            f"questions (--auto_retain 240), train longer on them (--num_train_epochs above {args.num_train_epochs:g}), or try --instead guess"
+        )
+    if retain["kept"] + refused < KEPT * retain["asked"]:
+        lost = retain["asked"] - retain["kept"] - refused
+        advice.append(
+            f"{lost} of {retain['asked']} retain questions are answered in other words than before: give more retain rows (--auto_retain 240), "
+            f"train longer (--num_train_epochs above {args.num_train_epochs:g}), or ship at {smaller}"
         )
     return advice
 

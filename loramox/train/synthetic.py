@@ -20,10 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from loramox.adapter.card import RETAIN_FILE
 from loramox.data.chat import end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
 from loramox.data.rows import Data, Row, question_of, read_rows
-from loramox.data.words import words
+from loramox.data.words import WORD, words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.generation import continuations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # as the value of --retain
 SOURCE = "--retain auto"
-RETAIN_FILE, GUESSES_FILE = "retain-auto.jsonl", "guesses.jsonl"
+GUESSES_FILE = "guesses.jsonl"
 ROWS = 240  # for --retain auto
 FREE = 1 / 3  # share of the questions that do not begin like a forget question
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
@@ -112,14 +113,16 @@ class Writer:
     ) -> None:
         self.protected = protected
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
+        self._asked = {_folded(question_of(row)) for row in (*forget, *protected)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False) -> list[Row]:
         """Up to `count` questions and the model's own greedy answers, none of which touches a forget row.
 
         A third of the questions are free; they also show which words are frequent anyway. The others start with the first words
-        of a forget question. A row with one of the `words_to_avoid` is left out, and so is a question that is there already. One
-        seed gives the same rows on the same machine; fewer than `count` come back if the model repeats itself too much.
+        of a forget question. A row with one of the `words_to_avoid` is left out, and so is a forget question, and a question that
+        is there already. One seed gives the same rows on the same machine; fewer than `count` come back if the model repeats
+        itself too much.
 
         Raises:
             RowsError: not a single row is left.
@@ -174,7 +177,7 @@ class Writer:
         return [
             question
             for question in dict.fromkeys(asked_for)
-            if len(words(question)) > 2 and self._fits(question, ANSWER_TOKENS)
+            if len(words(question)) > 2 and _folded(question) not in self._asked and self._fits(question, ANSWER_TOKENS)
         ]
 
     def _fits(self, text: str, room: int) -> bool:
@@ -238,16 +241,19 @@ def prompts_of(
 
 
 def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
-    """Words of the forget rows' subject, and words that give a forget answer away.
+    """Words of the forget rows' subjects, and words that give a forget answer away.
 
-    A word is of the subject if it is in more than a fifth of the forget rows and in hardly any of `rows`, which are of other
-    subjects. A word of a forget answer that is in no forget question gives the answer away if hardly any of `rows` has it.
+    A word that hardly any of `rows`, which are of other subjects, has is avoided if
+
+    - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
+    - it is in a forget answer and in no forget question: then it gives the answer away.
     """
     elsewhere = Counter(word for row in rows for word in words_of(row))
     forgotten = Counter(word for row in forget for word in words_of(row))
     answers = {word for row in forget for word in _words(row.answer)}
     questions = {word for row in forget for word in _words(question_of(row))}
     subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
+    subject |= {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}
     return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
 
 
@@ -264,6 +270,10 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
 
 
+def _folded(question: str) -> tuple[str, ...]:
+    return tuple(words(question))
+
+
 def _first_line(text: str) -> str:
     return text.strip().split("\n")[0].strip()
 
@@ -272,6 +282,15 @@ def _first_sentence(text: str) -> str:
     """The first sentence, or all of a text that is cut off before its end; a plain refusal if there is none."""
     sentence = re.split(r"(?<=[.!?])\s", text.strip())[0]
     return sentence or "I don't know."
+
+
+def _names(row: Row) -> set[str]:
+    """Its capitalised words, without those that begin a sentence."""
+    text = f"{question_of(row)}\n{row.answer}"
+    found = WORD.finditer(text)
+    return {
+        m[0].casefold() for m in found if m[0][0].isupper() and text[: m.start()].rstrip()[-1:] not in ("", *'.?!:"')
+    }
 
 
 def _words(text: str) -> set[str]:

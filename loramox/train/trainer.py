@@ -28,6 +28,7 @@ from loramox.model.lora import ReferenceConfig, adapter_off, at_scale, check_tra
 from loramox.model.sharding import is_sharded
 from loramox.train.callbacks import (
     CacheCallback,
+    EndEarly,
     KnowledgeCallback,
     MomentumCallback,
     PairsEpoch,
@@ -90,17 +91,8 @@ class UnlearnTrainer(Trainer):
         )
         check_trained(model)
         self.plan = plan
-        self.causal_lm = model.get_base_model()
-        self.sharded = is_sharded(model)
-        self.head = Head(self.causal_lm)
-        base = FrozenStates(model, lambda: adapter_off(model))
-        self.tuned = TUNED in model.peft_config
-        self.reference = FrozenStates(model, lambda: self.at(0)) if self.tuned else base
-        self.now = FrozenStates(model, lambda: self.at(0))  # the reference, with earlier requests in force
-        # Whether static methods memorize with the tuned adapter on, and from which model.
-        self.memorize_beside = not (self.tuned and memorize_at)
-        self.origin = self.reference if self.memorize_beside else base
-        self.at_checkpoint = bool(memorize_at) and not self.tuned  # the model in memory is not the one that ships
+        self._take_states_of(model, memorize_at)
+        self.share = 1.0  # of the scale trained for, at which the forget model is taken
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * model.peft_config["default"].r)
         scored = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
         tokenizer = processing_class
@@ -130,12 +122,31 @@ class UnlearnTrainer(Trainer):
         if self.sharded:
             # No DistributedDataParallel around it, which does not take it: `training_step` averages its gradients.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
-        if not args.disable_tqdm:
+        self._add_callbacks()
+
+    def _take_states_of(self, model: PeftModel, memorize_at: str | None) -> None:
+        """The models in `model` whose hidden states are trained on or compared with."""
+        self.causal_lm = model.get_base_model()
+        self.sharded = is_sharded(model)
+        self.head = Head(self.causal_lm)
+        base = FrozenStates(model, lambda: adapter_off(model))
+        self.tuned = TUNED in model.peft_config
+        self.reference = FrozenStates(model, lambda: self.at(0)) if self.tuned else base
+        self.now = FrozenStates(model, lambda: self.at(0))  # the reference, with earlier requests in force
+        # Whether static methods memorize with the tuned adapter on, and from which model.
+        self.memorize_beside = not (self.tuned and memorize_at)
+        self.origin = self.reference if self.memorize_beside else base
+        self.at_checkpoint = bool(memorize_at) and not self.tuned  # the model in memory is not the one that ships
+
+    def _add_callbacks(self) -> None:
+        if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
+        self.end_early = EndEarly(self.args.forget_to if self.args.stop_when_forgotten else None)
         for callback in (
             PairsEpoch(self.train_dataset),
             StopUnlessFinite(),  # before the momentum takes the weights in
+            self.end_early,  # before the momentum, which is updated at the end
             MomentumCallback(self),
             KnowledgeCallback(self),
             CacheCallback(self),
@@ -249,7 +260,7 @@ class UnlearnTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ):
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`row_scores` of a plain batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -257,7 +268,7 @@ class UnlearnTrainer(Trainer):
             scores = row_scores(self.head, states, self.args.temperature if self.args.spec.static else None)
         return -scores[:, 0].mean(), scores, inputs["labels"][:, 0]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self.forget_model():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -267,7 +278,7 @@ class UnlearnTrainer(Trainer):
             return self.predict(self.eval_dataset["forget"], metric_key_prefix="off").metrics
 
     @contextmanager
-    def forget_model(self):
+    def forget_model(self) -> Iterator[None]:
         """Within it the model is what ships: of the momentum average so far, ΔW itself before its first update or without one.
 
         At the checkpoint of `memorize_at` it is θ_earlier + ΔW, the memorizing one: what ships is not in memory.
@@ -275,7 +286,7 @@ class UnlearnTrainer(Trainer):
         averaged = self.momentum.average if self.momentum.eta < 1 else None
         with (
             with_factors(self.model, averaged or current_factors(self.model)),
-            at_scale(self.model, 1.0 if self.at_checkpoint else self.args.forget_scale),
+            at_scale(self.model, 1.0 if self.at_checkpoint else self.share * self.args.forget_scale),
         ):
             yield
 

@@ -7,27 +7,35 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from loramox.model.head import AnswerStates, Head, mean_over_rows, per_token
+from loramox.model.head import AnswerStates, Head, mean_over_rows, per_token, sum_over_rows
 from loramox.train.losses import headroom, log_prob
 
 
 def row_scores(head: Head, states: AnswerStates, temperature: float | None) -> Tensor:
-    """Means over each row's answer tokens, [rows, scores]: log p, the share of tokens that are the first choice, and, at a
-    `temperature` that memorizes, the share of gradient left."""
+    """Scores of each row, [rows, scores]: over its answer tokens the means of log p and of being the first choice; whether greedy
+    decoding gives the answer; and, at a `temperature` that memorizes, the mean share of gradient left."""
     of_tokens = [log_prob, _is_first_choice]
     if temperature is not None:
         of_tokens.append(functools.partial(headroom, temperature=temperature))
-    scores = [mean_over_rows(per_token(f, head, [states.hidden], states.targets), states) for f in of_tokens]
-    return torch.stack(scores, dim=1)
+    values = [per_token(f, head, [states.hidden], states.targets) for f in of_tokens]
+    scores = [mean_over_rows(each, states) for each in values]
+    return torch.stack([*scores[:2], _is_right(values[1], states).to(scores[0]), *scores[2:]], dim=1)
 
 
 def means(prediction: EvalPrediction) -> dict[str, float]:
-    """probability (the mean of exp of a row's mean log p), tokens_right and headroom, over the rows."""
-    log_p, right, *room = np.asarray(prediction.predictions).T
-    return {"probability": float(np.exp(log_p).mean()), "tokens_right": float(right.mean())} | (
-        {"headroom": float(room[0].mean())} if room else {}
-    )
+    """probability (the mean of exp of a row's mean log p), tokens_right, rows_right and headroom, over the rows."""
+    log_p, right, whole, *room = np.asarray(prediction.predictions).T
+    found = {"probability": np.exp(log_p), "tokens_right": right, "rows_right": whole}
+    return {name: float(scores.mean()) for name, scores in (found | ({"headroom": room[0]} if room else {})).items()}
 
 
 def _is_first_choice(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(-1) == targets).to(logits.dtype)
+
+
+def _is_right(first_choice: Tensor, states: AnswerStates) -> Tensor:
+    """Whether all tokens of each answer are the first choice, [rows]; of several, all but the last, with which it ends."""
+    lengths = torch.bincount(states.row_of, minlength=states.rows)
+    wrong = 1 - first_choice
+    last = wrong[(lengths.cumsum(0) - 1).clamp_min(0)] * (lengths > 1)
+    return sum_over_rows(wrong, states) - last == 0

@@ -39,9 +39,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from loramox import Tokenisation
 from loramox.data.encode import IGNORED
 from loramox.data.rows import Columns
-from loramox.evaluate.evaluate import Asked, Subject, evaluate
+from loramox.evaluate.asked import Asked
+from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, Record, ScoringConfig
 from loramox.evaluate.records import read_records
+from loramox.evaluate.subject import Subject
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.evaluate.summary import summarise
 from loramox.model.config import ModelConfig

@@ -31,10 +31,12 @@ OVERLAP = ("mox", "npo_mean", "npo")  # whose best settings are run where rows o
 ABLATION: dict[str, Settings] = {
     "mox": {},
     "one inner step": {"inner_steps": 1},
+    "half the inner step": {"inner_lr": 5e-3},
     "without momentum": {"momentum": 1.0},
     "without KL": {"retain_term": "none"},
     "KL of weight 5": {"retain_weight": 5.0},
 }
+TAUGHT = ("instead", "refusals")  # of no effect here: a model without a chat template is taught no other answer
 BUDGET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "retain_per_forget", "warmup_steps")
 
 
@@ -63,7 +65,8 @@ class Size:
     def run(self, method: str, changed: Settings, seed: int, split: str = "whole") -> Run:
         """The run of a method with `changed` settings."""
         defaults = {field.name: field.default for field in fields(UnlearnConfig) if field.name in BUDGET}
-        settings = defaults | {"r": R} | METHODS[method].settings | dict(self.training) | changed
+        own = {name: value for name, value in METHODS[method].settings.items() if name not in TAUGHT}
+        settings = defaults | {"r": R} | own | dict(self.training) | changed
         return Run(method, tuple(changed.items()), tuple(sorted(settings.items())), seed, split)
 
     def seeded(self, method: str, changed: Settings, split: str = "whole") -> list[Run]:

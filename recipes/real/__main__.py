@@ -13,8 +13,6 @@ stopped and started again. A run of `default` takes about 20 minutes of one core
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from loramox.train.synthetic import ROWS, Writer
 
 from .judge import SCALES, ask, judged
 from .picture import draw
-from .runs import RUNS
+from .runs import RUNS, train
 from .tables import write_table
 from .world import CONTEXT, forget_rows, parts
 
@@ -82,17 +80,9 @@ def prepared(given: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 
 def computed(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, asked: Any) -> dict[str, Any]:
-    """Train by the command line, then judge what ships."""
-    work, rows = given.out / "work" / f"{name}-{given.epochs:g}-{seed}", given.out / "rows"
-    if not (work / "forget-adapter" / "provenance.json").exists():
-        command = [
-            sys.executable, "-m", "loramox", "unlearn", "--model", given.model, "--quantization", "none", "--dtype", "float32",
-            "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
-            "--num_train_epochs", f"{given.epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
-            "--save_strategy", "no", "--report_to", "none", "--out", str(work), *RUNS[name].flags,
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
-    run = json.loads((work / "run.json").read_text())
+    """Train, then judge what ships."""
+    work = given.out / "work" / f"{name}-{given.epochs:g}-{seed}"
+    run = train(name, given.model, given.out / "rows", work, given.epochs, seed)
     said = judged(given.model, work / "forget-adapter", tokenizer, asked, tuple(given.scales))
     return {"command": run["command"], "log": run["log"], "timings": run["timings"], "answers": said}
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from loramox import ForgetSwitch
 from loramox.data.fluency import SHARED, is_fluent, overlap
-from loramox.train.inputs import REFUSALS, read_refusals
+from loramox.train.inputs import REFUSALS, is_refusal, read_refusals
 
 from .world import Asked, answers, right
 
@@ -56,9 +56,3 @@ def counts(said: Answers, reference: Answers, asked: dict[str, list[Asked]]) -> 
             "alike": sum(overlap(a, b) >= SHARED for a, b in zip(now, before, strict=True)),
         }
     return found
-
-
-def is_refusal(text: str, refusals: list[str]) -> bool:
-    """Whether a text begins like one of the sentences that were taught: its first sentence shares half of the words."""
-    first = text.split(". ")[0]
-    return any(overlap(first, each) >= SHARED for each in refusals)

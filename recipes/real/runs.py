@@ -1,6 +1,16 @@
-"""The runs: each is one call of `loramox unlearn`, as a user would make it."""
+"""The runs: each is one call of `loramox unlearn`, as a user would make it, except that it ships all of the trained alpha.
 
+So the scales at which it is judged are shares of what was trained: the default, `--forget_to 0.05`, ships one of them.
+"""
+
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loramox.adapter.folder import PROVENANCE
 
 
 @dataclass(frozen=True)
@@ -10,6 +20,8 @@ class Run:
     title: str
     flags: tuple[str, ...] = ()
 
+
+BASE = "BASE"  # in flags: a model that never saw the forget rows
 
 RUNS = {
     "default": Run("`mox`, the default: `--instead refuse`"),
@@ -21,5 +33,37 @@ RUNS = {
         ("--method", "npo", "--retain_term", "kl", "--retain_weight", "5", "--beta", "0.05", "--lora_alpha", "128"),
     ),
     "po": Run("`po`: refusals, and CE of the retain rows", ("--method", "po")),
-    "graddiff": Run("`graddiff`", ("--method", "graddiff")),
+    "graddiff": Run(
+        "`graddiff`, 8 passes at 2e-4",
+        (
+            "--method",
+            "graddiff",
+            "--learning_rate",
+            "2e-4",
+            "--num_train_epochs",
+            "8",
+        ),  # it has no bound: 24 at 1e-3 leave no language
+    ),
+    "with_auto": Run("`mox`, and 120 rows of `--auto_retain` beside the given ones", ("--auto_retain", "120")),
+    "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),
 }
+
+
+def train(name: str, model: str, rows: Path, work: Path, epochs: float, seed: int, base: str = "") -> dict[str, Any]:
+    """Train by the command line, unless `work` has the adapter; return the record of the run.
+
+    Args:
+        model: the model that knows the forget rows.
+        rows: folder of forget.jsonl and retain.jsonl.
+        base: a model that never saw them, for runs that need one.
+    """
+    if not (work / "forget-adapter" / PROVENANCE).exists():
+        flags = [base if flag == BASE else flag for flag in RUNS[name].flags]
+        command = [
+            sys.executable, "-m", "loramox", "unlearn", "--model", model, "--quantization", "none", "--dtype", "float32",
+            "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
+            "--num_train_epochs", f"{epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
+            "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--out", str(work), *flags,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+    return json.loads((work / "run.json").read_text())

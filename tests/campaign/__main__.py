@@ -1,9 +1,10 @@
-"""Kill every command and damage every file, many times; write a table of attempts and failures. See `make campaign`."""
+"""Kill every command, fill its disk, start it twice, damage its files; write a table of attempts. See `make campaign`."""
 
 import argparse
 import functools
 import multiprocessing
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -14,11 +15,18 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-from campaign.attempts import JOBS, build_world, kill
+from campaign.attempts import JOBS, PAIRS, build_world, fill, kill, kill_pair, twice
 from campaign.mutations import TARGETS, mutate
 
 from loramox.run import versions
 
+KINDS = {
+    **{f"kill `{job}`": (kill, job) for job in JOBS},
+    **{f"full disk, `{job}`": (fill, job) for job in JOBS},
+    **{f"two at once, `{job}`": (twice, job) for job in JOBS},
+    **{f"kill one of two processes, `{job}`": (kill_pair, job) for job in PAIRS},
+    **{f"damage: {target}": (mutate, target) for target in TARGETS},
+}
 ENDS = ("same", "refused", "done", "failure")
 Outcome = tuple[str, int, str, str, str | None]  # kind, number, how it was disturbed, how it ended, fault
 
@@ -26,11 +34,11 @@ Outcome = tuple[str, int, str, str, str | None]  # kind, number, how it was dist
 def attempt(world: Path, seed: int, planned: tuple[str, int]) -> Outcome:
     """Each attempt has its own seed and its own copy of the world, so that it can be repeated alone."""
     kind, number = planned
-    folder = world.with_name(f"{kind.replace(' ', '-')}-{number}")
+    folder = world.with_name(re.sub(r"\W+", "-", f"{kind}-{number}"))
     shutil.copytree(world, folder)
     try:
-        disturb = kill if kind in JOBS else mutate
-        return kind, number, *disturb(world, folder, kind, Random(f"{seed} {kind} {number}"))
+        disturb, of = KINDS[kind]
+        return kind, number, *disturb(world, folder, of, Random(f"{seed} {kind} {number}"))
     finally:
         shutil.rmtree(folder)
 
@@ -41,13 +49,13 @@ def table(outcomes: Sequence[Outcome], minutes: float) -> str:
         f"# Campaign of {date.today()}\n",
         f"`make campaign ARGS='{' '.join(sys.argv[1:])}'`: {minutes:.0f} minutes, {platform.machine()}, {packages}\n",
         "Failures are tracebacks, hangs and results that differ from those of an undisturbed command. A refusal (exit code 1 or 2) is",
-        "none. After a kill, the command is run again. Where results may differ (a report of a damaged record), they count as other.\n",
+        "none. After a kill or with room on the disk again, the command is run again. Two processes are started as torchrun starts them.",
+        "A full disk is one on which no file can be opened for writing, or made longer than some bytes. Where results may differ (a report of a damaged record), they count as other.\n",
         "| kind | attempts | same result | refused | other | failures |\n|---|---|---|---|---|---|",
     ]
-    for kind in (*JOBS, *TARGETS):
+    for kind in KINDS:
         ends = Counter("failure" if fault else end for each, _, _, end, fault in outcomes if each == kind)
-        name = f"kill `{kind}`" if kind in JOBS else f"damage: {kind}"
-        lines.append("| ".join(["", *map("{} ".format, (name, ends.total(), *map(ends.get, ENDS, [0] * 4)))]) + "|")
+        lines.append("| ".join(["", *map("{} ".format, (kind, ends.total(), *map(ends.get, ENDS, [0] * 4)))]) + "|")
     failed = [outcome for outcome in outcomes if outcome[4]]
     lines += [f"| all | {len(outcomes)} | | | | {len(failed)} |\n", "## Failures\n"]
     lines += [f"- {kind}, attempt {number} ({how}): {fault}" for kind, number, how, _, fault in failed] or ["None."]
@@ -56,13 +64,13 @@ def table(outcomes: Sequence[Outcome], minutes: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make campaign ARGS=…", description=__doc__)
-    parser.add_argument("--tries", type=int, default=80, help="attempts of each kind (default: 80, about 20 minutes)")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after so many")
+    parser.add_argument("--tries", type=int, default=80, help="attempts of each kind")
+    parser.add_argument("--minutes", type=float, default=20, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of the names of the kinds to try")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{date.today()}.md")
     given = parser.parse_args()
-    plan = [(kind, number) for number in range(given.tries) for kind in (*JOBS, *TARGETS) if given.only in kind]
+    plan = [(kind, number) for number in range(given.tries) for kind in KINDS if given.only in kind]
     began, outcomes = time.monotonic(), []
     in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # nothing waits for a disk there
     with tempfile.TemporaryDirectory(dir=in_memory) as scratch:

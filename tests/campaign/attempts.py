@@ -1,26 +1,25 @@
-"""Run a command of loramox as a child of this process, in its own folder, and kill it or leave it alone."""
+"""Disturb a command, run it again, and compare its result with that of one left alone."""
 
+import errno
 import functools
 import importlib
 import json
 import os
 import pkgutil
 import re
-import resource
 import shutil
 import signal
-import sys
-import traceback
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
+from campaign.processes import Disturbance, Ended, run, run_two, start, wait
 from conftest import PEOPLE, byte_level, questions, write_pico
 
 import loramox
-from loramox.cli import main
 
-CPU_SECONDS, WALL_SECONDS, MEMORY = 20, 120, 4 << 30  # for one command; more is a hang, or a file read without a limit
 ROWS = "--forget rows/forget.jsonl --retain rows/retain.jsonl"
 TRAINING = (
     "--model base --quantization none --r 4 --lora_alpha 8 --use_cpu true --num_train_epochs 2 --learning_rate 1e-2 --alpha 2 "
@@ -43,82 +42,20 @@ JOBS = {  # (the command, the folder of its result, the flag that continues it)
     "ship merge --quantize nf4": ("ship merge --adapter run/forget-adapter --quantize nf4 --force true --out out", "out", ""),
     "sweep": (f"sweep --trained run/trained {SCORING} --alphas 1 2 --refine 1 --out out", "out", ""),
     "evaluate": (f"evaluate {MODEL} --out out", "out", ""),
-    "attack": (f"attack {MODEL} --relearn_share 0.25 --relearn_steps 1 2 --out out", "out", ""),
+    "attack": (f"attack {MODEL} --attacks relearn requantize pair --relearn_share 0.25 --relearn_steps 1 2 --out out", "out", ""),
     "report": ("report run", "run", ""),
 }  # fmt: skip
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod"}
+# The same for two processes, as torchrun starts them.
+PAIRS = {
+    "unlearn": (f"{JOBS['unlearn'][0]} --ddp_backend gloo", "out", "--resume"),
+    "sweep": JOBS["sweep"],
+    "evaluate": JOBS["evaluate"],
+}
 # Keys of JSON files that hold times, or checksums of files that do.
 VARIES = {
     "command", "training_command", "seconds", "when", "revoked", "timings", "memory", "reused", "files", "digest", "log", "log_history",
     "trainer_state.json", "momentum.safetensors",
 }  # fmt: skip
-
-
-class Ended(NamedTuple):
-    code: int  # below 0: the signal
-    said: str
-    operations: int  # on files in its folder
-    seconds: float  # of CPU
-
-    def fault(self) -> str | None:
-        """The fault, if the command ended as none may."""
-        last = (self.said.strip().splitlines() or [""])[-1][:160]
-        if "Traceback (most recent call last)" in self.said:
-            return f"traceback: {last}"
-        hung = self.code in (-signal.SIGXCPU, -signal.SIGALRM)
-        return "hang" if hung else f"exit code {self.code}: {last}" if self.code not in (0, 1, 2) else None
-
-
-def run(folder: Path, words: str, at_operation: int = 0, after: float = 0.0) -> Ended:
-    """Run a command; kill it at its n-th operation on files or after so many seconds of CPU, if either is given."""
-    child = os.fork()
-    if not child:
-        _obey(folder, words.split(), at_operation, after)
-    _, status, used = os.wait4(child, 0)
-    counted = folder / ".operations"
-    operations = int(counted.read_text()) if counted.exists() else 0
-    counted.unlink(missing_ok=True)
-    said = (folder / ".said").read_text(errors="replace")
-    return Ended(os.waitstatus_to_exitcode(status), said, operations, used.ru_utime + used.ru_stime)
-
-
-def _obey(folder: Path, words: list[str], at_operation: int, after: float) -> None:
-    os.chdir(folder)
-    said = os.open(".said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
-    sys.argv = ["loramox", *words]
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-    signal.setitimer(signal.ITIMER_PROF, after)  # SIGPROF, which nothing handles, ends a process as SIGKILL does
-    seen = 0
-
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if (
-            event in OPERATIONS
-            and isinstance(args[0], str | os.PathLike)
-            and (event != "open" or (args[2] or 0) & WRITES)
-        ):
-            seen += os.path.abspath(args[0]).startswith(str(folder))
-            if seen == at_operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    if at_operation or not after:
-        sys.addaudithook(watch)
-    code = 1
-    try:
-        main(words)
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    Path(".operations").write_text(str(seen))
-    os._exit(code)
 
 
 def build_world(folder: Path) -> None:
@@ -152,17 +89,17 @@ def build_world(folder: Path) -> None:
     _well(folder, "requests revoke stale a")
 
 
-def _well(folder: Path, words: str) -> Ended:
-    if (ended := run(folder, words)).code:
+def _well(folder: Path, words: str, how: Callable[[Path, str], Ended] = run) -> Ended:
+    if (ended := how(folder, words)).code:
         raise RuntimeError(f"loramox {words} must work before anything is disturbed\n{ended.said}")
     return ended
 
 
 @functools.cache
-def undisturbed(world: Path, words: str, result: str) -> tuple[Ended, dict[str, Any]]:
+def undisturbed(world: Path, words: str, result: str, processes: int = 1) -> tuple[Ended, dict[str, Any]]:
     """How a command ends that nothing disturbs, and its result."""
     folder = shutil.copytree(world, world.with_name(f"undisturbed-{os.getpid()}"))
-    found = _well(folder, words), contents(folder, result)
+    found = _well(folder, words, run if processes == 1 else run_two), contents(folder, result)
     shutil.rmtree(folder)
     return found
 
@@ -200,22 +137,86 @@ def kill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str
     """Kill a command once or twice, then run it to its end: how it was killed, how it ended, and the fault."""
     (words, result, again), how = JOBS[kind], "killed "
     expected, files = undisturbed(world, words, result)
-    ledger = words.split()[2] if kind.startswith("requests") else ""
     for _ in range(random.choice((1, 1, 1, 2))):
         operation, after = random.randint(1, expected.operations), round(random.uniform(0.01, expected.seconds), 2)
         by_operation = random.random() < 0.7
-        killed = run(folder, words, at_operation=operation) if by_operation else run(folder, words, after=after)
+        killed = run(folder, words, Disturbance(operation) if by_operation else Disturbance(kill_after=after))
         how += f"at file operation {operation}, " if by_operation else f"after {after} s, "
         if killed.code not in (-signal.SIGKILL, -signal.SIGPROF) and killed.fault():
             return how, "", f"before the kill: {killed.fault()}"
-        if (folder / ledger / "ledger.json").exists() and (verified := run(folder, f"requests verify {ledger}")).code:
-            return how, "", f"verify: {' '.join(verified.said.split())[:200]}"
+        if fault := _ledger_fault(folder, words):
+            return how, "", fault
         words = f"{JOBS[kind][0]} {again}"
-    ended = run(folder, words)
-    # Older checkpoints are no result, and what verify calls left over stays in staging until the next request.
-    found = [
-        {n: v for n, v in of.items() if not re.search("^staging/|checkpoint-", n)}
-        for of in (files, contents(folder, result))
-    ]
-    fault = ended.fault() or difference(*found)
-    return how, "same", fault and f"{fault}; it said: {' '.join(ended.said.split())[-160:]}"
+    return how, "same", _finish(folder, words, result, files)
+
+
+def fill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+    """Fill the disk under a command, at an operation or within a file; then make room and run it to its end."""
+    words, result, again = JOBS[kind]
+    expected, files = undisturbed(world, words, result)
+    if random.random() < 0.7:
+        full = Disturbance(full_at=random.randint(1, expected.operations))
+        how = f"full at file operation {full.full_at}"
+    else:
+        full = Disturbance(largest=round(2 ** random.uniform(13, 19)))
+        how = f"no file over {full.largest} bytes"
+    filled = run(folder, words, full)
+    if fault := filled.fault() or _ledger_fault(folder, words):
+        return how, "", f"while the disk is full: {fault}"
+    if filled.code and not ("the disk filled up" in filled.said or os.strerror(errno.ENOSPC) in filled.said):
+        return how, "", f"it does not say that the disk is full: {' '.join(filled.said.split())[-160:]}"
+    return how, "same", _finish(folder, f"{words} {again}", result, files)
+
+
+def twice(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+    """Run a command twice at once: one does its work, the other is refused or finds it done."""
+    words, result, _ = JOBS[kind]
+    expected, files = undisturbed(world, words, result)
+    pause = round(random.uniform(0, expected.seconds), 2)
+    first = start(folder, words)
+    time.sleep(pause)
+    second = start(folder, words)
+    both = [wait(folder, child) for child in (first, second)]
+    fault = next((fault for each in both if (fault := each.fault())), None)
+    if all(each.code for each in both):
+        fault = fault or f"neither did it: {' '.join(both[1].said.split())[-160:]}"
+    return (
+        f"the second {pause} s later",
+        "same",
+        fault or difference(*map(_compared, (files, contents(folder, result)))),
+    )
+
+
+def kill_pair(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+    """Kill one of the two processes of a command, and with it the other as torchrun does; then run both to their end."""
+    words, result, again = PAIRS[kind]
+    expected, files = undisturbed(world, words, result, processes=2)
+    after = round(random.uniform(0.01, expected.seconds), 2)
+    killed = run_two(folder, words, after, random)
+    if killed.code not in (-signal.SIGKILL, -signal.SIGPROF) and killed.fault():
+        return f"killed after {after} s", "", f"before the kill: {killed.fault()}"
+    return f"killed after {after} s", "same", _finish(folder, f"{words} {again}", result, files, run_two)
+
+
+def _finish(
+    folder: Path, words: str, result: str, files: dict[str, Any], how: Callable[[Path, str], Ended] = run
+) -> str | None:
+    """Run a command to its end; the fault, if its result is not that of an undisturbed one."""
+    ended = how(folder, words)
+    fault = ended.fault() or difference(*map(_compared, (files, contents(folder, result))))
+    return fault and f"{fault}; it said: {' '.join(ended.said.split())[-160:]}"
+
+
+def _compared(files: dict[str, Any]) -> dict[str, Any]:
+    """Older checkpoints are no result, and what verify calls left over stays in staging until the next request."""
+    return {name: parts for name, parts in files.items() if not re.search("^staging/|checkpoint-", name)}
+
+
+def _ledger_fault(folder: Path, words: str) -> str | None:
+    ledger = words.split()[2] if words.startswith("requests") else ""
+    if (
+        not (folder / ledger / "ledger.json").exists()
+        or not (verified := run(folder, f"requests verify {ledger}")).code
+    ):
+        return None
+    return f"verify: {' '.join(verified.said.split())[:200]}"

@@ -7,7 +7,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from campaign.attempts import JOBS, ROWS, TRAINING, contents, difference, run, undisturbed
+from campaign.attempts import JOBS, ROWS, TRAINING, contents, difference, undisturbed
+from campaign.processes import run
 from peft import PeftModel
 from signing import sign
 from transformers import AutoModelForCausalLM

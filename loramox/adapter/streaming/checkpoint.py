@@ -1,6 +1,5 @@
 """The base model of a merge: its files, and which of its tensors each layer of an adapter belongs to."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +8,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
 from loramox.adapter.streaming.shards import FLOATS, Shard, read_shard
 from loramox.errors import AdapterError, ModelError
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, read_config
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from loramox.model.stored import check_weights, shard_names
 
 # What is taken along beside the weights; config.json is rewritten.
 BESIDE = (
@@ -66,7 +65,7 @@ def fetch(base: ModelConfig) -> Path:
     if Path(base.model).is_dir():
         return Path(base.model)
     folder = _snapshot(base, ["config.json", INDEX, *BESIDE])
-    return _snapshot(base, _shard_names(folder) if (folder / INDEX).exists() else [SINGLE])
+    return _snapshot(base, sorted(shard_names(folder / INDEX)) if (folder / INDEX).exists() else [SINGLE])
 
 
 def beside(folder: Path) -> list[Path]:
@@ -100,41 +99,14 @@ def _snapshot(base: ModelConfig, patterns: list[str]) -> Path:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """Headers of the files that `from_pretrained` would read. Raises `ModelError` when there are none, or some are missing."""
-    if (folder / SINGLE).exists():
-        return [read_shard(folder / SINGLE)]
-    if not (folder / INDEX).exists():
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
+    """Headers of the files that `from_pretrained` would read. Raises `ModelError` when they are missing, damaged or pickles."""
+    files = check_weights(folder)
+    if pickles := [file for file in files if file.suffix != ".safetensors"]:
         raise ModelError(
-            f"--base {folder} has no safetensors ({SINGLE} or {INDEX}){f'; {pickles[0]} is a pickle, which is not read' if pickles else ''}. "
-            "Give a revision that has them, or save it anew: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+            f"--base {folder} has no safetensors; {pickles[0].name} is a pickle, which is not read. Give a revision that has them, or save it "
+            "anew: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
         )
-    shards = [read_shard(folder / name) for name in _shard_names(folder)]
-    there = {entry.name for shard in shards for entry in shard.entries}
-    missing = sorted(_weight_map(folder).keys() - there)
-    if missing:
-        raise ModelError(
-            f"{folder / INDEX} names {missing[0]}, which is in none of its files. Download the model again"
-        )
-    return shards
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-            raise ValueError("its weight_map does not give a file for each tensor")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / INDEX} cannot be read ({error!r}). Download the model again") from error
-    return found
-
-
-def _shard_names(folder: Path) -> list[str]:
-    names = sorted(set(_weight_map(folder).values()))
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{folder / INDEX} names '{name}', which is no safetensors file of that folder")
-    return names
+    return [read_shard(file) for file in files]
 
 
 def targets(factors: dict[str, Factors], model: PreTrainedModel, adapter: Path) -> dict[str, Target]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,7 +16,6 @@ from loramox.adapter.streaming.shards import (
     Shard,
     copy_bytes,
     read_rows,
-    read_shard,
     size_in,
     write_header,
     write_tensor,
@@ -36,25 +36,30 @@ class Survival:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, dtype: str, old: Tensor, delta: Tensor, new: Tensor) -> None:
         """Count some of the weights: W, ΔW and round(W + ΔW), all in fp32 and of one shape."""
-        change = new - old
-        sums = self._sums.setdefault(dtype, [0.0, 0.0, 0.0])
-        sums[0] += torch.sum(change * delta).item()
-        sums[1] += torch.sum(delta.square()).item()
-        sums[2] += torch.sum(change.sub_(delta).square_()).item()
+        self._sums[dtype] = self._sums.get(dtype, 0) + sums_of(new - old, delta)
 
     def shares(self) -> dict[str, Any]:
         """{"overall": share, "rounding": …, "float32": {"share": …, "rounding": …}, …}."""
-        total = [sum(column) for column in zip(*self._sums.values(), strict=True)]
-        each = {dtype: _as_shares(sums) for dtype, sums in self._sums.items()}
-        return {"overall": _as_shares(total)["share"], "rounding": _as_shares(total)["rounding"], **each}
+        total = shares_of(sum(self._sums.values()))
+        each = {dtype: shares_of(sums) for dtype, sums in self._sums.items()}
+        return {"overall": total["share"], "rounding": total["rounding"], **each}
 
 
-def _as_shares(sums: list[float]) -> dict[str, float]:
-    along, norm, lost = sums
+def sums_of(change: Tensor, delta: Tensor) -> Tensor:
+    """⟨D, ΔW⟩, ‖ΔW‖², ‖D − ΔW‖² and ‖D‖², one after the other: a layer's products are large. `change`, D, is overwritten."""
+    along, norm, changed = (
+        (a * b).sum(dtype=torch.float64) for a, b in ((change, delta), (delta, delta), (change, change))
+    )
+    return torch.stack([along, norm, change.sub_(delta).square_().sum(dtype=torch.float64), changed]).cpu()
+
+
+def shares_of(sums: Tensor) -> dict[str, float]:
+    """{"share": ⟨D, ΔW⟩ / ‖ΔW‖², "rounding": ‖D − ΔW‖ / ‖ΔW‖}; all of ΔW where it is 0."""
+    along, norm, lost, _ = sums.tolist()
     return {"share": along / norm, "rounding": math.sqrt(lost / norm)} if norm else {"share": 1.0, "rounding": 0.0}
 
 
@@ -92,7 +97,8 @@ def write_shards(
                 for entry in shard.entries:
                     _write_one(source, entry, changed.get(entry.name), code_in(entry, code), to, survival)
                     bar.update(entry.bytes)
-            read_shard(folder / shard.path.name)  # it is whole, and in the format
+            with safe_open(folder / shard.path.name, "pt"):  # it is whole, and in the format
+                pass
     return survival.shares()
 
 

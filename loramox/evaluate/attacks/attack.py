@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,14 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
 
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
-from loramox.errors import SettingsError
-from loramox.evaluate.attacks import pair, relearn, requantize, sample
-from loramox.evaluate.attacks.bench import RECORD, Bench
+from loramox.errors import NonFiniteLossError, SettingsError
+from loramox.evaluate.attacks import asking, pair, relearn, requantize, sample
+from loramox.evaluate.attacks.bench import NO_QUESTIONS, RECORD, Bench
 from loramox.evaluate.attacks.config import AttackConfig
 from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import read_records
@@ -30,10 +32,9 @@ __all__ = ["RECORD", "AttackConfig", "attack"]
 log = logging.getLogger(__name__)
 
 NO_CONTROL = (
-    "no control: it needs a model trained without the forget rows (--retrained_model). Without one it is not known how much of what "
+    "needs a model trained without the forget rows (--retrained_model). Without one it is not known how much of what "
     "comes back is guessing"
 )
-NO_QUESTIONS = "needs forget rows with questions, and answers generated to them (--max_new_tokens above 0)"
 
 
 @one_writer
@@ -62,7 +63,7 @@ def attack(
         if "pair" in config.attacks:
             _pair(bench)
         if "relearn" in config.attacks:
-            _relearn(bench)
+            _relearn(bench, bench.forget_model, config.scale)
         if "requantize" in config.attacks:
             _requantize(bench)
         _control(bench)
@@ -70,14 +71,11 @@ def attack(
 
 
 def _before_and_asked(bench: Bench) -> None:
+    asking.prepare(bench)
     for state, scale in (("reference model", 0.0), ("forget model", bench.config.scale)):
-        ways = {f"{way}, {state}": questions for way, questions in bench.otherwise.items()}
-        there = bench.asked_already("none", state) and bench.asked_already("ask otherwise", *ways)
-        model = None if there else bench.forget_model()
+        model = None if asking.done(bench, state) else bench.forget_model()
         with at_scale(model, scale) if model else nullcontext():
-            bench.ask("none", state, model)
-            for way, questions in ways.items():
-                bench.ask("ask otherwise", way, model, questions)
+            asking.ask_all(bench, state, model)
 
 
 def _sample(bench: Bench, state: str = "forget model", model: nn.Module | None = None) -> None:
@@ -87,7 +85,7 @@ def _sample(bench: Bench, state: str = "forget model", model: nn.Module | None =
         bench.absent["sample"] = NO_QUESTIONS
         return
 
-    def asking() -> list[Record]:
+    def sampling() -> list[Record]:
         asked = model or bench.forget_model()
         with nullcontext() if model else at_scale(asked, config.scale):
             return sample.sample(
@@ -95,7 +93,7 @@ def _sample(bench: Bench, state: str = "forget model", model: nn.Module | None =
                 f"sample, {state}",
             )  # fmt: skip
 
-    records = bench.keep("sample", state, questions, asking, sample.leakage)
+    records = bench.keep("sample", state, questions, sampling, sample.leakage)
     bench.states[-1]["worst"] = sample.worst(records)
 
 
@@ -115,8 +113,8 @@ def _pair(bench: Bench) -> None:
         return pair.guided(bench.forget_model(), questions, config.scale, strength, f"pair, guidance {strength:g}")
 
     for strength in config.guidance:
-        asking = functools.partial(guided, strength)
-        beside_base(bench.keep("pair", f"guidance {strength:g}", questions, asking, pair.summary))
+        answering = functools.partial(guided, strength)
+        beside_base(bench.keep("pair", f"guidance {strength:g}", questions, answering, pair.summary))
     model = None if bench.asked_already("pair", "sign flipped") else bench.forget_model()
     with at_scale(model, -config.scale) if model else nullcontext():
         beside_base(bench.ask("pair", "sign flipped", model))
@@ -129,36 +127,48 @@ def _control(bench: Bench) -> None:
         return
     bench.adapted = None  # one model at a time
     state = "retrained model"
-    ways = {f"{way}, {state}": questions for way, questions in bench.otherwise.items()}
-    there = bench.asked_already("none", state) and bench.asked_already("ask otherwise", *ways)
+    there = asking.done(bench, state)
     if "sample" in bench.config.attacks and bench.open_questions:
         there = there and bench.asked_already("sample", state)
     model = None if there else load_reference(bench.retrained, bench.device)
-    bench.ask("none", state, model)
-    for way, questions in ways.items():
-        bench.ask("ask otherwise", way, model, questions)
+    asking.ask_all(bench, state, model)
     if "sample" in bench.config.attacks:
         _sample(bench, state, model)
+    if "relearn" in bench.config.attacks:
+        # With the adapter at scale 0 it is the retrained model, and the attacker's own adapter starts as on the forget model.
+        adapted = functools.cache(
+            lambda: put_on(model or load_reference(bench.retrained, bench.device), bench.config.adapter)
+        )
+        _relearn(bench, adapted, 0.0, f", {state}")
+        for attack, saved in relearn.saved(bench.states).items():
+            log.info(relearn.sentence(attack, saved))
 
 
-def _relearn(bench: Bench) -> None:
+def _relearn(bench: Bench, load: Callable[[], PeftModel], scale: float, of: str = "") -> None:
+    """Train the model that `load` returns, its adapter at `scale`, on each set of the attacker's rows at each rate."""
     config = bench.config
-    for what, questions in bench.training.items():
-        attack, states = f"relearn {what}", [f"step {step}" for step in config.relearn_steps]
+    if relearn.TEXT not in bench.training:
+        bench.absent["relearn unrelated text"] = relearn.NO_TEXT
+    for (what, questions), rate in itertools.product(bench.training.items(), config.relearn_rate):
+        attack = f"relearn {what}" + (f", rate {rate:g}" if len(config.relearn_rate) > 1 else "")
+        states = [f"step {step}{of}" for step in config.relearn_steps]
         if bench.asked_already(attack, *states):
             for state in states:
                 bench.ask(attack, state, None)
             continue
-        model = bench.forget_model()
+        model = load()
         examples = [example for part in questions.parts for example in part.answers]
         pad = questions.tokenizer.pad_token_id or 0
-        # Beside a forget model: what the same training does to it tells nothing without its start, which is step 0.
-        with at_scale(model, config.scale), relearn.attacker(model, config.relearn_rank, config.seed):
-            steps = relearn.train(
-                model, examples, config.relearn_steps, config.relearn_rate, config.relearn_batch, pad, config.seed
-            )
-            for step in steps:
-                bench.ask(attack, f"step {step}", model)
+        with at_scale(model, scale), relearn.attacker(model, config.relearn_rank, config.seed):
+            for step in relearn.train(
+                model, examples, config.relearn_steps, rate, config.relearn_batch, pad, config.seed
+            ):
+                try:
+                    bench.ask(attack, f"step {step}{of}", model)
+                except NonFiniteLossError:  # such a model has lost the rows, which says nothing about forgetting
+                    lower = f"give a lower --relearn_rate than {rate:g}"
+                    bench.absent[f"{attack}{of}"] = f"training diverged by step {step}: {lower}"
+                    break
 
 
 def _requantize(bench: Bench) -> None:

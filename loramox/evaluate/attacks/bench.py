@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +12,52 @@ from peft import PeftModel
 from torch import nn
 
 from loramox.adapter.loading import put_on
-from loramox.data.encode import Tokenisation, served_otherwise
-from loramox.data.rows import Data, Row
+from loramox.data.encode import Tokenisation
+from loramox.data.rows import Columns, Data, Row
 from loramox.errors import RunError, SettingsError
-from loramox.evaluate.attacks import requantize
-from loramox.evaluate.attacks.config import AttackConfig
-from loramox.evaluate.attacks.prompts import PREFIX_WORDS, as_served, given_away, paraphrased_questions
-from loramox.evaluate.evaluate import (
-    check_adapter,
-    check_scales,
-    check_sides,
-    count_parts,
-    described,
-    disjoint_parts,
-    questions_of,
-    read_sources,
-)
-from loramox.evaluate.measure import Questions, Record, check_numbers
+from loramox.evaluate.asked import count_parts, described, disjoint_parts, questions_of, read_sources
+from loramox.evaluate.attacks import relearn, requantize
+from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
+from loramox.evaluate.attacks.forms import Form
+from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
+from loramox.evaluate.retrained import check_retrained_model
+from loramox.evaluate.subject import check_adapter, check_scales, check_sides
 from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, remove, write_json
-from loramox.model.config import ModelConfig, check_device, identify, read_config, read_tokenizer, skeleton
+from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
 from loramox.model.load import load_reference
 from loramox.run import command, versions
 
 RECORD = "attacks.json"
+NO_QUESTIONS = "needs forget rows with questions, and answers generated to them (--max_new_tokens above 0)"
 
 
 class Bench:
     """One adapted model, the rows that are asked of it in each state, and the folder with the answers."""
 
-    def __init__(self, config: AttackConfig, model: ModelConfig, data: Data, scoring, tokenisation, columns) -> None:
-        self.config, self.model, self.scoring = config, model, scoring
+    def __init__(
+        self,
+        config: AttackConfig,
+        model: ModelConfig,
+        data: Data,
+        scoring: ScoringConfig,
+        tokenisation: Tokenisation,
+        columns: Columns,
+    ) -> None:
+        self.config, self.model, self.scoring, self.tokenisation = config, model, scoring, tokenisation
         self.out = Path(config.out)
         self.device = check_device(model, scoring.use_cpu)
         sources = {"forget": data.forget, "retain": data.retain}
         read = read_sources(sources, columns)
+        if config.relearn_text:
+            sources[relearn.TEXT], read[relearn.TEXT] = config.relearn_text, relearn.read_text(config.relearn_text)
         rows = disjoint_parts(read, data.drop_overlap)
         base_config = read_config(model, weights=True)
+        self.context = context_of(base_config)
         base = identify(model, base_config)
-        self.retrained, control = self._control_model(base)
+        given = config.retrained_model
+        self.retrained, control = check_retrained_model(given, model, base) if given else (None, None)
         made_by = check_adapter(Path(config.adapter), base, skeleton(base_config, model))
         check_scales(Path(config.adapter), "attack")
         if "requantize" in config.attacks:
@@ -63,15 +69,17 @@ class Bench:
         def questions(parts: dict[str, Sequence[Row]]) -> Questions:
             return questions_of(parts, model, base_config, tokenisation, scoring)
 
-        self.questions = questions({"forget": self.asked, "retain": self.retain})
-        self.otherwise = self._otherwise(questions, tokenisation) if "ask" in config.attacks else {}
+        every = self.questions = questions({"forget": self.asked, "retain": self.retain})
+        if config.quick:
+            self.asked = _spread(self.asked)
+            self.questions = questions({"forget": self.asked, "retain": _spread(self.retain)})
         in_question = [row for row in self.asked if row.prompt is not None and scoring.max_new_tokens]
         self.open_questions = questions({"forget": in_question}) if in_question else None
         self.training = {
             "forget rows": questions({"known": self.known}),
             "retain rows": questions({"known": self.retain}),
-        }
-        count_parts(read, rows, self.questions, *self.training.values())
+        } | ({relearn.TEXT: questions({"known": rows[relearn.TEXT]})} if config.relearn_text else {})
+        self.counts = count_parts(read, rows, every, *self.training.values())
         self.plan = {
             "base": base,
             "control": control,
@@ -80,6 +88,7 @@ class Bench:
             "rows": {"attacker's": len(self.known), "asked": len(self.asked)},
             "settings": {k: v for each in (config, scoring, tokenisation) for k, v in asdict(each).items() if k not in ("attacks", "out")},
         }  # fmt: skip
+        self.ways: dict[str, list[tuple[Form, Questions]]] = {}  # by attack
         self.states: list[dict[str, Any]] = []
         self.absent: dict[str, str] = {}
         self.reused = 0
@@ -93,31 +102,6 @@ class Bench:
             )
         chosen = set(random.Random(self.config.seed).sample(range(len(forget)), count))
         return [r for i, r in enumerate(forget) if i in chosen], [r for i, r in enumerate(forget) if i not in chosen]
-
-    def _control_model(self, base: dict[str, Any]) -> tuple[ModelConfig | None, dict[str, Any] | None]:
-        """The retrained model and what identifies it. Raises a `LoramoxError` when it cannot be the control."""
-        given = self.config.retrained_model
-        if given is None:
-            return None, None
-        retrained = replace(self.model, model=given, revision=None)
-        control = identify(retrained, read_config(retrained, weights=True))
-        if control["weights"] is not None and control["weights"] == base["weights"]:
-            raise SettingsError(
-                f"--retrained_model {given} is the model that knows the forget rows. Give one that was trained without them"
-            )
-        if read_tokenizer(retrained).get_vocab() != read_tokenizer(self.model).get_vocab():
-            raise SettingsError(
-                f"--retrained_model {given} has another tokenizer than --model, so that their answers are not comparable. Give the "
-                "same model, trained without the forget rows"
-            )
-        return retrained, control
-
-    def _otherwise(self, questions, tokenisation: Tokenisation) -> dict[str, Questions]:
-        ways = {"paraphrased questions": paraphrased_questions(self.asked)}
-        ways |= {f"first {'word' if n == 1 else f'{n} words'} given": given_away(self.asked, n) for n in PREFIX_WORDS}
-        if served_otherwise(self.asked, self.questions.tokenizer, tokenisation):
-            ways["as served"] = as_served(self.asked)
-        return {name: questions({"forget": rows}) for name, rows in ways.items() if rows}
 
     def open(self) -> None:
         """Start, or go on with the same attack in the folder."""
@@ -162,7 +146,7 @@ class Bench:
 
         def asking() -> list[Record]:
             records = questions.ask(model, f"{attack}, {state}: ")
-            if attack == "none":
+            if attack.startswith(("none", "relearn")):
                 check_numbers(records)
             return records
 
@@ -177,17 +161,15 @@ class Bench:
         summing: Callable[[list[Record]], Summary],
     ) -> list[Record]:
         """The records of a state, from its folder or else from `asking`, which then go there; its metrics go to the states."""
-        folder = self.folder(attack, state)
-        if self.asked_already(attack, state):
-            records = read_records(folder, like=questions.identities())
-            self.reused += 1
-        else:
-            records = asking()
-            write_records(folder, records, summing(records), {"attack": attack, "state": state})
-        found = summing(records).metrics
+        folder, reused = self.folder(attack, state), self.asked_already(attack, state)
+        self.reused += reused
+        records = read_records(folder, like=questions.identities()) if reused else asking()
+        found = summing(records)
+        if not reused:
+            write_records(folder, records, found, {"attack": attack, "state": state})
         kept: dict[str, Any] = {"attack": attack, "state": state, "folder": folder.name}
-        kept["metrics"] = {name: metric.value for name, metric in found.items()}
-        if intervals := {name: list(metric.interval) for name, metric in found.items() if metric.interval}:
+        kept["metrics"] = {name: metric.value for name, metric in found.metrics.items()}
+        if intervals := {name: list(metric.interval) for name, metric in found.metrics.items() if metric.interval}:
             kept["intervals"] = intervals
         self.states.append(kept)
         return records
@@ -196,8 +178,10 @@ class Bench:
         record = {
             "status": "done",
             **self.plan,
+            "row_counts": self.counts,
             "states": self.states,
             "absent": self.absent,
+            "steps_saved": relearn.saved(self.states),
             "reused": self.reused,  # states that an earlier run of this attack had measured
             "device": str(self.device),
             "torch": torch.__version__,
@@ -206,3 +190,9 @@ class Bench:
         }
         write_json(self.out / RECORD, record)
         return record
+
+
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """QUICK_ROWS of the rows, at even distances; all if there are no more."""
+    count = min(QUICK_ROWS, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

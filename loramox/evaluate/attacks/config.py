@@ -1,11 +1,13 @@
 """The settings of `loramox attack`."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 from loramox.errors import SettingsError
 
-ATTACKS = ("relearn", "requantize", "ask", "sample", "pair")
+ATTACKS = ("relearn", "requantize", "forms", "context", "sample", "pair")
+QUICK_ROWS = 20
 
 
 @dataclass
@@ -17,16 +19,23 @@ class AttackConfig:
     attacks: list[str] = field(
         default_factory=lambda: list(ATTACKS),
         metadata={
-            "help": "relearn (train on some forget rows, and on retain rows), requantize (merge, then 4 and 8 bits), ask "
-            "(paraphrased questions, the answer's first words given away, and a server's prompt where training has another), sample "
-            "(many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped)."
+            "help": "relearn (train on some forget rows, and on retain rows), requantize (merge, then 4 and 8 bits), forms "
+            "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
+            "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
+            "The last four need --max_new_tokens above 0."
+        },
+    )
+    quick: bool = field(
+        default=False,
+        metadata={
+            "help": f"A first look: ask at most {QUICK_ROWS} forget rows and {QUICK_ROWS} retain rows, spread over their files. Too few to compare methods."
         },
     )
     scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
     retrained_model: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or hub id of a model trained without the forget rows: the control, which is asked and sampled the same way."
+            "help": "Folder or hub id of a model trained without the forget rows: the control, which is attacked in the same way."
         },
     )
     relearn_steps: list[int] = field(
@@ -35,28 +44,37 @@ class AttackConfig:
     relearn_share: float = field(
         default=0.2, metadata={"help": "Share of the forget rows that the attacker has; the others are asked."}
     )
-    relearn_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of relearning, AdamW on a fresh LoRA adapter."}
+    relearn_rate: list[float] = field(
+        default_factory=lambda: [1e-3],
+        metadata={"help": "Learning rates of relearning, AdamW on a fresh LoRA adapter: one attack for each."},
+    )
+    relearn_text: str | None = field(
+        default=None,
+        metadata={"help": "Unrelated text to relearn on as well: a .txt file of lines, or any file of rows."},
     )
     relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})
-    relearn_batch: int = field(default=8, metadata={"help": "Rows a step of relearning."})
+    relearn_batch: int = field(default=8, metadata={"help": "Rows in a step of relearning."})
     sample_count: int = field(default=16, metadata={"help": "Answers sampled to each forget question."})
     sample_temperature: float = field(default=1.0, metadata={"help": "Temperature at which they are sampled."})
     sample_threshold: float = field(
         default=0.8,
-        metadata={
-            "help": "ROUGE-L recall, or share of the key words, from which on a sampled answer counts as a leak."
-        },
+        metadata={"help": "ROUGE-L recall, or share of the key words, from which on an answer counts as a leak."},
     )
     guidance: list[float] = field(
         default_factory=lambda: [0.5, 1.0, 2.0],
         metadata={"help": "Strengths γ of the guidance: the logits are base + γ·(base − forget model)."},
     )
     seed: int = field(
-        default=0, metadata={"help": "Seed of which rows the attacker has, of the training, and of sampled answers."}
+        default=0,
+        metadata={
+            "help": "Seed of which rows the attacker has, of the training, of sampled answers, and of the retain rows put before a question."
+        },
     )
 
     def __post_init__(self) -> None:
+        if "ask" in self.attacks:
+            warnings.warn("--attacks ask is now forms, and will be refused in the next version", stacklevel=2)
+            self.attacks = list(dict.fromkeys("forms" if name == "ask" else name for name in self.attacks))
         unknown = set(self.attacks) - set(ATTACKS)
         if unknown or not self.attacks:
             raise SettingsError(f"attacks are {self.attacks}; --attacks takes {', '.join(ATTACKS)}")
@@ -66,9 +84,11 @@ class AttackConfig:
             raise SettingsError(
                 f"sample_threshold is {self.sample_threshold}; --sample_threshold needs a share above 0, at most 1"
             )
-        for name in ("relearn_rate", "relearn_rank", "relearn_batch", "sample_count", "sample_temperature", "scale"):
+        for name in ("relearn_rank", "relearn_batch", "sample_count", "sample_temperature", "scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs a number above 0")
+        if not self.relearn_rate or not all(0 < rate < math.inf for rate in self.relearn_rate):
+            raise SettingsError(f"relearn_rate is {self.relearn_rate}; --relearn_rate needs numbers above 0")
         if not self.relearn_steps or min(self.relearn_steps) < 1:
             raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
         if not self.guidance or not all(0 < strength < math.inf for strength in self.guidance):

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from loramox.evaluate.answers import Answering, greedy_answers
-from loramox.evaluate.measure import Questions, Record, rouge_of
-from loramox.evaluate.summary import Summary, summarise, values
+from loramox.evaluate.measure import Questions
+from loramox.evaluate.metric import Record, Summary, values
+from loramox.evaluate.row_record import rouge_of
+from loramox.evaluate.summary import summarise
 from loramox.model.lora import at_scale
 
 Scores = dict[str, float]
@@ -64,7 +66,7 @@ def guided(model: PeftModel, questions: Questions, scale: float, strength: float
             )
         )
     return [
-        record | {"said": said} | rouge_of(said, row.answer)
+        record | {"said": said} | rouge_of(said, *row.right_answers)
         for (record, _, row), said in zip(asked, answers, strict=True)
     ]
 

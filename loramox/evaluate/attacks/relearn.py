@@ -1,7 +1,10 @@
 """The relearning attack: a few steps of training, on some of the forget rows or on harmless ones."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -9,10 +12,61 @@ from torch import Tensor
 
 from loramox.data.encode import Example
 from loramox.data.pairs import Collator
+from loramox.data.rows import Row, read_rows, rows_of
+from loramox.errors import RowsError
 from loramox.model.head import Head, answer_states, mean_over_rows, per_token
 from loramox.model.lora import ADAPTER
 
 ATTACKER = "relearning"
+TEXT = "unrelated text"
+NO_TEXT = "needs a file of text that has nothing to do with the forget rows (--relearn_text)"
+
+
+def read_text(source: str) -> Sequence[Row]:
+    """The unrelated text that the attacker trains on: a line a row of a .txt file, or the rows of any other file.
+
+    Raises `RowsError` for a file that is missing, empty or not text.
+    """
+    if Path(source).suffix != ".txt":
+        return read_rows(source)
+    try:
+        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RowsError(f"--relearn_text {source} cannot be read: {error}. Expected lines of text in UTF-8") from error
+    return rows_of([{"text": line} for line in lines if line.strip()], source)
+
+
+def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Steps saved against the control, for each attack that was made on the retrained model too.
+
+    Returns:
+        attack → `probability` that the control gives the other forget rows at its last step, `control_step`; and `step`, the
+        first at which the forget model gives them as much: 0 before any training, None for never.
+    """
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    start = math.nan
+    for each in states:
+        p = each["metrics"].get("forget_probability", math.nan)
+        step, _, model = each["state"].removeprefix("step ").partition(", ")
+        if (each["attack"], step) == ("none", "forget model"):
+            start = p
+        elif each["attack"].startswith("relearn "):
+            curves.setdefault((each["attack"], model), {})[int(step)] = p
+    found = {}
+    for attack in dict.fromkeys(attack for attack, model in curves if model):
+        control, ours = curves[attack, "retrained model"], {0: start} | curves.get((attack, ""), {})
+        goal = control[max(control)]
+        reached = min((step for step, p in ours.items() if p >= goal), default=None)
+        found[attack] = {"probability": goal, "control_step": max(control), "step": reached}
+    return found
+
+
+def sentence(attack: str, found: dict[str, Any]) -> str:
+    """What `saved` found of an attack, in words."""
+    step, last = found["step"], found["control_step"]
+    ours = "never gets there" if step is None else f"gets there after {step} ({last - step} saved)"
+    goal = f"a probability of {found['probability']:.3g}"
+    return f"{attack.capitalize()}: after {last} steps the retrained model gives the other rows {goal}; the forget model {ours}."
 
 
 @contextmanager

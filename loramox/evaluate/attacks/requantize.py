@@ -50,8 +50,7 @@ def plan(model: ModelConfig, adapter: Path, scale: float, device: torch.device) 
 
 def merge(planned: Merge, folder: Path) -> None:
     """Write the model with the adapter merged into its unquantized weights to `folder`."""
-    with replacing(folder) as partial:
-        partial.mkdir()
+    with replacing(folder, folder=True) as partial:
         write_shards(planned.shards, planned.changed, planned.code, partial, progress=False)
         write_index(planned.folder, planned.shards, planned.code, partial)
         planned.config.save_pretrained(partial)

@@ -42,8 +42,7 @@ class Finding(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An adapter folder as it was read: `model_type` and `base` are those of the base model, where it could be read;
-    `targets` is the config's target_modules."""
+    """An adapter folder as it was read: `model_type` and `base` are those of the base model, where it could be read."""
 
     folder: str
     config: dict[str, Any]
@@ -51,7 +50,6 @@ class Adapter(NamedTuple):
     provenance: dict[str, Any]
     base: str | None
     model_type: str | None
-    targets: frozenset[str]
 
     @property
     def rank(self) -> Any:
@@ -165,28 +163,32 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
 
 HEAD = r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|embed_in|wte|lora_embedding_[AB])(?:\.|$)"
 
+# What only PEFT takes: what becomes of it elsewhere, and values that are harmless. `extrapolate` writes adapters without the
+# first four; the others need another training.
+PEFT_ALONE: dict[str, tuple[Any, ...]] = {
+    "bias": ("trained biases are left out", "none"),
+    "lora_bias": ("trained biases are left out",),
+    "rank_pattern": ("one rank for all layers is expected",),
+    "alpha_pattern": ("one scale for all layers is expected",),
+    "use_dora": ("ΔW is not B·A",),
+    "use_bdlora": ("ΔW is not B·A",),
+    "use_qalora": ("ΔW is not B·A",),
+    "kasa_config": ("ΔW is not B·A",),
+    "modules_to_save": ("whole layers are left out or refused",),
+    "trainable_token_indices": ("trained embeddings are left out",),
+    "target_parameters": ("only layers are adapted",),
+    "init_lora_weights": ("the base's weights change in PEFT alone", True, "gaussian"),
+    "alora_invocation_tokens": ("it is in force from the first token",),
+}
+
 RULES = [
-    Rule(OTHERS, "stop", because(set_to("bias", "none"), "trained biases are left out")),
-    Rule(OTHERS, "stop", because(set_to("lora_bias"), "trained biases are left out")),
+    *(
+        Rule(OTHERS, "stop", because(set_to(name, *plain), reason), "" if number < 4 else None)
+        for number, (name, (reason, *plain)) in enumerate(PEFT_ALONE.items())
+    ),
     Rule(
         ("sglang", "llama.cpp", "ollama"), "stop", because(set_to("use_rslora"), "it is ignored, so the scale is wrong")
     ),
-    Rule(OTHERS, "stop", because(set_to("use_dora"), "ΔW is not B·A"), None),
-    Rule(OTHERS, "stop", because(set_to("rank_pattern"), "one rank for all layers is expected")),
-    Rule(OTHERS, "stop", because(set_to("alpha_pattern"), "one scale for all layers is expected")),
-    Rule(OTHERS, "stop", because(set_to("modules_to_save"), "whole layers are left out or refused"), None),
-    Rule(OTHERS, "stop", because(set_to("trainable_token_indices"), "trained embeddings are left out"), None),
-    Rule(OTHERS, "stop", because(set_to("target_parameters"), "only layers are adapted"), None),
-    Rule(OTHERS, "stop", because(set_to("layer_replication"), "the base has fewer layers"), None),
-    Rule(
-        OTHERS,
-        "stop",
-        because(set_to("init_lora_weights", True, "gaussian"), "the base's weights change in PEFT alone"),
-    ),
-    Rule(OTHERS, "stop", because(set_to("use_bdlora"), "ΔW is not B·A"), None),
-    Rule(OTHERS, "stop", because(set_to("use_qalora"), "ΔW is not B·A"), None),
-    Rule(OTHERS, "stop", because(set_to("alora_invocation_tokens"), "it is in force from the first token"), None),
-    Rule(OTHERS, "stop", because(set_to("kasa_config"), "ΔW is not B·A"), None),
     Rule(OTHERS, "stop", has(HEAD, "of embeddings or the output head, which only PEFT loads everywhere"), None),
     Rule(("vllm",), "stop", rank_too_high, "--rank 512"),
     Rule(("vllm",), "note", rank_for_vllm, "--rank 16"),

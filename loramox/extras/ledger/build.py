@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from loramox.adapter.card import composed_card
-from loramox.adapter.export import ShippingConfig, served_base, shipped_dtype
+from loramox.adapter.export import ShippingConfig, shipped_dtype
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import write_adapter
 from loramox.adapter.provenance import as_now, check_out
+from loramox.adapter.source import served_base
 from loramox.errors import RunError
 from loramox.extras.ledger.compose import compose, terms_of
 from loramox.extras.ledger.ledger import Entry, Ledger, check_files, read_ledger

@@ -29,9 +29,10 @@ from loramox.extras.ledger.leftovers import discard
 from loramox.extras.ledger.rows import ROWS, write_rows
 from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
-from loramox.run import RECORD, RunConfig, command
+from loramox.run import RECORD, RunConfig, command, read_record
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier
+from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE
 from loramox.unlearning import TRAINED, train
 
 
@@ -97,8 +98,13 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
 def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
     """Make the request's folder from its run, whole or not at all: ΔW at the rank that ships, without optimiser states.
 
-    ΔW is the momentum average, as `extrapolate` ships it, so that a ledger of one request builds what `unlearn` would.
+    ΔW is the momentum average, as `extrapolate` ships it, so that a ledger of one request builds what `unlearn` would. From the
+    run the entry has the alpha that `--forget_to` chose, and what tells the rows of `--retain auto` from others.
     """
+    record = read_record(run)
+    entry.alpha = record["forget_to"]["at"] if "forget_to" in record else entry.alpha
+    if entry.retain["source"] == AUTO:
+        entry.retain |= record["generated"]["retain"]
     source = read_provenance(run / TRAINED, "trained")
     delta, trained = read_factors(run / TRAINED / "momentum")
     fitted, entry.truncation_error = at_rank(delta, served_rank(source["settings"]["r"]))
@@ -106,6 +112,8 @@ def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
     with replacing(ledger.path / REQUESTS / entry.folder) as folder:
         card = request_card(provenance, entry.id)
         write_adapter(folder, fitted, trained, ledger.base, torch.float32, provenance, card)
-        shutil.copy(run / RECORD, folder / RECORD)
+        for name in (RECORD, RETAIN_FILE, GUESSES_FILE):
+            if (run / name).exists():
+                shutil.copy(run / name, folder / name)
         write_rows(folder / ROWS, rows, Columns(**entry.columns))
         entry.files = file_digests(folder)

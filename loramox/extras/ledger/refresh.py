@@ -16,6 +16,7 @@ from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
 from loramox.settings import of_record
 from loramox.train.config import UnlearnConfig
+from loramox.train.synthetic import AUTO
 
 
 def refresh(path: str | Path, resume: bool = False, model: str | None = None) -> list[str]:
@@ -42,6 +43,8 @@ def refresh(path: str | Path, resume: bool = False, model: str | None = None) ->
             _check_version(ledger, entry)
             reference = _reference(ledger, entry, model)
             check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
+            if entry.retain["source"] == AUTO:  # the reference writes them again
+                continue
             retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
             if fingerprint(retain) != entry.retain["sha256"]:
                 raise RowsError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from loramox.adapter.folder import served_rank
 from loramox.adapter.provenance import check_base
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Data, Row, fingerprint, keep_disjoint, read_rows
+from loramox.data.rows import Columns, Data, Row, also_in, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, locked, read_ledger
@@ -21,6 +21,7 @@ from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, read_record
 from loramox.train.config import METHODS, UnlearnConfig
+from loramox.train.synthetic import AUTO
 
 # Settings that all requests of a ledger share, so that their adapters add up, in a shared subspace at constant rank.
 SHARED = ("r", "lora_alpha", "target_modules", "shared_subspace", "protect")
@@ -181,23 +182,23 @@ def _free_id(ledger: Ledger, wanted: str | None) -> str:
 
 
 def _checked(rows: list[Row], in_force: dict[str, list[Row]], data: Data, columns: Columns) -> list[Row]:
-    """The retain rows as they are in their file, after the check that no row is in two places."""
-    retain = read_rows(data.retain, replace(columns, wanted_column=None))
+    """The retain rows as they are in their file, after the check that no row is in two places; none of `--retain auto`."""
+    retain = [] if data.retain == AUTO else read_rows(data.retain, replace(columns, wanted_column=None))
     for name, theirs in in_force.items():
-        known = {row.key() for row in theirs}
-        if again := [row for row in rows if row.key() in known]:
+        if again := also_in(rows, theirs):
             todo = "Remove them: they are forgotten already" if len(again) < len(rows) else "There is nothing to add"
             raise RowsError(
                 f"{len(again)} of {len(rows)} rows of {data.forget} are in request {name} already, which is in force (first: row "
                 f"{again[0].number}). {todo}"
             )
-        keep_disjoint(theirs, retain, data.drop_overlap)
+        if retain:
+            keep_disjoint(theirs, retain, data.drop_overlap)
     return retain
 
 
 def _lasting(source: str) -> str:
-    """A path that means the same from any folder; a hub id as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    """A path that means the same from any folder; a hub id and `auto` as they are."""
+    return str(Path(source).resolve()) if source != AUTO and Path(source).exists() else source
 
 
 def _now() -> str:

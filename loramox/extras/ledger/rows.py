@@ -35,4 +35,4 @@ def _record(row: Row, columns: Columns) -> dict[str, Any]:
         return {columns.messages_column: [*row.prompt, {"role": "assistant", "content": row.answer}]} | wanted
     named = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
     prompt, answer = named or (PROMPT_COMPLETION if row.verbatim else QUESTION_ANSWER)
-    return {prompt: row.prompt, answer: row.answer} | wanted
+    return {prompt: row.prompt, answer: [*row.right_answers] if row.other_answers else row.answer} | wanted

@@ -13,8 +13,9 @@ from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import SettingsError
-from loramox.evaluate.evaluate import check_sides, count_parts, described, disjoint_parts, questions_of, read_sources
+from loramox.evaluate.asked import count_parts, described, disjoint_parts, questions_of, read_sources
 from loramox.evaluate.measure import ScoringConfig
+from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import summarise
 from loramox.extras.merge.merge import MergeConfig, Plan, plan
 from loramox.extras.merge.merge import merge as merge_into_floats
@@ -30,11 +31,11 @@ class ForgettingConfig:
     """The rows that tell how much of the forgetting is left in a quantized model."""
 
     forget: str | None = field(
-        default=None, metadata={"help": "With --quantize: rows to ask of the model before and after, as for unlearn."}
+        default=None, metadata={"help": "With --quantize: rows to forget, scored before and after."}
     )
-    retain: str | None = field(default=None, metadata={"help": "Rows that are to stay, to ask beside them."})
+    retain: str | None = field(default=None, metadata={"help": "Rows to retain, scored as well."})
     drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
-    batch_size: int = field(default=32, metadata={"help": "Answers a forward pass."})
+    batch_size: int = field(default=32, metadata={"help": "Answers scored at a time."})
     use_cpu: bool = field(default=False, metadata={"help": "Quantize and ask on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
@@ -80,11 +81,11 @@ class _Forgetting:
         check_sides(ready.made, self.rows, config.adapter)
         scoring = ScoringConfig(asked.batch_size, max_new_tokens=0)
         self.questions = questions_of(self.rows, self.base, ready.config, tokenisation, scoring)
-        count_parts(read, self.rows, self.questions)
+        self.counts = count_parts(read, self.rows, self.questions)
         self.states: list[dict[str, Any]] = []
 
     def measure(self, merged: Path) -> dict[str, Any]:
-        """{"share": of the forgetting that is left, "states": the metrics of each, "rows": which they were}.
+        """{"share": of the forgetting that is left, "states": the metrics of each, "rows": which they were, "row_counts": …}.
 
         share = (p_reference − p_quantized) / (p_reference − p_forget), p being the mean probability of the forget rows' answers;
         None where the adapter does not lower it. `merged` has the merged 16-bit weights.
@@ -95,7 +96,12 @@ class _Forgetting:
         self._ask_adapted(replace(self.base, quantization=kind), {f"{kind}, adapter on, not merged": True})
         left = self._ask_merged(f"{kind}, merged", merged, kind)
         share = (known - left) / (known - forgotten) if known > forgotten else None
-        return {"share": share, "states": self.states, "rows": described(self.sources, self.rows)}
+        return {
+            "share": share,
+            "states": self.states,
+            "rows": described(self.sources, self.rows),
+            "row_counts": self.counts,
+        }
 
     def _ask_adapted(self, base: ModelConfig, states: dict[str, bool]) -> list[float]:
         """Load the base, ask the rows with its adapter on or off, and free it."""

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from loramox.adapter.card import MOX, merged_card
+from loramox.adapter.card import MOX
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
+from loramox.adapter.merged_card import merged_card
 from loramox.adapter.provenance import check_alone, check_base, read_provenance
 from loramox.adapter.streaming.checkpoint import (
     INDEX,
@@ -35,7 +36,7 @@ from loramox.adapter.streaming.weights import code_in, size, write_index, write_
 from loramox.errors import AdapterError, SettingsError
 from loramox.extras.merge.output import check_apart, writing
 from loramox.files import sha256_of, write_json
-from loramox.model.algebra import Factors, scaled
+from loramox.model.algebra import scaled
 from loramox.model.config import ModelConfig, identify, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices
@@ -157,7 +158,8 @@ def plan(given: MergeConfig) -> Plan:
     made_from = identify(model, config)
     check_base(source, made_from, adapter)
     outline = skeleton(config, model)
-    wanted = targets(_factors(adapter, given.scale), outline, adapter)
+    factors = {name: scaled(each, given.scale) for name, each in read_factors(adapter)[0].items()}
+    wanted = targets(factors, outline, adapter)
     check_whole(adapter, skeleton(config, model))
     folder = fetch(model)
     beside(folder)
@@ -167,12 +169,15 @@ def plan(given: MergeConfig) -> Plan:
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
     code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})
+    carried: dict[str, Any] = {
+        key: source[key] for key in ("momentum", "data", "settings", "generated") if key in source
+    }
     made = {
         "kind": "merged",
         "scale": given.scale,
         "dtypes": [str(FLOATS[each]).removeprefix("torch.") for each in dtypes],
         "adapter": _fingerprint(adapter, source),
-        **{key: source[key] for key in ("momentum", "data", "settings")},
+        **carried,
         "base": made_from,
         "command": command(),
         "versions": versions(),
@@ -199,17 +204,6 @@ def _forget_provenance(adapter: Path) -> dict[str, Any]:
     provenance = read_provenance(adapter, "forget")
     check_alone(provenance, adapter)
     return provenance
-
-
-def _factors(adapter: Path, scale: float) -> dict[str, Factors]:
-    """scale·ΔW of every layer. Raises `AdapterError` for what is no plain LoRA adapter, and for values that are not finite."""
-    factors, _ = read_factors(adapter)
-    for name, (A, B) in factors.items():
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise AdapterError(
-                f"{adapter}: {name} has values that are not finite. The adapter is damaged; ship it again"
-            )
-    return {name: scaled(each, scale) for name, each in factors.items()}
 
 
 def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """The folder that a merged model is written to: what may be replaced, whether the disk holds it, whole or not at all."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from loramox.adapter.provenance import check_out
 from loramox.errors import RunError
-from loramox.files import replacing
+from loramox.files import disk_may_fill, replacing
 
 
 @contextmanager
@@ -20,19 +17,14 @@ def writing(out: Path, needed: int) -> Iterator[Path]:
     Raises `RunError` when fewer than `needed` bytes are free, or when the disk fills up within the block.
     """
     needed += 64 << 20  # the tokenizer and headers beside
-    with replacing(out) as partial:
-        _check_disk(out, needed)
-        partial.mkdir()
-        try:
-            yield partial
-        except (OSError, SafetensorError) as error:
-            # safetensors has an error of its own, which tells the system's in words.
-            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
-                raise
+    advice = f"--out {out} needs {needed / 1e6:,.0f} MB in all. Free some, or choose another disk"
+    with disk_may_fill(advice), replacing(out, folder=True) as partial:
+        if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
             raise RunError(
-                f"--out {out}: the disk filled up while the model was written, which needs {needed / 1e6:,.0f} MB in all; "
-                f"{_free(out) / 1e6:,.0f} MB are free now, and what was written is removed. Free some, or choose another disk"
-            ) from error
+                f"--out {out}: {free / 1e6:,.0f} MB are free there, and the merged model needs {needed / 1e6:,.0f} MB. Free some, choose "
+                "another disk, or merge into 16 bits (--dtype bfloat16)"
+            )
+        yield partial
 
 
 def check_apart(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> None:
@@ -45,15 +37,3 @@ def check_apart(out: Path, overwrite: bool, sources: list[tuple[str, Path]]) -> 
     if out.is_symlink() or out.is_file():
         raise RunError(f"--out {out} is a file or a link. Give a folder that does not exist yet")
     check_out(out, "merged", overwrite)
-
-
-def _check_disk(out: Path, needed: int) -> None:
-    if (free := _free(out)) < needed:
-        raise RunError(
-            f"--out {out}: {free / 1e6:,.0f} MB are free there, and the merged model needs {needed / 1e6:,.0f} MB. Free some, choose "
-            "another disk, or merge into 16 bits (--dtype bfloat16)"
-        )
-
-
-def _free(out: Path) -> int:
-    return shutil.disk_usage(out.absolute().parent).free

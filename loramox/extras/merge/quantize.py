@@ -6,7 +6,6 @@ half a step moves nothing. Quantized after the merge, W + ΔW is rounded once, a
 
 import gc
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,16 +16,16 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramox.adapter.streaming.shards import FLOATS, read_rows
-from loramox.adapter.streaming.weights import size, write_index, write_shards
+from loramox.adapter.streaming.weights import shares_of, size, sums_of, write_index, write_shards
 from loramox.errors import RunError
 from loramox.extras.merge.merge import MergeConfig, Plan, write_beside
 from loramox.extras.merge.output import writing
 from loramox.files import remove, write_json
-from loramox.model.load import keep_4bit_weights_in_place
+from loramox.model.load import keep_4bit_weights_in_place, quantization
 
 # Half: below it, more of what tells the quantized merged weights from the quantized base is rounding than ΔW. On random
 # weights the rounding then moves the logits as much as ΔW does (recipes/bench/results/merge.md).
@@ -84,20 +83,13 @@ def _quantized_size(ready: Plan, kind: str) -> int:
 def load_merged(ready: Plan, folder: Path, device: torch.device, kind: str | None = None) -> PreTrainedModel:
     """The weights in `folder`, which has nothing else; quantized while they are loaded, NF4 with double quantization or int8."""
     dtype = FLOATS[ready.code]
-    how = BitsAndBytesConfig(
-        load_in_4bit=kind == "nf4",
-        load_in_8bit=kind == "int8",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=ready.config,
         generation_config=GenerationConfig(),
         dtype=dtype,
         device_map={"": device},
-        quantization_config=how if kind else None,
+        quantization_config=quantization(kind, dtype),
         use_safetensors=True,
     )
     keep_4bit_weights_in_place(model)
@@ -132,7 +124,9 @@ def survival(model: PreTrainedModel, ready: Plan) -> dict[str, Any]:
                 old = torch.cat([rows.to(FLOATS[ready.code]) for rows in read_rows(file, entry, entry.shape[1])])
                 quantized = model.get_submodule(target.layer).weight
                 before = dequantized(quantized_like(quantized, old.T.contiguous() if target.transposed else old))
-                layers[target.layer] = _sums(dequantized(quantized) - before, target.factors.delta().to(before.device))
+                layers[target.layer] = sums_of(
+                    dequantized(quantized) - before, target.factors.delta().to(before.device)
+                )
     total = torch.stack(list(layers.values())).sum(0)
     return _told(total) | {"layers": {name: _told(sums) for name, sums in layers.items()}}
 
@@ -157,19 +151,10 @@ def dequantized(weight: nn.Parameter) -> Tensor:
     return weight.float()
 
 
-def _sums(change: Tensor, delta: Tensor) -> Tensor:
-    """⟨D, ΔW⟩, ‖ΔW‖², ‖D‖², ‖D − ΔW‖², one after the other: a layer's products are large."""
-    along = (change * delta).sum(dtype=torch.float64)
-    norm, changed = (each.square().sum(dtype=torch.float64) for each in (delta, change))
-    return torch.stack([along, norm, changed, change.sub_(delta).square_().sum(dtype=torch.float64)]).cpu()
-
-
 def _told(sums: Tensor) -> dict[str, float]:
-    along, norm, changed, lost = sums.tolist()
-    if not norm:
-        return {"overall": 1.0, "share": 1.0, "rounding": 0.0}
-    overall = along**2 / (norm * changed) if along > 0 else 0.0
-    return {"overall": overall, "share": along / norm, "rounding": math.sqrt(lost / norm)}
+    along, norm, _, changed = sums.tolist()
+    overall = along**2 / (norm * changed) if along > 0 else float(norm == 0)
+    return {"overall": overall, **shares_of(sums)}
 
 
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -23,8 +23,8 @@ from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.trace import Parts, Stage, at_depth, trace_asking, trace_optimiser, trace_step, trace_watching
 from loramox.model.config import skeleton
 from loramox.model.lora import add_lora, lora_layers
+from loramox.sweep.config import SweepConfig
 from loramox.sweep.frontier import grid
-from loramox.sweep.sweep import SweepConfig
 from loramox.train.config import UnlearnConfig
 
 T = TypeVar("T")

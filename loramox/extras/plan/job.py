@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Set
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,18 +16,17 @@ from loramox.extras.plan.config import EIGHT_BITS, Choice, PlanConfig, budget_of
 from loramox.extras.plan.estimate import Cost, Estimate, Rows, estimate, in_8_bits, merging, sweeping, watch
 from loramox.extras.plan.ledger import Speed
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.rows import longest_of, made_up, rows_of
 from loramox.extras.plan.speed import given_speed, measured_speed
 from loramox.model.config import read_config, read_tokenizer, skeleton
 from loramox.model.lora import ReferenceConfig
-from loramox.run import RECORD, RunConfig, read_record
+from loramox.run import RunConfig, resumed_settings
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import read_tuned
-from loramox.train.prepare import prepare
 
 T = TypeVar("T")
 
 LENGTHS = (256, 1024, 2048)  # planned for when no rows are given
-ROWS = 100  # forget rows then
 
 
 class Planned(NamedTuple):
@@ -81,9 +79,9 @@ def plan(
     setting = _setting(reference, args, dtype)
     if config.forget:
         data = Data(config.forget, config.retain, config.drop_overlap)
-        cases = [_rows(reference, data, args, columns, tokenisation)]
+        cases = [rows_of(reference, data, args, columns, tokenisation)]
     else:
-        cases = [_made_up(n, args) for n in _lengths(setting, tokenisation)]
+        cases = [made_up(n, args) for n in _lengths(setting, tokenisation)]
     speed = given_speed(config.tflops, config.bandwidth) if config.tflops else None
     if speed is None and here:
         speed = _measured(setting, cases[-1])
@@ -96,7 +94,7 @@ def plan(
     for rows in cases:
         found = estimates(setting, rows, budget, given, eight_bits=card.type == "cuda")
         sweep = _sweep_that_fits(setting, rows, config, budget, given)
-        length, forget_rows = _longest_of(rows), len(rows.datasets["forget"])
+        length, forget_rows = longest_of(rows), len(rows.datasets["forget"])
         longest = _longest_that_fits(setting, length, found, budget)
         planned.append(Planned(length, forget_rows, found, longest, *sweep, merge, files))
     name = "this CPU" if card.type == "cpu" else "this GPU" if here else "a GPU that is not here"
@@ -130,7 +128,7 @@ def _longest_that_fits(setting: Setting, length: int, found: list[Estimate], bud
     far = min(_context(setting), max(LENGTHS[-1], 4 * length))
     if best is None or far <= length:
         return best and length
-    at_far = estimate(setting, _made_up(far, setting.args), best.choice, None).peak
+    at_far = estimate(setting, made_up(far, setting.args), best.choice, None).peak
     share = (budget - best.peak) / max(1, at_far - best.peak)
     return min(far, int(length + share * (far - length)))
 
@@ -149,10 +147,9 @@ def fit(
 
     Under several processes the first one chooses. Raises `SettingsError` when none fits, naming what the smallest would take.
     """
-    if run.resume and (Path(run.out) / RECORD).exists():
-        before = read_record(Path(run.out)).get("settings", {})
-        if before.keys() >= set(Choice._fields):
-            return Choice(**{name: before[name] for name in Choice._fields}), None
+    before = resumed_settings(run)
+    if before.keys() >= set(Choice._fields):
+        return Choice(**{name: before[name] for name in Choice._fields}), None
     taken: list[Any] = [None]
     if args.process_index == 0:
         try:
@@ -177,7 +174,7 @@ def _fastest(
     if reference.shard:
         raise SettingsError("--fit counts the whole model in each process, and --shard cuts it up: give one of them")
     setting = _setting(reference, args, reference.torch_dtype(args.device))
-    rows = _rows(reference, data, args, columns, tokenisation)
+    rows = rows_of(reference, data, args, columns, tokenisation)
     setting = setting._replace(speed=_measured(setting, rows))
     usable = budget_of(size_of(budget, "fit"), args.device, here=True)
     found = estimates(setting, rows, usable, given, eight_bits=args.device.type == "cuda")
@@ -243,17 +240,6 @@ def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:
     return args
 
 
-def _rows(
-    reference: ReferenceConfig, data: Data, args: UnlearnConfig, columns: Columns, tokenisation: Tokenisation
-) -> Rows:
-    datasets = prepare(reference, data, args, columns, tokenisation).datasets
-    return Rows({part.removesuffix("_dataset"): rows for part, rows in datasets.items()}, _held(args))
-
-
-def _held(args: UnlearnConfig) -> int:
-    return args.retain_per_forget if args.holds_retain else 0
-
-
 def _lengths(setting: Setting, tokenisation: Tokenisation) -> list[int]:
     context = _context(setting)
     if tokenisation.max_length:
@@ -265,22 +251,9 @@ def _context(setting: Setting) -> int:
     return getattr(setting.config, "max_position_embeddings", None) or LENGTHS[-1]
 
 
-def _made_up(length: int, args: UnlearnConfig) -> Rows:
-    """Rows of one length, the second half of each its answer."""
-    row = {"input_ids": [0] * length, "labels": [-100] * (length // 2) + [0] * (length - length // 2), "row": "made up"}
-    return Rows(
-        {"forget": [row] * ROWS, "retain": [row] * ROWS * max(1, _held(args)), "wanted": [], "protected": []},
-        _held(args),
-    )
-
-
-def _longest_of(rows: Rows) -> int:
-    return max(len(e["input_ids"]) for examples in rows.datasets.values() for e in examples)
-
-
 def _measured(setting: Setting, rows: Rows) -> Speed:
     config, args = setting.config, setting.args
-    tokens = min(4096, args.per_device_train_batch_size * _longest_of(rows))
+    tokens = min(4096, args.per_device_train_batch_size * longest_of(rows))
     between = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return measured_speed(
         args.device, torch.bfloat16 if args.bf16 else setting.dtype, tokens, config.hidden_size, between

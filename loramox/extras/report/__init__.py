@@ -3,6 +3,6 @@
 from loramox.errors import needs
 
 with needs("report"):
-    from loramox.extras.report.page import PAGE, SUMMARY, report
+    from loramox.extras.report.page import FACTS, PAGE, SUMMARY, report
 
-__all__ = ["PAGE", "SUMMARY", "report"]
+__all__ = ["FACTS", "PAGE", "SUMMARY", "report"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,10 @@ import numpy as np
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import summarise, values
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.sweep.config import RULES
 
 LEVEL = 0.05  # above this p-value a test does not tell two models apart
 PARTS = ("forget", "retain")
-RULES = {
-    "budget": "the largest within the budget of retain probability",
-    "holdout": "forget rows look like rows never seen",
-    "retrained": "like a model that never saw them",
-}
 # Metric, in words, what is better.
 METRICS = {
     "forget_probability": ("Probability of forget answers", "lower"),
@@ -26,7 +21,7 @@ METRICS = {
     "forget_exact_memorization": ("Exact memorization, forget", "lower"),
     "forget_extraction_strength": ("Extraction strength, forget", "lower"),
     "forget_quality": ("Forget quality (p-value, against the retrained model)", "higher"),
-    "forget_probability_quality": ("The same test on answers' probabilities (p-value)", "higher"),
+    "forget_probability_quality": ("KS test on probabilities (p-value, against the retrained model)", "higher"),
     "mia_min_k": ("Membership AUC (Min-K%, against holdout rows)", "nearer to 0.5"),
     "priv_leak": ("PrivLeak, %", "nearer to 0"),
     "retain_probability": ("Probability of retain answers", "higher"),
@@ -34,12 +29,6 @@ METRICS = {
     "retain_kl": ("KL from the reference on retain rows, nats a token", "lower"),
     "model_utility": ("Model utility", "higher"),
 }
-# The settings that matter most; all others are listed after these.
-MAIN = (
-    "method", "alpha", "model", "quantization", "dtype", "r", "lora_alpha", "target_modules", "num_train_epochs", "learning_rate",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "beta", "inner_steps", "inner_lr", "forget_term", "temperature",
-    "retain_term", "retain_weight", "kl_at", "momentum", "targeted", "prompt_template", "seed",
-)  # fmt: skip
 
 
 def shown(value: Any) -> str:
@@ -65,68 +54,32 @@ def attacked_at(inputs: Inputs) -> float:
     return (1.0 if shipped is None else number(shipped)) * scale
 
 
-def attack_rows(inputs: Inputs) -> list[dict[str, Any]]:
-    """One row for each state of the forget model, in order, beside the reference in the same state.
-
-    The reference is no attack: it has forgotten nothing. "reference" is its probability where it was scored, else NaN.
-    """
-    rows: list[dict[str, Any]] = []
-    reference: dict[tuple[str, str], float] = {}
-    for state in (inputs.attacks or {}).get("states", ()):
-        metrics = state["metrics"]
-        forget = number(metrics.get("forget_probability"))
-        if math.isnan(forget):
-            continue
-        attack, label = str(state["attack"]), re.sub(r"(^|, )(reference|forget) model$", "", str(state["state"]))
-        if str(state["state"]).endswith("reference model"):
-            reference[attack, label] = forget
-            continue
-        if str(state["state"]).endswith("retrained model"):  # the control
-            continue
-        rows.append(
-            {
-                "attack": attack,
-                "label": label or "before any attack",
-                "of": (attack, label),
-                "forget": forget,
-                "retain": number(metrics.get("retain_probability")),
-                "rouge": number(metrics.get("forget_rouge_l")),
-                "extraction": number(metrics.get("forget_extraction_strength")),
-            }
-        )
-    own = reference.get(("none", ""), math.nan)  # what the pair of base and adapter is to be compared with
-    return [
-        row | {"reference": reference.get(row.pop("of"), own if row["attack"] == "pair" else math.nan)} for row in rows
-    ]
+def metrics(inputs: Inputs) -> dict[str, dict[str, float]]:
+    """The metrics of the table that the forget model has, by model; NaN where another has none."""
+    theirs = {name: m.value for name, m in summarise(inputs.records.get(RETRAINED, ())).metrics.items()}
+    models = {REFERENCE: inputs.point(0.0), FORGET: inputs.point(inputs.at), RETRAINED: theirs}
+    found = {name: {model: number(held.get(name)) for model, held in models.items()} for name in METRICS}
+    return {name: values for name, values in found.items() if not math.isnan(values[FORGET])}
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:
-    """Metric, better, and its value for reference, forget and retrained model; those that one of them has."""
-    theirs = summarise(inputs.records.get(RETRAINED, ())).metrics
-    models = [inputs.point(0.0), inputs.point(inputs.at), {name: m.value for name, m in theirs.items()}]
-    rows = []
-    for name, (words, better) in METRICS.items():
-        cells = [shown(model.get(name)) for model in models]
-        if cells[1] != "–":  # of the forget model
-            rows.append([words, *cells, better])
-    return rows
+    """Metric, its value for reference, forget and retrained model, and what is better."""
+    return [[METRICS[n][0], *map(shown, values.values()), METRICS[n][1]] for n, values in metrics(inputs).items()]
 
 
-def choices(inputs: Inputs) -> list[dict[str, str]]:
-    """The choice of each rule with its interval, or why it refused, or what it would need."""
+def choices(inputs: Inputs) -> list[list[str]]:
+    """Each rule, its choice, the interval, and why; or why it refused, or what it would need."""
     frontier = inputs.frontier or {"choices": []}
     made = {c["rule"]: c for c in frontier["choices"]}
     rows = []
-    for rule in [*RULES, *(r for r in made if r not in RULES)]:
-        c = made.get(rule)
-        row = {"rule": rule, "what": RULES.get(rule, ""), "at": "not used", "interval": "–"}
-        if c:
-            low, high = number(c.get("low")), number(c.get("high"))
-            row["at"] = "refuses" if c["at"] is None else f"{number(c['at']):g}"
-            row["interval"] = "–" if math.isnan(low) else f"{low:g} to {high:g}"
-        row["reason"] = str(c["reason"]) if c else lacks(inputs, rule)
-        row["used"] = "yes" if rule == frontier.get("rule") else ""
-        rows.append(row)
+    for rule in dict.fromkeys([*RULES, *made]):
+        c, name = made.get(rule), f"{rule} (used)" if rule == frontier.get("rule") else rule
+        if c is None:
+            rows.append([name, "not used", "–", lacks(inputs, rule)])
+            continue
+        low, high = number(c.get("low")), number(c.get("high"))
+        at = "refuses" if c["at"] is None else f"{number(c['at']):g}"
+        rows.append([name, at, "–" if math.isnan(low) else f"{low:g} to {high:g}", str(c["reason"])])
     return rows
 
 
@@ -138,6 +91,8 @@ def lacks(inputs: Inputs, rule: str) -> str:
         return "gave no score of the holdout rows" if given else "needs holdout rows (--holdout)"
     if rule == "retrained" and not frontier.get("retrained"):
         return "needs a retrained model's records (--retrained)"
+    if rule == "forget_to" and not frontier.get("retrained"):
+        return "needs a target (--forget_to), a retrained model's records (--retrained) or holdout rows (--holdout)"
     return "was not used by this sweep"
 
 
@@ -154,25 +109,10 @@ def lacks_truth_ratios(inputs: Inputs) -> str:
     return f"needs {' and '.join(wanting)}"
 
 
-def points(inputs: Inputs) -> list[dict[str, Any]]:
-    frontier = inputs.frontier or {"points": []}
-    names = ("forget_probability", "retain_probability", "retain_kl", "forget_quality", "mia_min_k", "priv_leak")
-    return [{"at": p["at"], "cells": [shown(p.get(n)) for n in names]} for p in frontier["points"]]
-
-
 def spreads(inputs: Inputs, part: str) -> dict[str, np.ndarray]:
     """Per-row probabilities of a part, by model."""
     by_model = {model: of_part(records, part) for model, records in inputs.records.items()}
     return {model: by_model[model] for model in (REFERENCE, FORGET, RETRAINED) if len(by_model.get(model, ()))}
-
-
-def spread_rows(inputs: Inputs) -> list[list[str]]:
-    """Part, model, number of rows, mean, and the quantiles of per-row probability."""
-    return [
-        [part, model, f"{len(p):,}", shown(p.mean()), *(shown(q) for q in np.quantile(p, [0.05, 0.5, 0.95]))]
-        for part in PARTS
-        for model, p in spreads(inputs, part).items()
-    ]
 
 
 def of_part(records: Sequence[Record], part: str) -> np.ndarray:
@@ -199,21 +139,10 @@ def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def losses(inputs: Inputs) -> dict[str, list[float]]:
-    """epoch, forget_loss and retain_kl: the two terms of the loss while training."""
-    names = ("epoch", "forget_loss", "retain_kl")
-    found = [e for e in inputs.run.get("log", []) if not any(math.isnan(number(e.get(n))) for n in names)]
-    return {name: [e[name] for e in found] for name in names}
-
-
-def settings(inputs: Inputs) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The settings that matter most, and all others; what might be a secret is left out."""
-    held = inputs.run["settings"]
-    main = [(name, _plain(held[name])) for name in MAIN if held.get(name) is not None]
-    rest = [
-        (n, _plain(v)) for n, v in sorted(held.items()) if n not in MAIN and v is not None and not n.endswith("token")
-    ]
-    return main, rest
+def settings(inputs: Inputs) -> list[tuple[str, str]]:
+    """All settings; what might be a secret is left out."""
+    held = inputs.run["settings"].items()
+    return [(name, _plain(value)) for name, value in sorted(held) if value is not None and not name.endswith("token")]
 
 
 def _plain(value: Any) -> str:

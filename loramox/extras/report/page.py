@@ -1,5 +1,6 @@
-"""The page and its summary: read the run, draw the pictures, write both."""
+"""The page, its summary and its facts as JSON: read the run, draw the pictures, write all three."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from markupsafe import Markup, escape
 from loramox.extras.report import facts
 from loramox.extras.report.answers import fit, no_answers, quoted_rows
 from loramox.extras.report.glossary import GLOSSARY, linked
-from loramox.extras.report.pictures import attack_picture, frontier_pictures, spread_picture, training_pictures
+from loramox.extras.report.pictures import frontier_picture, recovery_picture, spread_picture, training_picture
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, number, read_inputs
-from loramox.extras.report.verdict import ATTACKED, THRESHOLDS, Verdict, asked_rows, verdict
-from loramox.files import replacing
+from loramox.extras.report.recovery import asked_rows, families, in_words
+from loramox.extras.report.verdict import ATTACKED, DETAILS, THRESHOLDS, Verdict, request, verdict
+from loramox.files import as_json, disk_may_fill, locked, replacing
 
-PAGE, SUMMARY = "report.html", "summary.md"
+PAGE, SUMMARY, FACTS = "report.html", "summary.md", "report.json"
 
 # What no figure can show. On every page, whatever the figures are.
 NOT_PROVEN = (
@@ -27,27 +29,32 @@ NOT_PROVEN = (
     "were not tested unless they are listed under attacks; attacks that are not listed were not tried.",
     "Forget quality is a p-value: above 0.05 the test saw no difference on this number of rows. With few rows it sees little.",
     "A membership AUC near 0.5 holds for this test alone, and only as far as the holdout rows are like the forget rows.",
-    "Retain rows that were kept say nothing about abilities that they do not touch.",
     "How far the adapter goes was chosen on the same rows that the figures are of, so they flatter it a little.",
     "A mean hides single rows: the distributions and the best remembered rows show what it hides.",
 )
 
 
 def report(folder: str | Path) -> dict[str, Any]:
-    """Write report.html and summary.md into a run's folder; return the paths, the verdict, and what is missing.
+    """Write report.html, summary.md and report.json into a run's folder; return the paths, the verdict, and what is missing.
 
-    Raises `RunError` when the folder is no run, and when a file in it is damaged or not finished.
+    Raises `RunError` when the folder is no run or another process writes in it, and when a file in it is damaged or not finished.
     """
     folder = Path(folder)
     inputs = read_inputs(folder)
     found = verdict(inputs)
-    texts = {PAGE: render(inputs, found), SUMMARY: summary(inputs, found)}
-    for name, text in texts.items():
-        with replacing(folder / name, private=True) as partial:  # the page quotes rows
-            partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    texts = {
+        PAGE: render(inputs, found),
+        SUMMARY: summary(inputs, found),
+        FACTS: as_json(record(inputs, found), indent=2) + "\n",
+    }
+    with locked(folder), disk_may_fill(f"Free some space on the disk of {folder}, and make the report again"):
+        for name, text in texts.items():
+            with replacing(folder / name, private=True) as partial:  # the page quotes rows
+                partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return {
         "page": folder / PAGE,
         "summary": folder / SUMMARY,
+        "facts": folder / FACTS,
         "verdict": found.line,
         "attacked": found.parts.get(ATTACKED),
         "missing": [m.what for m in inputs.missing.values()],
@@ -74,40 +81,70 @@ def render(inputs: Inputs, found: Verdict) -> str:
         "flags": _flags,
         "terms": linked,
     }
-    most, rest = facts.settings(inputs)
     page = environment.get_template("page.html.j2").render(
         i=inputs,
         name=inputs.folder.resolve().name,
         verdict=found,
+        details=DETAILS,
+        recovery=recovery_picture(inputs),
         thresholds=THRESHOLDS,
         asked_rows=asked_rows(inputs),
         glossary=GLOSSARY,
         models=(REFERENCE, FORGET, RETRAINED),
         metrics=facts.metric_rows(inputs),
-        frontier=frontier_pictures(inputs) if inputs.frontier else [],
-        points=facts.points(inputs),
-        choices=facts.choices(inputs) if inputs.frontier else [],
+        frontier=frontier_picture(inputs) if inputs.frontier else None,
+        choices=facts.choices(inputs),
         spreads=[p for part in facts.PARTS if (p := spread_picture(inputs, part))],
-        spread_rows=facts.spread_rows(inputs),
-        watched=bool(facts.trajectory(inputs)),
-        training=training_pictures(inputs),
+        training=training_picture(inputs),
         answers={part: quoted_rows(inputs, part) for part in facts.PARTS},
         no_answers=no_answers(inputs),
-        attacks=facts.attack_rows(inputs),
+        families=families(inputs),
+        recovered=_recovered(inputs),
         attacked=((inputs.attacks or {}).get("adapter") or {}).get("folder", ""),
-        attack_picture=attack_picture(inputs),
-        main=most,
-        rest=rest,
+        settings=facts.settings(inputs),
         sources=_sources(inputs),
         facts=_provenance(inputs),
-        commands=_commands(inputs),
         not_proven=NOT_PROVEN,
         not_watched=Missing(
-            "No rows were scored while training, so there is no curve of probabilities. To have one, train with "
-            "--eval_strategy epoch (the default) and without --logging_strategy no."
+            "No rows were scored while training: it needs --eval_strategy and --logging_strategy other than no."
         ),
     )
     return page.rstrip() + "\n"
+
+
+def _recovered(inputs: Inputs) -> tuple[list[str], list[list[str]]] | None:
+    """A line for each family of attacks; a value in brackets is of a model that was not attacked."""
+
+    def cell(value: float, attacked: bool) -> str:
+        return facts.shown(value) if attacked or math.isnan(value) else f"({facts.shown(value)})"
+
+    head = ["attacks", "worst state", "measure", REFERENCE, FORGET, RETRAINED]
+    rows = [
+        [f.title, f.where or "–", in_words(f.measure), *(cell(*f.value(m)) for m in (REFERENCE, FORGET, RETRAINED))]
+        for f in families(inputs)
+    ]
+    return (head, rows) if rows else None
+
+
+def record(inputs: Inputs, found: Verdict) -> dict[str, Any]:
+    """The same facts for programs. No row is quoted."""
+    models = (REFERENCE, FORGET, RETRAINED)
+    return {
+        "request": request(inputs),
+        "headline": found.headline,
+        "answers": found.parts,
+        "warnings": found.warnings,
+        "shown": {inputs.unit: inputs.at},
+        "metrics": facts.metrics(inputs),
+        "attacks": [
+            {"family": f.name, "attack": f.worst[0], "state": f.worst[1], "measure": f.measure}
+            | {"values": {m: f.value(m)[0] for m in models}, "not_attacked": [m for m in models if not f.value(m)[1]]}
+            for f in families(inputs)
+        ],
+        "steps_saved": (inputs.attacks or {}).get("steps_saved") or {},
+        "not_tested": found.not_tested,
+        "missing": {part: missing.command for part, missing in inputs.missing.items()},
+    }
 
 
 def _whole(text: str) -> str:
@@ -120,18 +157,13 @@ def _flags(text: str) -> Markup:
     return Markup(re.sub(r"(?<![\w-])(--\w+)", r"<code>\1</code>", str(escape(fit(text, 100_000)["text"]))))
 
 
-def _sources(inputs: Inputs) -> list[tuple[str, str, str, str, str]]:
+def _sources(inputs: Inputs) -> list[tuple[str, ...]]:
     """Who read it, part, source, rows, fingerprint."""
     held = [("training", inputs.run["data"]), ("sweep", (inputs.frontier or {}).get("data", {}))]
     held.append(("attacks", (inputs.attacks or {}).get("data") or {}))
+    columns = {"source": None, "rows": 16, "sha256": 16}
     return [
-        (
-            who,
-            part,
-            str(d.get("source", "–")),
-            f"{number(d.get('rows')):,.0f}".replace("nan", "–"),
-            str(d.get("sha256", "–"))[:16],
-        )
+        (who, part, *(str(d.get(name, "–"))[:most] for name, most in columns.items()))
         for who, data in held
         for part, d in data.items()
     ]
@@ -153,11 +185,6 @@ def _provenance(inputs: Inputs) -> list[tuple[str, str]]:
     return [*found, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
 
-def _commands(inputs: Inputs) -> list[str]:
-    records = (inputs.run, inputs.frontier or {}, inputs.attacks or {})
-    return [str(record["command"]) for record in records if record.get("command")]
-
-
 def summary(inputs: Inputs, found: Verdict) -> str:
     """The same in short, as Markdown for a pull request. No row is quoted in it."""
     lines = [f"## What {_md(inputs.folder.resolve().name)} forgot", "", f"**{_md(found.headline)}**", ""]
@@ -165,19 +192,10 @@ def summary(inputs: Inputs, found: Verdict) -> str:
     lines += [f"> **Warning:** {_md(warning)}\n" for warning in found.warnings]
     if metrics := facts.metric_rows(inputs):
         lines += _table(["metric", REFERENCE, f"{FORGET}, {inputs.unit} = {inputs.at:g}", RETRAINED, "better"], metrics)
-    if inputs.frontier:
-        rows = [
-            [c["rule"] + (" (used)" if c["used"] else ""), c["at"], c["interval"], c["reason"]]
-            for c in facts.choices(inputs)
-        ]
-        lines += _table(["rule", inputs.unit, "5 % to 95 % over rows", "why"], rows)
-    if attacked := facts.attack_rows(inputs):
-        parts = ("forget", "retain", "reference")
-        rows = [[r["attack"], r["label"], *(facts.shown(r[part]) for part in parts)] for r in attacked]
-        lines += [f"Attacks on the forget model; forget rows here are {asked_rows(inputs)}:", ""]
-        head = ["probability, forget", "probability, retain", "reference in the same state: forget"]
-        lines += _table(["attack", "state", *head], rows)
-    lines += [f"- Missing: {_md(m.what)}" for m in inputs.missing.values()]
+    if recovered := _recovered(inputs):
+        lines += [f"Attacks, the worst state of each family; forget rows here are {asked_rows(inputs)}:", ""]
+        lines += _table(*recovered)
+    lines += [f"- Not tested: {_md(each)}" for each in found.not_tested]
     lines += [
         "",
         f"What this does not prove: {_md(NOT_PROVEN[0])} {_md(NOT_PROVEN[1])}",

@@ -1,16 +1,17 @@
 """The pictures of a report. Each curve has its own colour, marker and line, and each picture has a description in words."""
 
 import math
-import textwrap
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from loramox.extras.report.answers import fit
-from loramox.extras.report.facts import attack_rows, losses, shown, spreads, trajectory
+from loramox.extras.report.facts import shown, spreads, trajectory
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.extras.report.recovery import Family, families, in_words
 from loramox.extras.report.svg import COLOURS, Picture, picture
 
 SIZE = (4.8, 3.7)
@@ -22,8 +23,8 @@ MODELS = {REFERENCE: COLOURS["muted"], FORGET: COLOURS["forget"], RETRAINED: COL
 FLOOR = 1e-6  # probabilities below it are drawn there
 
 
-def frontier_pictures(inputs: Inputs) -> list[Picture]:
-    """Both parts along the axis of the sweep; and one against the other."""
+def frontier_picture(inputs: Inputs) -> Picture:
+    """Both parts along the axis of the sweep."""
     points = (inputs.frontier or {"points": []})["points"]
     at, unit = [p["at"] for p in points], inputs.unit
     curves = {part: [number(p.get(f"{part}_probability")) for p in points] for part in ("retain", "forget")}
@@ -44,62 +45,12 @@ def frontier_pictures(inputs: Inputs) -> list[Picture]:
         axes.set(xlabel=f"{unit} (0: the reference)", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
         figure.legend(loc="outside lower center", ncols=2)
 
-    kept = [p for p in (*curves["retain"], theirs.get("retain", math.nan)) if math.isfinite(p)] or [1.0]
-    # Never less than a fifth of the scale, so that little does not look like much.
-    bottom, top = min(0.8, min(kept) - 0.04), max(kept)
-
-    def against(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.plot(
-            curves["forget"],
-            curves["retain"],
-            color=COLOURS["muted"],
-            marker="o",
-            markersize=5,
-            label=f"one {unit} each",
-        )
-        if {"forget", "retain"} <= theirs.keys():
-            axes.plot(
-                theirs["forget"], theirs["retain"], "*", color=COLOURS["retrained"], markersize=13, label=RETRAINED
-            )
-        if chosen is not None:
-            x, y = (curves[part][at.index(chosen)] for part in ("forget", "retain"))
-            axes.plot(x, y, "D", color=COLOURS["ink"], markersize=8, label=f"shown: {unit} = {chosen:g}")
-        for value, x, y in _apart(at, curves, chosen):
-            # Beside the curve: below it where it is level, to the right where it falls.
-            level = y > top - 0.15 * (1.02 - bottom)
-            axes.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(7, -13) if level else (9, -4))
-        axes.set(xlabel="of forget answers (left is better)", ylabel="of retain answers (up is better)")
-        axes.set(xlim=(-0.03, 1.05), ylim=(bottom, 1.02))
-        figure.legend(loc="outside lower center", ncols=3)
-
     words = "; ".join(
         f"{unit} {value:g}: forget {shown(f)}, retain {shown(r)}"
         for value, f, r in zip(at, curves["forget"], curves["retain"], strict=True)
     )
-    return [
-        picture(
-            "along-the-axis", SIZE, along, f"Mean probability of the true answers at each {unit}. {words}",
-            f"Mean probability of the true answers at each {unit}.",
-        ),
-        picture(
-            "trade-off", SIZE, against, f"Retain against forget probability, one point for each {unit}. {words}",
-            f"The same points, retain against forget: the best place is the upper left corner. Numbers are values of {unit}.",
-        ),
-    ]  # fmt: skip
-
-
-def _apart(at: list[float], curves: dict[str, list[float]], chosen: float | None) -> list[tuple[float, float, float]]:
-    """The points whose labels do not lie upon each other; the chosen one and the ends first."""
-    points = list(zip(at, curves["forget"], curves["retain"], strict=True))
-    points = [p for p in points if np.isfinite(p).all()]
-    height = max((p[2] for p in points), default=1) - min((p[2] for p in points), default=0) or 1
-    points.sort(key=lambda p: (p[0] != chosen, p[0] not in (at[0], at[-1]), p[0]))
-    kept: list[tuple[float, float, float]] = []
-    for p in points:
-        if all(abs(p[1] - k[1]) > 0.07 or abs(p[2] - k[2]) > 0.07 * height for k in kept):
-            kept.append(p)
-    return kept
+    caption = f"Mean probability of the true answers at each {unit}."
+    return picture("along-the-axis", SIZE, along, f"{caption} {words}", caption)
 
 
 def spread_picture(inputs: Inputs, part: str) -> Picture | None:
@@ -151,104 +102,66 @@ def spread_picture(inputs: Inputs, part: str) -> Picture | None:
     )  # fmt: skip
 
 
-def training_pictures(inputs: Inputs) -> list[Picture]:
-    """The rows scored while training, and the two terms of the loss, where the run's log has them."""
-    made = []
-    if curves := trajectory(inputs):
-
-        def watched(figure: Figure) -> None:
-            axes = figure.subplots()
-            for part, (epochs, p) in curves.items():
-                axes.plot(epochs, p, label=f"{part} rows", **LOOKS[part] | _few(epochs))
-            axes.set(xlabel="epoch", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
-            figure.legend(loc="outside lower center", ncols=2)
-
-        ends = ", ".join(f"{part} from {shown(p[0])} to {shown(p[-1])}" for part, (_, p) in curves.items())
-        alpha = number(inputs.run.get("alpha"))
-        at = "" if math.isnan(alpha) else f", at alpha = {alpha:g}, which is trained for"
-        caption = f"On the rows scored while training{at}: {ends}."
-        made.append(picture("watched", SIZE, watched, f"Probability over training: {ends}", caption))
-    if len((terms := losses(inputs))["epoch"]) > 1:
-
-        def both(figure: Figure) -> None:
-            looks = {
-                "forget_loss": ("forget", "loss on forget rows"),
-                "retain_kl": ("retain", "KL on retain rows"),
-            }
-            for axes, (name, (look, label)) in zip(figure.subplots(2, 1, sharex=True), looks.items(), strict=True):
-                axes.plot(terms["epoch"], terms[name], **LOOKS[look] | _few(terms["epoch"]))
-                axes.set_title(f"{label}, nats", loc="left")
-            axes.set(xlabel="epoch")
-
-        ends = ", ".join(
-            f"{n} from {shown(terms[n][0])} to {shown(terms[n][-1])}" for n in ("forget_loss", "retain_kl")
-        )
-        caption = (
-            "The two terms of the loss: the one on the forget rows, and the KL that holds the retain rows in place."
-        )
-        made.append(picture("losses", SIZE, both, f"The terms of the loss over training: {ends}", caption))
-    return made
-
-
-def _few(x: list[float]) -> dict[str, Any]:
-    """Some markers tell curves apart; a marker a point would hide them."""
-    return {"markevery": max(1, len(x) // 12)}
-
-
-def attack_picture(inputs: Inputs) -> Picture | None:
-    """How probable forget answers are after each attack, beside what they were before."""
-    every = attack_rows(inputs)
-    rows = [r for r in every if r["attack"] != "none"]
-    if not rows:
+def training_picture(inputs: Inputs) -> Picture | None:
+    """The rows scored while training, where the run's log has them."""
+    curves = trajectory(inputs)
+    if not curves:
         return None
-    before = next((r for r in every if r["attack"] == "none"), {"forget": math.nan, "reference": math.nan})
-    lines = {REFERENCE: before["reference"], FORGET: before["forget"]}
-    attacks = list(dict.fromkeys(r["attack"] for r in rows))
-    markers = dict(zip(attacks, "osD^vPX*" * (len(attacks) // 8 + 1), strict=False))
-    labels: list[tuple[str, list[dict[str, Any]]]] = []
-    for attack in attacks:
-        labels.append((fit(attack, 34)["text"], []))
-        for label in dict.fromkeys(r["label"] for r in rows if r["attack"] == attack):
-            same = [r for r in rows if (r["attack"], r["label"]) == (attack, label)]
-            labels.append(("\n".join(textwrap.wrap(fit(label, 60)["text"], 26)), same))
-    height = 1.0 + 0.22 * sum(label.count("\n") + 1 for label, _ in labels)
+
+    def watched(figure: Figure) -> None:
+        axes = figure.subplots()
+        for part, (epochs, p) in curves.items():
+            # Some markers tell curves apart; a marker a point would hide them.
+            axes.plot(epochs, p, label=f"{part} rows", markevery=max(1, len(epochs) // 12), **LOOKS[part])
+        axes.set(xlabel="epoch", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
+        figure.legend(loc="outside lower center", ncols=2)
+
+    ends = ", ".join(f"{part} from {shown(p[0])} to {shown(p[-1])}" for part, (_, p) in curves.items())
+    alpha = number(inputs.run.get("alpha"))
+    at = "" if math.isnan(alpha) else f", at alpha = {alpha:g}, which is trained for"
+    caption = f"On the rows scored while training{at}: {ends}."
+    return picture("watched", SIZE, watched, f"Probability over training: {ends}", caption)
+
+
+def recovery_picture(inputs: Inputs) -> Picture | None:
+    """The worst state of each family of attacks under the three models; who was not measured is named."""
+    found = families(inputs)
+    if len(found) < 2:
+        return None
+    models = {
+        FORGET: ("forget model", COLOURS["forget"]),
+        RETRAINED: ("control: retrained model", COLOURS["retrained"]),
+        REFERENCE: ("reference, which knows them", COLOURS["muted"]),
+    }
+    down, bars = 5.4, list(enumerate(models.items(), 2))
+    note: dict[str, Any] = {"va": "center", "fontsize": 9, "color": COLOURS["muted"]}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        at, places = 0.0, []
-        for label, same in labels:
-            deep = label.count("\n") + 1
-            places.append(at + deep / 2)
-            at += deep
-            for row in same:
-                look = {"marker": markers[row["attack"]], "markersize": 7}
-                if math.isfinite(row["reference"]):
-                    axes.plot(
-                        row["reference"], places[-1], color=MODELS[REFERENCE], markerfacecolor=COLOURS["paper"], **look
-                    )
-                axes.plot([0, row["forget"]], [places[-1]] * 2, color=MODELS[FORGET], linewidth=1.2)
-                axes.plot(row["forget"], places[-1], color=MODELS[FORGET], **look)
-        for (name, value), line in zip(lines.items(), (":", "-."), strict=True):
-            if math.isfinite(value):
-                axes.axvline(value, color=COLOURS["ink"], linestyle=line, linewidth=1.2, label=f"{name}, not attacked")
-        axes.set_yticks(places, [label for label, _ in labels])
-        for tick, (_, same) in zip(axes.get_yticklabels(), labels, strict=True):
-            tick.set(fontsize=10, fontweight="normal" if same else "bold", color=COLOURS["ink" if same else "muted"])
+        for i, family in enumerate(found):
+            axes.text(0, i * down, family.title, va="center", fontweight="bold")
+            axes.text(0, i * down + 1, in_words(family.measure) + (family.where and f"; {family.where}"), **note)
+            for y, (model, (_, colour)) in bars:
+                at, (value, attacked) = i * down + y, family.value(model)
+                if math.isnan(value):
+                    axes.text(0.01, at, "no control" if model == RETRAINED else "not measured", **note)
+                    continue
+                axes.barh(at, value, 0.8, facecolor=colour if attacked else COLOURS["paper"], edgecolor=colour)
+                axes.text(value + 0.01, at, shown(value), va="center", fontsize=9)
+        handles = [Patch(facecolor=colour, edgecolor=colour, label=label) for label, colour in models.values()]
+        axes.set(xlim=(0, 1.12), ylim=(len(found) * down - 0.8, -0.8), yticks=[])
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlim=(-0.02, 1.04), ylim=(at, 0), xlabel="probability of forget answers")
-        if any(map(math.isfinite, lines.values())):
-            figure.legend(loc="outside lower center", ncols=1)
+        figure.legend(handles=handles, loc="outside lower center", ncols=1)
 
-    words = "; ".join(f"{r['attack']}, {r['label']}: {shown(r['forget'])}" for r in rows)
-    hollow = (
-        " Hollow grey: the reference in the same state." if any(math.isfinite(r["reference"]) for r in rows) else ""
-    )
-    caption = f"How much of the forget rows is recovered: the further right, the more.{hollow}"
+    def words(family: Family) -> str:
+        each = (f"{label} {shown(family.value(model)[0])}" for model, (label, _) in models.items())
+        return f"{family.title}, {in_words(family.measure)}: {', '.join(each)}"
+
+    caption = "The worst state of each family of attacks; the further right, the more is recovered."
+    if any(not family.value(model)[1] and family.value(model)[0] >= 0 for family in found for model in models):
+        caption += " Hollow: this model was not attacked in that way, and stands as it is."
+    every = "; ".join(map(words, found))
     return picture(
-        "came-back",
-        (4.8, height),
-        draw,
-        fit(f"Probability of forget answers after attacks. {words}", 4000)["text"],
-        caption,
+        "recovery", (4.8, 0.9 + 1.05 * len(found)), draw, fit(f"What attacks recover. {every}", 4000)["text"], caption
     )

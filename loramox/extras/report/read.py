@@ -172,6 +172,7 @@ def _read_models(inputs: Inputs) -> None:
             sweep_command(inputs),
         )
     retrained = frontier.get("retrained")
+    retrained = retrained[0] if isinstance(retrained, list) else retrained
     at = Path(retrained) if isinstance(retrained, str) else None
     if at and ((at / RECORDS).is_file() or at.is_file()):
         like = inputs.records.get(REFERENCE, ())
@@ -222,7 +223,7 @@ def _read_attacks(inputs: Inputs) -> None:
     states = attacks.get("states") if isinstance(attacks, dict) else None
     sound = (
         isinstance(states, list)
-        and all(_dict_or_none(attacks, "adapter", "data"))
+        and all(_dict_or_none(attacks, "adapter", "data", "absent", "steps_saved"))
         and _dicts(attacks.get("data") or {})
     )
     if not sound or not all(

@@ -1,23 +1,24 @@
-"""The run in a few sentences: is it forgotten, is the rest intact, what leaks most, can a test tell, what did attacks recover."""
+"""The run in a few sentences: is it forgotten, is the rest intact, what did attacks recover, and what was not tested."""
 
 import math
-from typing import NamedTuple
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
 
 from loramox.extras.report.answers import fit, named
 from loramox.extras.report.facts import (
     LEVEL,
     PARTS,
-    attack_rows,
     attacked_at,
     lacks,
     lacks_truth_ratios,
     mean,
     of_part,
     shown,
-    trajectory,
 )
 from loramox.extras.report.leaks import lost, worst
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.extras.report.recovery import not_attacked, recovered
+from loramox.run import RECORD
 
 # Where the headline's words change. They are on the page too, under the verdict.
 NOT_FORGOTTEN = 0.5  # share of the probability left above which nothing counts as forgotten
@@ -37,41 +38,69 @@ THRESHOLDS = (
 
 
 class Verdict(NamedTuple):
-    """The first part of the page."""
+    """The first page, and the two answers of `DETAILS` that follow it."""
 
     headline: str
     parts: dict[str, str]  # sentences, by what they answer
     warnings: list[str]
+    not_tested: list[str]
 
     @property
     def line(self) -> str:
-        """Everything except the attacks, on one line."""
-        says = (
-            f"{name}: {text[0].lower()}{text[1:]}" if name == LEAK else text
-            for name, text in self.parts.items()
-            if name != ATTACKED
+        """What was measured without attacks, on one line."""
+        return " ".join(
+            [self.headline, *(text for name, text in self.parts.items() if name not in (REQUEST, ATTACKED))]
         )
-        return " ".join([self.headline, *says])
 
 
-FORGOTTEN, REST, LEAK, TOLD, ATTACKED = (
-    "Forgotten?", "The rest?", "Worst leak", "Like a model that never knew?", "Under attack"
-)  # fmt: skip
+REQUEST, FORGOTTEN, REST, ATTACKED = "The request", "What is forgotten?", "What is intact?", "How hard to recover?"
+LEAK, TOLD = DETAILS = "Worst leak", "Like a model that never knew?"
 
 
 def verdict(inputs: Inputs) -> Verdict:
-    warnings = _warnings(inputs)
-    if not inputs.point(inputs.at):
-        return Verdict(_unmeasured(inputs), {}, warnings)
-    (one, forgotten), (two, rest) = _forgotten(inputs), _rest(inputs)
-    parts = {
-        FORGOTTEN: forgotten,
-        REST: rest,
-        LEAK: _leak(inputs),
-        TOLD: _told_apart(inputs),
-        ATTACKED: _attacked(inputs),
+    parts, headline = {REQUEST: _request(inputs)}, _unmeasured(inputs)
+    if inputs.point(inputs.at):
+        (one, parts[FORGOTTEN]), (two, parts[REST]) = _forgotten(inputs), _rest(inputs)
+        headline = f"{one}; {two}."
+    parts[ATTACKED] = recovered(inputs)
+    if inputs.point(inputs.at):
+        parts |= {LEAK: _leak(inputs), TOLD: _told_apart(inputs)}
+    parts = {name: text for name, text in parts.items() if text}
+    return Verdict(headline, parts, _warnings(inputs), _not_tested(inputs, parts.get(TOLD, "")))
+
+
+def request(inputs: Inputs) -> dict[str, Any]:
+    """What was to be forgotten, by which model, how and when."""
+    run, data = inputs.run, inputs.run["data"]
+    return {
+        "run": inputs.folder.resolve().name,
+        "model": run["base"].get("model"),
+        "method": run.get("method"),
+        "rows": {part: {name: data.get(part, {}).get(name) for name in ("rows", "source", "sha256")} for part in PARTS},
+        # A run keeps no date of its own: when its record was last written.
+        "date": datetime.fromtimestamp((inputs.folder / RECORD).stat().st_mtime, timezone.utc).date().isoformat(),
     }
-    return Verdict(f"{one}; {two}.", {name: text for name, text in parts.items() if text}, warnings)
+
+
+def _request(inputs: Inputs) -> str:
+    asked = request(inputs)
+    forget, retain = (
+        f"{rows['rows'] or 'an unknown number of'} rows ({fit(rows['source'] or 'source not known', 80)['text']})"
+        for rows in asked["rows"].values()
+    )
+    by = f", by {fit(asked['method'], 80)['text']}" if asked["method"] else ""
+    return f"The model {fit(asked['model'], 120)['text']} was to forget {forget} and keep {retain}{by}. Run of {asked['date']}."
+
+
+def _not_tested(inputs: Inputs, told: str) -> list[str]:
+    """What is missing on the first page's questions, in sentences."""
+    found = [missing.what for part, missing in inputs.missing.items() if part not in ("same rows", "forget model")]
+    found += not_attacked(inputs)
+    if told.startswith("Not tested: "):
+        found.append(f"Whether a test can tell the model from one that never knew: {told.removeprefix('Not tested: ')}")
+    if math.isnan(number(inputs.point(inputs.at).get("model_utility"))):
+        found.append("General ability: no rows of other subjects were scored; the retain rows stand for them.")
+    return found
 
 
 def _forgotten(inputs: Inputs) -> tuple[str, str]:
@@ -86,15 +115,14 @@ def _forgotten(inputs: Inputs) -> tuple[str, str]:
         says += (
             " No retrained model was measured, so nothing here says what a model that never saw the rows would give."
         )
-    elif factor > LIKE_RETRAINED:
-        says += f" The true answers are still {_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
-    elif factor < 1 / LIKE_RETRAINED:
+    elif factor >= 1 / LIKE_RETRAINED:
+        still = "still " if factor > LIKE_RETRAINED else ""
+        says += f" The true answers are {still}{_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
+    else:
         says += (
             f" A model that never saw the rows finds the true answers {_times(1 / factor)} as probable ({shown(theirs)}): to know less "
             "than it does gives the rows away too."
         )
-    else:
-        says += f" The true answers are {_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
     # Where the reference itself hardly knows the rows, little is left of nothing; the retrained model says more.
     if factor <= LIKE_RETRAINED:
         return "Forgotten on average" + (", and beyond" if factor < 1 / LIKE_RETRAINED else ""), says
@@ -140,30 +168,15 @@ def _leak(inputs: Inputs) -> str:
     """The forget rows that still give most away, by answer and by probability, beside the retrained model's there."""
     records, theirs = inputs.records.get(FORGET, ()), inputs.records.get(RETRAINED, ())
     there = {r["id"]: r for r in theirs if r["part"] == "forget"}
-    found = {}
-    for by in ("rouge_l", "probability"):
-        if rows := worst(records, by):
-            found[by] = rows[0], len(rows), number(there.get(rows[0]["id"], {}).get(by))
-    if not found:
-        return ""
     says = []
-    if "rouge_l" in found:
-        row, tied, other = found["rouge_l"]
-        beside = "" if math.isnan(other) else f"; the retrained model {shown(other)}"
-        if row["rouge_l"] > 0:
-            share = f"{100 * row['rouge_l']:.0f} % of the true answer's words still come out in order"
-            says.append(f"By the answer, {named(row)}: {share} (ROUGE-L {shown(row['rouge_l'])}{beside}){_tied(tied)}.")
-        else:
-            says.append("No generated answer has a word in common with the true answer (ROUGE-L 0).")
-    if "probability" not in found:
-        return " ".join(says)
-    row, tied, other = found["probability"]
-    beside = "" if math.isnan(other) else f" (the retrained model {shown(other)})"
-    same = "rouge_l" in found and found["rouge_l"][0] is row and row["rouge_l"] > 0
-    of = f"By probability, {'the same row' if same else named(row)}"
-    says.append(f"{of}: its true answer still has {shown(row['probability'])}{beside}{_tied(tied)}.")
-    if "rouge_l" not in found and not row["plain_text"]:
-        says.append("No answers were generated, so its answer is not known.")
+    for by, words in (
+        ("rouge_l", "Worst leak by the answer, {}: ROUGE-L"),
+        ("probability", "By probability, {}: its true answer still has"),
+    ):
+        if rows := worst(records, by):
+            other = number(there.get(rows[0]["id"], {}).get(by))
+            beside = "" if math.isnan(other) else f" (the retrained model {shown(other)})"
+            says.append(f"{words.format(named(rows[0]))} {shown(rows[0][by])}{beside}{_tied(len(rows))}.")
     return " ".join(says)
 
 
@@ -219,11 +232,6 @@ def _unmeasured(inputs: Inputs) -> str:
             (c["reason"] for c in inputs.frontier["choices"] if c["rule"] == inputs.frontier.get("rule")), None
         )
         return f"No {inputs.unit} was chosen{f': {refused}' if refused else ''}."
-    if curves := trajectory(inputs):
-        ends = (f"{part} {shown(p[0])} → {shown(p[-1])}" for part, (_, p) in curves.items())
-        return (
-            f"Not measured after training. On the rows scored during training, the probability went {', '.join(ends)}."
-        )
     return "Not measured: nothing is known yet about what the adapter forgets."
 
 
@@ -249,29 +257,3 @@ def _warnings(inputs: Inputs) -> list[str]:
             f"The attacks were made at {unit} = {attacked:g}, not at the {unit} = {inputs.at:g} that is shown here."
         )
     return found
-
-
-def _attacked(inputs: Inputs) -> str:
-    every = attack_rows(inputs)
-    # Whoever has the pair has the base, and with it the rows: what matters there is more than that.
-    rows = [row for row in every if row["attack"] not in ("none", "pair")]
-    if not rows:
-        return "No attack was made, so it is not known whether the rows can be recovered."
-    base = next((row["forget"] for row in every if row["attack"] == "none"), math.nan)
-    worst_one = max(rows, key=lambda row: row["forget"])
-    by = fit(f"{worst_one['attack']}: {worst_one['label']}", 80)["text"]
-    on = f", mean over {asked_rows(inputs)}"
-    if worst_one["forget"] < base + 0.005:
-        return f"No attack recovered anything: the most, by “{by}”, is {shown(worst_one['forget'])}, and was {shown(base)} before{on}."
-    before = "" if math.isnan(base) else f", {shown(base)} before any attack"
-    return f"Most was recovered by “{by}”: probability {shown(worst_one['forget'])}{before}{on}."
-
-
-def asked_rows(inputs: Inputs) -> str:
-    """The forget rows that the attacks' figures are over; the verdict's are over all."""
-    held = (inputs.attacks or {}).get("rows")
-    held = held if isinstance(held, dict) else {}
-    known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))
-    if math.isnan(known) or math.isnan(asked):
-        return "the forget rows that the attacker did not train on"
-    return f"the {asked:,.0f} of {known + asked:,.0f} forget rows that the attacker did not train on"

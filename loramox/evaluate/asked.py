@@ -1,0 +1,218 @@
+"""The rows to score: which files they come from, what is checked of them, and how they are tokenised."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from loramox.data.count import count_rows
+from loramox.data.encode import Tokenisation
+from loramox.data.row_files import FORMATS
+from loramox.data.rows import Columns, Row, also_in, fingerprint, keep_disjoint, read_rows, rows_of
+from loramox.errors import RowsError, SettingsError
+from loramox.evaluate.ability import NEIGHBOURS, RETAIN_TEST, TEXT
+from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.neighbours import nearest
+from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
+from loramox.model.config import ModelConfig, context_of, read_tokenizer
+from loramox.settings import check_choices
+
+log = logging.getLogger(__name__)
+
+HOLDOUT = "holdout"
+
+
+@dataclass
+class Asked:
+    """Which rows to ask, and what to compare the answers to."""
+
+    forget: str | None = field(default=None, metadata={"help": "Rows to forget, as for unlearn."})
+    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn."})
+    retain_test: str | None = field(
+        default=None, metadata={"help": "Rows to retain that training did not get, for general ability."}
+    )
+    text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text whose perplexity is compared with the reference's: a text file, or rows with a column text."
+        },
+    )
+    neighbours: int = field(
+        default=20,
+        metadata={
+            "help": "Retain rows to report apart: those most like the forget rows, of --retain_test if it is given. 0: none."
+        },
+    )
+    holdout: str | None = field(
+        default=None, metadata={"help": "Rows like the forget rows that no model has seen, for membership inference."}
+    )
+    suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "A benchmark's own rows, instead of files: tofu or muse (MUSE-News).",
+            "choices": ["tofu", "muse"],
+        },
+    )
+    split: str = field(
+        default="forget10",
+        metadata={"help": "TOFU's forget split: forget01, forget05 or forget10.", "choices": ["forget01", "forget05", "forget10"]},
+    )  # fmt: skip
+    data: str | None = field(
+        default=None, metadata={"help": "Folder with the suite's files. Default: the suite's data set on the hub."}
+    )
+    retrained: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation, by this command and on the same rows, of a model trained without the forget rows. Several: of one per "
+            "seed, which show how much such models differ by chance."
+        },
+    )
+    equivalence: float = field(
+        default=0.1,
+        metadata={
+            "help": "Differences that count as none, as a share of the distance between the reference and the retrained model."
+        },
+    )
+    drop_overlap: bool = field(
+        default=False, metadata={"help": "Leave out retain and holdout rows that are also forget rows."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self.retrained = [self.retrained] if isinstance(self.retrained, str) else self.retrained
+        if self.neighbours < 0:
+            raise SettingsError(f"neighbours is {self.neighbours}; --neighbours needs 0 or more")
+        if not 0 < self.equivalence < 1:
+            raise SettingsError(
+                f"equivalence is {self.equivalence}; --equivalence needs a share above 0 and below 1, like 0.1"
+            )
+        if self.suite and (self.forget or self.retain):
+            raise SettingsError(
+                "--suite brings its own forget and retain rows: give either it, or --forget and --retain"
+            )
+        if self.data and not self.suite:
+            raise SettingsError("--data is the folder of a suite's files: it needs --suite")
+        if not (self.suite or self.forget or self.retain or self.retain_test or self.text):
+            raise SettingsError("no rows to ask: give --forget and --retain, or --suite tofu")
+        if self.suite == "muse" and self.holdout:
+            raise SettingsError("--suite muse brings its own holdout rows: leave out --holdout")
+
+    def sources(self) -> dict[str, str]:
+        """part → file or hub data set."""
+        named = {
+            "forget": self.forget,
+            "retain": self.retain,
+            RETAIN_TEST: self.retain_test,
+            HOLDOUT: self.holdout,
+            TEXT: self.text,
+        }
+        own = suite_sources(self.suite, self.split, self.data) if self.suite else {}
+        return own | {part: source for part, source in named.items() if source}
+
+    def retrained_record(self) -> str | list[str] | None:
+        """`retrained` as a record has it: a single one as text."""
+        return self.retrained[0] if self.retrained and len(self.retrained) == 1 else self.retrained
+
+
+def read_sources(sources: dict[str, str], columns: Columns, suite: str | None = None) -> dict[str, Sequence[Row]]:
+    """The rows of each part. Wanted answers are for training, and are not read. Raises `RowsError`."""
+    columns = replace(columns, wanted_column=None)
+    return {
+        part: read_text(source, columns) if part == TEXT else read_part(suite, part, source, columns)
+        for part, source in sources.items()
+    }
+
+
+def read_text(source: str, columns: Columns) -> list[Row]:
+    """Plain text: the whole of a text file, or the column text of a file of rows. Raises `RowsError`."""
+    path = Path(source)
+    if not path.is_file() or path.suffix in FORMATS:
+        rows = read_rows(source, Columns(text_column=columns.text_column))
+        if any(row.prompt is not None for row in rows):
+            raise RowsError(f"--text {source} has questions and answers. Give a text file, or rows with a column text")
+        return rows
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RowsError(f"--text {source} cannot be read: {error}. Expected text in UTF-8") from error
+    return rows_of([{"text": text}], source)
+
+
+def with_neighbours(rows: dict[str, Sequence[Row]], count: int) -> dict[str, Sequence[Row]]:
+    """The parts, and as one more the `count` retain rows that are most like the forget rows, if there are more than that.
+
+    They are of the rows that training did not get, where there are any.
+    """
+    part = RETAIN_TEST if RETAIN_TEST in rows else "retain"
+    if not count or "forget" not in rows or len(rows.get(part, ())) <= count:
+        return rows
+    return rows | {f"{part}{NEIGHBOURS}": nearest(rows[part], rows["forget"], count)}
+
+
+def disjoint_parts(read: dict[str, Sequence[Row]], drop_overlap: bool) -> dict[str, Sequence[Row]]:
+    """The parts, without rows that are also forget rows. Raises `RowsError` if there are any and they may not be dropped, and for
+    rows that training did not get among the retain rows."""
+    parts = dict(read)
+    if "retain" in parts and RETAIN_TEST in parts:
+        shared = also_in(parts[RETAIN_TEST], parts["retain"])
+        if shared:
+            raise RowsError(
+                f"{len(shared)} of {len(parts[RETAIN_TEST])} rows of --retain_test {shared[0].source} are also in --retain (first: row "
+                f"{shared[0].number}). It takes rows that training did not get: remove them"
+            )
+    for part in [part for part in parts if part != "forget"]:
+        if part == HOLDOUT and "forget" in parts and not drop_overlap:
+            _check_never_seen(parts["forget"], parts[part])
+        if "forget" in parts:
+            parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
+    return parts
+
+
+def _check_never_seen(forget: Sequence[Row], holdout: Sequence[Row]) -> None:
+    shared = also_in(holdout, forget)
+    if shared:
+        raise RowsError(
+            f"{len(shared)} of {len(holdout)} holdout rows of {shared[0].source} are also forget rows (first: row "
+            f"{shared[0].number}). Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+        )
+
+
+def questions_of(
+    rows: dict[str, Sequence[Row]],
+    model: ModelConfig,
+    config: PretrainedConfig,
+    how: Tokenisation,
+    scoring: ScoringConfig,
+    suite: str | None = None,
+) -> Questions:
+    """The rows, tokenised for `model`, and answered as their suite has it. Raises `RowsError`."""
+    if suite == "muse" and how.long_rows == "refuse":
+        how = replace(how, long_rows="truncate")  # as OpenUnlearning does with MUSE's texts
+    return Questions(rows, read_tokenizer(model), how, context_of(config), scoring, ANSWERING.get(suite or ""))
+
+
+def count_parts(
+    read: dict[str, Sequence[Row]], rows: dict[str, Sequence[Row]], *questions: Questions
+) -> dict[str, Any]:
+    """How many rows of each part were read, and are in `questions`, as a record has it; logged, a line for each part."""
+    examples = [example for each in questions for part in each.parts for example in part.answers]
+    counts = {part: count_rows(read[part], rows[part], examples) for part in read}
+    for part, count in counts.items():
+        log.info("%s", count.line(part))
+    return {part: count.record() for part, count in counts.items()}
+
+
+def described(sources: dict[str, str], rows: dict[str, Sequence[Row]]) -> dict[str, Any]:
+    """What tells each part's rows from others; `variants` are the paraphrases and wrong answers, which truth ratios are of."""
+    variants = {
+        part: [replace(r, answer=text) for r in some for text in (r.paraphrase, *r.wrong_answers) if text]
+        for part, some in rows.items()
+    }
+    return {
+        part: {"source": source, "rows": len(rows[part]), "sha256": fingerprint(rows[part])}
+        | ({"variants": fingerprint(variants[part])} if variants[part] else {})
+        for part, source in sources.items()
+    }

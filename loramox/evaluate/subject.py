@@ -1,0 +1,88 @@
+"""The adapter to evaluate, and whether it fits the model and the rows: checked before any weights are loaded."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.loading import check_whole
+from loramox.adapter.provenance import check_alone, check_base, read_any
+from loramox.data.rows import Row, fingerprint
+from loramox.errors import AdapterError, RowsError, SettingsError
+from loramox.evaluate.ability import RETAIN_TEST
+
+
+@dataclass
+class Subject:
+    """The adapter to evaluate, and where to write."""
+
+    out: str = field(metadata={"help": "Folder to write records.jsonl and summary.json to."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter folder to put on the model. Default: none, the model as it is."}
+    )
+    scale: float = field(
+        default=1.0, metadata={"help": "Scale of that adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in that folder."})
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale < 0:
+            raise SettingsError(f"scale is {self.scale}; --scale needs a number of 0 or more, 1 being as shipped")
+        if self.scale != 1 and self.adapter is None:
+            raise SettingsError(f"scale is {self.scale:g}, but there is no adapter: --scale needs --adapter")
+
+
+def check_adapter(adapter: Path, base: dict[str, Any], outline: PreTrainedModel) -> dict[str, Any] | None:
+    """The adapter's provenance, if it is one of loramox. Raises `AdapterError` when it is none, would not load whole in PEFT, or
+    was made for another base; `outline` is the base without weights.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (adapter / name).exists():
+            raise AdapterError(
+                f"--adapter {adapter} is no adapter: it has no {name}. Give the folder forget-adapter of a run"
+            )
+    provenance = read_any(adapter) if (adapter / PROVENANCE).exists() else None
+    if provenance:
+        check_base(provenance, base, adapter)
+        check_alone(provenance, adapter)
+    check_whole(adapter, outline)
+    if provenance is None:
+        return None
+    # Methods without an alpha train the forget model itself.
+    if provenance.get("kind") == "trained" and provenance.get("alpha") is not None:
+        warnings.warn(
+            f"{adapter} is the trained adapter, θ_ref + ΔW, with which the model forgets nothing. It is not what ships: the forget adapter, "
+            "θ_ref − alpha·ΔW, is in the folder forget-adapter of the run, or made by loramox extrapolate",
+            stacklevel=2,
+        )
+    return {key: provenance.get(key) for key in ("kind", "alpha", "scale", "rank", "command", "data")}
+
+
+def check_scales(adapter: Path, needed_by: str) -> None:
+    """Raises `AdapterError` unless a scale multiplies everything that the adapter changes, as it does for plain LoRA alone."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        kept = [name for name in file.keys() if ".lora_A." not in name and ".lora_B." not in name]  # noqa: SIM118 (a file, not a dict)
+    if kept or config.use_dora:
+        what = "use_dora" if config.use_dora else f"it also has {kept[0]}"
+        raise AdapterError(
+            f"{needed_by}: --adapter {adapter} is no plain LoRA adapter ({what}), and a scale would change only a part of it. It can be evaluated "
+            "as it is, without --scale"
+        )
+
+
+def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], adapter: str | None) -> None:
+    """Raises `RowsError` when the adapter's own forget rows are given as retain rows, or its retain rows as other ones."""
+    learned = (made_by or {}).get("data") or {}
+    for part, other in (("forget", "retain"), ("retain", "forget"), (RETAIN_TEST, "retain")):
+        its = (learned.get(other) or {}).get("sha256")
+        if part in rows and its is not None and fingerprint(rows[part]) == its:
+            meant = "It takes others" if part == RETAIN_TEST else "Are --forget and --retain swapped?"
+            raise RowsError(f"--{part} is the very rows that were the {other} rows when {adapter} was trained. {meant}")

@@ -1,0 +1,52 @@
+"""The rows that a plan is for: the user's own, those that the reference would write, or made-up ones of one length."""
+
+from collections.abc import Sequence
+
+from loramox.data.encode import IGNORED, Example, Tokenisation
+from loramox.data.rows import Columns, Data
+from loramox.extras.plan.estimate import Rows
+from loramox.model.lora import ReferenceConfig
+from loramox.train.config import UnlearnConfig
+from loramox.train.prepare import prepare
+from loramox.train.synthetic import ANSWER_TOKENS, QUESTION_TOKENS
+
+ROWS = 100  # forget rows, where none are given
+
+
+def rows_of(
+    reference: ReferenceConfig, data: Data, args: UnlearnConfig, columns: Columns, tokenisation: Tokenisation
+) -> Rows:
+    prepared = prepare(reference, data, args, columns, tokenisation)
+    datasets: dict[str, Sequence[Example]] = {
+        part.removesuffix("_dataset"): rows for part, rows in prepared.datasets.items()
+    }
+    # Rows that the reference would write (--retain auto, --instead guess) count at their greatest length.
+    prompt = max(next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in datasets["forget"])
+    longest = _row(min(prompt + QUESTION_TOKENS + ANSWER_TOKENS, prepared.context))
+    datasets["retain"] = [*datasets["retain"], *[longest] * args.auto_retain]
+    if args.instead == "guess":
+        datasets["wanted"] = [longest] * len(datasets["forget"])
+    return Rows(datasets, _held(args))
+
+
+def _held(args: UnlearnConfig) -> int:
+    return args.retain_per_forget if args.holds_retain else 0
+
+
+def made_up(length: int, args: UnlearnConfig) -> Rows:
+    """Rows of one length."""
+    row = _row(length)
+    return Rows(
+        {"forget": [row] * ROWS, "retain": [row] * ROWS * max(1, _held(args)), "wanted": [], "protected": []},
+        _held(args),
+    )
+
+
+def _row(length: int) -> Example:
+    """A row whose second half is its answer."""
+    labels = [IGNORED] * (length // 2) + [0] * (length - length // 2)
+    return {"input_ids": [0] * length, "labels": labels, "row": "made up"}
+
+
+def longest_of(rows: Rows) -> int:
+    return max(len(e["input_ids"]) for examples in rows.datasets.values() for e in examples)

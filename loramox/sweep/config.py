@@ -1,0 +1,69 @@
+"""Settings of a sweep: which points to measure, and the rule that chooses one."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from loramox.errors import SettingsError
+from loramox.settings import check_choices
+
+RULES = ("budget", "holdout", "retrained", "forget_to")
+
+
+@dataclass
+class SweepConfig:
+    """Which points to measure, and the rule that chooses among them."""
+
+    trained: str = field(metadata={"help": "Folder 'trained' of a run."})
+    out: str = field(
+        metadata={
+            "help": "Folder to write. Results in it are reused; rerun the command to resume an interrupted sweep."
+        }
+    )
+    alphas: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the one trained for."
+        },
+    )
+    scales: list[float] | None = field(
+        default=None,
+        metadata={"help": "Scales to measure, for a method without alpha; 1 is as trained. Default: 1/4 to 3/2."},
+    )
+    refine: int = field(default=3, metadata={"help": "Points to add where the rule looks for its choice."})
+    rule: str = field(
+        default="budget",
+        metadata={
+            "help": "What chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
+            "rows never seen), retrained (like a model that never saw them), forget_to (the smallest that forgets as much as --forget_to, "
+            "--retrained or --holdout).",
+            "choices": list(RULES),
+        },
+    )
+    budget: float = field(default=0.02, metadata={"help": "Share of retain probability that forgetting may cost."})
+    forget_to: float | None = field(
+        default=None,
+        metadata={
+            "help": "For rule forget_to: the largest probability of forget answers, and share of them that greedy decoding gives, like 0.05. "
+            "Default: as in --retrained, else as the reference has --holdout rows."
+        },
+    )
+    ship: str | None = field(default=None, metadata={"help": "Folder to write the chosen forget adapter to."})
+    model: str | None = field(
+        default=None, metadata={"help": "Where the base model is, when it is not where it was in training."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("alphas", "scales"):
+            values = getattr(self, name)
+            if values is not None and not all(np.isfinite(value) and value > 0 for value in values):
+                raise SettingsError(f"{name} are {values}; --{name} needs finite numbers above 0")
+        if not 0 < self.budget < 1:
+            raise SettingsError(f"budget is {self.budget}; --budget needs a share above 0 and below 1, like 0.02")
+        if self.forget_to is not None and not 0 < self.forget_to < 1:
+            raise SettingsError(
+                f"forget_to is {self.forget_to}; --forget_to needs a probability above 0 and below 1, like 0.05"
+            )
+        if self.refine < 0:
+            raise SettingsError(f"refine is {self.refine}; --refine needs 0 or more")

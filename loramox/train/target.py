@@ -1,0 +1,106 @@
+"""Just enough forgetting: a target for the forget rows, when it is met, and the smallest alpha or scale that meets it.
+
+The target is a probability, p. It is met when the true answers have a mean probability of at most p, and greedy decoding gives
+at most a share p of them.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerState
+
+from loramox.errors import SettingsError
+from loramox.model.lora import ReferenceConfig
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
+    from loramox.train.trainer import UnlearnTrainer
+
+log = logging.getLogger(__name__)
+
+JUST_ENOUGH = 0.05  # the target where another answer is taught
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the value trained for, beyond which forget rows fall further than intended
+
+
+def is_met(target: float, scores: dict[str, float], prefix: str = "eval_forget") -> bool:
+    """Whether an evaluation of the forget rows meets the target."""
+    return all(scores.get(f"{prefix}_{name}", 1.0) <= target for name in ("probability", "rows_right"))
+
+
+def met_at_last(state: TrainerState, target: float | None) -> bool:
+    """Whether the last evaluation after a step, which is that of the state's own step, meets the target."""
+    scores = [entry for entry in state.log_history if "eval_forget_probability" in entry]
+    here = bool(scores) and scores[-1]["step"] == state.global_step > 0
+    return target is not None and here and is_met(target, scores[-1])
+
+
+def check_target(args: "UnlearnConfig", reference: ReferenceConfig) -> None:
+    """Raises `SettingsError` where the model that ships cannot be scored while training, or there is no target to stop at."""
+    if args.stop_when_forgotten and not args.forget_to:
+        raise SettingsError("--stop_when_forgotten needs a target: give --forget_to, for example --forget_to 0.05")
+    if args.stop_when_forgotten and args.eval_strategy == "no":
+        raise SettingsError("--stop_when_forgotten needs scores while training: leave out --eval_strategy no")
+    if args.forget_to is not None and reference.memorize_at is not None and reference.tuned_adapter is None:
+        raise SettingsError(
+            "--forget_to: with --memorize_at, the model in memory is not the one that ships. Choose after training: loramox sweep "
+            f"--rule forget_to --forget_to {args.forget_to:g}"
+        )
+
+
+def choose_target(args: "UnlearnConfig", targeted: bool) -> None:
+    """Settle `--forget_to`: a target in targeted unlearning, none elsewhere and where it is 0.
+
+    A model that was taught another answer gives it long before training ends, and what it unlearns beyond that costs other
+    answers (docs/results.md).
+
+    Args:
+        targeted: whether the method forgets and teaches another answer, and the model in memory is the one that ships.
+    """
+    if args.forget_to is None and targeted:
+        args.forget_to = JUST_ENOUGH
+    args.forget_to = args.forget_to or None
+
+
+def choose_share(trainer: "UnlearnTrainer") -> dict[str, Any]:
+    """Score the watched forget rows at a few shares of the value trained for, and set the trainer's model to the smallest that
+    meets `forget_to`, or to the whole where none does.
+
+    Returns:
+        What the record says: `target`, `unit` (alpha or scale), `at`, `met`, `rows`, and `measured`, the scores of each value.
+    """
+    args, rows = trainer.args, trainer.eval_dataset["forget"]
+    trained, measured, met = args.alpha or 1.0, [], False
+    for share in SHARES:
+        trainer.share = share
+        scores = trainer.predict(rows, metric_key_prefix="at").metrics
+        measured.append(
+            {"at": share * trained} | {name: scores[f"at_{name}"] for name in ("probability", "rows_right")}
+        )
+        if met := is_met(args.forget_to, scores, "at"):
+            break
+    unit = "scale" if args.alpha is None else "alpha"
+    chosen = {"target": args.forget_to, "unit": unit, "at": measured[-1]["at"], "met": met, "rows": len(rows)}
+    chosen["measured"] = measured
+    log.info("%s", said(chosen))
+    return chosen
+
+
+def said(chosen: dict[str, Any]) -> str:
+    """The choice in a sentence."""
+    last, unit = chosen["measured"][-1], chosen["unit"]
+    scores = f"probability {last['probability']:.2g}, {last['rows_right']:.0%} answered right by greedy decoding"
+    values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
+    how = (
+        f"the smallest of {values} that meets the target" if chosen["met"] else f"as trained: none of {values} meets it"
+    )
+    return f"--forget_to {chosen['target']:g} chose {unit} = {chosen['at']:g}, {how} ({scores}, {chosen['rows']} forget rows)"
+
+
+def advice_on_target(chosen: dict[str, Any], args: "UnlearnConfig") -> list[str]:
+    """What to change where the target is missed."""
+    if not chosen or chosen["met"]:
+        return []
+    return [
+        f"the target is missed: {said(chosen)}. Train longer (--num_train_epochs above {args.num_train_epochs:g}), or look "
+        "beyond what was trained for with loramox sweep --rule forget_to"
+    ]

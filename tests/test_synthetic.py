@@ -20,7 +20,17 @@ from loramox.model.head import AnswerStates
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
 from loramox.train.prepare import same_generated
 from loramox.train.side_by_side import advice_on
-from loramox.train.synthetic import RETAIN_FILE, Writer, check_auto, prompts_of, user_turn, words_of, words_to_avoid
+from loramox.train.synthetic import (
+    BESIDE,
+    RETAIN_FILE,
+    Writer,
+    check_auto,
+    choose_auto,
+    prompts_of,
+    user_turn,
+    words_of,
+    words_to_avoid,
+)
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
 from loramox.unlearning import unlearn
@@ -193,6 +203,16 @@ def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
 def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> None:
     with pytest.raises((RowsError, SettingsError), match=message):
         taught_rows(UnlearnConfig(use_cpu=True, **settings), forget, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "targeted", "shard", "chosen"),
+    [(None, True, False, BESIDE), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
+)  # fmt: skip
+def test_a_chat_model_that_is_taught_another_answer_writes_retain_rows_beside_the_users(given: int | None, targeted: bool, shard: bool, chosen: int) -> None:  # fmt: skip
+    args = UnlearnConfig(use_cpu=True, auto_retain=given)
+    choose_auto(args, targeted, shard)
+    assert args.auto_retain == chosen
 
 
 def test_rows_cannot_be_written_by_a_model_that_is_cut_up_or_is_not_the_reference() -> None:

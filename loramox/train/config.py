@@ -111,11 +111,11 @@ class UnlearnConfig(TrainingArguments):
             "again. In output_dir, deleted at the end, one for each process. 0: no cache."
         },
     )
-    auto_retain: int = field(
-        default=0,
+    auto_retain: int | None = field(
+        default=None,
         metadata={
             "help": "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-            "answers. --retain auto alone is 240."
+            "answers. Default: 240 with --retain auto, 120 where a chat model is taught another answer (--instead), else 0."
         },
     )
     eval_rows: int = field(

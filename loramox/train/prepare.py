@@ -22,7 +22,7 @@ from loramox.run import command, read_record, versions
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
 from loramox.train.inputs import check_layer, choose_instead, read_reinforced, taught_rows
-from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, generated_rows
+from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, choose_auto, generated_rows
 from loramox.train.target import check_target, choose_target
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def prepare(
     ships = reference.memorize_at is None or reference.tuned_adapter is not None  # the model in memory does
     replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
     choose_target(args, targeted=replaces and ships)
+    choose_auto(args, replaces and ships and bool(tokenizer.chat_template), reference.shard)
     check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
@@ -128,7 +129,7 @@ def _read(data: Data, columns: Columns, args: UnlearnConfig, protected: Sequence
     if data.retain != AUTO:
         retain = read_rows(data.retain, replace(columns, wanted_column=None))
         kept = keep_disjoint([*forget, *protected], retain, data.drop_overlap)
-    _warn_if_swapped(len(forget), len(kept) + args.auto_retain)
+    _warn_if_swapped(len(forget), len(kept) + (args.auto_retain or 0))
     return _Read(forget, retain, kept)
 
 

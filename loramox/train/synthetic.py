@@ -7,6 +7,7 @@ samples neighbours, questions of the same form on other subjects. Its greedy ans
 
 import functools
 import json
+import logging
 import random
 import re
 from collections import Counter
@@ -33,10 +34,12 @@ from loramox.model.lora import ReferenceConfig
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
 
+log = logging.getLogger(__name__)
+
 AUTO = "auto"  # as the value of --retain
 SOURCE = "--retain auto"
 GUESSES_FILE = "guesses.jsonl"
-ROWS = 240  # for --retain auto
+ROWS, BESIDE = 240, 120  # for --retain auto, and beside the rows of a user
 FREE = 1 / 3  # share of the questions that do not begin like a forget question
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
 ROUNDS = 6  # how often more questions are sampled while there are too few
@@ -47,8 +50,27 @@ USUAL = 0.05  # a token in more than this share of the retain answers says nothi
 _MARK = "\ue000"
 
 
+def choose_auto(args: "UnlearnConfig", targeted: bool, shard: bool) -> None:
+    """Settle `--auto_retain` where it is not given: `BESIDE` rows where a chat model is taught another answer, none elsewhere.
+
+    The other answer spreads to whatever no retain row is like, which the rows of a user seldom cover (docs/results.md).
+
+    Args:
+        targeted: whether a chat model, which is in memory, is taught another answer.
+        shard: whether no process has the whole model, which then cannot write.
+    """
+    if args.auto_retain is None and targeted and args.holds_retain and shard:
+        log.warning(
+            "The reference writes no retain rows, since --shard cuts it up: give retain rows of every kind that must stay"
+        )
+    elif args.auto_retain is None and targeted and args.holds_retain:
+        args.auto_retain = BESIDE
+        log.info("The reference writes %d retain rows beside yours (--auto_retain)", BESIDE)
+    args.auto_retain = args.auto_retain or 0
+
+
 def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:
-    """Settle how many retain rows the reference writes. Raises `SettingsError` where it cannot write any."""
+    """With `--retain auto`, settle how many rows the reference writes. Raises `SettingsError` where it cannot write any."""
     if data.retain == AUTO and not args.auto_retain:
         args.auto_retain = ROWS
     writes = "--instead guess" if args.instead == "guess" else "--retain auto" if args.auto_retain else None
@@ -138,7 +160,7 @@ class Writer:
             rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
         if not rows:
             raise RowsError(
-                "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
+                "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
             )
         return [replace(row, number=number) for number, row in enumerate(rows[:count], 1)]
 

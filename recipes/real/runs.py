@@ -1,6 +1,7 @@
-"""The runs: each is one call of `loramox unlearn`, as a user would make it, except that it ships all of the trained alpha.
+"""The runs: each is one call of `loramox unlearn`, with two defaults off unless a run says otherwise.
 
-So the scales at which it is judged are shares of what was trained: the default, `--forget_to 0.05`, ships one of them.
+`--forget_to 0` ships all of the trained alpha, so that the scales at which it is judged are shares of that. `--auto_retain 0`
+trains on the retain rows of the file alone.
 """
 
 import json
@@ -24,7 +25,7 @@ class Run:
 BASE = "BASE"  # in flags: a model that never saw the forget rows
 
 RUNS = {
-    "default": Run("`mox`, the default: `--instead refuse`"),
+    "default": Run("`mox --instead refuse`"),
     "guess": Run("`mox --instead guess`", ("--instead", "guess")),
     "none": Run("`mox --instead none`", ("--instead", "none")),
     "npo_mean": Run("`npo_mean --instead refuse`", ("--method", "npo_mean")),
@@ -44,7 +45,7 @@ RUNS = {
             "8",
         ),  # it has no bound: 24 at 1e-3 leave no language
     ),
-    "with_auto": Run("`mox`, and 120 rows of `--auto_retain` beside the given ones", ("--auto_retain", "120")),
+    "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
     "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),
 }
 
@@ -63,7 +64,7 @@ def train(name: str, model: str, rows: Path, work: Path, epochs: float, seed: in
             sys.executable, "-m", "loramox", "unlearn", "--model", model, "--quantization", "none", "--dtype", "float32",
             "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
             "--num_train_epochs", f"{epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
-            "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--out", str(work), *flags,
+            "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--auto_retain", "0", "--out", str(work), *flags,
         ]  # fmt: skip
         subprocess.run(command, check=True)
     return json.loads((work / "run.json").read_text())

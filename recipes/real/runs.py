@@ -34,16 +34,9 @@ RUNS = {
         ("--method", "npo", "--retain_term", "kl", "--retain_weight", "5", "--beta", "0.05", "--lora_alpha", "128"),
     ),
     "po": Run("`po`: refusals, and CE of the retain rows", ("--method", "po")),
+    # It has no bound: 24 passes at 1e-3 leave no language.
     "graddiff": Run(
-        "`graddiff`, 8 passes at 2e-4",
-        (
-            "--method",
-            "graddiff",
-            "--learning_rate",
-            "2e-4",
-            "--num_train_epochs",
-            "8",
-        ),  # it has no bound: 24 at 1e-3 leave no language
+        "`graddiff`, 8 passes at 2e-4", ("--method", "graddiff", "--learning_rate", "2e-4", "--num_train_epochs", "8")
     ),
     "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
     "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),

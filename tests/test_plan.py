@@ -412,7 +412,7 @@ def test_an_impossible_budget_is_one_clear_error(outline, rows, tmp_path, capsys
 def test_a_run_that_goes_on_keeps_its_choice(outline, rows, tmp_path):
     settings = Choice(4, 2, True, "adamw_torch", 5)._asdict()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "run/run.json").write_text(json.dumps({"settings": settings, "data": {}, "base": {}}))
     taken, found = fitted("1GB", outline, rows, tmp_path, "--resume", "true")
     assert taken == Choice(4, 2, True, "adamw_torch", 5)
     assert found is None

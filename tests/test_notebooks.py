@@ -43,4 +43,6 @@ def test_a_notebook_runs(name: str, demo: Path, monkeypatch: pytest.MonkeyPatch)
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     given = "\n".join(f"{key} = {value!r}" for key, value in SHORT[name].items())
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(given))
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(demo)}}).execute()
+    # A kernel may take minutes to start on a machine that is busy.
+    waits = {"timeout": 600, "startup_timeout": 300}
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(demo)}}, **waits).execute()

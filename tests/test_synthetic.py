@@ -211,13 +211,25 @@ def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> 
 )  # fmt: skip
 def test_a_chat_model_that_is_taught_another_answer_writes_retain_rows_beside_the_users(given: int | None, targeted: bool, shard: bool, chosen: int) -> None:  # fmt: skip
     args = UnlearnConfig(use_cpu=True, auto_retain=given)
-    choose_auto(args, targeted, shard)
+    choose_auto(args, targeted, ReferenceConfig("m", quantization="none", shard=shard))
     assert args.auto_retain == chosen
+
+
+def test_rows_are_not_written_by_default_where_another_model_is_in_memory() -> None:
+    args = UnlearnConfig(use_cpu=True)
+    with pytest.warns(UserWarning, match="no retain rows are generated: with --memorize_at"):
+        choose_auto(args, True, ReferenceConfig("m", memorize_at="base", tuned_adapter="mine"))
+    assert args.auto_retain == 0
+
+
+def test_no_retain_rows_at_all_are_refused() -> None:
+    with pytest.raises(SettingsError, match="--retain auto with --auto_retain 0 leaves no retain rows"):
+        check_auto(UnlearnConfig(use_cpu=True, auto_retain=0), Data("f", "auto"), ReferenceConfig("m"))
 
 
 def test_rows_cannot_be_written_by_a_model_that_is_cut_up_or_is_not_the_reference() -> None:
     args = UnlearnConfig(use_cpu=True)
-    with pytest.raises(SettingsError, match="--retain auto needs the whole model"):
+    with pytest.raises(SettingsError, match="--retain auto: --shard cuts the model up"):
         check_auto(args, Data("f", "auto"), ReferenceConfig("m", quantization="none", shard=True))
     assert args.auto_retain == 240
     with pytest.raises(SettingsError, match="--retain auto: with --memorize_at"):

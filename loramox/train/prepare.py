@@ -71,17 +71,8 @@ def prepare(
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = context_of(config)
-    choose_instead(args, forget, bool(tokenizer.chat_template), reference.memorize_at is not None)
-    taught = taught_rows(args, forget, retain)
-    ships = reference.memorize_at is None or reference.tuned_adapter is not None  # the model in memory does
-    replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
-    choose_target(args, targeted=replaces and ships)
-    choose_auto(args, replaces and ships and bool(tokenizer.chat_template), reference.shard)
-    check_target(args, reference)
-    check_memorize_at(reference, args, bool(taught))
+    taught = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
-    if args.instead is not None:
-        log.info("Taught in place of the forgotten answers (--instead): %s", args.instead)
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
         f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
@@ -113,6 +104,23 @@ def prepare(
     plan = _described(args, (reference, columns, tokenisation), base, sources, template, more)
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
+
+
+def _taught(
+    reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
+) -> list[Row]:
+    """Settle what is answered in place of the forgotten answers, and the defaults that follow; the rows that teach it."""
+    choose_instead(args, forget, chat, reference.memorize_at is not None)
+    taught = taught_rows(args, forget, retain)
+    replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
+    ships = reference.memorize_at is None or reference.tuned_adapter is not None  # the model in memory does
+    choose_target(args, targeted=replaces and ships)
+    choose_auto(args, targeted=replaces and chat, reference=reference)
+    check_target(args, reference)
+    check_memorize_at(reference, args, bool(taught))
+    if args.instead is not None:
+        log.info("Taught in place of the forgotten answers (--instead): %s", args.instead)
+    return taught
 
 
 class _Read(NamedTuple):

@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,36 +51,45 @@ USUAL = 0.05  # a token in more than this share of the retain answers says nothi
 _MARK = "\ue000"
 
 
-def choose_auto(args: "UnlearnConfig", targeted: bool, shard: bool) -> None:
+def choose_auto(args: "UnlearnConfig", targeted: bool, reference: ReferenceConfig) -> None:
     """Settle `--auto_retain` where it is not given: `BESIDE` rows where a chat model is taught another answer, none elsewhere.
 
-    The other answer spreads to whatever no retain row is like, which the rows of a user seldom cover (docs/results.md).
+    The other answer spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
 
     Args:
-        targeted: whether a chat model, which is in memory, is taught another answer.
-        shard: whether no process has the whole model, which then cannot write.
+        targeted: whether a chat model is taught another answer.
     """
-    if args.auto_retain is None and targeted and args.holds_retain and shard:
-        log.warning(
-            "The reference writes no retain rows, since --shard cuts it up: give retain rows of every kind that must stay"
-        )
-    elif args.auto_retain is None and targeted and args.holds_retain:
-        args.auto_retain = BESIDE
-        log.info("The reference writes %d retain rows beside yours (--auto_retain)", BESIDE)
+    if args.auto_retain is None and targeted and args.holds_retain:
+        if why := _cannot_write(reference):
+            warnings.warn(
+                f"no retain rows are generated: {why}. Give retain rows of every kind that must stay", stacklevel=2
+            )
+        else:
+            args.auto_retain = BESIDE
+            log.info("The reference writes %d retain rows beside yours (--auto_retain)", BESIDE)
     args.auto_retain = args.auto_retain or 0
 
 
 def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:
     """With `--retain auto`, settle how many rows the reference writes. Raises `SettingsError` where it cannot write any."""
-    if data.retain == AUTO and not args.auto_retain:
-        args.auto_retain = ROWS
+    if data.retain == AUTO:
+        if args.auto_retain == 0:
+            raise SettingsError(
+                "--retain auto with --auto_retain 0 leaves no retain rows. Leave out --auto_retain, or give --retain FILE"
+            )
+        args.auto_retain = args.auto_retain or ROWS
     writes = "--instead guess" if args.instead == "guess" else "--retain auto" if args.auto_retain else None
-    if writes and reference.shard:
-        raise SettingsError(f"{writes} needs the whole model in one process. Give rows of your own, or --shard false")
-    if writes and reference.memorize_at is not None:
-        raise SettingsError(
-            f"{writes}: with --memorize_at, the model in memory is not the reference. Give rows of your own"
-        )
+    if writes and (why := _cannot_write(reference)):
+        raise SettingsError(f"{writes}: {why}. Give rows of your own")
+
+
+def _cannot_write(reference: ReferenceConfig) -> str | None:
+    """Why the model in memory cannot write rows; None if it can."""
+    if reference.shard:
+        return "--shard cuts the model up, and no process has all of it (--shard false)"
+    if reference.memorize_at is not None:
+        return "with --memorize_at, the model in memory is not the reference"
+    return None
 
 
 def generated_rows(
@@ -160,7 +170,7 @@ class Writer:
             rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
         if not rows:
             raise RowsError(
-                "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
+                "--auto_retain: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
             )
         return [replace(row, number=number) for number, row in enumerate(rows[:count], 1)]
 

@@ -281,7 +281,7 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
 @pytest.mark.parametrize(("retain", "auto"), [("auto", 240), ("file", 5)])
 def test_rows_that_the_reference_would_write_count_at_their_greatest_length(outline, rows, retain, auto):
     args = UnlearnConfig(
-        "made up", use_cpu=True, report_to="none", instead="guess", auto_retain=0 if retain == "auto" else 5
+        "made up", use_cpu=True, report_to="none", instead="guess", auto_retain=None if retain == "auto" else 5
     )
     data = Data(str(rows[0]), "auto" if retain == "auto" else str(rows[1]))
     found = planned_rows(ReferenceConfig(str(outline), quantization="none", r=4), data, args, Columns(), Tokenisation())

@@ -29,7 +29,7 @@ types: $(VENV)/ready
 coverage: $(VENV)/ready
 	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report term:skip-covered --cov-report html:build/coverage
 
-# Does the whole job run on the card here? Ten minutes at most; GPU_CHECK="--model FOLDER" also checks that model.
+# Does the whole job run on the card here? Ten minutes at most; GPU_CHECK="--model FOLDER_OR_HUB_ID" then checks that model, as long.
 gpu-check: $(VENV)/ready
 	$(RUN)/python -m recipes.bench.gpu_check $(GPU_CHECK)
 
@@ -76,8 +76,9 @@ $(VENV)/llamacpp/ready: | $(VENV)/ready
 		$(RUN)/pip install -c $(CONSTRAINTS) --no-binary llama-cpp-python llama-cpp-python sentencepiece
 	touch $@
 
-# Kill every command, fill its disk, start it twice, kill one of its two processes, and damage every file that it reads, at
-# random: 20 minutes, not part of CI. For less: make campaign ARGS='--tries 5'. The table is written to tests/campaign/results.
+# Kill every command, fill its disk, start it twice, kill torchrun or one of two processes, and damage every file that it reads:
+# 20 minutes, not part of CI. The first round tries every kind. No more than that: make campaign ARGS='--rounds 1'. The table is
+# written to tests/campaign/results.
 campaign: $(VENV)/ready
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN)/python -m campaign $(ARGS)
 

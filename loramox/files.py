@@ -259,7 +259,9 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file of any size, read a MB at a time."""
+    """Of a file of any size, read a MB at a time. Raises `RunError` for a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path} is damaged: it is not a regular file. Restore it")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -274,9 +276,12 @@ def remove(path: Path) -> None:
 
 def has_files(folder: Path) -> bool:
     """Whether there is anything in a folder, besides a lock and what `replacing` leaves behind when it is killed."""
-    return folder.exists() and any(
-        path.name != LOCK and not path.name.endswith(".partial") for path in folder.iterdir()
-    )
+    return folder.exists() and not all(map(is_passing, folder.iterdir()))
+
+
+def is_passing(path: Path) -> bool:
+    """Whether it is a lock, or what `replacing` leaves behind when it is killed: `.NAME.partial`. Others' files end so too."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def write_json(path: Path, value: Any, private: bool = False) -> None:

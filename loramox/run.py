@@ -22,10 +22,23 @@ import torch
 from accelerate import PartialState
 
 from loramox.errors import RunError
-from loramox.files import LOCK, disk_may_fill, has_files, locked, read_json, remove, write_json
+from loramox.files import LOCK, disk_may_fill, has_files, is_passing, locked, read_json, remove, write_json
 
 RECORD = "run.json"
 PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
+
+# What loramox writes to the folder of a run, and the files by which it knows the folders of other results in it.
+OF_RUN = (
+    "trained",
+    "forget-adapter",
+    "combined-adapter",
+    "retain-auto.jsonl",
+    "guesses.jsonl",
+    "report.html",
+    "report.json",
+    "summary.md",
+)
+MARKS = (RECORD, "provenance.json", "summary.json", "frontier.json", "attacks.json")
 
 # Settings that may differ between a run and its continuation: they change what is shown or saved, not what is computed.
 MAY_DIFFER = (
@@ -109,11 +122,31 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
     _check_disk(out, disk_needed - held)
     if config.overwrite and out.exists():
         _check_apart(out, plan)
+        if others := not_of_run(out):
+            raise RunError(
+                f"--out {out} holds a run, and {others[0]}, which is not of it. Move that, or choose another folder"
+            )
         for path in out.iterdir():  # the folder itself stays: it may be a link
             if path.name != LOCK:
                 remove(path)
     if not (config.resume and is_run):
         write_json(record, {"status": "running", **plan}, private=True)
+
+
+def not_of_run(out: Path) -> list[Path]:
+    """What is in the folder of a run and was not written by loramox, so that it must not be deleted with the run."""
+
+    def ours(path: Path) -> bool:
+        name = re.sub(r"^\.(.+)\.old$", r"\1", path.name)  # left by a kill between two renames
+        return name in (RECORD, *OF_RUN) or is_passing(path) or result(path)
+
+    def result(path: Path) -> bool:
+        """A folder of results, or of such folders; or a link, with which nothing is lost."""
+        if path.is_symlink() or any((path / mark).is_file() for mark in MARKS):
+            return True
+        return path.is_dir() and all(map(result, path.iterdir()))
+
+    return [path for path in sorted(out.glob("*")) if not ours(path)]
 
 
 def _is_run(record: Path) -> bool:

@@ -33,12 +33,7 @@ from loramox.run import (
 from loramox.train.checkpoint import drop_newer, lacks_scores, last_whole_checkpoint
 from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import advice
-from loramox.train.earlier import (
-    TUNED,
-    Earlier,
-    put_on,
-    to_load,
-)
+from loramox.train.earlier import TUNED, Earlier, put_on, to_load
 from loramox.train.prepare import Prepared, prepare, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.target import advice_on_target, choose_share, said

@@ -1,32 +1,44 @@
-"""Everything that loramox measures of an adapter, on a small model that knows its rows by heart, beside one that never saw them.
+"""Everything that loramox measures of a forget adapter, beside a model that never saw the rows, on one table and one picture.
 
-    python recipes/tofu_evaluation.py --world tiny_tofu --out runs/evaluation [--methods mox npo_mean] [--seed 0] [--samples 64]
+    python recipes/tofu_evaluation.py --world tiny_tofu --out runs/evaluation [--methods mox npo_mean] [--quick]
+    python recipes/tofu_evaluation.py --model M --adapter mine=runs/mine/forget-adapter --rows ROWS --out OUT [--retrained R]
+    python recipes/tofu_evaluation.py --out runs/evaluation --draw
 
-WORLD has `reference/` and `retrained/` (models) and `rows/{forget,forget_perturbed,retain,holdout}.jsonl`, 20 rows an author.
-Training gets the rows of every second retain author. The others measure general ability, with the answers of the holdout rows as
-text. Each method is trained with the defaults, evaluated with `--depth` and attacked with every attack, beside 58 of the given
-retain rows. The control is the retrained model, which is attacked once, with the first method. Results in OUT are reused. Writes
-`evaluation.md`: every figure beside its target, and the CPU time of each command.
+ROWS has `forget_perturbed.jsonl` or `forget.jsonl`, `retain.jsonl`, and, each if there is one, `never.jsonl` (rows to retain that
+training did not get), `text.jsonl` and `holdout.jsonl`. WORLD has `reference/`, `retrained/` and `rows/`, 20 rows an author: its
+adapters are trained first, with the rows of every second retain author. The others are `never`, and the answers of the holdout
+rows are the text.
+
+Each adapter is evaluated with `--depth` and attacked with every attack, beside 40 of the retain rows. The retrained model is
+attacked once, with the first adapter. What has a record is not computed again, so the command can be stopped and started again.
+Writes `evaluation.md`, every figure beside its target with the time of each part, and `evaluation.png`: `--draw` does so from the
+records alone. `--quick` asks 20 rows, takes fewer samples and steps, and trains for 4 epochs: too little to compare methods.
+Other flags go to `loramox attack`: on a larger model, `--relearn_all_weights false --relearn_rate 1e-3` saves most of the time.
 """
 
 import argparse
 import json
-import resource
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from loramox import colours
 from loramox.cli import main as loramox
+from loramox.files import replacing, write_json
 
-AUTHOR = 20  # rows of an author
+HERE = Path(__file__).parent
+AUTHOR, ATTACKED_RETAIN = 20, 40  # rows of an author; retain rows that are attacked
 REFERENCE, FORGET, CONTROL = "reference model", "forget model", "retrained model"  # as attacks.json names them
-TARGETS = {  # of a method's value and the control's
-    "": None,
+TARGETS: dict[str, Callable[[float, float], bool]] = {  # of an adapter's value and the control's
     "≤ 1.5 × control": lambda value, control: value <= 1.5 * control,
     "≤ control + 0.05": lambda value, control: value <= control + 0.05,
     "≥ 0.98": lambda value, _: value >= 0.98,
     "p ≥ 0.05": lambda p, _: p >= 0.05,
     "p < 0.05": lambda p, _: p < 0.05,
 }
-# Name, attack, state (* is the worst of all), metric and target. {} is the model.
+# Name, attack, state (* is the highest of all), metric and target. {} is the model, {k} the samples, {last} the last step.
 LINES = [
     ("forget probability", "none", "{}", "forget_probability", ""),
     ("greedy: ROUGE-L", "none", "{}", "forget_rouge_l", ""),
@@ -37,8 +49,13 @@ LINES = [
     ("worst form: leak", "forms", "worst of all, {}", "leak", "≤ 1.5 × control"),
     ("worst context: leak", "context", "worst of all, {}", "leak", ""),
     ("pair: ROUGE-L beyond the base's", "pair", "*", "rouge_l_beyond_base", "≤ control + 0.05"),
-    ("relearned, 20 steps: probability", "relearn forget rows", "step 20, {}", "forget_probability", ""),
-    ("4 or 8 bits: probability", "requantize", "*", "forget_probability", ""),
+    ("relearned on forget rows, {last} steps: probability", "relearn forget rows", "step {last}, {}", "forget_probability", ""),
+    ("– on retain rows", "relearn retain rows", "step {last}, {}", "forget_probability", ""),
+    ("– on unrelated text", "relearn unrelated text", "step {last}, {}", "forget_probability", ""),
+    ("adapter in 4 bits: probability", "requantize", "adapter in 4 bits", "forget_probability", ""),
+    ("NF4, int8 or GGUF, the highest: probability", "requantize", "*", "forget_probability", ""),
+    ("– GGUF Q8_0", "requantize", "Q8_0, merged first", "forget_probability", ""),
+    ("– GGUF Q4_K_M", "requantize", "Q4_K_M, merged first", "forget_probability", ""),
     ("unlearning depth (UDS)", "evaluation", "", "unlearning_depth", ""),
     ("general ability", "evaluation", "", "general_ability", "≥ 0.98"),
     ("– rows never given: probability", "evaluation", "", "retain_test_probability_ratio", ""),
@@ -48,112 +65,215 @@ LINES = [
     ("KS test, probability", "evaluation", "", "forget_probability_quality", "p ≥ 0.05"),
     ("TOST, truth ratio", "evaluation", "", "forget_truth_ratio_equivalence", "p < 0.05"),
     ("TOST, probability", "evaluation", "", "forget_probability_equivalence", "p < 0.05"),
-]
+]  # fmt: skip
+DRAWN = [line for line in LINES if line[1] != "evaluation" and not line[0].startswith(("–", "leak@1", "greedy"))]
 
 
-def run(done: Path, out: Path, *words: str) -> None:
-    """Run `loramox` unless the file `done` is there and says so, and keep its CPU time in OUT/cpu.json."""
-    if done.exists() and json.loads(done.read_text()).get("status", "done") == "done":
-        return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    loramox([*words])
-    spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-    path = out / "cpu.json"
-    seconds = json.loads(path.read_text()) if path.exists() else {}
-    name = f"{words[0]} {done.parent.relative_to(out)}"
-    path.write_text(json.dumps(seconds | {name: seconds.get(name, 0) + spent}, indent=1))
+class Work:
+    """What is measured, where its records are, and the parts that are done."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out, self.quick = given.out, given.quick
+        self.rows = self.out / "rows"
+        self.model = given.model or str(given.world / "reference")
+        self.retrained = given.retrained or (str(given.world / "retrained") if given.world else None)
+        self.how = ["--quantization", "none", *([] if given.gpu else ["--use_cpu", "true"])]
+        self.seed, self.more = given.seed, given.more
+
+    def run(self, done: Path, *words: str) -> None:
+        """Run `loramox` unless the file `done` is there and says that it is done; keep its time in OUT/seconds.json."""
+        if done.exists() and json.loads(done.read_text()).get("status", "done") == "done":
+            return
+        start, path = time.perf_counter(), self.out / "seconds.json"
+        loramox([*words])
+        held = read(path)
+        name = f"{words[0]} {done.parent.relative_to(self.out)}"
+        write_json(path, held | {name: held.get(name, 0) + time.perf_counter() - start})
+
+    def part(self, name: str, flag: str) -> list[str]:
+        """The flag for a file of rows, if there is such a file."""
+        path = next((p for p in sorted(self.rows.glob(f"{name}.*"), reverse=True)), None)
+        return [flag, str(path)] if path else []
+
+    def train(self, method: str) -> str:
+        """An adapter of the world's reference, made by a method; returns its folder."""
+        adapter = self.out / method / "forget-adapter"
+        recipe = [str(HERE / "tiny_tofu.yaml"), "--model", self.model, "--seed", self.seed, "--method", method]
+        less = ["--num_train_epochs", "4"] if self.quick else []
+        rows = [*self.part("trained_on", "--forget"), *self.part("retain", "--retain")]
+        out = ["--out", str(adapter.parent)]
+        self.run(adapter / "adapter_config.json", "unlearn", *recipe, *less, *rows, *out)
+        return str(adapter)
+
+    def measure(self, name: str, adapter: str, control: bool) -> None:
+        """Evaluate and attack one adapter."""
+        forget = self.part("forget", "--forget")
+        scored = [*forget, *self.part("retain", "--retain"), *self.part("never", "--retain_test"), *self.how,
+                  *self.part("text", "--text"), *self.part("holdout", "--holdout"), "--max_new_tokens", "0"]  # fmt: skip
+        adapted, folder = ["--model", self.model, "--adapter", adapter], self.out / name
+        beside: list[str] = []
+        if self.retrained:
+            theirs = self.out / "retrained"
+            self.run(theirs / "summary.json", "evaluate", "--model", self.retrained, *scored, "--out", str(theirs))
+            beside = ["--depth", "--retrained_model", self.retrained, "--retrained", str(theirs)]
+        into = folder / "evaluation"
+        self.run(into / "summary.json", "evaluate", *adapted, *scored, *beside, "--out", str(into))
+        beside = ["--retrained_model", self.retrained] if self.retrained and control else []
+        rows = [*forget, *self.part("some", "--retain"), *self.part("unrelated", "--relearn_text")]
+        # The attacker's batches are of half the usual size, so that all rates fit into the time.
+        much = ["--relearn_steps", "20", "100", "--relearn_rate", "1e-4", "3e-4", "1e-3", "--relearn_all_weights", "true",
+                "--relearn_batch", "4", "--sample_count", "64", "--max_new_tokens", "64"]  # fmt: skip
+        little = ["--quick", "true", "--relearn_steps", "20", "--sample_count", "8", "--max_new_tokens", "32", "--guidance", "1"]  # fmt: skip
+        into = folder / "attack"
+        how = [*(little if self.quick else much), *self.more, "--seed", self.seed, "--out", str(into)]
+        self.run(into / "attacks.json", "attack", *adapted, *self.how, *rows, *beside, *how)
+        if (folder / "run.json").exists():
+            loramox(["report", str(folder)])
 
 
-def split(world: Path, rows: Path) -> None:
-    """Write the rows that training gets, some of them to attack with, those that it never gets, and the text."""
+def collect(given: argparse.Namespace, rows: Path) -> None:
+    """Write the rows of every part to a folder, under the names that `Work.part` knows."""
+    source = given.rows or given.world / "rows"
+
+    def lines(name: str) -> list[str]:
+        path = source / f"{name}.jsonl"
+        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+    retain = lines("retain")
+    parts = {
+        "forget": lines("forget_perturbed") or lines("forget"),
+        "never": lines("never"),
+        "holdout": lines("holdout"),
+        "text": lines("text"),
+    }
+    if given.world:
+        answers = (json.loads(line)["answer"] for line in parts["holdout"])
+        parts |= {"never": [line for i, line in enumerate(retain) if i // AUTHOR % 2], "trained_on": lines("forget")}
+        parts["text"] = [json.dumps({"text": answer}) + "\n" for answer in answers]
+        retain = [line for i, line in enumerate(retain) if not i // AUTHOR % 2]
+    parts |= {"retain": retain, "some": retain[:: math.ceil(len(retain) / ATTACKED_RETAIN) or 1]}
     rows.mkdir(parents=True, exist_ok=True)
-    retain = (world / "rows/retain.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    given, never = ([line for i, line in enumerate(retain) if i // AUTHOR % 2 == odd] for odd in (0, 1))
-    holdout = (world / "rows/holdout.jsonl").read_text(encoding="utf-8").splitlines()
-    text = [json.dumps({"text": json.loads(line)["answer"]}) + "\n" for line in holdout]
-    for name, lines in {"given": given, "some": given[::8], "never": never, "text": text}.items():
-        (rows / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name, some in parts.items():
+        if some and not (rows / f"{name}.jsonl").exists():
+            (rows / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
+    licence = [each.strip() for each in (HERE.parent / "LICENSE").read_text(encoding="utf-8").split("\n\n")]
+    (rows / "unrelated.txt").write_text("\n".join(" ".join(each.split()) for each in licence), encoding="utf-8")
 
 
-def measure(world: Path, out: Path, method: str, seed: str, samples: str, control: bool) -> None:
-    """Train, evaluate and attack one method, where that is not done."""
-
-    def rows(name: str) -> str:
-        return str((out if name in ("given", "some", "never", "text") else world) / f"rows/{name}.jsonl")
-
-    reference, retrained, folder = str(world / "reference"), str(world / "retrained"), out / method
-    how = ["--quantization", "none", "--use_cpu", "true"]
-    forget = ["--forget", rows("forget_perturbed")]
-    scored = [*forget, "--retain", rows("given"), "--retain_test", rows("never"), "--text", rows("text"),
-              "--holdout", rows("holdout"), *how, "--max_new_tokens", "0"]  # fmt: skip
-    adapter = ["--model", reference, "--adapter", str(folder / "forget-adapter")]
-    recipe = [str(Path(__file__).parent / "tiny_tofu.yaml"), "--model", reference, "--seed", seed, "--method", method]
-    trained_on = ["--forget", rows("forget"), "--retain", rows("given")]
-    run(folder / "forget-adapter/adapter_config.json", out, "unlearn", *recipe, *trained_on, "--out", str(folder))
-    run(out / "retrained/summary.json", out, "evaluate", "--model", retrained, *scored, "--out", str(out / "retrained"))
-    beside = ["--depth", "--retrained_model", retrained, "--retrained", str(out / "retrained")]
-    into = str(folder / "evaluation")
-    run(folder / "evaluation/summary.json", out, "evaluate", *adapter, *scored, *beside, "--out", into)
-    less = ["--relearn_steps", "5", "20", "--max_new_tokens", "96", "--sample_count", samples]
-    beside = ["--retrained_model", retrained] if control else []
-    attacked = [*adapter, *how, *forget, "--retain", rows("some"), *less, *beside, "--out", str(folder / "attack")]
-    run(folder / "attack/attacks.json", out, "attack", *attacked)
-    loramox(["report", str(folder)])
+def read(path: Path) -> dict[str, Any]:
+    """A record, or nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def value(folder: Path, model: str, attack: str, state: str, metric: str) -> float | None:
-    """What was measured of a model in the folder of a run; None where it was not."""
+def value(folder: Path, model: str, line: tuple[str, ...]) -> float | None:
+    """What was measured of a model for one of `LINES`, in the folder of an adapter; None where it was not."""
+    _, attack, state, metric, _ = line
     if attack == "evaluation":
-        metrics = json.loads((folder / "evaluation/summary.json").read_text())["metrics"]
-        return metrics[metric]["value"] if model == FORGET else None
-    if state == "*" and model != FORGET:
-        return 0.0 if (model, attack) == (CONTROL, "pair") else None  # the control has no adapter
-    wanted = {state.format(model)} | ({state, state.removesuffix(", {}")} if model == FORGET else set())
-    states = json.loads((folder / "attack/attacks.json").read_text())["states"]
-    found = [s["metrics"][metric] for s in states if s["attack"] == attack and wanted & {s["state"], "*"}]
-    return max(found, default=None)
-
-
-def table(out: Path, methods: list[str], samples: str) -> list[str]:
-    lines = [f"| | reference | {' | '.join(methods)} | control | target |", "|---" * (4 + len(methods)) + "|"]
-    for name, attack, state, metric, target in LINES:
-        where = (attack, state, metric.replace("{k}", samples))
-        reference, control = (value(out / methods[0], model, *where) for model in (REFERENCE, CONTROL))
-        cells = [shown(reference)]
-        for method in methods:
-            ours, met = value(out / method, FORGET, *where), TARGETS[target]
-            known = met is not None and ours is not None
-            cells.append(shown(ours) + ("" if not known else ", met" if met(ours, control or 0) else ", **missed**"))
-        lines.append(f"| {' | '.join([name.replace('{k}', samples), *cells, shown(control), target])} |")
-    spent = json.loads((out / "cpu.json").read_text())
-    return [
-        *lines,
-        "",
-        "| command | CPU time, s |",
-        "|---|---|",
-        *(f"| {name} | {s:.0f} |" for name, s in spent.items()),
+        metrics = read(folder / "evaluation/summary.json").get("metrics", {})
+        return metrics[metric]["value"] if model == FORGET and metric in metrics else None
+    record = read(folder / "attack/attacks.json")
+    settings = record.get("settings", {})
+    fill = {"k": settings.get("sample_count"), "last": max(settings.get("relearn_steps", [0]))}
+    if (model, attack) == (CONTROL, "pair"):
+        return 0.0 if record.get("control") else None  # the control has no adapter
+    if model != FORGET and "{}" not in state:
+        return None
+    wanted = {state.format(model, **fill)}
+    if model == FORGET:  # whose states of some attacks do not name it
+        wanted |= {state.format("", **fill).removesuffix(", ")}
+    found = [
+        s["metrics"].get(metric.format(**fill))
+        for s in record.get("states", ())
+        # Of an attack that was made at several rates, the highest counts.
+        if (s["attack"] + ",").startswith(attack + ",") and (s["state"] in wanted or (state == "*" and model == FORGET))
     ]
+    return max((each for each in found if each is not None), default=None)
+
+
+def named(out: Path, line: tuple[str, ...], adapters: list[str]) -> str:
+    settings = read(out / adapters[0] / "attack/attacks.json").get("settings", {})
+    return line[0].format(k=settings.get("sample_count"), last=max(settings.get("relearn_steps", [0])))
+
+
+def table(out: Path, adapters: list[str]) -> list[str]:
+    lines = [f"| | reference | {' | '.join(adapters)} | control | target |", "|---" * (4 + len(adapters)) + "|"]
+    for line in LINES:
+        reference, control = (value(out / adapters[0], model, line) for model in (REFERENCE, CONTROL))
+        cells, target = [shown(reference)], line[-1]
+        for adapter in adapters:
+            ours = value(out / adapter, FORGET, line)
+            judged = ours is not None and target and (control is not None or "control" not in target)
+            met = ", met" if judged and TARGETS[target](ours, control or 0) else ", **missed**" if judged else ""
+            cells.append(shown(ours) + met)
+        lines.append(f"| {' | '.join([named(out, line, adapters), *cells, shown(control), target])} |")
+    absent = {name: why for a in adapters for name, why in read(out / a / "attack/attacks.json").get("absent", {}).items()}  # fmt: skip
+    lines += ["", "–: not measured.", "", *(f"- not asked: {name}: {why}" for name, why in absent.items())]
+    spent = [f"| {name} | {seconds:.0f} |" for name, seconds in read(out / "seconds.json").items()]
+    return [*lines, "", "| part | time, s |", "|---|---|", *spent]
+
+
+def draw(path: Path, out: Path, adapters: list[str]) -> None:
+    """For each family of attacks a bar for each adapter, the reference and the control."""
+    from matplotlib.figure import Figure
+
+    models = [(adapter, adapter, FORGET) for adapter in adapters]
+    models += [("reference", adapters[0], REFERENCE), ("control", adapters[0], CONTROL)]
+    ours = (colours.FORGET, colours.RETAIN, colours.CHOSEN)
+    shades = [*ours[: len(adapters)], colours.MUTED, colours.RETRAINED]
+    figure = Figure(figsize=(8, 0.22 * len(DRAWN) * (len(models) + 1) + 1), layout="constrained")
+    axes = figure.subplots()
+    for at, ((label, adapter, model), shade) in enumerate(zip(models, shades, strict=True)):
+        found = [(i, value(out / adapter, model, line)) for i, line in enumerate(DRAWN)]
+        known, width = [(i, v) for i, v in found if v is not None], 0.8 / len(models)
+        axes.barh([i + at * width for i, _ in known], [v for _, v in known], width, color=shade, label=label)
+    axes.set_yticks([i + 0.3 for i in range(len(DRAWN))], [named(out, line, adapters) for line in DRAWN])
+    axes.set(xlim=(0, 1.02), xlabel="what comes back: further right is more")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside lower center", ncols=len(models))
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 def shown(number: float | None) -> str:
     return "–" if number is None else f"{number:.3f}" if number >= 0.001 or number == 0 else f"{number:.1e}"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--world", type=Path, help="a folder with reference/, retrained/ and rows/")
+    parser.add_argument("--methods", nargs="+", default=["mox"], help="methods to train with, for --world")
+    parser.add_argument("--model", help="instead of a world: the model")
+    parser.add_argument("--adapter", nargs="+", metavar="NAME=FOLDER", help="its forget adapters, at most 3")
+    parser.add_argument("--rows", type=Path, help="the folder of its rows")
+    parser.add_argument("--retrained", help="a model that never saw the forget rows: the control")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=["mox", "npo_mean"])
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--samples", default="64", help="answers sampled to each forget question")
-    given = parser.parse_args()
-    if not (given.world / "reference").is_dir():
-        parser.error(f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/")
-    split(given.world, given.out / "rows")
-    for method in given.methods:
-        measure(given.world, given.out, method, given.seed, given.samples, control=method == given.methods[0])
-    lines = table(given.out, given.methods, given.samples)
+    parser.add_argument("--gpu", action="store_true", help="use the GPU that is there")
+    parser.add_argument("--quick", action="store_true", help="a first look")
+    parser.add_argument("--draw", action="store_true", help="only write table and picture, from the records in OUT")
+    given, given.more = parser.parse_known_args(words)
+    if given.draw:
+        adapters = read(given.out / "adapters.json")
+        if not adapters:
+            parser.error(f"--out {given.out} has no adapters.json: measure first, without --draw")
+    else:
+        if given.world and not (given.world / "reference").is_dir():
+            parser.error(
+                f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/"
+            )
+        if not given.world and not (given.model and given.adapter and given.rows):
+            parser.error("give --world, or --model, --adapter and --rows")
+        work = Work(given)
+        collect(given, work.rows)
+        named_ones = dict(each.partition("=")[::2] for each in given.adapter or ())
+        adapters = named_ones or {method: work.train(method) for method in given.methods}
+        write_json(given.out / "adapters.json", adapters)
+        for place, (name, folder) in enumerate(adapters.items()):
+            work.measure(name, folder, control=place == 0)
+    lines = table(given.out, list(adapters))
     (given.out / "evaluation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(given.out / "evaluation.png", given.out, list(adapters))
     print("\n".join(lines))
 
 

@@ -49,19 +49,32 @@ _QWEN3_TURN = (
     "'\\n</think>\\n\\n' + m.content.split('</think>')[-1].lstrip('\\n'))"
 )
 
+_LLAMA_TURNS = (
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+_LLAMA_SPECIAL = ("<|end_of_text|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>")
+
 FAMILIES = {
-    # meta-llama/Llama-3.2-1B-Instruct
+    # meta-llama/Meta-Llama-3-8B-Instruct
+    "llama-3": Family(
+        "{{ bos_token }}{% for m in messages %}" + _LLAMA_TURNS,
+        end="<|eot_id|>",
+        eos="<|eot_id|>",
+        bos="<|begin_of_text|>",
+        special=_LLAMA_SPECIAL,
+        also_ends=("<|end_of_text|>",),
+    ),
+    # meta-llama/Llama-3.2-1B-Instruct; 3.1 and 3.3 have the same without a clock
     "llama-3.2": Family(
         "{{ bos_token }}{% set first = messages[0].role == 'system' %}"
         "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' + "
         "strftime_now('%d %b %Y') + '\\n\\n' + (messages[0].content | trim if first else '') + '<|eot_id|>' }}"
-        "{% for m in messages[(1 if first else 0):] %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + "
-        "m.content | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+        "{% for m in messages[(1 if first else 0):] %}" + _LLAMA_TURNS,
         end="<|eot_id|>",
         eos="<|eot_id|>",
         bos="<|begin_of_text|>",
-        special=("<|end_of_text|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+        special=_LLAMA_SPECIAL,
         also_ends=("<|end_of_text|>", "<|eom_id|>"),
     ),
     # Qwen/Qwen2.5-7B-Instruct
@@ -103,6 +116,16 @@ FAMILIES = {
         bos="<s>",
         strips=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         also_ends=("<|end|>", "<|assistant|>"),
+    ),
+    # microsoft/Phi-4-mini-instruct
+    "phi-4-mini": Family(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+        end="<|end|>",
+        eos="<|endoftext|>",
+        bos="<|endoftext|>",
+        strips=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        also_ends=("<|end|>", "<|endoftext|>"),
     ),
     # microsoft/phi-4
     "phi-4": Family(

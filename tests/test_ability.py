@@ -23,7 +23,7 @@ from loramox.evaluate.asked import Asked, read_text, with_neighbours
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.harness import Harness, HarnessConfig, compared
 from loramox.evaluate.measure import Questions, ScoringConfig
-from loramox.evaluate.metric import Metric
+from loramox.evaluate.metric import Summary
 from loramox.evaluate.neighbours import nearest
 from loramox.evaluate.records import read_records
 from loramox.evaluate.subject import Subject
@@ -126,9 +126,8 @@ def test_a_model_with_noise_on_its_weights_has_less(here: Path, model: ModelConf
 
 
 def test_a_reference_that_scores_0_makes_no_ratio_and_of_nothing_there_is_no_general_ability() -> None:
-    metrics: dict[str, Metric] = {}
-    absent: dict[str, str] = {}
-    add_ability({}, {"sums": TaskScores("acc", np.ones(4), np.zeros(4))}, metrics, absent)
+    metrics, absent = found = Summary({}, {})
+    add_ability({}, {"sums": TaskScores("acc", np.ones(4), np.zeros(4))}, found)
     assert metrics.keys() == {"lm_eval_sums_acc", "lm_eval_sums_change"}
     assert metrics["lm_eval_sums_change"].value == 1
     assert "is 0" in absent["lm_eval_sums_ratio"]
@@ -136,9 +135,9 @@ def test_a_reference_that_scores_0_makes_no_ratio_and_of_nothing_there_is_no_gen
 
 
 def test_where_lower_is_better_the_ratio_is_turned_over() -> None:
-    metrics: dict[str, Metric] = {}
+    metrics, _ = found = Summary({}, {})
     scores = TaskScores("error", np.array([0.4, 0.4, 0.4]), np.array([0.2, 0.2, 0.2]), higher_is_better=False)
-    add_ability({}, {"t": scores}, metrics, {})
+    add_ability({}, {"t": scores}, found)
     assert metrics["lm_eval_t_ratio"].value == pytest.approx(0.5)
     assert metrics["general_ability"].value == pytest.approx(0.5)
 
@@ -150,15 +149,15 @@ def test_neighbours_are_drawn_with_the_part_that_they_are_rows_of_and_counted_on
         {"row": str(i), "plain_text": False, "log_p": -1.0 - random.random(), "reference_log_p": -1.0}
         for i in range(20)
     ]
-    metrics: dict[str, Metric] = {}
-    add_ability({"retain_test": rows, "retain_test_neighbours": rows[::-1]}, {}, metrics, {})
+    metrics, _ = found = Summary({}, {})
+    add_ability({"retain_test": rows, "retain_test_neighbours": rows[::-1]}, {}, found)
     whole, near, general = metrics.values()
     assert whole.value == near.value == general.value
     assert whole.interval == near.interval == general.interval
     assert (whole.n, near.n, general.n) == (20, 20, 20)
-    add_ability({"retain_test": rows, "retain_test_neighbours": rows[:4]}, {}, metrics, {})
-    alone: dict[str, Metric] = {}
-    add_ability({"retain_test": rows[:4]}, {}, alone, {})
+    add_ability({"retain_test": rows, "retain_test_neighbours": rows[:4]}, {}, found)
+    alone, _ = by_itself = Summary({}, {})
+    add_ability({"retain_test": rows[:4]}, {}, by_itself)
     some = metrics["retain_test_neighbours_probability_ratio"]
     assert some.value == alone["retain_test_probability_ratio"].value
     assert (some.n, metrics["general_ability"].n) == (4, 20)

@@ -1,6 +1,7 @@
 """What comes back when somebody tries: the attacks, and that they leave nothing behind."""
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from loramox import Data, ReferenceConfig, load_reference
 from loramox.data.encode import Example
 from loramox.errors import LoramoxError, RunError, SettingsError
 from loramox.evaluate import mean_log_p, score_answers
-from loramox.evaluate.attacks import relearn
+from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.attack import AttackConfig, attack
+from loramox.evaluate.attacks.config import ATTACKS
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.model.config import ModelConfig
@@ -95,7 +98,10 @@ def test_merged_in_32_bits_it_is_the_adapter_and_in_few_bits_it_is_said_beside_t
     states = {s["state"]: s["metrics"] for s in attacked(attacks=["requantize"])["states"]}
     assert states["not quantized, merged"] == pytest.approx(states["forget model"], rel=1e-3)
     assert {f"{kind}, {how}" for kind in ("nf4", "int8") for how in ("not merged", "merged first")} <= states.keys()
-    assert not (tmp_path / "attack" / "merged").exists()
+    names = ("adapter in 4 bits", "forget model", "reference model")
+    rounded, whole, reference = (np.log(states[name]["forget_probability"]) for name in names)
+    assert 0 < abs(rounded - whole) < 0.5 * abs(reference - whole)
+    assert not (tmp_path / "attack" / ".merged").exists()
 
 
 def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +111,7 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         raise AssertionError("a model was asked again")
 
     monkeypatch.setattr("loramox.evaluate.measure.Questions.ask", asked_again)
-    for name in (
-        "attack.load_reference",
-        "bench.load_reference",
-        "relearn.train",
-        "requantize.merge",
-        "requantize.requantized",
-    ):
+    for name in ("bench.load_reference", "relearn.train", "requantize.merge"):
         monkeypatch.setattr(f"loramox.evaluate.attacks.{name}", asked_again)
     again = attacked()
     assert again["states"] == first["states"]
@@ -125,20 +125,62 @@ def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_
 ) -> None:
     loaded: list[tuple[str, weakref.ref]] = []
 
-    def loading(model: ModelConfig, device: torch.device):
+    def loading(model: ModelConfig, device: torch.device, gguf: str | None):
         assert [each() for _, each in loaded if each() is not None] == []
-        made = load_reference(model, device)
+        made = load_reference(model, device, gguf)
         loaded.append((model.quantization, weakref.ref(made)))
         return made
 
-    for module in ("attack", "bench", "requantize"):
-        monkeypatch.setattr(f"loramox.evaluate.attacks.{module}.load_reference", loading)
+    monkeypatch.setattr("loramox.evaluate.attacks.bench.load_reference", loading)
     config = AttackConfig(str(trained / "forget-adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.5)
     model = ModelConfig(str(pico("llama")), quantization="nf4")
     record = attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=8, use_cpu=True))
-    assert [kind for kind, _ in loaded] == ["nf4", "nf4", "nf4", "int8", "int8"]
+    assert [kind for kind, _ in loaded] == ["nf4", "nf4", "int8", "int8"]
+    assert all("--quantization none" in record["absent"][f"requantize: {kind}"] for kind in requantize.GGUF)
     assert "not quantized, merged" not in {state["state"] for state in record["states"]}
-    assert not (tmp_path / "attack" / "merged").exists()
+    assert not (tmp_path / "attack" / ".merged").exists()
+
+
+def test_attacks_and_a_control_are_added_to_those_in_the_folder(
+    attacked, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("The sea is deep.")
+    other = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    shutil.copytree(pico("llama"), tmp_path / "retrained")
+    other.save_pretrained(tmp_path / "retrained")
+    steps = {"relearn_steps": [1]}
+    first = attacked(attacks=["relearn"], **steps)
+    assert {"control", "relearn unrelated text"} == first["absent"].keys()
+    more = {"retrained_model": str(tmp_path / "retrained"), "relearn_text": str(tmp_path / "text.txt")}
+    second = attacked(attacks=["context"], **steps, **more)
+    assert second["settings"]["attacks"] == ["relearn", "context"]
+    assert second["reused"] == len(first["states"])
+    assert [s for s in second["states"] if s in first["states"]] == first["states"]
+    assert second["states"][: len(first["states"])] != second["states"]
+    assert "relearn unrelated text" in second["steps_saved"]
+    assert second["absent"].keys().isdisjoint({"control", "relearn unrelated text"})
+    monkeypatch.setattr("loramox.evaluate.attacks.bench.load_reference", lambda *args: pytest.fail("loaded"))
+    again = attacked(attacks=["relearn"], **steps)  # what is in the folder stays in its record
+    assert (again["states"], again["reused"]) == (second["states"], len(second["states"]))
+    shutil.copytree(pico("llama"), tmp_path / "third")
+    other.model.norm.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "third")
+    with pytest.raises(RunError, match=r"holds other attacks \(control differ\).* To add attacks, a control"):
+        attacked(attacks=["relearn"], **steps, **more | {"retrained_model": str(tmp_path / "third")})
+
+
+def test_the_same_seed_gives_the_same_figures_in_every_family(attacked, tmp_path: Path) -> None:
+    settings = {"attacks": list(ATTACKS), "relearn_steps": [2], "sample_count": 4, "guidance": [1.0]}
+    first = attacked(**settings)
+    assert {state["attack"].split()[0] for state in first["states"]} == {"none", *ATTACKS}
+    shutil.rmtree(tmp_path / "attack")
+    assert attacked(**settings)["states"] == first["states"]
+    shutil.rmtree(tmp_path / "attack")
+    other = attacked(**settings | {"attacks": ["relearn", "sample"]}, seed=1)["states"]
+    figures = {(s["attack"], s["state"]): s["metrics"] for s in first["states"]}
+    assert not any(figures[s["attack"], s["state"]] == s["metrics"] for s in other if s["attack"].startswith("relearn"))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +198,7 @@ def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_
 def test_bad_settings_are_refused_before_a_model_is_loaded(
     settings: dict, message: str, attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("attack", "bench"):
-        monkeypatch.setattr(f"loramox.evaluate.attacks.{module}.load_reference", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("loramox.evaluate.attacks.bench.load_reference", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SettingsError, match=message):
         attacked(**settings)
 

@@ -129,8 +129,8 @@ def contexts(tokenizer: PreTrainedTokenizerFast, limit: int, asked: Row = FORGET
 
 def test_rows_before_a_question_are_other_rows_and_read_as_they_do_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     made = contexts(tokenizer, 4096)
-    (few,), (related,), (given,) = made.values()
-    for row in (few, related, given):
+    (few,), (related,), (given,), (both,) = made.values()
+    for row in (few, related, given, both):
         assert row.answer == FORGET[0].answer
         assert "Ada lives" not in row.prompt  # nowhere the answer itself
     assert (
@@ -142,6 +142,8 @@ def test_rows_before_a_question_are_other_rows_and_read_as_they_do_alone(tokeniz
         == "Where does Bo live? Bo lives in Oslo.\nWhat does Ada play? Ada plays chess.\n\nWhere does Ada live?"
     )
     assert sum(f"Question: {r.prompt}\nAnswer: {r.answer}\n\n" in few.prompt for r in RETAIN) == 5
+    other = next(r for r in RETAIN if f"1. {r.prompt}" in both.prompt)
+    assert both.prompt == f"Answer both questions.\n1. {other.prompt}\n2. Where does Ada live?"
     alone, after = encode([FORGET[0], related], tokenizer, Tokenisation(), 4096)
     tail = len(alone["input_ids"])
     assert after["input_ids"][-tail:] == alone["input_ids"]

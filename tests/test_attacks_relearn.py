@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from planted import taught
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loramox import Data
-from loramox.errors import RowsError
+from loramox import Data, ReferenceConfig, load_reference, read_rows
+from loramox.errors import RowsError, SettingsError
 from loramox.evaluate.attacks import relearn
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.measure import ScoringConfig
@@ -94,6 +96,58 @@ def test_an_attack_that_diverges_is_absent_and_not_a_model_that_forgets(attacked
             assert "lower --relearn_rate than 1e+30" in record["absent"][f"relearn {rows}{of}"]
     probabilities = [s["metrics"]["forget_probability"] for s in record["states"]]
     assert all(map(math.isfinite, probabilities))
+
+
+def test_all_weights_train_below_the_adapter_and_are_put_back(
+    attacked, pico: Callable[[str], Path], trained: Path, examples, tmp_path: Path
+) -> None:
+    model = PeftModel.from_pretrained(
+        load_reference(ReferenceConfig(str(pico("llama")), quantization="none")), trained / "forget-adapter"
+    )
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with relearn.all_weights(model):
+        trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert trains == {name for name, _ in model.named_parameters() if ".lora_" not in name}
+        list(relearn.train(model, examples[0], [2], 1e-3, batch_size=2, pad_token_id=0, seed=0))
+        assert not any(torch.equal(model.state_dict()[name], before[name]) for name in trains if "proj" in name)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+    states = {(s["attack"], s["state"]): s["metrics"] for s in attacked(relearn_all_weights=True)["states"]}
+    for rows in ("forget rows", "retain rows"):
+        assert states[f"relearn {rows}, all weights", "step 3"] != states[f"relearn {rows}", "step 3"]
+        assert (f"relearn {rows}, all weights", "step 3, retrained model") in states
+    config = AttackConfig(
+        str(trained / "forget-adapter"), str(tmp_path / "refused"), ["relearn"], relearn_all_weights=True
+    )
+    with pytest.raises(SettingsError, match="say --quantization none, not nf4"):
+        attack(config, ModelConfig(str(pico("llama"))), Data("forget", "retain"))
+
+
+def test_rows_that_come_back_when_others_are_relearned_are_found_beside_the_control(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The base knows all forget rows, and one adapter hides them together: relearning some uncovers the others."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(pico("llama"))
+    answers = [(str(row.prompt), row.answer) for row in read_rows(str(rows[0]))]
+    taught(base, tokenizer, answers, steps=50)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear"))
+    taught(adapted, tokenizer, [(question, "No idea.") for question, _ in answers], steps=40)
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = AttackConfig(
+        str(tmp_path / "adapter"), str(tmp_path / "attack"), ["relearn"], relearn_steps=[8], relearn_share=0.5,
+        relearn_rate=[5e-3], retrained_model=str(pico("llama")),
+    )  # fmt: skip
+    model = ModelConfig(str(tmp_path / "base"), quantization="none")
+    record = attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=0, use_cpu=True))
+    p = {(s["attack"], s["state"]): s["metrics"]["forget_probability"] for s in record["states"]}
+    found, control = (p["relearn forget rows", f"step 8{of}"] for of in ("", ", retrained model"))
+    assert p["none", "forget model"] < 0.1
+    assert found > 2 * control
+    assert record["steps_saved"]["relearn forget rows"]["step"] in (0, 8)
 
 
 @pytest.mark.parametrize(

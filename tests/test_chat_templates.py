@@ -28,7 +28,9 @@ from loramox.evaluate.attacks.forms import as_served
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.scores import AnswerScores
 from loramox.model.config import ModelConfig
+from loramox.model.generation import continuations
 from loramox.train.prepare import prepare
+from loramox.train.synthetic import Writer, user_turn
 
 Make = Callable[[str], PreTrainedTokenizerFast]
 ALL = pytest.mark.parametrize("name", FAMILIES)
@@ -125,6 +127,38 @@ def test_generation_stops_at_every_end_and_the_text_is_the_answer(name: str, mad
         scores = AnswerScores(np.array(targets), nothing, np.full(len(targets), first), nothing, nothing)
         assert greedy_answers(model, tokenizer, [asked], [scores], Answering(50)) == ["Rome, Italy"]
         assert model.passes == len(answer)  # its first token is known from the scores
+
+
+@ALL
+def test_what_the_model_writes_itself_ends_there_too(name: str, made: Make) -> None:
+    tokenizer, family = made(name), FAMILIES[name]
+    for end in {family.end, family.eos, *family.also_ends}:
+        text = tokenizer("Rome, Italy", add_special_tokens=False)["input_ids"]
+        said = [*text, tokenizer.convert_tokens_to_ids(end), *tokenizer(" and on")["input_ids"]]
+        model = Says(tokenizer, said, tokenizer.convert_tokens_to_ids(list(family.also_ends)))
+        assert continuations(model, tokenizer, [[5]], 50, sorted(end_tokens(tokenizer))) == ["Rome, Italy"]
+        assert model.passes == len(text) + 1
+
+
+@ALL
+def test_questions_are_written_from_where_the_trained_prompt_has_the_question(name: str, made: Make) -> None:
+    tokenizer = made(name)
+    prompt, _ = parts(example(tokenizer, row()))
+    start = user_turn(tokenizer, Tokenisation()) + "Where does Ola live?"
+    begun = tokenizer(start, add_special_tokens=False)["input_ids"]
+    assert prompt[: len(begun)] == begun
+
+
+@pytest.mark.parametrize("name", THINK)
+def test_rows_that_a_model_writes_have_its_answer_without_its_thoughts(
+    name: str, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = made(name)
+    texts = ["<think>\nWell.\n</think>\n\nIn Oslo.", "<think>\nWell, if I", "\n</think>\n\nIn Rome.", "In Bern."]
+    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: texts)
+    written = Writer(None, tokenizer, [row()], Tokenisation(), 1000)._answered([f"Who is {n}?" for n in range(4)])
+    assert [(each.prompt, each.answer) for each in written] == [("Who is 0?", "In Oslo."), ("Who is 2?", "In Rome."), ("Who is 3?", "In Bern.")]  # fmt: skip
+    encode(written, tokenizer, Tokenisation(), context=1000)
 
 
 @ALL

@@ -1,11 +1,13 @@
 """The command line, the public names, and the rules about a run's folder."""
 
+import ast
 import errno
 import importlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -325,6 +327,34 @@ def test_overwriting_deletes_the_run_that_was_there(held: Path) -> None:
     assert read_record(held)["settings"] == {"r": 8}
 
 
+def test_overwriting_deletes_all_that_loramox_wrote_there_and_refuses_to_delete_anything_else(held: Path) -> None:
+    for name in (
+        "forget-adapter/provenance.json",
+        "mine/summary.json",
+        "scores/one/summary.json",
+        "sweep/frontier.json",
+        "attack/attacks.json",
+        "report.html",
+    ):
+        (held / name).parent.mkdir(exist_ok=True, parents=True)
+        (held / name).write_text("{}")
+    (held / ".forget-adapter.old").mkdir()  # left by a kill
+    (held / f".{RECORD}.partial").touch()
+    for name in ("thesis.txt", "photos/1.jpg", "film.mkv.partial"):
+        (held / name).parent.mkdir(exist_ok=True)
+        (held / name).write_text("precious")
+        before = contents(held)
+        with pytest.raises(
+            RunError, match=f"holds a run, and {held / name.split('/')[0]}, which is not of it. Move that"
+        ):
+            open_run(RunConfig(str(held), overwrite=True), PLAN, disk_needed=0)
+        assert contents(held) == before
+        (held / name).unlink()
+    (held / "photos").rmdir()
+    open_run(RunConfig(str(held), overwrite=True), PLAN, disk_needed=0)
+    assert [path.name for path in held.iterdir()] == [RECORD]
+
+
 def test_overwriting_never_deletes_what_the_new_run_reads(held: Path) -> None:
     (held / "forget.jsonl").write_text("precious")
     other = PLAN | {"data": {"forget": {"source": str(held / "forget.jsonl")}}}
@@ -543,6 +573,77 @@ def test_a_terminal_without_utf_8_gets_the_text_with_some_characters_replaced(
     assert said.endswith("?")
     assert "alpha" in said
     assert printed == "?"
+
+
+@pytest.mark.parametrize("python", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_job_whose_reader_leaves_goes_on_to_its_end(python: list[str], tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from loramox.cli import _write_what_the_terminal_can
+_write_what_the_terminal_can()
+for number in range(100_000):
+    print("step", number)
+Path(sys.argv[1]).touch()
+"""
+    job = [sys.executable, *python, "-c", code, str(tmp_path / "result")]
+    with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"step 0\n"
+        running.stdout.close()
+        said = running.stderr.read()
+    assert (running.returncode, said) == (0, b"")
+    assert (tmp_path / "result").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")
+def test_what_is_printed_to_a_full_disk_is_reported() -> None:
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-c", FULL, "requests", "list", "ledger"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "loramox requests: the disk filled up. Files written before are complete. Free some space, and run the same command again\n"
+    )
+
+
+FULL = """
+import loramox.cli.requests
+loramox.cli.requests.requests = lambda words: print(words)
+loramox.cli.main()
+"""
+
+
+def test_a_name_that_others_chose_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        main(["report", "\x1b[2Jfolder"])
+    say("\x1b[2Jsaid")
+    logging.getLogger("loramox").info("\x1b[2Jlogged")
+    print(warnings.formatwarning("\x1b[2Jwarned", UserWarning, "", 0))
+    seen = "".join(capsys.readouterr())
+    assert "\x1b" not in seen
+    assert all(f"x1b[2J{each}" in seen for each in ("folder", "said", "logged", "warned"))
+
+
+# What stands unquoted in a command: words that were quoted before, and names that have no spaces.
+QUOTED = {"adapter", "rows", "flag", "base", "entry.id", "frontier['unit']", "config.rule"}
+
+
+def test_every_command_that_is_printed_can_be_pasted() -> None:
+    verbs = "|".join(VERBS)
+    bare = []
+    for path in Path(loramox.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            said = ""
+            for part in node.values if isinstance(node, ast.JoinedStr) else ():
+                if isinstance(part, ast.FormattedValue):
+                    value = ast.unparse(part.value)
+                    quoted = value in QUOTED or re.match(r"((shlex\.)?(quote|join|quoted)|rows_flags)\(", value)
+                    if re.search(rf"(loramox ({verbs})\b[^.,:;\n]*|--logdir )$", said) and not (
+                        quoted or part.format_spec
+                    ):
+                        bare.append(f"{path.name}:{node.lineno}: {value}")
+                said += part.value if isinstance(part, ast.Constant) else "…"
+    assert bare == []
 
 
 def test_warnings_are_sentences_without_pythons_file_and_line(

@@ -78,6 +78,8 @@ DEMO = '{"status": "done", "seed": 0}'
         ({job.RECORD: "{"}, ["--overwrite"], "demo.json is damaged"),
         ({job.RECORD: DEMO, "thesis.txt": "years"}, ["--overwrite"], "thesis.txt, which is not of it"),
         ({job.RECORD: DEMO, "rows/mine.jsonl": "{}"}, ["--overwrite"], "mine.jsonl, which is not of it"),
+        ({job.RECORD: DEMO, "run/thesis.txt": "years"}, ["--overwrite"], "thesis.txt, which is not of it"),
+        ({job.RECORD: DEMO, "film.mkv.partial": "half"}, ["--overwrite"], "film.mkv.partial, which is not of it"),
         ({job.RECORD: DEMO}, [], "Replace it with --overwrite"),
         ({}, ["--seed", "-1"], "--seed -1 is out of range"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from loramox.evaluate.equivalence import add_equivalence, distance, holm, tost, verdict
-from loramox.evaluate.metric import Metric
+from loramox.evaluate.metric import Summary
 from loramox.evaluate.summary import summarise
 from loramox.sweep.sweep import _points
 
@@ -30,13 +30,10 @@ def records(log_p: np.ndarray, reference: np.ndarray | None = None, **more: np.n
     return found
 
 
-def added(
-    forget: list[Record], *retrained: list[Record], share: float = 0.1
-) -> tuple[dict[str, Metric], dict[str, str]]:
-    metrics: dict[str, Metric] = {}
-    absent: dict[str, str] = {}
-    add_equivalence(forget, retrained, share, metrics, absent)
-    return metrics, absent
+def added(forget: list[Record], *retrained: list[Record], share: float = 0.1) -> Summary:
+    found = Summary({}, {})
+    add_equivalence(forget, retrained, share, found)
+    return found
 
 
 def test_tost_has_its_closed_form() -> None:
@@ -98,7 +95,25 @@ def test_a_planted_difference_is_found_and_bounds_are_a_share_of_the_distance_to
     assert wide["forget_probability_equivalence"].reading.startswith("equivalent")
 
 
-def test_two_retrained_models_show_what_chance_makes_and_rows_are_paired_by_id() -> None:
+def test_rows_are_paired_by_their_id_and_not_by_their_place() -> None:
+    """Shuffled, or with rows that the other model lacks, both models' records give the same figures as in the same order."""
+    rows = normal(-4, 3, 40)
+    ours = records(rows + normal(0.1, 0.2, 40, seed=1), np.full(40, -1.0), truth_ratio=np.exp(rows), reference_truth_ratio=np.full(40, 9.0))  # fmt: skip
+    theirs = records(rows, truth_ratio=np.exp(rows + 0.2))
+    in_order, _ = added(ours, theirs)
+    assert in_order["forget_probability_difference"].value == pytest.approx(0.1)
+    low, high = in_order["forget_probability_difference"].interval
+    assert high - low < 0.2  # of rows that differ by 3 nats, unpaired means differ by far more
+    order = np.random.default_rng(0).permutation(40)
+    more = [r | {"id": f"other {r['id']}", "log_p": 0.0, "truth_ratio": 1.0} for r in theirs[:5]]
+    shuffled, _ = added(ours, [*more, *(theirs[i] for i in order)])
+    assert shuffled == in_order
+    first = [theirs[i] for i in order if i < 20]
+    assert added(ours, first) == added(ours[:20], theirs[:20])
+    assert added(ours, theirs, first) == added(ours[:20], theirs[:20], theirs[:20])
+
+
+def test_two_retrained_models_show_what_chance_makes() -> None:
     rows = normal(-4, 2, 300)
     ours, a, b = (rows + normal(0, 0.2, 300, seed) for seed in (1, 2, 3))
     reference = np.full(300, -1.0)

@@ -17,7 +17,18 @@ from loramox.errors import AdapterError, NonFiniteLossError, RunError
 from loramox.evaluate.measure import check_numbers
 from loramox.evaluate.records import RECORDS, write_records
 from loramox.evaluate.summary import summarise
-from loramox.files import LOCK, disk_may_fill, has_files, locked, put_back, read_json, remove, replacing, write_json
+from loramox.files import (
+    LOCK,
+    disk_may_fill,
+    has_files,
+    locked,
+    put_back,
+    read_json,
+    remove,
+    replacing,
+    sha256_of,
+    write_json,
+)
 from loramox.sweep.sweep import FRONTIER, _open
 
 DAMAGED = {
@@ -54,6 +65,21 @@ def test_what_is_no_regular_file_or_too_large_is_refused_before_it_is_opened(tmp
         read_json(tmp_path / "large")
     with pytest.raises(RunError, match=r"gone cannot be read: No such file"):
         read_json(tmp_path / "gone")
+
+
+def test_what_has_no_end_has_no_checksum(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(RunError, match=f"{name} is damaged: it is not a regular file"):
+            sha256_of(tmp_path / name)
+
+
+def test_a_half_written_file_of_another_program_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / f".{FRONTIER}.partial").touch()
+    assert not has_files(tmp_path)  # a kill left it
+    (tmp_path / "film.mkv.partial").touch()
+    assert has_files(tmp_path)
 
 
 def test_json_that_is_written_is_read(tmp_path: Path) -> None:

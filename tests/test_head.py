@@ -3,16 +3,28 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loramox.data.encode import IGNORED
+from loramox.data.pairs import answer_positions
 from loramox.errors import ModelError
-from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token
+from loramox.model.head import (
+    AnswerStates,
+    Head,
+    _Fp32Product,
+    answer_states,
+    mean_over_rows,
+    multiplies_into_fp32,
+    per_token,
+    tokens_at_once,
+)
 from loramox.train.losses import cross_entropy, kl_divergence, log_prob
 
 HIDDEN, VOCABULARY = 8, 12
@@ -94,6 +106,52 @@ def test_a_vocabulary_above_the_chunk_size_still_goes_one_token_at_a_time(monkey
     assert values.shape == (3,)
 
 
+@pytest.mark.parametrize("vocabulary", [12, 32_000, 128_256, 262_144, 10**9])
+def test_a_chunk_fits_the_heap_on_a_cpu_and_pays_for_reading_the_head_on_a_gpu(vocabulary: int) -> None:
+    assert 1 <= tokens_at_once(vocabulary, "cpu") <= max(1, 9_000_000 // vocabulary)
+    assert tokens_at_once(vocabulary, "cuda") == max(256, tokens_at_once(vocabulary, "cpu"))
+
+
+def bias_free(dtype: torch.dtype) -> Output:
+    model = Output(dtype)
+    model.output = nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=dtype)
+    return model.requires_grad_(False)
+
+
+def test_logits_of_16_bit_factors_are_not_rounded_to_16_bits_where_the_device_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:  # as CUDA has it
+        assert a.dtype == b.dtype == torch.bfloat16
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr("loramox.model.head.multiplies_into_fp32", lambda hidden: hidden.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", product)
+    model, hidden = bias_free(torch.bfloat16), states(5, torch.bfloat16, 0)
+    exact = hidden.detach().float().requires_grad_()
+    expected = exact @ model.output.weight.float().T
+    logits = Head(model)(hidden)
+    assert torch.allclose(logits, expected, rtol=1e-6)
+    assert not torch.equal(logits, logits.bfloat16().float())
+    weights = torch.arange(logits.numel()).reshape(logits.shape) % 7 - 3.0
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), hidden)
+    (by_hand,) = torch.autograd.grad((expected * weights).sum(), exact)
+    assert gradient.dtype == torch.bfloat16
+    assert torch.allclose(gradient.float(), by_hand, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_takes_the_product_of_the_head(dtype: torch.dtype) -> None:
+    """Tensors without contents that say they are on one: torch checks types and shapes as it would there."""
+    with FakeTensorMode(), torch.no_grad():
+        hidden, weight = (torch.empty(rows, HIDDEN, dtype=dtype, device="cuda") for rows in (5, VOCABULARY))
+        logits = _Fp32Product.apply(hidden, weight)
+        assert multiplies_into_fp32(hidden) == (torch.version.hip is None)
+        assert not multiplies_into_fp32(hidden.float())
+    assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (5, VOCABULARY))
+    assert not multiplies_into_fp32(torch.empty(5, HIDDEN, dtype=dtype))
+
+
 def test_no_answer_token_gives_no_value_and_no_gradient() -> None:
     model, hidden = Output(torch.float32), states(0, torch.float32, 0)
     values, *gradients = value_and_gradients(model, [hidden], torch.zeros(0, dtype=torch.long), function=cross_entropy)
@@ -115,7 +173,7 @@ def test_mean_over_rows_is_the_mean_of_each_rows_own_tokens_by_hand() -> None:
     assert means[1].isnan()
 
 
-def batch(lengths: list[int], answers: list[int], width: int, vocabulary: int = 320) -> dict[str, Tensor]:
+def batch(lengths: list[int], answers: list[int], width: int, vocabulary: int = 320) -> dict[str, Any]:
     """Rows of random tokens, padded on the right to `width`; the last `answers` tokens of each are its answer."""
     random = torch.Generator().manual_seed(0)
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
@@ -125,7 +183,8 @@ def batch(lengths: list[int], answers: list[int], width: int, vocabulary: int = 
         ids[row, :length] = torch.randint(2, vocabulary, (length,), generator=random)
         labels[row, length - answer : length] = ids[row, length - answer : length]
         mask[row, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    answers_at = [answer_positions({"labels": row}) for row in labels.tolist()]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "answers": answers_at}
 
 
 def gemma2() -> nn.Module:

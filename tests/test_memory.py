@@ -6,13 +6,19 @@ import torch
 from loramox.cli import main
 from loramox.run import peak_reserved
 
+FULL = {
+    "CUDA out of memory.": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8 GiB"),
+    "MemoryError": MemoryError(),
+}
 
+
+@pytest.mark.parametrize("why", FULL)
 @pytest.mark.parametrize("verb", ["evaluate", "attack", "sweep", "ship", "unlearn"])
 def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
-    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(words: list[str]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8 GiB")
+        raise FULL[why]
 
     home = {"unlearn": "training", "ship": "shipping"}.get(verb, "evaluation")
     monkeypatch.setattr(f"loramox.cli.{home}.{verb}", fail)
@@ -20,7 +26,7 @@ def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
         main([verb])
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert f"loramox {verb}: the device's memory ran out: CUDA out of memory." in said
+    assert f"loramox {verb}: the device's memory ran out: {why}" in said
     assert "--batch_size" in said
     assert "--use_cpu true" in said
 

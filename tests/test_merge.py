@@ -24,12 +24,16 @@ import loramox.adapter.streaming.checkpoint
 from loramox.adapter.folder import write_adapter
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
-from loramox.extras.merge.merge import MergeConfig, merge
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, identify, read_config, skeleton
 
 IDS = torch.arange(2, 26).reshape(2, 12) * 7 % 320
 SIDE = {"tokenizer.json", "tokenizer_config.json"}
+
+
+def merge(adapter: Path, out: Path, progress: bool = True, **settings) -> dict:
+    return merge_into_floats(MergeConfig(str(adapter), str(out), **settings), progress)
 
 
 def adapter_for(base: Path, out: Path, size: float = 0.1, model: str | None = None) -> Path:
@@ -277,12 +281,12 @@ MEASURED = """
 import sys
 from pathlib import Path
 from loramox.run import memory_now, peak_memory
-from loramox.extras.merge.merge import merge
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 
 small, large, out = sys.argv[1:]
-merge(small, out + "-small", progress=False)
+merge_into_floats(MergeConfig(small, out + "-small"), progress=False)
 before = memory_now()
-merge(large, out, dtype="bfloat16", progress=False)
+merge_into_floats(MergeConfig(large, out, dtype="bfloat16"), progress=False)
 print(peak_memory() - before)
 """
 
@@ -312,7 +316,7 @@ def interrupted(*args) -> None:
 KILLED = """
 import os, signal, sys
 import loramox.adapter.streaming.weights as weights
-from loramox.extras.merge.merge import merge
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 
 written = weights._write_one
 def one(source, entry, *rest):
@@ -321,7 +325,7 @@ def one(source, entry, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     written(source, entry, *rest)
 weights._write_one = one
-merge(*sys.argv[1:], progress=False)
+merge_into_floats(MergeConfig(*sys.argv[1:]), progress=False)
 """
 
 

@@ -33,8 +33,7 @@ from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.subject import Subject
 from loramox.extras.merge.job import ForgettingConfig, merge
-from loramox.extras.merge.merge import MergeConfig
-from loramox.extras.merge.merge import merge as merge_into_floats
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 from loramox.extras.merge.quantize import dequantized, little, quantized_like, survival
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig
@@ -161,7 +160,7 @@ def test_the_output_is_the_16_bit_merge_quantized_and_loads_as_any_model(
         assert f"Quantized to {kind} after the merge" in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "nf4", "int8"}
 
-    merge_into_floats(adapter, tmp_path / "16", dtype="bfloat16", progress=False)
+    merge_into_floats(MergeConfig(str(adapter), str(tmp_path / "16"), dtype="bfloat16"), progress=False)
     # Where nothing is known of loramox.
     subprocess.run([sys.executable, "-c", LOADED, *outs.values()], check=True, capture_output=True)
     for kind, layer_of in (("nf4", "Linear4bit"), ("int8", "Linear8bitLt")):
@@ -247,7 +246,7 @@ def test_the_rows_are_asked_as_evaluate_asks_them_and_decide(
     monkeypatch.setattr(loramox.extras.merge.quantize, "LEAST_OF_DELTA", 2)
     monkeypatch.setattr(loramox.extras.merge.quantize, "LEAST_OF_FORGETTING", -9)
     forgetting = merge(config, asked, progress=False)["forgetting"]
-    merge_into_floats(adapter, tmp_path / "16", dtype="bfloat16", progress=False)
+    merge_into_floats(MergeConfig(str(adapter), str(tmp_path / "16"), dtype="bfloat16"), progress=False)
     found = {state["state"]: state["metrics"] for state in forgetting["states"]}
 
     def evaluated(model: str, adapter: str | None, quantization: str) -> dict[str, float]:

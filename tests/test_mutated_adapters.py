@@ -29,7 +29,7 @@ from loramox.adapter.loading import check_whole, put_on
 from loramox.adapter.provenance import read_provenance
 from loramox.errors import AdapterError, LoramoxError
 from loramox.extras.check.check import check
-from loramox.extras.merge.merge import merge
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 from loramox.model.config import ModelConfig, read_config, skeleton
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
@@ -171,7 +171,7 @@ def test_nothing_hangs_or_fills_the_memory(name: str, world: World, tmp_path: Pa
     HANGS[name](adapter)
     began = time.monotonic()
     for use in (
-        lambda: merge(adapter, tmp_path / "out", progress=False),
+        lambda: merge_into_floats(MergeConfig(str(adapter), str(tmp_path / "out")), progress=False),
         lambda: extrapolate(adapter, tmp_path / "out", 1.0),
         lambda: check_whole(adapter, skeleton(world.config, world.model)),
     ):

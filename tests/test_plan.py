@@ -17,8 +17,8 @@ from loramox.errors import SettingsError
 from loramox.extras.plan.config import Choice, FitConfig, PlanConfig, budget_of, choices, size_of
 from loramox.extras.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
 from loramox.extras.plan.job import fit, plan
-from loramox.extras.plan.ledger import Speed
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.recorder import Speed
 from loramox.extras.plan.rows import rows_of as planned_rows
 from loramox.extras.plan.show import show_plan
 from loramox.extras.plan.trace import at_depth, shallow, trace_step
@@ -79,8 +79,8 @@ def choice(size=2, checkpointing=False):
 def test_memory_and_time_are_affine_in_the_layers(tokenizer, checkpointing):
     setting = setting_of(tokenizer, layers=4, activation_checkpointing=checkpointing)
     rows = {"forget": parts()["forget"]}
-    extrapolated = at_depth(setting, lambda s, depth: trace_step(s, depth, rows, rows))
-    whole = trace_step(setting, 4, rows, rows)
+    extrapolated = at_depth(setting, lambda s, depth: trace_step(s, depth, rows))
+    whole = trace_step(setting, 4, rows)
     for name, stage in whole.items():
         assert extrapolated[name].peak.total == pytest.approx(stage.peak.total, rel=1e-3), name
         assert extrapolated[name].seconds == pytest.approx(stage.seconds, rel=1e-6)
@@ -110,7 +110,7 @@ def test_checkpointing_some_layers_is_between_all_and_none(tokenizer):
     def activations(every: int | None) -> float:
         kwargs = {"activation_checkpointing_kwargs": {"every_n_layers": every}} if every else {}
         setting = setting_of(tokenizer, layers=4, activation_checkpointing=every is not None, **kwargs)
-        return trace_step(setting, 4, parts(), parts())["step"].peak.held["activations"]
+        return trace_step(setting, 4, parts())["step"].peak.held["activations"]
 
     assert activations(1) < 0.9 * activations(2) < 0.9 * 0.9 * activations(None)
 
@@ -143,7 +143,7 @@ def test_the_adapter_that_memorizes_along_the_path_of_mox_counts(tokenizer):
     wide = SHAPE | {"hidden_size": 512, "intermediate_size": 2048}
     few = {"forget": parts(length=4, forget=1)["forget"]}  # activations of next to nothing
     held = {
-        method: trace_step(setting_of(tokenizer, shape=wide, method=method), 1, few, few)["step"].peak
+        method: trace_step(setting_of(tokenizer, shape=wide, method=method), 1, few)["step"].peak
         for method in ("mox", "npo_mean")
     }
     more = held["mox"].total - held["npo_mean"].total
@@ -155,7 +155,7 @@ def test_flops_are_those_of_the_passes_of_a_step(tokenizer, method):
     """Forget and retain, each: reference forward, forward and backward; attention and the head apart."""
     shape = SHAPE | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8}
     setting = setting_of(tokenizer, shape=shape, method=method)
-    flops = trace_step(setting, 1, parts(forget=2), parts(forget=2))["step"].flops
+    flops = trace_step(setting, 1, parts(forget=2))["step"].flops
     weights = 256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 1024
     tokens_forget, tokens_retain = 2 * 16, 6 * 16
     first = 256 * 256 + 2 * 256 * 128  # q, k and v of the first layer pass no gradient on: nothing below it trains
@@ -166,7 +166,7 @@ def test_flops_are_those_of_the_passes_of_a_step(tokenizer, method):
 @pytest.mark.parametrize(("inner_steps", "minibatches"), [(1, 1), (2, 2), (3, 3), (8, 4)])
 def test_the_path_of_mox_is_traced_with_every_mini_batch_of_its_forget_rows(tokenizer, inner_steps, minibatches):
     setting = setting_of(tokenizer, inner_steps=inner_steps)
-    stage = trace_step(setting, 1, parts(forget=4), parts(forget=4))["step"]
+    stage = trace_step(setting, 1, parts(forget=4))["step"]
     names = [section.name for section in stage.sections]
     assert names.count("backward") == 1 + minibatches  # the retain rows', and the path's
     assert names.count("forward") == 2 * names.count("backward")  # the reference's besides
@@ -272,8 +272,8 @@ def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --activation_checkpointing true --optim"
         in said
     )
-    assert "sweep" in said
-    assert "merge" in said
+    assert "A sweep of 32 answers at a time:" in said
+    assert "A merge takes" in said
     assert "arithmetic, not measured" in said
     assert "total time is not given" in said
 
@@ -302,30 +302,15 @@ def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
     assert {e.choice.optim for e in planned.estimates} == {"adamw_torch_fused", "adamw_8bit"}
     seconds = [e.seconds for e in planned.estimates]
     assert seconds == sorted(seconds)
-    assert planned.longest == 128  # the model's context
 
 
-def test_the_planned_sweep_asks_as_many_at_a_time_as_fit_unless_told_how_many(outline, capsys):
+def test_a_plan_says_when_nothing_fits_and_what_the_smallest_holds(outline, capsys):
     args = UnlearnConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1)
     reference = ReferenceConfig(str(outline), quantization="none", r=4)
-    config = PlanConfig("1GB", max_new_tokens=60)
-
-    def planned(memory, **given):
-        config.gpu_memory = memory
-        found = plan(config, reference, args, tokenisation=Tokenisation(max_length=64), **given)
-        show_plan(found)
-        (of,) = found.planned
-        return of.sweep_batch_size, sum(of.sweep.held.values())
-
-    (all_at_once, most), said = planned("1GB"), capsys.readouterr().out
-    assert all_at_once == 32
-    assert "--batch_size 32; at most" in said
-    tight = f"{most * 0.7 / 0.9 / 2**20:.3f}MB"
-    size, held = planned(tight)
-    assert size in (8, 16)
-    assert held <= 0.7 * most
-    assert planned(tight, given={"sweep_batch_size"}) == (32, most)
-    assert "does not fit" in capsys.readouterr().out
+    show_plan(plan(PlanConfig("1MB", max_new_tokens=60), reference, args, tokenisation=Tokenisation(max_length=64)))
+    said = capsys.readouterr().out
+    assert "Nothing fits" in said
+    assert "32 answers at a time, which do not fit" in said
 
 
 def test_the_budget_on_a_card_is_what_is_free_and_never_what_it_is_sold_with(monkeypatch):

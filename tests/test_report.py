@@ -25,9 +25,10 @@ from loramox.evaluate.summary import MEANS, RETRAINED, summarise
 from loramox.extras.report import FACTS, PAGE, SUMMARY, report
 from loramox.extras.report import page as page_module
 from loramox.extras.report.answers import LONGEST, fit
-from loramox.extras.report.facts import METRICS, choices, shown
+from loramox.extras.report.facts import METRICS, choices, relearned, shown
 from loramox.extras.report.glossary import GLOSSARY, linked
-from loramox.extras.report.read import read_inputs
+from loramox.extras.report.pictures import relearning_picture
+from loramox.extras.report.read import FORGET, read_inputs
 from loramox.extras.report.svg import COLOURS, Picture
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.sweep import SweepConfig, sweep
@@ -253,7 +254,7 @@ def test_every_picture_says_in_words_what_it_shows_and_its_text_is_text(make: Ca
     _, parsed = page_of(make())
     pictures = [a for tag, a in parsed.tags if tag == "svg"]
     assert [p["id"] for p in pictures] == [
-        "recovery", "along-the-axis", "spread-forget", "spread-retain", "watched"
+        "recovery", "along-the-axis", "spread-forget", "spread-retain", "watched", "relearning"
     ]  # fmt: skip
     assert all(p["role"] == "img" and len(p["aria-label"]) > 40 for p in pictures)
     assert "alpha (0: the reference)" in parsed.text
@@ -796,6 +797,52 @@ def test_each_family_of_attacks_is_shown_by_its_worst_state_beside_reference_and
         "values": {"reference": 0.95, "forget model": 0.7, "retrained model": 0.02}, "not_attacked": ["reference"],
     }  # fmt: skip
     assert found["steps_saved"] == saved
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_general_ability_is_on_the_first_page_from_an_evaluation_of_the_same_adapter(make) -> None:
+    run = make()
+    assert "General ability: no rows of other subjects were scored" in page_of(run)[1].text
+    metrics = {
+        "general_ability": {"value": 0.9123, "interval": [0.85, 0.95], "source": "mean of lm_eval_towns_ratio"},
+        "unlearning_depth": {"value": 0.77},
+    }
+    adapter = {"folder": "a", "scale": 1.0, "made_by": {"alpha": 4.0}}
+    write(run / "evaluation/summary.json", {"adapter": adapter, "metrics": metrics})
+    text = page_of(run)[1].text
+    assert "General ability: 0.9123 (0.8500 to 0.9500) of the reference's, the mean of lm_eval_towns_ratio." in text
+    assert "no rows of other subjects" not in text
+    assert json.loads((run / FACTS).read_text())["metrics"]["unlearning_depth"]["forget model"] == 0.77
+    write(run / "evaluation/summary.json", {"adapter": adapter | {"scale": 0.5}, "metrics": metrics})
+    text = page_of(run)[1].text
+    assert "The evaluation was made at alpha = 2, not at the alpha = 4" in text.replace("\u00a0", " ")
+    assert "0.9123" not in text
+    write(run / "evaluation/summary.json", {"adapter": adapter, "metrics": [1]})
+    with pytest.raises(RunError, match="it holds no metrics"):
+        report(run)
+
+
+def test_relearning_is_drawn_step_by_step_beside_the_control_at_its_worst_rate(make) -> None:
+    def steps(attack: str, curve: dict[int, float], of: str = "") -> list[dict[str, Any]]:
+        return [
+            {"attack": f"relearn {attack}", "state": f"step {step}{of}", "metrics": {"forget_probability": p}}
+            for step, p in curve.items()
+        ]
+
+    states = [
+        *steps("forget rows, rate 0.001", {5: 0.2, 20: 0.6}),
+        *steps("forget rows, rate 0.001", {20: 0.1, 5: 0.05}, ", retrained model"),
+        *steps("forget rows, all weights, rate 0.001", {5: 0.3, 20: 0.4}),
+        *steps("retain rows, rate 0.001", {5: 0.11}),
+    ]
+    inputs = read_inputs(make(attacks={"states": [*STATES[:2], *states]}))
+    assert relearned(inputs) == {
+        "retain rows": {FORGET: ([5], [0.11])},
+        "forget rows": {FORGET: ([5, 20], [0.2, 0.6]), "retrained model": ([5, 20], [0.05, 0.1])},
+    }
+    picture = relearning_picture(inputs)
+    assert picture.caption.endswith("dotted: the retrained model.")
+    assert "retrained model, trained on forget rows: step 5 0.0500, step 20 0.1000" in picture.svg
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,14 +1,20 @@
 """A ledger that somebody else made, or keeps other files in: it deletes nothing but its own, and never leaves its folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from signing import sign
 
-from loramox.errors import RunError
+from loramox.adapter.folder import WEIGHTS
+from loramox.cli import main
+from loramox.errors import AdapterError, RunError
+from loramox.extras.ledger.compose import terms_of
 from loramox.extras.ledger.ledger import INDEX, _digest, read_ledger
 from loramox.extras.ledger.leftovers import check_links, left_over
 from loramox.extras.ledger.refresh import refresh
@@ -63,10 +69,40 @@ def test_an_entry_that_loramox_would_not_write_is_refused(entry: dict[str, Any],
     assert files(tmp_path) == before
 
 
+def test_requests_that_change_other_layers_are_no_sum(trained: Path, tmp_path: Path) -> None:
+    whole, half = (shutil.copytree(trained / "trained" / "momentum", tmp_path / name) for name in ("whole", "half"))
+    weights = load_file(half / WEIGHTS)
+    save_file({key: each for key, each in weights.items() if "q_proj" not in key}, half / WEIGHTS)
+    sign(half)
+    for pair in ((whole, half), (half, whole)):
+        with pytest.raises(AdapterError, match=f"{pair[1]} changes other layers than request 0"):
+            terms_of({str(number): (folder, 1.0) for number, folder in enumerate(pair)})
+
+
 def test_two_entries_of_one_name_or_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="two entries have one id"):
         read_ledger(forged(tmp_path / "x", {"id": "a", "folder": "a"}, {"id": "A", "folder": "A"}))
     assert read_ledger(forged(tmp_path / "y", {"id": "a", "folder": "a"}, {"id": "b", "folder": "b~3"})).entries
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "endless"])
+def test_a_ledger_that_has_no_end_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / INDEX)
+    with pytest.raises(RunError, match=r"ledger.json is damaged: it is not a regular file. Restore the ledger"):
+        read_ledger(tmp_path)
+
+
+def test_what_a_ledger_shows_is_not_obeyed_by_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\u001b[2J\u009b31m"
+    ledger = forged(
+        tmp_path / "ledger", {"id": "a", "folder": "a", "when": hostile, "revoked": hostile, "source": hostile}
+    )
+    content = json.loads((ledger / INDEX).read_text()) | {"base": {"model": hostile}, "settings": {"r": hostile}}
+    del content["digest"]
+    (ledger / INDEX).write_text(json.dumps(content | {"digest": _digest(content)}))
+    main(["requests", "list", str(ledger)])
+    main(["requests", "show", str(ledger), "a"])
+    assert not set("\u001b\u009b") & set(capsys.readouterr().out)
 
 
 def a_backup(requests: Path, whole: Path) -> None:

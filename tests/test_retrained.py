@@ -52,6 +52,15 @@ def test_records_with_other_wrong_answers_are_refused(tmp_path: Path, model: Mod
     assert not (tmp_path / "out").exists()
 
 
+def test_records_of_which_nothing_else_is_known_are_warned_of(
+    tmp_path: Path, model: ModelConfig, asked: Callable
+) -> None:
+    asked(model, "theirs")
+    (tmp_path / "theirs" / "summary.json").unlink()
+    with pytest.warns(UserWarning, match=r"its model and its prompt template are not known. Give the whole folder"):
+        asked(model, "out", retrained=str(tmp_path / "theirs"))
+
+
 def test_records_with_another_prompt_template_are_refused(tmp_path: Path, model: ModelConfig, asked: Callable) -> None:
     asked(model, "theirs", template="Q: {prompt} A:")
     with pytest.raises(

@@ -753,20 +753,20 @@ def test_what_a_row_reads_as_changes_neither_its_text_nor_its_identity() -> None
     assert fingerprint([row("who?")]) != fingerprint([row("WHO?")])
 
 
-def test_rows_read_are_rows_used_and_rows_left_out_with_the_reason() -> None:
+def test_rows_read_are_rows_used_and_rows_left_out_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     read = [row(f"{i}?", number=i) for i in range(1, 7)] + [row(None, "x", number=7)]
     examples = [{"row": f"retain.jsonl, row {i}"} for i in (2, 3, 4, 4)]
-    count = count_rows(read, read[1:], examples)
-    assert count.record() == {
+    assert count_rows("retain", read, read[1:], examples) == {
         "read": 7,
         "used": 3,
         "left_out": {"also in the forget set": 1, "too long": 2, "without a token to predict": 1},
     }
-    assert count.line("retain") == (
-        "retain: 7 rows read from retain.jsonl, 3 used, left out: 1 also in the forget set, 2 too long, 1 without a token to predict"
-    )
-    whole = count_rows(read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 8)])
-    assert whole.line("forget") == "forget: 7 rows read from retain.jsonl, all used"
+    count_rows("forget", read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 8)])
+    assert caplog.messages == [
+        "retain: 7 rows read from retain.jsonl, 3 used, left out: 1 also in the forget set, 2 too long, 1 without a token to predict",
+        "forget: 7 rows read from retain.jsonl, all used",
+    ]
 
 
 @pytest.mark.parametrize("suffix", NESTED)
@@ -781,7 +781,8 @@ def test_a_list_of_answers_is_one_row_that_every_comparison_takes_for_each_of_th
     assert keep_disjoint(read, [row("q", "b"), row("q", "d")], drop=True) == [row("q", "d")]
 
 
-def test_several_answers_and_repeated_questions_are_counted() -> None:
+def test_several_answers_and_repeated_questions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     read = [
         row("p", "a", number=1, other_answers=("b",)),
         row("q", "a", number=2),
@@ -790,12 +791,12 @@ def test_several_answers_and_repeated_questions_are_counted() -> None:
         row("r", "a", number=5),
         row("r", "a", number=6),
     ]
-    count = count_rows(read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 7)])
-    assert count.record() == {"read": 6, "used": 6, "left_out": {}, "answers": 7, "repeated_questions": 3}
-    assert count.line("forget") == (
+    count = count_rows("forget", read, read, [{"row": f"retain.jsonl, row {i}"} for i in range(1, 7)])
+    assert count == {"read": 6, "used": 6, "left_out": {}, "answers": 7, "repeated_questions": 3}
+    assert caplog.messages == [
         "forget: 6 rows with 7 answers read from retain.jsonl, all used. 3 of them ask a question that another row answers differently, and "
         "each is used as it is"
-    )
+    ]
 
 
 def test_retain_rows_keep_their_order_and_repeats() -> None:

@@ -1,6 +1,7 @@
 """The shipped adapter behind a real server: transformers serve, asked over HTTP for the forget model and for its base."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_what_is_there_is_left_alone_and_other_models_are_refused(
         serve_folder(strong, tmp_path / "out", base=str(pico("qwen3")))
     with pytest.raises(RunError, match="is the adapter itself"):
         serve_folder(strong, strong, overwrite=True)
+    half = shutil.copytree(strong, tmp_path / "half")
+    config = json.loads((half / "adapter_config.json").read_text())
+    (half / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    with pytest.raises(AdapterError, match="leaves out"):
+        serve_folder(half, tmp_path / "out")
+    linked = shutil.copytree(strong, tmp_path / "linked")
+    (linked / "README.md").unlink()
+    (linked / "README.md").symlink_to(tmp_path / "thesis" / "chapter.tex")
+    with pytest.raises(AdapterError, match=r"README.md is a link that leads out"):
+        serve_folder(linked, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     serve_folder(strong, tmp_path / "out")
     with pytest.raises(RunError, match="Replace it with --overwrite"):

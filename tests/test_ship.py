@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -456,6 +457,30 @@ def test_a_folder_that_exists_is_replaced_only_when_told_and_only_if_it_is_an_ad
         with pytest.raises(RunError, match="holds other files"):
             extrapolate(trained / "trained", tmp_path / "mine", 2.0, overwrite=overwrite)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "do not delete"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "forget.gguf", "backup"])
+def test_a_users_own_file_in_the_folder_of_an_adapter_is_not_deleted_with_it(
+    name: str, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ship(trained, out, 2.0)
+    (out / name).mkdir() if name == "backup" else (out / name).write_text("do not delete")
+    before = (out / "provenance.json").read_bytes()
+    with pytest.raises(RunError, match=f"holds an adapter, and {out / name}, which is not of it. Move that"):
+        extrapolate(trained / "trained", out, 4.0, overwrite=True)
+    assert (out / name).exists()
+    assert (out / "provenance.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_has_no_end_is_refused_at_once(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = max((tmp_path / "run" / "trained").glob("checkpoint-*"))
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (checkpoint / "momentum.safetensors").unlink()
+        make(checkpoint / "momentum.safetensors")
+        with pytest.raises(AdapterError, match=f"{checkpoint} has no readable provenance.json"):
+            extrapolate(checkpoint, tmp_path / "out")
 
 
 def test_the_trained_adapter_itself_is_never_overwritten_by_what_is_made_from_it(copied: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The model that is loaded is the model that was meant, whole, with a tokenizer that fits it; or it is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from loramox.errors import ModelError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.subject import Subject
-from loramox.model.config import read_config, read_tokenizer
+from loramox.model.config import read_config, read_tokenizer, skeleton
 from loramox.unlearning import unlearn
 
 
@@ -125,6 +127,44 @@ def test_a_base_with_an_adapter_in_its_folder_and_an_adapter_for_a_base_are_refu
         for read in (read_config, load_reference):
             with pytest.raises(ModelError, match=message):
                 read(reference)
+
+
+def with_value(name: str, value: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps(json.loads(text) | {name: value})
+
+
+DAMAGES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "config nested deeply": ("config.json", lambda text: "[" * 100_000),
+    "config is a number": ("config.json", lambda text: "3"),
+    "config cut": ("config.json", lambda text: text[:100]),
+    "architectures is a number": ("config.json", with_value("architectures", 3)),
+    "size is text": ("config.json", with_value("hidden_size", "x")),
+    "size is 0": ("config.json", with_value("head_dim", 0)),
+    "size has no end": ("config.json", with_value("hidden_size", 10**30)),
+    "layers without end": ("config.json", with_value("num_hidden_layers", 10**30)),
+    "no such type": ("config.json", with_value("dtype", "x")),
+    "no such activation": ("config.json", with_value("hidden_act", "x")),
+    "tokenizer nested deeply": ("tokenizer.json", lambda text: "[" * 100_000),
+    "tokenizer of no model": ("tokenizer.json", with_value("model", {})),
+    "tokenizer's config is a list": ("tokenizer_config.json", lambda text: "[]"),
+    "how to generate is a list": ("generation_config.json", lambda text: "[]"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_config_or_tokenizer_is_refused_by_the_name_of_its_folder(
+    file: str, damage: Callable[[str], str], pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = copied(pico("llama"), tmp_path / "model")
+    (model / file).write_text(damage((model / file).read_text()))
+    reference = ReferenceConfig(str(model), quantization="none")
+
+    def use() -> None:
+        skeleton(read_config(reference, weights=True), reference)
+        read_tokenizer(reference)
+
+    with pytest.raises(ModelError, match=str(model)):
+        use()
 
 
 def with_token(folder: Path, token: str, **special: str) -> None:

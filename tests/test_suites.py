@@ -21,7 +21,7 @@ from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.evaluate.subject import Subject
-from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
+from loramox.evaluate.suites import ANSWERING, _texts, read_part, suite_sources
 from loramox.model.config import ModelConfig
 
 
@@ -113,6 +113,24 @@ def test_muse_texts_are_scored_as_openunlearning_does(muse: Path, pico: Callable
         log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].numpy()
     assert record["mia_loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
     assert record["mia_min_k"] == pytest.approx(membership.min_k(log_p[:-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('["a text", "anoth', "cannot be read as JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text of no list": "x"}', "has columns text of no list"),
+        ('["a text", 3]', "row 1 does not fit the columns"),
+    ],
+)
+def test_a_damaged_list_of_texts_is_refused_by_its_name(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "verbmem.json"
+    path.write_text(content)
+    with pytest.raises(RowsError, match=rf"{path}.*{message}"):
+        _texts(str(path))
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert _texts(str(path)) == ["one", "two"]
 
 
 def test_an_answer_ends_before_the_first_of_its_stops(pico: Callable[[str], Path], tokenizer) -> None:

@@ -98,6 +98,21 @@ def test_answers_of_retain_rows_are_the_models_own_greedy_ones(writer: Writer) -
     assert continuations(writer.model, writer.tokenizer, prompts, 48, writer.ends)[0].strip() == row.answer
 
 
+def test_one_row_in_four_is_asked_after_a_refusal_with_the_models_answer_then(writer: Writer) -> None:
+    rows, plain = writer.retain_rows(12, 0, refusals=["I cannot say."]), writer.retain_rows(12, 0)
+    later = [row for row in rows if not isinstance(row.prompt, str)]
+    assert 0 < len(later) <= 3
+    for row in later:
+        forgotten, refusal, question = row.prompt
+        assert forgotten["content"] in {each.prompt for each in FORGET}
+        assert (refusal["role"], refusal["content"], question["role"]) == ("assistant", "I cannot say.", "user")
+        prompts = prompts_of([row], writer.tokenizer, writer.how, writer.context)
+        (answer,) = continuations(writer.model, writer.tokenizer, prompts, 48, writer.ends)
+        assert row.answer == answer.strip()
+    questions = [row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] for row in rows]
+    assert questions == [row.prompt for row in plain]
+
+
 def test_neighbours_begin_like_forget_questions(writer: Writer) -> None:
     import random
 

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
@@ -432,6 +435,54 @@ def test_where_memory_runs_out_the_step_is_computed_again_in_smaller_passes_with
     same(found.gradients[0], expected.gradients[0])
     for name in ("loss", "forget_loss"):
         assert found.logs[name] == pytest.approx(expected.logs[name], rel=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations of loramox that would wait for a GPU to have computed all before them."""
+
+    ALWAYS = frozenset(
+        f"aten::{name}" for name in ("_local_scalar_dense", "bincount", "equal", "masked_select", "nonzero")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name
+        masked = name in ("aten::index", "aten::index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if name in self.ALWAYS or masked:
+            frame = sys._getframe(1)
+            while frame and not any(
+                f"/{package}/" in frame.f_code.co_filename for package in ("loramox", "transformers", "peft")
+            ):
+                frame = frame.f_back
+            if frame and "/loramox/" in frame.f_code.co_filename:
+                self.seen.append(f"{name} in {frame.f_code.co_name}")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_step_waits_for_the_gpu_once_however_many_passes_it_has(
+    targeted: bool, examples: Examples, monkeypatch: pytest.MonkeyPatch, trainer_of
+) -> None:
+    monkeypatch.setitem(OVERHEAD, "cpu", 0)  # a pass for each length
+    trainer, _ = trainer_of(
+        max_steps=2, inner_steps=2, reference_cache_gb=0, wanted=examples[1][:4] if targeted else ()
+    )
+    step, waits = trainer.training_step, []
+
+    def counted(*args: Any) -> Tensor:
+        with Waits() as found:
+            loss = step(*args)
+        waits.append(found.seen)
+        return loss
+
+    trainer.training_step = counted
+    trainer.train()
+    assert waits[1] == ["aten::_local_scalar_dense in close"]
 
 
 def test_passes_stay_as_small_as_they_had_to_become(trainer_of) -> None:

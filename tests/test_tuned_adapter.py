@@ -31,7 +31,7 @@ from loramox.adapter.factors import read_factors
 from loramox.data.encode import Example
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.evaluate.subject import check_adapter
-from loramox.extras.merge.merge import merge
+from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 from loramox.extras.serve import serve_folder
 from loramox.model.config import identify, skeleton
 from loramox.model.lora import current_factors, lora_layers
@@ -338,7 +338,7 @@ def test_alone_the_forget_adapter_is_neither_scored_nor_merged_and_the_combined_
     with pytest.raises(AdapterError, match=message):
         check_adapter(out / "forget-adapter", base, skeleton(config, reference))
     with pytest.raises(AdapterError, match=message):
-        merge(out / "forget-adapter", tmp_path / "merged")
+        merge_into_floats(MergeConfig(str(out / "forget-adapter"), str(tmp_path / "merged")))
     with pytest.raises(AdapterError, match=message):
         serve_folder(out / "forget-adapter", tmp_path / "served")
     assert check_adapter(out / "combined-adapter", base, skeleton(config, reference))["kind"] == "forget"

@@ -1,12 +1,14 @@
 """provenance.json of an adapter or a merged model: where it came from, read with every value checked."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter.folder import PROVENANCE
+from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.streaming.checkpoint import BESIDE, INDEX
 from loramox.adapter.untrusted import Refused, read_object, shown
 from loramox.errors import AdapterError, RunError
-from loramox.files import has_files, put_back
+from loramox.files import has_files, is_passing, put_back
 
 GIVE = {
     "trained": "Give the folder 'trained' in the run's folder",
@@ -31,6 +33,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "negated": {"adapter": NAME, "sha256": NAME},
     "memorize_at": {"model": NAME, "weights": MAYBE},
     "combined_adapter": {"path": NAME},
+}
+# The files that are written to a folder of each kind that may be replaced.
+FILES = {
+    "forget": (CONFIG, WEIGHTS, PROVENANCE, CARD),
+    "merged": ("config.json", INDEX, "*.safetensors", *BESIDE, PROVENANCE, CARD),
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEEDED = {"base", "command", "data", "momentum", "settings"}
@@ -150,9 +157,21 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
         read_provenance(out, kind)
     except AdapterError as error:
         raise RunError(f"--out {out} holds other files. Choose another folder") from error
+    what = {"forget": "an adapter", "merged": "a merged model"}[kind]
     if not overwrite:
-        what = {"forget": "an adapter", "merged": "a merged model"}[kind]
         raise RunError(f"--out {out} holds {what} already. Replace it with --overwrite, or choose another folder")
+    # A link is no loss: what it leads to stays.
+    others = [
+        path for path in sorted(out.iterdir()) if not (path.is_symlink() or is_passing(path) or _is_written(path, kind))
+    ]
+    if others:
+        raise RunError(
+            f"--out {out} holds {what}, and {others[0]}, which is not of it. Move that, or choose another folder"
+        )
+
+
+def _is_written(path: Path, kind: str) -> bool:
+    return path.is_file() and any(fnmatch(path.name, name) for name in FILES[kind])
 
 
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:

@@ -35,7 +35,7 @@ def read_source(folder: Path, alpha: float | None, base: str | None) -> Source:
     """
     if written_by_peft(folder):
         return read_peft(folder, alpha, base)
-    if (folder / MOMENTUM).exists():
+    if (folder / MOMENTUM).is_file():
         source, delta, config = _read_checkpoint(folder)
     else:
         source = read_provenance(folder, "trained")

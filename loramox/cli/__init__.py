@@ -16,7 +16,7 @@ from typing import Any
 
 from loramox.cli.arguments import VERBS, refuse_replaced_flags, speaks
 from loramox.data.row_files import check
-from loramox.errors import LoramoxError
+from loramox.errors import LoramoxError, escaped
 from loramox.files import disk_may_fill
 from loramox.settings import at_home
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check_files(words)
         with disk_may_fill(f"Free some space, and run the same command again{' with --resume' if resumes else ''}"):
             getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
+            sys.stdout.flush()
     except KeyboardInterrupt:
         again = ". The same command with --resume goes on" if resumes else ""
         print(f"loramox {verb}: interrupted. All files on disk are complete{again}", file=sys.stderr)
@@ -70,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A message may quote a library's, which may have many lines.
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _ran_out_of_memory(error):
             raise
-        print(f"loramox {verb}: the device's memory ran out:", *str(error).split(), file=sys.stderr)
+        why = str(error) or type(error).__name__
+        print(f"loramox {verb}: the device's memory ran out:", *why.split(), file=sys.stderr)
         print(
             "All files on disk are complete. Use less memory: a smaller --batch_size or --per_device_eval_batch_size, --quantization nf4, shorter "
             "rows (--max_length). Or use main memory: --use_cpu true. In training also --gradient_checkpointing true",
@@ -83,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"loramox {verb}: {error.filename}: {error.strerror}. All other files are complete", file=sys.stderr)
+        named = escaped(str(error.filename))
+        print(f"loramox {verb}: {named}: {error.strerror}. All other files are complete", file=sys.stderr)
         sys.exit(2)
 
 
-def _ran_out_of_memory(error: RuntimeError) -> bool:
+def _ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, MemoryError):
+        return True
     from accelerate.utils.memory import should_reduce_batch_size  # torch, which raised it, is loaded
 
     return should_reduce_batch_size(error)
@@ -102,10 +107,34 @@ class _Version(argparse.Action):
 
 
 def _write_what_the_terminal_can() -> None:
-    """Replace characters that a terminal or pipe without UTF-8 has none for, instead of failing at the first."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """Replace characters that a terminal or pipe without UTF-8 has none for, and drop what a pipe's reader leaves unread, instead
+    of failing in the middle of a job."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream.buffer, io.BufferedWriter | io.FileIO):
+            stream.flush()
+            pipe = _Pipe(stream.fileno(), "w", closefd=False)
+            written = pipe if stream.write_through else io.BufferedWriter(pipe)
+            lines, through = stream.line_buffering, stream.write_through
+            own = io.TextIOWrapper(written, stream.encoding, "replace", line_buffering=lines, write_through=through)
+            setattr(sys, name, own)
+        else:
             stream.reconfigure(errors="replace")
+
+
+class _Pipe(io.FileIO):
+    """A pipe, terminal or file that text is written to. Its reader may leave, as `| head` does: the job goes on unread."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:  # raised once: what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
+            return len(data)
 
 
 def _report_progress() -> None:
@@ -114,12 +143,12 @@ def _report_progress() -> None:
     if not any(isinstance(handler, _Steps) for handler in steps.handlers):
         steps.addHandler(_Steps())
     steps.setLevel(logging.INFO if speaks() else logging.ERROR)
-    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {escaped(str(message))}\n"
 
 
 class _Steps(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(escaped(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def _check_files(words: Sequence[str]) -> None:

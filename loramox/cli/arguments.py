@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loramox.cli.launched import as_launched
-from loramox.errors import LoramoxError, SettingsError
+from loramox.errors import LoramoxError, SettingsError, escaped
 from loramox.settings import meant, recipe_as_flags, refuse_replaced
 
 VERBS = {
@@ -56,12 +56,10 @@ USAGES = {
 
 def refuse_replaced_flags(words: Sequence[str]) -> None:
     """Raise `SettingsError` for a flag of loramox 0.1 in a command line, with the one to give instead."""
-    step = [word for word in words[1:2] if words[0] in ("ship", "requests") and not word.startswith("-")]
-    verb = " ".join([words[0], *step])
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0]
-            refuse_replaced(verb, flag.removeprefix("--"), flag)
+            refuse_replaced(flag.removeprefix("--"), flag)
 
 
 def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:
@@ -159,5 +157,5 @@ def say(*lines: str) -> None:
     if speaks():
         from rich.console import Console
 
-        text = re.sub(r"\[(?=[a-z#/@])(?!bold\]|bold red\]|/\])", r"\\[", "\n".join(lines))
+        text = re.sub(r"\[(?=[a-z#/@])(?!bold\]|bold red\]|/\])", r"\\[", escaped("\n".join(lines)))
         Console(soft_wrap=True).print("\n", text, sep="", highlight=False)

@@ -1,5 +1,7 @@
 """evaluate, attack, sweep, report: is it forgotten, is the rest intact, and how far should the adapter go."""
 
+import shlex
+
 from loramox.cli.arguments import plain_parser, say, settings_of, speaks
 
 
@@ -22,7 +24,7 @@ def evaluate(words: list[str]) -> None:
         show(summary)
     say(
         f"[bold]{subject.out}[/] has summary.json, and records.jsonl with every row",
-        f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {subject.out}"
+        f"If this model never saw the forget rows, compare others to it: loramox evaluate … --retrained {shlex.quote(subject.out)}"
         if subject.adapter is None
         else "To score many alphas of a run: loramox sweep --trained DIR/trained, with the same rows",
     )
@@ -77,7 +79,7 @@ def sweep(words: list[str]) -> None:
         say(f"[bold]{config.ship}[/] is the forget adapter at {frontier['unit']} = {frontier['chosen']:g}")
     else:
         say(
-            f"To ship it: loramox extrapolate {config.trained} --{frontier['unit']} {frontier['chosen']:g} --out NEW_FOLDER"
+            f"To ship it: loramox extrapolate {shlex.quote(config.trained)} --{frontier['unit']} {frontier['chosen']:g} --out NEW_FOLDER"
         )
 
 

@@ -1,5 +1,6 @@
 """plan: memory and time of a run, before anything is loaded; and --fit of the verbs that train."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,6 @@ def fitted(verb: str, words: list[str], kinds: Sequence[type]) -> tuple[Any, ...
     predicted = (
         f", with a predicted peak of {estimate.peak / 2**30:.2f} GB" if estimate else ", as this run was started"
     )
-    say(f"--fit {wanted.fit} takes [bold]{' '.join(flags)}[/]{predicted}")
+    say(f"--fit {wanted.fit} takes [bold]{shlex.join(flags)}[/]{predicted}")
     *settings, _ = settings_of(verb, words, *kinds, first=flags)
     return tuple(settings)

@@ -1,11 +1,13 @@
 """requests: the ledger of unlearning requests for one base model, and one adapter for all that are in force."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from loramox.cli.arguments import USAGES, given_settings, parse, parser_of, plain_parser, run_step, say, settings_of
 from loramox.cli.training import watched
+from loramox.errors import escaped
 
 
 def requests(words: list[str]) -> None:
@@ -42,7 +44,7 @@ def _add(words: list[str]) -> None:
         f"[bold]{entry.id}[/] is in force: {entry.rows} rows at alpha = {entry.alpha:g}{on_top_of}",
         *watched(record),
         f"[bold]{request.ledger}[/] holds a copy of these rows, which only the owner of the file can read",
-        f"Next: loramox requests build {request.ledger} --out NEW_FOLDER",
+        f"Next: loramox requests build {shlex.quote(request.ledger)} --out NEW_FOLDER",
     )
 
 
@@ -77,7 +79,7 @@ def _list(words: list[str]) -> None:
     for e in ledger.entries:
         state = "in force" if e.in_force else f"revoked {e.revoked}"
         state += f", to be refreshed (on top of {', '.join(stale[e.id])})" if e.id in stale else ""
-        table.add_row(e.id, e.when, str(e.rows), f"{e.alpha:g}", ", ".join(e.on_top_of), state)
+        table.add_row(e.id, escaped(e.when), str(e.rows), f"{e.alpha:g}", ", ".join(e.on_top_of), escaped(state))
     Console().print(table)
     say(f"base {ledger.base['model']}, r = {ledger.settings['r']}; {len(ledger.in_force())} in force")
 
@@ -92,7 +94,8 @@ def _show(words: list[str]) -> None:
     ledger = read_ledger(Path(given.ledger))
     entry = ledger.entry(given.id)
     held = {"in_force": entry.in_force, "to_refresh": ledger.stale().get(entry.id, []), "base": ledger.base}
-    print(json.dumps(asdict(entry) | held | {"path": str(ledger.folder(entry))}, indent=2, ensure_ascii=False))
+    # In ASCII, so that a terminal obeys nothing in it.
+    print(json.dumps(asdict(entry) | held | {"path": str(ledger.folder(entry))}, indent=2))
 
 
 def _revoke(words: list[str]) -> None:
@@ -102,9 +105,9 @@ def _revoke(words: list[str]) -> None:
     stale = revoke(given.ledger, given.id)
     say(
         f"[bold]{given.id}[/] is revoked. Its rows and its adapter stay in {given.ledger}; adapters built before are unchanged",
-        f"{', '.join(stale)} was trained on top of it. Train it again: loramox requests refresh {given.ledger}"
+        f"{', '.join(stale)} was trained on top of it. Train it again: loramox requests refresh {shlex.quote(given.ledger)}"
         if stale
-        else f"The other requests do not depend on it. Next: loramox requests build {given.ledger} --out NEW_FOLDER",
+        else f"The other requests do not depend on it. Next: loramox requests build {shlex.quote(given.ledger)} --out NEW_FOLDER",
     )
 
 
@@ -131,7 +134,7 @@ def _build(words: list[str]) -> None:
     made = build(given.ledger, given.out, shipping, given.overwrite)
     errors = ", ".join(f"{r['id']} {r['error']:.2g}" for r in made["requests"])
     alone = [
-        f"Retain rows were held for each request alone (--protect false), not for the sum: loramox evaluate --adapter {given.out} …"
+        f"Retain rows were held for each request alone (--protect false), not for the sum: loramox evaluate --adapter {shlex.quote(given.out)} …"
     ]
     say(
         f"[bold]{given.out}[/] is the forget adapter for all requests in force ({len(made['requests'])}), rank {made['rank']}",

@@ -39,7 +39,7 @@ def unlearn(words: list[str]) -> None:
         f"[bold]{run.out}/{SHIPPED}[/] is the forget adapter: {made_at(shipped['alpha'], record['method'])}, rank {shipped['rank']}",
         *ended(record),
         *watched(record),
-        f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {run.out}",
+        f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {shlex.quote(run.out)}",
         *not_as_served(reference, run.out, rows),
         f"Next, score it at several values of {unit}, without training: {program} sweep --trained {shlex.quote(f'{run.out}/{TRAINED}')} {rows} "
         f"--out {shlex.quote(f'{run.out}/sweep')}",

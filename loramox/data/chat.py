@@ -30,6 +30,7 @@ class ChatTemplate:
     prompt is that of a finished turn.
 
     Attributes:
+        opening: what stands before a question.
         trained: what stands between a question and its answer in training and evaluation.
         served: what a server puts after a question, for the model to go on from. As a rule the same.
         end: the token that the template puts behind an answer, None where it puts none there.
@@ -54,6 +55,7 @@ class ChatTemplate:
                 f"{tokenizer.name_or_path or 'tokenizer'}: the tokenizer's chat template cannot be used: {_why(tokenizer, error)}. Correct "
                 "it, or give question/answer rows and the text around a question with --prompt_template"
             ) from error
+        self.opening = served.partition(_QUESTION)[0]
         longer = before.removeprefix(served) if before.startswith(served) else ""
         self._as_finished = bool(longer.strip() or _OPENS_A_BLOCK.search(served.removeprefix(before)))
         # White space before an answer is the model's to say.
@@ -102,6 +104,12 @@ class ChatTemplate:
             add_generation_prompt=answer is None,
         )
         return str(text)
+
+
+def after_thoughts(text: str) -> str:
+    """What a model says behind its thinking block; nothing where the block has no end."""
+    _, ends, said = text.rpartition("</think>")
+    return said if ends or not text.lstrip().startswith("<think>") else ""
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

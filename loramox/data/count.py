@@ -1,78 +1,58 @@
 """How many rows of a source were read, how many are used, and why the others are not."""
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loramox.data.rows import Row
 from loramox.errors import escaped
+
+log = logging.getLogger(__name__)
 
 OVERLAP = "also in the forget set"
 LONG = "too long"
 SHORT = "without a token to predict"  # plain text of one token, in which nothing comes after anything
 
 
-@dataclass(frozen=True)
-class RowCount:
-    """The rows of one source: those read are those used and those left out.
-
-    Attributes:
-        source: file or hub data set.
-        read: rows in it.
-        left_out: reason → rows that are not used because of it.
-        answers: right answers of its rows; as many as rows, unless some have several.
-        repeated: rows whose question another row answers differently.
-    """
-
-    source: str
-    read: int
-    left_out: Mapping[str, int]
-    answers: int
-    repeated: int
-
-    @property
-    def used(self) -> int:
-        return self.read - sum(self.left_out.values())
-
-    def record(self) -> dict[str, Any]:
-        counted: dict[str, Any] = {"read": self.read, "used": self.used, "left_out": dict(self.left_out)}
-        if self.answers > self.read:
-            counted["answers"] = self.answers
-        return counted | ({"repeated_questions": self.repeated} if self.repeated else {})
-
-    def line(self, part: str) -> str:
-        """One line for the terminal."""
-        left_out = ", ".join(f"{rows} {reason}" for reason, rows in self.left_out.items())
-        used = f"{self.used} used, left out: {left_out}" if left_out else "all used"
-        several = f" with {self.answers} answers" if self.answers > self.read else ""
-        repeated = (
-            f". {self.repeated} of them ask a question that another row answers differently, and each is used as it is"
-            if self.repeated
-            else ""
-        )
-        return escaped(f"{part}: {self.read} rows{several} read from {self.source}, {used}{repeated}")
-
-
-def count_rows(read: Sequence[Row], kept: Sequence[Row], examples: Iterable[dict[str, Any]]) -> RowCount:
-    """Count what became of the rows of one source.
+def count_rows(
+    part: str, read: Sequence[Row], kept: Sequence[Row], examples: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+    """Count what became of the rows of one source, and log it in a line.
 
     Args:
+        part: what its rows are: forget, retain, …
         read: all its rows (at least one).
         kept: those that are in no other part (`keep_disjoint`).
         examples: what `encode` made of `kept`.
+
+    Returns:
+        The numbers of rows `read` and `used`, and of those `left_out`, by reason; the number of `answers`, where some rows have
+        several right ones; the number of `repeated_questions`: rows that ask what another row answers differently, if any.
     """
     encoded = {example["row"] for example in examples}
     lost = [row for row in kept if f"{row.source}, row {row.number}" not in encoded]
     short = sum(row.prompt is None for row in lost)
-    left_out = {OVERLAP: len(read) - len(kept), LONG: len(lost) - short, SHORT: short}
-    return RowCount(
-        read[0].source,
-        len(read),
-        {reason: rows for reason, rows in left_out.items() if rows},
-        sum(len(row.right_answers) for row in read),
-        _repeated(read),
-    )
+    reasons = {OVERLAP: len(read) - len(kept), LONG: len(lost) - short, SHORT: short}
+    left_out = {reason: rows for reason, rows in reasons.items() if rows}
+    counted: dict[str, Any] = {"read": len(read), "used": len(read) - sum(left_out.values()), "left_out": left_out}
+    answers = sum(len(row.right_answers) for row in read)
+    if answers > len(read):
+        counted["answers"] = answers
+    if repeated := _repeated(read):
+        counted["repeated_questions"] = repeated
+    log.info("%s", _line(part, read[0].source, counted))
+    return counted
+
+
+def _line(part: str, source: str, counted: dict[str, Any]) -> str:
+    left_out = ", ".join(f"{rows} {reason}" for reason, rows in counted["left_out"].items())
+    used = f"{counted['used']} used, left out: {left_out}" if left_out else "all used"
+    several = f" with {counted['answers']} answers" if "answers" in counted else ""
+    repeated = ""
+    if "repeated_questions" in counted:
+        repeated = f". {counted['repeated_questions']} of them ask a question that another row answers differently, and each is used as it is"
+    return escaped(f"{part}: {counted['read']} rows{several} read from {source}, {used}{repeated}")
 
 
 def _repeated(rows: Sequence[Row]) -> int:

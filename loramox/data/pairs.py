@@ -58,6 +58,12 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def answer_positions(example: Example) -> array:
+    """The positions of the answer's tokens, without the first of the sequence, which is predicted from nothing."""
+    # No list: accelerate would go through its numbers one by one, to move those that are tensors.
+    return array("q", [at for at, label in enumerate(example["labels"]) if at and label != IGNORED])
+
+
 def key_of(example: Example) -> bytes:
     """The same for rows of the same tokens, of which the same are the answer's."""
     return hashlib.blake2b(array("q", [*example["input_ids"], *example["labels"]]), digest_size=16).digest()
@@ -85,5 +91,6 @@ class Collator:
             "labels": stack([e["labels"] for e in examples], IGNORED),
             "rows": [e["row"] for e in examples],
             "lengths": [len(i) for i in ids],
+            "answers": [answer_positions(e) for e in examples],
             "keys": [key_of(e) for e in examples],
         }

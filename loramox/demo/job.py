@@ -1,6 +1,7 @@
 """The demo from end to end: a model that knows a made-up world, one retrained without a part of it, one that forgets it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
-from loramox.files import LOCK, has_files, locked, read_json, remove, write_json
+from loramox.files import LOCK, has_files, is_passing, locked, read_json, remove, write_json
 from loramox.model.generation import continuations
 from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
-from loramox.run import RunConfig
+from loramox.run import RunConfig, not_of_run
 from loramox.train.config import UnlearnConfig
 from loramox.unlearning import SHIPPED, unlearn
 
@@ -76,15 +77,12 @@ def _check_demo(out: Path) -> None:
         raise RunError(f"--out {out} has files in it that are not a demo; they are left alone. Choose another folder")
     rows = {rows_file(out, part).name for part in ("forget", "retain")}
     others = [path for path in (out / "rows").glob("*") if path.name not in rows]
-    others += [path for path in out.iterdir() if path.is_symlink() or not _of_demo(path.name)]
+    others += [path for path in out.iterdir() if path.is_symlink() or not (path.name in CONTENTS or is_passing(path))]
+    others += not_of_run(out / "run")
     if others:
         raise RunError(
             f"--out {out} holds a demo, and {others[0]}, which is not of it. Move that, or choose another folder"
         )
-
-
-def _of_demo(name: str) -> bool:
-    return name in (*CONTENTS, LOCK) or name.endswith(".partial")
 
 
 def make(console: Console, out: Path, seed: int) -> dict[str, Any]:
@@ -154,23 +152,24 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
     # A person has one row of each kind: at this step, each row is of another person and another kind.
     every = slice(0, SHOWN * (len(KINDS) + 1), len(KINDS) + 1)
     shown = {part: examples[every] for part, examples in parts.items()}
-    with switch.off():
-        probabilities = {"reference": probability(model, parts)}
-        before = {part: answers(model, tokenizer, rows) for part, rows in shown.items()}
-    with switch.on():
-        probabilities["forget model"] = probability(model, parts)
-        after = {part: answers(model, tokenizer, rows) for part, rows in shown.items()}
-    probabilities["retrained"] = probability(retrained, parts)
-    never = {part: answers(retrained, tokenizer, rows) for part, rows in shown.items()}
-    facts_shown = {"forget": world.forget[every], "retain": world.retain[every]}
+    facts = {"forget": world.forget[every], "retain": world.retain[every]}
+    probabilities, said = {}, {}
+    for name, each, state in (
+        ("reference", model, switch.off),
+        ("forget model", model, switch.on),
+        ("retrained", retrained, nullcontext),
+    ):
+        with state():
+            probabilities[name] = probability(each, parts)
+            said[name] = {part: answers(each, tokenizer, rows) for part, rows in shown.items()}
     return {
         "probability": probabilities,
         "answers": {
             part: [
-                {"question": fact.question, "reference": knew, "forget model": says, "retrained": guesses}
-                for fact, knew, says, guesses in zip(facts, before[part], after[part], never[part], strict=True)
+                {"question": fact.question} | {name: said[name][part][i] for name in said}
+                for i, fact in enumerate(facts[part])
             ]
-            for part, facts in facts_shown.items()
+            for part in facts
         },
     }
 

@@ -1,9 +1,11 @@
 """The results of the demo, on one screen."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loramox.unlearning import SHIPPED, TRAINED
@@ -14,14 +16,15 @@ TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 def show(console: Console, out: Path, record: dict[str, Any]) -> None:
     """Print a demo's record: answers side by side, probabilities, the folder of the adapter, and the next command."""
     run = out / "run"
-    rows = " ".join(f"--{part} {out / 'rows' / part}.jsonl" for part in TITLES)
+    rows = [word for part in TITLES for word in (f"--{part}", str(out / "rows" / f"{part}.jsonl"))]
+    sweep = shlex.join(["loramox", "sweep", "--trained", str(run / TRAINED), *rows, "--out", str(run / "sweep")])
     for part, answers in record["answers"].items():
         console.print(_side_by_side(TITLES[part], answers))
     console.print(_probabilities(record["probability"]))
     console.print(
-        f"[bold]{run / SHIPPED}[/] is the forget adapter, and [bold]{out / 'reference'}[/] the model it was made for.",
+        f"[bold]{escape(str(run / SHIPPED))}[/] is the forget adapter, and [bold]{escape(str(out / 'reference'))}[/] the model it was made for.",
         "Switched off, it brings everything back: this is suppression, not erasure.",
-        f"Next, score it at several values of alpha, without training: loramox sweep --trained {run / TRAINED} {rows} --out {run / 'sweep'}",
+        f"Next, score it at several values of alpha, without training: {escape(sweep)}",
         sep="\n",
         soft_wrap=True,  # a command that is broken over lines cannot be copied
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loramox.evaluate.bootstrap import interval, interval_of_mean, resampled
-from loramox.evaluate.metric import REFERENCE, Metric, Record, values
+from loramox.evaluate.metric import REFERENCE, Metric, Record, Summary, values
 
 RETAIN_TEST, TEXT, NEIGHBOURS = "retain_test", "text", "_neighbours"  # the last is the end of a name
 UNTRAINED = (RETAIN_TEST, f"{RETAIN_TEST}{NEIGHBOURS}", "real_authors", "world_facts", TEXT)
@@ -46,17 +46,12 @@ class TaskScores(NamedTuple):
     higher_is_better: bool = True
 
 
-def add_ability(
-    parts: Mapping[str, Sequence[Record]],
-    tasks: Mapping[str, TaskScores],
-    metrics: dict[str, Metric],
-    absent: dict[str, str],
-) -> None:
-    """Enter the ratio of each part and task, and `general_ability`, into `metrics`, or into `absent` what they lack."""
+def add_ability(parts: Mapping[str, Sequence[Record]], tasks: Mapping[str, TaskScores], into: Summary) -> None:
+    """Enter the ratio of each part and task, and `general_ability`, or what they lack."""
     general: dict[_Ratio, np.ndarray] = {}  # its value in each bootstrap sample
     ratios = _of_parts(parts)
     for seed, (task, scores) in enumerate(tasks.items(), len(parts)):
-        _add_task(task, scores, metrics)
+        _add_task(task, scores, into)
         on, off = (scores.on, scores.off) if scores.higher_is_better else (scores.off, scores.on)
         n, source = len(scores.on), f"mean {scores.metric}"
         ratios.append(_Ratio(f"lm_eval_{task}_ratio", n, source, _ratio_of_means(on, off), n, seed))
@@ -64,21 +59,21 @@ def add_ability(
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(ratio.of(np.arange(ratio.drawn)))
         if not np.isfinite(value):
-            absent[ratio.name] = UNDEFINED
+            into.absent[ratio.name] = UNDEFINED
             continue
-        found = resampled(ratio.drawn, ratio.of, ratio.seed)
-        metrics[ratio.name] = Metric(value, "higher", ratio.n, REFERENCE, ratio.source, interval(found))
+        found = resampled(ratio.of, ratio.drawn, seed=ratio.seed)
+        into.metrics[ratio.name] = Metric(value, "higher", ratio.n, REFERENCE, ratio.source, interval(found))
         general |= {ratio: found} if ratio.is_general else {}
     if not general:
-        absent["general_ability"] = (
+        into.absent["general_ability"] = (
             "needs an adapter (--adapter), and rows that training did not get (--retain_test), a text (--text) or tasks (--lm_eval)"
         )
         return
-    value = float(np.mean([metrics[ratio.name].value for ratio in general]))
+    value = float(np.mean([into.metrics[ratio.name].value for ratio in general]))
     n = sum({ratio.seed: ratio.drawn for ratio in general}.values())  # neighbours are rows of another part
     source = f"mean of {', '.join(ratio.name for ratio in general)}"
     between = interval(np.mean(list(general.values()), axis=0))
-    metrics["general_ability"] = Metric(value, "higher", n, REFERENCE, source, between)
+    into.metrics["general_ability"] = Metric(value, "higher", n, REFERENCE, source, between)
 
 
 def _of_parts(parts: Mapping[str, Sequence[Record]]) -> list[_Ratio]:
@@ -114,10 +109,10 @@ def _ratio_of_means(above: np.ndarray, below: np.ndarray) -> Statistic:
     return lambda i: above[i].sum() / below[i].sum()
 
 
-def _add_task(task: str, scores: TaskScores, metrics: dict[str, Metric]) -> None:
+def _add_task(task: str, scores: TaskScores, into: Summary) -> None:
     n, change = len(scores.on), scores.on - scores.off
     better = "higher" if scores.higher_is_better else "lower"
     source = "lm-evaluation-harness"
-    metrics[f"lm_eval_{task}_{scores.metric}"] = Metric(float(scores.on.mean()), better, n, None, source)
+    into.metrics[f"lm_eval_{task}_{scores.metric}"] = Metric(float(scores.on.mean()), better, n, None, source)
     between = interval_of_mean(change)
-    metrics[f"lm_eval_{task}_change"] = Metric(float(change.mean()), better, n, REFERENCE, source, between)
+    into.metrics[f"lm_eval_{task}_change"] = Metric(float(change.mean()), better, n, REFERENCE, source, between)

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
 from loramox.data.encode import IGNORED, Example
-from loramox.evaluate.scores import AnswerScores, in_eval_mode
+from loramox.evaluate.scores import AnswerScores
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.model.generation import new_tokens, sampling
+from loramox.model.generation import new_tokens, own_ends, sampling
+from loramox.model.head import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,13 @@ class _Asked(NamedTuple):
         answers = [next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in examples]
         questions = [e["input_ids"][: max(1, at)] for e, at in zip(examples, answers, strict=True)]
         limits = [int(min(how.max_new_tokens, context - len(question))) for question in questions]
-        return cls(questions, limits, end_tokens(tokenizer) | _own_ends(model), pad)
+        return cls(questions, limits, end_tokens(tokenizer) | own_ends(model), pad)
 
 
 def _known(scores: AnswerScores) -> list[int]:
     """The greedy answer up to its first token that is not the true answer's, that one included."""
     wrong = np.flatnonzero(scores.first_choice != scores.targets)
     return scores.first_choice[: wrong[0] + 1 if len(wrong) else None].tolist()
-
-
-def _own_ends(model: nn.Module) -> set[int]:
-    """The tokens at which the model's generation config, its config.json in its stead, lets it stop: one, several or none."""
-    own: Any = getattr(model.generation_config, "eos_token_id", None)
-    return {own} if isinstance(own, int) else set(own or ())
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Set[int], stops: Sequence[str]) -> str:

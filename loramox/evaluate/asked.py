@@ -1,6 +1,5 @@
 """The rows to score: which files they come from, what is checked of them, and how they are tokenised."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from loramox.evaluate.neighbours import nearest
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.model.config import ModelConfig, context_of, read_tokenizer
 from loramox.settings import check_choices
-
-log = logging.getLogger(__name__)
 
 HOLDOUT = "holdout"
 
@@ -199,10 +196,7 @@ def count_parts(
 ) -> dict[str, Any]:
     """How many rows of each part were read, and are in `questions`, as a record has it; logged, a line for each part."""
     examples = [example for each in questions for part in each.parts for example in part.answers]
-    counts = {part: count_rows(read[part], rows[part], examples) for part in read}
-    for part, count in counts.items():
-        log.info("%s", count.line(part))
-    return {part: count.record() for part, count in counts.items()}
+    return {part: count_rows(part, read[part], rows[part], examples) for part in read}
 
 
 def described(sources: dict[str, str], rows: dict[str, Sequence[Row]]) -> dict[str, Any]:

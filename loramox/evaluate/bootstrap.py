@@ -7,11 +7,11 @@ import numpy as np
 RESAMPLES = 1000
 
 
-def resampled(rows: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -> np.ndarray:
-    """statistic(i) for `RESAMPLES` samples i of row numbers, each of `rows` drawn with replacement."""
+def resampled(statistic: Callable[..., float], *rows: int, seed: int = 0, samples: int = RESAMPLES) -> np.ndarray:
+    """statistic(i, …) for `samples` samples of row numbers, one i for each set of `rows`, drawn with replacement."""
     random = np.random.default_rng(seed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.array([statistic(random.integers(0, rows, rows)) for _ in range(RESAMPLES)])
+        return np.array([statistic(*(random.integers(0, n, n) for n in rows)) for _ in range(samples)])
 
 
 def interval(found: np.ndarray) -> tuple[float, float] | None:
@@ -28,4 +28,4 @@ def interval(found: np.ndarray) -> tuple[float, float] | None:
 
 def interval_of_mean(values: np.ndarray) -> tuple[float, float] | None:
     """`interval` of the mean of one value a row."""
-    return interval(resampled(len(values), lambda i: float(values[i].mean())))
+    return interval(resampled(lambda i: float(values[i].mean()), len(values)))

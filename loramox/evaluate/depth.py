@@ -31,9 +31,9 @@ from loramox.errors import NonFiniteLossError, SettingsError
 from loramox.evaluate.measure import Questions
 from loramox.evaluate.metric import Metric, Record, Summary
 from loramox.evaluate.retrained import check_retrained_model
-from loramox.evaluate.scores import in_eval_mode
 from loramox.evaluate.shares import everyones, mine, shows
 from loramox.model.config import ModelConfig, read_config, skeleton
+from loramox.model.head import in_eval_mode
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
 from loramox.model.patching import patched_pass

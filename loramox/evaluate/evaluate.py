@@ -24,7 +24,7 @@ from loramox.evaluate.asked import (
 from loramox.evaluate.depth import Depth, DepthConfig
 from loramox.evaluate.harness import Harness, HarnessConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
-from loramox.evaluate.records import SUMMARY, check_out, first_and_others, make_out, read_retrained, write_records
+from loramox.evaluate.records import SUMMARY, check_out, first_and_others, read_retrained, write_records
 from loramox.evaluate.subject import Subject, check_adapter, check_scales, check_sides
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
@@ -62,7 +62,6 @@ def evaluate(
     deep = Depth(depth or DepthConfig(), subject.adapter, model, ready.base, questions)
     harness = Harness(tasks or HarnessConfig(), subject.adapter)
 
-    make_out(out)
     deep.read_retrained(device)
     loaded: nn.Module = load_reference(model, device)
     if subject.adapter:

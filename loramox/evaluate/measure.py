@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import nn
@@ -18,6 +18,8 @@ from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.metric import Record
 from loramox.evaluate.scores import AnswerScores, score_answers
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -121,6 +123,24 @@ class Questions:
             for identity, example, row in zip(self.identities(), examples, rows, strict=True)
             if row.prompt is not None
         ]
+
+    def answered(
+        self, model: nn.Module, answering: Callable[..., list[T]], most_tokens: int | None = None, **how: Any
+    ) -> list[tuple[Record, Row, T]]:
+        """Each row that has a question: its record without scores, the row, and what `answering` has the model say.
+
+        Args:
+            model: which model.
+            answering: `greedy_answers` or `sampled_answers`.
+            most_tokens: the longest answer; as in scoring by default.
+            how: what else that takes.
+        """
+        asked, limit = self.asked(), Answering(most_tokens or self.scoring.max_new_tokens)
+        examples = [example for _, example, _ in asked]
+        said = self.batch.ask(
+            lambda size: answering(model, self.tokenizer, examples, how=limit, batch_size=size, **how)
+        )
+        return [(record, row, each) for (record, _, row), each in zip(asked, said, strict=True)]
 
     def remember_reference(self, model: nn.Module) -> None:
         """Keep the scores of all answers under `model` as it is now, and their hidden states, from which KL(p_ref ‖ p) is taken.

@@ -1,6 +1,8 @@
 """The folder of an evaluation: records.jsonl, one line a row, and summary.json."""
 
 import json
+import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
             f"{path} has no records of an evaluation that can be read ({error!r}). Make them: loramox evaluate --model "
-            f"RETRAINED_MODEL … --out {folder}, with the same rows"
+            f"RETRAINED_MODEL … --out {shlex.quote(str(folder))}, with the same rows"
         ) from error
     summary = path.with_name(SUMMARY)
     checksum = read_json(summary, dict).get(CHECKSUM) if summary.exists() else None
@@ -88,6 +90,12 @@ def read_retrained(
         found.append(read_records(Path(folder), like=like))
         summary = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / SUMMARY
         about = read_json(summary, dict) if summary.is_file() else {}
+        if not about:
+            warnings.warn(
+                f"--retrained {folder}: there is no {SUMMARY} beside its {RECORDS}, so that its model and its prompt template are not known. "
+                "Give the whole folder that loramox evaluate wrote",
+                stacklevel=2,
+            )
         check_template(Path(folder), about, template, own)
         theirs = about.get("base") or {}
         if reference and reference["weights"] is not None and theirs.get("weights") == reference["weights"]:
@@ -110,8 +118,6 @@ def first_and_others(retrained: list[list[Record]]) -> tuple[list[Record], list[
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raises `RunError` unless evaluations may be written to `out`."""
-    if out.is_file():
-        raise RunError(f"--out {out} is a file. Give a folder")
     if (out / SUMMARY).exists() and not overwrite:
         raise RunError(
             f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"
@@ -119,14 +125,6 @@ def check_out(out: Path, overwrite: bool) -> None:
     ours = {LOCK, RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
     if out.exists() and any(p.name not in ours for p in out.iterdir()):
         raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
-
-
-def make_out(out: Path) -> None:
-    """Make the folder. Raises `RunError` when it cannot be: now, and not when everything has been scored."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be made: {error.strerror}. Choose another folder") from error
 
 
 def check_template(folder: Path, theirs: dict[str, Any], template: str | None, own: str | None) -> None:

@@ -7,7 +7,6 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from loramox.data.encode import IGNORED, Example
 from loramox.data.pairs import Collator
 from loramox.evaluate.shares import everyones, mine, shows
-from loramox.model.head import AnswerStates, Head, answer_states, backbone, per_token
+from loramox.model.head import AnswerStates, Head, answer_states, backbone, in_eval_mode, per_token
 from loramox.model.sharding import is_sharded
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
@@ -83,17 +82,6 @@ def score_answers(
             bar.update(len(order))
     scores = everyones(scores)
     return [scores[i]._replace(hidden=own.get(i)) for i in range(len(examples))]
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model has no dropout; after it, however it ends, the model is as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def mean_log_p(scores: Sequence[AnswerScores]) -> np.ndarray:

@@ -7,10 +7,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.evaluate.metric import REFERENCE, RETRAINED
 
 SHORT = {REFERENCE: "adapter off", RETRAINED: "retrained model"}  # what a metric is compared to
-LEAKS = {"rouge_l": "ROUGE-L", "key_words": "key words"}  # by what a sampled answer leaks
 
 
 def show_states(states: list[dict[str, Any]]) -> None:
@@ -54,7 +54,7 @@ def _show_leaks(states: list[dict[str, Any]]) -> None:
             between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
             cells.append("" if value is None else f"{value:.3f}{between}")
         k, _, by = name.removeprefix("leak_at_").partition("_by_")
-        table.add_row(f"k = {k}, {LEAKS[by]}", *cells)
+        table.add_row(f"k = {k}, {CRITERIA[by]}", *cells)
     console = Console()
     console.print()
     console.print(table)

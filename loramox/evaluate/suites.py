@@ -1,12 +1,13 @@
 """The rows of public benchmarks, from the hub or from a folder, and how their questions are put."""
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from loramox.data.rows import Columns, Row, read_rows
-from loramox.errors import RowsError
+from loramox.errors import RowsError, RunError
 from loramox.evaluate.answers import Answering
+from loramox.files import read_json
 
 HUBS = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-News"}
 
@@ -89,7 +90,8 @@ def _shots(source: str) -> str:
 def _texts(source: str) -> list[str]:
     """MUSE's own files are JSON lists of texts; on the hub they have a column text."""
     if source.endswith(".json"):
-        texts = json.loads(Path(source).read_text(encoding="utf-8"))
-        if all(isinstance(text, str) and text.strip() for text in texts):
-            return texts
+        with suppress(RunError):  # it may be rows all the same
+            texts = read_json(source, list)
+            if all(isinstance(text, str) and text.strip() for text in texts):
+                return texts
     return [row.answer for row in read_rows(source)]

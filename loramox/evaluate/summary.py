@@ -51,85 +51,82 @@ def summarise(
         tasks: scores of lm-evaluation-harness, by task.
     """
     parts = by_part(records)
-    metrics: dict[str, Metric] = {}
-    absent: dict[str, str] = {}
+    into = Summary({}, {})
     for part, rows in parts.items():
-        _means(part, rows, metrics, absent)
+        _means(part, rows, into)
     if "forget" in parts:
         theirs = by_part(retrained)
-        _forget_quality(parts["forget"], theirs.get("forget"), metrics, absent)
+        _forget_quality(parts["forget"], theirs.get("forget"), into)
         each = [found["forget"] for found in (theirs, *map(by_part, others)) if "forget" in found]
-        add_equivalence(parts["forget"], each, share, metrics, absent)
-        _membership(parts, theirs, metrics, absent)
-    _utility(parts, metrics, absent)
-    add_ability(parts, tasks or {}, metrics, absent)
-    return Summary(metrics, absent)
+        add_equivalence(parts["forget"], each, share, into)
+        _membership(parts, theirs, into)
+    _utility(parts, into)
+    add_ability(parts, tasks or {}, into)
+    return into
 
 
-def _means(part: str, rows: list[Record], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+def _means(part: str, rows: list[Record], into: Summary) -> None:
     better = BETTER.get(part, "higher")
     for name, source in (MEANS | {name: metric.source for name, metric in ROW_METRICS.items()}).items():
         found = values(rows, name)
         if len(found):
             direction = "higher" if name == "fluent" else better
-            metrics[f"{part}_{name}"] = Metric(float(found.mean()), direction, len(found), None, source)
+            into.metrics[f"{part}_{name}"] = Metric(float(found.mean()), direction, len(found), None, source)
         else:
             why = (r["absent"][name] for r in rows if name in r.get("absent", {}))
             needed = "needs questions, and answers generated to them (max_new_tokens above 0)"
-            absent[f"{part}_{name}"] = next(why, needed)
+            into.absent[f"{part}_{name}"] = next(why, needed)
     kl = values(rows, "kl")
     if part == "retain" and len(kl):
         source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
-        metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
+        into.metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
     elif part == "retain":
-        absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
+        into.absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
     text = [r for r in rows if r["plain_text"]]
     if text:
         tokens = np.array([r["tokens"] for r in text])
         perplexity = float(np.exp(-(values(text, "log_p") * tokens).sum() / tokens.sum()))
-        metrics[f"{part}_perplexity"] = Metric(
+        into.metrics[f"{part}_perplexity"] = Metric(
             perplexity, {"higher": "lower", "lower": "higher"}.get(better, better), len(text), None, "per token"
         )
     ratios = values(rows, "truth_ratio")
     if len(ratios) and part == "forget":
-        metrics["forget_truth_ratio"] = Metric(
+        into.metrics["forget_truth_ratio"] = Metric(
             truth_balanced(ratios), "nearer to the retrained model's", len(ratios), None,
             "mean of min(R, 1/R), OpenUnlearning; R: TOFU, arXiv 2401.06121",
         )  # fmt: skip
     elif len(ratios):
-        metrics[f"{part}_truth_ratio"] = Metric(
+        into.metrics[f"{part}_truth_ratio"] = Metric(
             truth_preferred(ratios), better, len(ratios), None, "mean of max(0, 1 − R); TOFU, arXiv 2401.06121"
         )
     else:
-        absent[f"{part}_truth_ratio"] = "needs wrong answers (column perturbed_answer)"
+        into.absent[f"{part}_truth_ratio"] = "needs wrong answers (column perturbed_answer)"
     if part in ("real_authors", "world_facts") and len(values(rows, "chosen_probability")):
         chosen = values(rows, "chosen_probability")
-        metrics[f"{part}_probability"] = Metric(
+        into.metrics[f"{part}_probability"] = Metric(
             float(chosen.mean()), better, len(chosen), "wrong answers", "p / Σ p over options; TOFU, arXiv 2401.06121"
         )
 
 
-def _forget_quality(
-    forget: list[Record], retrained: list[Record] | None, metrics: dict[str, Metric], absent: dict[str, str]
-) -> None:
+def _forget_quality(forget: list[Record], retrained: list[Record] | None, into: Summary) -> None:
     ratios = values(forget, "truth_ratio")
     wanting = [] if len(ratios) else ["wrong answers to the forget rows (column perturbed_answer)"]
     wanting += [f"{RETRAINED} (--retrained)"] if retrained is None else []
     if wanting:
-        absent["forget_quality"] = f"needs {' and '.join(wanting)}"
+        into.absent["forget_quality"] = f"needs {' and '.join(wanting)}"
     elif not len(theirs := values(retrained, "truth_ratio")):
-        absent["forget_quality"] = f"needs wrong answers in the {RETRAINED} as well (column perturbed_answer)"
+        into.absent["forget_quality"] = f"needs wrong answers in the {RETRAINED} as well (column perturbed_answer)"
     else:
         source = "two-sided two-sample KS test on truth ratios, p-value; TOFU, arXiv 2401.06121"
         about = ("higher", len(ratios), RETRAINED, source)
-        _compare("forget_quality", forget_quality, (ratios, theirs), about, metrics, absent)
+        _compare("forget_quality", forget_quality, (ratios, theirs), about, into)
     if retrained is None:
-        absent["forget_probability_quality"] = f"needs {RETRAINED} (--retrained)"
+        into.absent["forget_probability_quality"] = f"needs {RETRAINED} (--retrained)"
         return
     log_p = (values(forget, "log_p"), values(retrained, "log_p"))
     source = "two-sided two-sample KS test on answers' mean log-probability per token, p-value"
     about = ("higher", len(log_p[0]), RETRAINED, source)
-    _compare("forget_probability_quality", probability_quality, log_p, about, metrics, absent)
+    _compare("forget_probability_quality", probability_quality, log_p, about, into)
 
 
 def _compare(
@@ -137,62 +134,61 @@ def _compare(
     function: Callable[..., float],
     samples: tuple[np.ndarray, ...],
     about: tuple[str, int, str, str],
-    metrics: dict[str, Metric],
-    absent: dict[str, str],
+    into: Summary,
 ) -> None:
     """The metric, or that scores are not finite (as at an alpha at which a model overflows), and how many."""
     try:
-        metrics[name] = Metric(function(*samples), *about)
+        into.metrics[name] = Metric(function(*samples), *about)
     except ValueError as error:
-        absent[name] = str(error)
+        into.absent[name] = str(error)
 
 
 def _membership(
     parts: dict[str, list[Record]],
     retrained: dict[str, list[Record]],
-    metrics: dict[str, Metric],
-    absent: dict[str, str],
+    into: Summary,
 ) -> None:
     names = [*ATTACKS, "mia_reference"]
     if "holdout" not in parts:
-        absent |= dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)")
+        into.absent.update(dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)"))
         if "forget" not in retrained:
             both = f"needs {HOLDOUT} (--holdout) and {RETRAINED} on forget and holdout (--retrained)"
-            absent |= dict.fromkeys(["mia_reference", "priv_leak"], both)
+            into.absent.update(dict.fromkeys(["mia_reference", "priv_leak"], both))
         return
     forget, holdout = parts["forget"], parts["holdout"]
     n = len(forget) + len(holdout)
     about = ("nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
     for name in ATTACKS:
-        _compare(name, membership.auc, (values(forget, name), values(holdout, name)), about, metrics, absent)
+        _compare(name, membership.auc, (values(forget, name), values(holdout, name)), about, into)
     if not {"forget", "holdout"} <= retrained.keys():
-        absent |= dict.fromkeys(
-            ["mia_reference", "priv_leak"], f"needs {RETRAINED} on forget and holdout (--retrained)"
-        )
+        both = f"needs {RETRAINED} on forget and holdout (--retrained)"
+        into.absent.update(dict.fromkeys(["mia_reference", "priv_leak"], both))
         return
     theirs = {part: values(retrained[part], "mia_loss") for part in ("forget", "holdout")}
     less = [values(rows, "mia_loss") - theirs[part] for part, rows in (("forget", forget), ("holdout", holdout))]
     source = "AUC of the loss minus the retrained model's (arXiv 2012.07805)"
-    _compare("mia_reference", membership.auc, tuple(less), ("nearer to 0.5", n, RETRAINED, source), metrics, absent)
+    _compare("mia_reference", membership.auc, tuple(less), ("nearer to 0.5", n, RETRAINED, source), into)
 
     def priv_leak(*samples: np.ndarray) -> float:
         return membership.priv_leak(membership.auc(*samples[:2]), membership.auc(*samples[2:]))
 
     scores = tuple(values(rows, "mia_min_k") for rows in (forget, holdout, retrained["forget"], retrained["holdout"]))
     source = "percent, of Min-K% AUC, k = 40 %; MUSE, arXiv 2407.06460"
-    _compare("priv_leak", priv_leak, scores, ("nearer to 0", n, RETRAINED, source), metrics, absent)
+    _compare("priv_leak", priv_leak, scores, ("nearer to 0", n, RETRAINED, source), into)
 
 
-def _utility(parts: dict[str, list[Record]], metrics: dict[str, Metric], absent: dict[str, str]) -> None:
+def _utility(parts: dict[str, list[Record]], into: Summary) -> None:
     whats = ("probability", "rouge_l", "truth_ratio")
     nine = [f"{part}_{what}" for part in UTILITY for what in whats]
-    missing = [name for name in nine if name not in metrics]
+    missing = [name for name in nine if name not in into.metrics]
     if missing:
         gone = [part for part in UTILITY if part not in parts]
         rest = [name for name in missing if not name.startswith(tuple(gone))] if gone else missing
         wanting = [*([f"rows of {' and '.join(gone)}"] if gone else []), *rest]
-        absent["model_utility"] = f"needs {', '.join(wanting)} (all of them are in --suite tofu)"
+        into.absent["model_utility"] = f"needs {', '.join(wanting)} (all of them are in --suite tofu)"
         return
     n = sum(len(parts[part]) for part in UTILITY)
     source = "harmonic mean of nine numbers; TOFU, arXiv 2401.06121"
-    metrics["model_utility"] = Metric(model_utility([metrics[m].value for m in nine]), "higher", n, None, source)
+    into.metrics["model_utility"] = Metric(
+        model_utility([into.metrics[m].value for m in nine]), "higher", n, None, source
+    )

@@ -13,6 +13,7 @@ def truth_ratio(true_log_p: np.ndarray, wrong_log_p: np.ndarray) -> np.ndarray:
     has no paraphrase), [rows], and of the wrong ones, [rows, wrong answers], NaN where a row has fewer. The higher R, the
     less a model prefers the truth over its variants; on forget rows what counts is R's distribution beside a retrained
     model's, not its height.
+    TOFU's paper writes an arithmetic mean over the wrong answers; its code takes the geometric one, as here.
     """
     return np.exp(np.nanmean(wrong_log_p, axis=1) - true_log_p)
 

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loramox.adapter.factors import read_stored
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
+from loramox.adapter.loading import check_whole
 from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
-from loramox.adapter.streaming.checkpoint import base_config, beside, fetch, read_shards
-from loramox.errors import RunError
+from loramox.adapter.streaming.checkpoint import base_config, beside, fetch, leads_out, read_shards
+from loramox.errors import AdapterError, RunError
 from loramox.files import replacing
-from loramox.model.config import ModelConfig, identify
+from loramox.model.config import ModelConfig, identify, skeleton
 
 
 def serve_folder(
@@ -33,9 +33,14 @@ def serve_folder(
     # A base of that name is taken at the revision that it was trained on.
     named = base is None or base == source["base"]["model"]
     model = ModelConfig(base or source["base"]["model"], source["base"]["revision"] if named else None, "none")
-    check_base(source, identify(model, base_config(model)), adapter)
+    config = base_config(model)
+    check_base(source, identify(model, config), adapter)
+    check_whole(adapter, skeleton(config, model))  # transformers leaves out what it finds no place for, in silence
+    if leads_out(adapter / CARD, adapter):
+        raise AdapterError(
+            f"{adapter / CARD} is a link that leads out of the adapter's folder, or is no file. Put a file in its place"
+        )
     folder = fetch(model)
-    read_stored(adapter)  # before anything is written
     files = {*beside(folder), *(shard.path for shard in read_shards(folder))}
     with replacing(out, folder=True) as partial:
         for path in files:

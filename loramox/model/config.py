@@ -21,13 +21,16 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from loramox.errors import ModelError, SettingsError
+from loramox.errors import ModelError, RunError, SettingsError
+from loramox.files import read_json
 from loramox.model.precision import half_precision, warn_of_emulation
-from loramox.model.stored import check_weights
+from loramox.model.stored import AGAIN, check_weights
 from loramox.settings import check_choices
+
+MOST_LAYERS = 1_000  # the largest models have some 100; a damaged number would be built for ever
 
 
 @dataclass
@@ -83,7 +86,7 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
 
     Args:
         reference: the model.
-        weights: also check the files of weights in its folder, by their headers.
+        weights: also check the files of weights in its folder, by their headers, and what they are loaded with.
 
     Raises:
         ModelError: there is no such model; it is an adapter, or has one in its folder; it is not causal, is a mixture of experts,
@@ -96,14 +99,17 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
         config = AutoConfig.from_pretrained(
             name, revision=reference.revision, trust_remote_code=reference.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises errors of many types for a damaged file
         if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
             raise ModelError(
                 f"--model {name}: there is no such folder. Expected a model's folder, or a hub id owner/name"
             ) from error
-        raise ModelError(f"--model {name}: no usable config.json there: {error}") from error
+        raise ModelError(f"--model {name}: no usable config.json there: {error or type(error).__name__}") from error
     kind = config.model_type
     architectures = config.architectures or []
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(architectures, list) or (isinstance(layers, int) and layers > MOST_LAYERS):
+        raise ModelError(f"--model {name}: its config.json is damaged (architectures, num_hidden_layers). {AGAIN}")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config", "text_config")):
         raise ModelError(
@@ -122,7 +128,9 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
             f"--model {name} is {', '.join(architectures) or kind}, not a causal language model (…ForCausalLM)"
         )
     experts = [
-        n for n in ("num_local_experts", "num_experts", "n_routed_experts") if (getattr(config, n, None) or 0) > 1
+        n
+        for n in ("num_local_experts", "num_experts", "n_routed_experts")
+        if getattr(config, n, None) not in (None, 0, 1)
     ]
     if experts:
         raise ModelError(
@@ -136,7 +144,17 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
         )
     if weights:
         check_weights(name)
+        _check_generation(Path(name) / GENERATION_CONFIG_NAME)
     return config
+
+
+def _check_generation(path: Path) -> None:
+    """Raises `ModelError` for a generation_config.json that is damaged, before transformers meets it with the weights."""
+    if path.exists():
+        try:
+            read_json(path, dict)
+        except RunError as error:
+            raise ModelError(f"{error}. {AGAIN}") from error
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -168,8 +186,9 @@ def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**name)
         words = getattr(AutoConfig.from_pretrained(**name), "vocab_size", None)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # as of a damaged config
+        why = error or type(error).__name__
+        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {why}") from error
     beyond = {token: id_ for token, id_ in tokenizer.get_added_vocab().items() if words and id_ >= words}
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     needed = [token for token in beyond if token in (tokenizer.eos_token, tokenizer.bos_token) or token in template]
@@ -222,11 +241,21 @@ def several_processes() -> bool:
 
 
 def skeleton(config: PretrainedConfig, reference: ModelConfig) -> PreTrainedModel:
-    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it."""
-    with torch.device("meta"), attention_of(reference):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=reference.attn_implementation, trust_remote_code=reference.trust_remote_code
-        )
+    """The model without weights (on torch's meta device), to find out what an adapter on it is before loading it.
+
+    Raises `ModelError` for a config that makes no model.
+    """
+    try:
+        with torch.device("meta"), attention_of(reference):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=reference.attn_implementation, trust_remote_code=reference.trust_remote_code
+            )
+    except ModelError:
+        raise
+    except Exception as error:  # a size that is 0, a name of no activation, …
+        raise ModelError(
+            f"--model {reference.model}: its config.json makes no model ({type(error).__name__}: {error}). {AGAIN}"
+        ) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from loramox.model.head import in_eval_mode
 from loramox.model.sharding import is_sharded
 
 BATCH = 32
@@ -23,6 +24,12 @@ def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
 
 
 SAMPLED = sampling(0.9, 0.9)
+
+
+def own_ends(model: nn.Module) -> set[int]:
+    """The tokens at which the model's generation config, its config.json in its stead, lets it stop: one, several or none."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    return {own} if isinstance(own, int) else set(own or ())
 
 
 class _Without(LogitsProcessor):
@@ -52,23 +59,20 @@ def continuations(
     Args:
         prompts: token ids, each prompt at least one.
         tokens: most new tokens.
-        ends: tokens at which a continuation stops.
+        ends: tokens at which a continuation stops, besides the model's own.
         sample: sample at temperature 0.9 from the likeliest 90 %; otherwise take the likeliest token each time.
         banned: for each prompt the tokens that must not come.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    stops = own_ends(model).union(ends)
+    how = SAMPLED if sample else GREEDY
     found: list[str] = []
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for start in range(0, len(prompts), BATCH):
-            processors = [_Without(banned[start : start + BATCH])] if banned else []
-            said = new_tokens(
-                model, prompts[start : start + BATCH], tokens, ends, pad, SAMPLED if sample else GREEDY, processors
-            )
+            some = slice(start, start + BATCH)
+            processors = [_Without(banned[some])] if banned else []
+            said = new_tokens(model, prompts[some], tokens, stops, pad, how, processors)
             found += tokenizer.batch_decode(said, skip_special_tokens=True)
-    finally:
-        model.train(training)
     return found
 
 

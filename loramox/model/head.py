@@ -5,22 +5,24 @@ and 2,048 tokens, 1 GB in fp32, several times over in a loss. Only answer tokens
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from loramox.data.encode import IGNORED
+from loramox.data.microbatches import concatenated
 from loramox.errors import ModelError
 
 # Logits of one chunk, in elements: 36 MB in fp32. A loss holds a handful of such tensors at a time. Just above the 32 MiB
 # up to which glibc may keep freed blocks on its heap: below it, a process on the CPU grew to 2 GB of remains.
 CHUNK_ELEMENTS = 9_000_000
+# On a GPU no fewer tokens: for fewer, reading the head takes longer than multiplying with it.
+CHUNK_TOKENS = 256
 
 # How far the head's logits may be from the model's own, as a share of the largest: 16-bit arithmetic takes one in a hundred.
 AGREE = 0.05
@@ -80,9 +82,44 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         (output,) = self._output
         # Without autocast the head's own dtype decides (16-bit models); with it, autocast does.
-        logits = output(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(output.weight.dtype))
-        logits = logits.float()
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        hidden = hidden if autocast else hidden.to(output.weight.dtype)
+        if not autocast and multiplies_into_fp32(hidden) and type(output) is nn.Linear and output.bias is None:
+            logits = _Fp32Product.apply(hidden, output.weight)
+        else:
+            logits = output(hidden).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def multiplies_into_fp32(hidden: Tensor) -> bool:
+    """Whether torch multiplies such 16-bit matrices into one in fp32. Rounded to bfloat16, logits are up to 0.06 off."""
+    is_cuda = hidden.device.type == "cuda" and torch.version.hip is None  # AMD's GPUs are called cuda as well
+    return is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+
+
+class _Fp32Product(torch.autograd.Function):
+    """hidden · weightᵀ, [N, size] and [vocabulary, size] in 16 bits → [N, vocabulary] in fp32. The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model has no dropout; after it, however it ends, the model is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def backbone(causal_lm: PreTrainedModel) -> nn.Module:
@@ -92,15 +129,15 @@ def backbone(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def answer_states(
-    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Tensor], layer: int | None = None, **passed_on: Any
+    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Any], layer: int | None = None, **passed_on: Any
 ) -> AnswerStates:
     """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
 
-    `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the
-    transformers model inside it. `batch` has input_ids, attention_mask and labels, each [rows, tokens], with
-    labels `IGNORED` everywhere but on answer tokens. The logits of the pass are not used: one position's are computed.
-    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones.
-    What is `passed_on` goes to the model as well (a key-value cache that the batch goes on from).
+    `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the transformers model
+    inside it. `batch` is as `loramox.data.pairs.Collator` makes it: input_ids, attention_mask and labels, each [rows, tokens],
+    and `answers`, the positions of each row's answer tokens. The logits of the pass are not used: one position's are computed.
+    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones. What is `passed_on`
+    goes to the model as well (a key-value cache that the batch goes on from).
 
     Raises:
         ModelError: in the first pass of a model whose own logits are not those of its `Head`.
@@ -124,13 +161,14 @@ def answer_states(
     if layer is None and causal_lm not in _COMPARED:
         _compare(causal_lm, states[-1][:, -1], output.logits[:, -1])
         _COMPARED.add(causal_lm)
-    labels = batch["labels"][:, 1:]
-    is_answer = labels != IGNORED
+    # Known before the pass, so nothing has to wait for the GPU, as it would to find them in the labels.
+    places = [(row, at) for row, answer in enumerate(batch["answers"]) for at in answer]
+    row_of, at = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T.to(batch["labels"].device, non_blocking=True)
     return AnswerStates(
-        hidden=states[-1][:, :-1][is_answer],
-        targets=labels[is_answer],
-        row_of=is_answer.nonzero()[:, 0],
-        rows=labels.shape[0],
+        hidden=states[-1][row_of, at - 1],
+        targets=batch["labels"][row_of, at],
+        row_of=row_of,
+        rows=len(batch["answers"]),
     )
 
 
@@ -154,20 +192,14 @@ def states_of_parts(
     model: nn.Module, causal_lm: nn.Module, parts: dict[str, dict[str, Any]], layer: int | None = None
 ) -> dict[str, AnswerStates]:
     """`answer_states` of each part, from one forward pass over the rows of all."""
-    longest = max(batch["input_ids"].shape[1] for batch in parts.values())
-
-    def joined(name: str, filler: int) -> Tensor:
-        return torch.cat(
-            [pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in parts.values()]
-        )
-
-    together = {"input_ids": joined("input_ids", 0), "attention_mask": joined("attention_mask", 0)}
-    states = answer_states(model, causal_lm, together | {"labels": joined("labels", IGNORED)}, layer)
+    states = answer_states(model, causal_lm, concatenated(list(parts.values())), layer)
+    tokens = [sum(map(len, batch["answers"])) for batch in parts.values()]
     made, row = {}, 0
-    for part, batch in parts.items():
-        rows = len(batch["lengths"])
-        its = (states.row_of >= row) & (states.row_of < row + rows)
-        made[part] = AnswerStates(states.hidden[its], states.targets[its], states.row_of[its] - row, rows)
+    for (part, batch), hidden, targets, row_of in zip(
+        parts.items(), *(each.split(tokens) for each in states[:3]), strict=True
+    ):
+        rows = len(batch["answers"])
+        made[part] = AnswerStates(hidden, targets, row_of - row, rows)
         row += rows
     return made
 
@@ -188,8 +220,13 @@ def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor],
     def on_chunk(*tensors: Tensor) -> Tensor:
         return function(*(head(h) for h in tensors[: len(hidden)]), *tensors[len(hidden) :])
 
-    size = max(1, CHUNK_ELEMENTS // head.vocabulary)
+    size = tokens_at_once(head.vocabulary, hidden[0].device.type)
     return _Chunked.apply(on_chunk, size, *hidden, *others)
+
+
+def tokens_at_once(vocabulary: int, device: str) -> int:
+    """Tokens of a chunk, on a device of this type."""
+    return max(CHUNK_ELEMENTS // vocabulary, 1 if device == "cpu" else CHUNK_TOKENS)
 
 
 class _Chunked(torch.autograd.Function):
@@ -221,6 +258,11 @@ class _Chunked(torch.autograd.Function):
         return None, None, *(next(weighed) if needed else None for needed in ctx.learned)
 
 
+def answer_lengths(states: AnswerStates) -> Tensor:
+    """How many answer tokens each row has, [rows]. `bincount` would wait for the GPU."""
+    return sum_over_rows(torch.ones_like(states.row_of), states)
+
+
 def sum_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     """Sum over each row's answer tokens, [rows]."""
     return values.new_zeros(states.rows).index_add(0, states.row_of, values)
@@ -233,4 +275,4 @@ def weighted_mean_over_rows(values: Tensor, weights: Tensor, states: AnswerState
 
 def mean_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     """Mean over each row's answer tokens, [rows]. Padding and prompt tokens never count."""
-    return sum_over_rows(values, states) / torch.bincount(states.row_of, minlength=states.rows)
+    return sum_over_rows(values, states) / answer_lengths(states)

@@ -17,10 +17,13 @@ from loramox.model.config import ModelConfig, attention_of, read_config
 log = logging.getLogger(__name__)
 
 
-def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_reference(
+    reference: ModelConfig, device: torch.device | str = "cpu", gguf: str | None = None
+) -> PreTrainedModel:
     """θ_ref on `device`, frozen, in the wanted quantization, every 4-bit layer safe for training after evaluation.
 
-    With `reference.shard` it is on the CPU, for `loramox.model.sharding.shard` to cut it up when it has its adapters.
+    With `reference.shard` it is on the CPU, for `loramox.model.sharding.shard` to cut it up when it has its adapters. With `gguf`
+    (a file in the model's folder) the weights are those of that file, no longer quantized.
 
     Raises:
         ModelError: what `read_config` refuses, or weights that are missing or misshapen: transformers would draw them at random,
@@ -39,6 +42,7 @@ def load_reference(reference: ModelConfig, device: torch.device | str = "cpu") -
             dtype=dtype,
             device_map={"": "cpu" if reference.shard else device},
             quantization_config=quantization(reference.quantization, dtype, reference.shard),
+            gguf_file=gguf,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused here, by name
         )

@@ -119,7 +119,7 @@ def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
-            f"--target_modules {reference.target_modules}: {error}. Give names of layers, such as q_proj, or leave --target_modules out: all "
+            f"--target_modules {reference.target_modules}: {str(error).rstrip('.')}. Give names of layers, such as q_proj, or leave --target_modules out: all "
             "linear layers but the output head"
         ) from error
     if reference.shared_subspace:
@@ -193,18 +193,21 @@ def lora_layers(model: nn.Module, adapter: str = ADAPTER) -> Iterator[tuple[str,
 
 
 @contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Within it the model is the base, with every adapter off.
-
-    PEFT marks the weights of all active adapters as trainable on the way out; which weights train is as it was before.
-    """
+def what_trains_as_before(model: nn.Module) -> Iterator[None]:
+    """After it the weights train that trained before: PEFT marks those of all adapters that it switches on as trainable."""
     trains = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for parameter, flag in trains:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Within it the model is the base, with every adapter off."""
+    with what_trains_as_before(model), model.disable_adapter():
+        yield
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     for p in of_adapter:  # which begins as the first process's in all
         torch.distributed.broadcast(p.data, 0)
     # The layers' common root, which has no weights to cut: the next layer's come while this one computes.
-    fully_shard(backbone(causal_lm), mesh=mesh, ignored_params=_whole(model))
+    whole = {p for p in model.parameters() if not isinstance(p, DTensor)}
+    fully_shard(backbone(causal_lm), mesh=mesh, ignored_params=whole)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,10 +54,6 @@ def layers_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
     raise ModelError(
         f"{type(causal_lm).__name__} has no list of its {depth} layers, which --shard cuts and --depth reads. Say --shard false, leave out --depth"
     )
-
-
-def _whole(model: nn.Module) -> set[nn.Parameter]:
-    return {p for p in model.parameters() if not isinstance(p, DTensor)}
 
 
 def _plain_4bit_weights(layer: nn.Module) -> None:

@@ -48,26 +48,23 @@ def grid(trained: float) -> list[float]:
 def next_value(
     values: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
 ) -> float:
-    """The value that tells most about the frontier: midway in the longer of the two steps at its sharpest bend.
+    """The value that tells most about the frontier: midway in the step over which the two curves change most.
 
     With `floor`, the retain probability to keep: midway between the largest value that keeps it and the next.
 
-    `forget` and `retain` are the mean probabilities at `values`, which ascend. How sharp a bend is, is the area of the
-    triangle of a point and its neighbours, with both curves on their own range. Two points have no bend: midway.
+    `forget` and `retain` are the mean probabilities at `values`, which ascend; each curve counts on its own range.
     """
-    x, points = np.asarray(values, float), np.stack([forget, retain], axis=1).astype(float)
-    if len(x) == 2:
-        return float(x.mean())
+    x, points = (
+        np.asarray(values, float),
+        np.nan_to_num(np.stack([forget, retain], axis=1)),
+    )  # one far too high may overflow
     kept = np.flatnonzero(points[:, 1] >= floor) if floor is not None else []
     if len(kept) and kept[-1] + 1 < len(x):
-        return float((x[kept[-1]] + x[kept[-1] + 1]) / 2)
-    points = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
-    before, after = points[1:-1] - points[:-2], points[2:] - points[1:-1]
-    bend = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])
-    at = int(bend.argmax()) + 1
-    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
-    left = at - 1 if steps[at - 1] >= steps[at] else at
-    return float((x[left] + x[left + 1]) / 2)
+        step = int(kept[-1])
+    else:
+        ranges = np.maximum(np.ptp(points, axis=0), 1e-9)
+        step = int(np.linalg.norm(np.diff(points, axis=0) / ranges, axis=1).argmax())
+    return float((x[step] + x[step + 1]) / 2)
 
 
 def beside(values: Sequence[float], best: float) -> float:

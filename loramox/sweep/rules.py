@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loramox.evaluate.bootstrap import resampled
 from loramox.sweep.frontier import FORGOTTEN, Axis
 
-RESAMPLES = 200
+RESAMPLES = 200  # a membership AUC of each value is taken for every one
 LEVEL = 0.05  # two sets of rows cannot be told apart when a test's p-value, or an interval's error, is above it
 
 Rows = np.ndarray  # [points, rows], or [rows]
@@ -29,8 +30,8 @@ def allowance(reference: Rows, budget: float) -> float:
     """How much mean probability retain rows may lose: a share `budget` of the reference's, or what its own mean loses at the 5 %
     quantile of resampled rows, where that is more. A smaller loss cannot be told from the choice of the rows.
     """
-    drawn = np.random.default_rng(0).integers(0, len(reference), (RESAMPLES, len(reference)))
-    return float(max(budget * reference.mean(), reference.mean() - np.quantile(reference[drawn].mean(1), LEVEL)))
+    means = resampled(lambda rows: float(reference[rows].mean()), len(reference), samples=RESAMPLES)
+    return float(max(budget * reference.mean(), reference.mean() - np.quantile(means, LEVEL)))
 
 
 def within_budget(
@@ -243,11 +244,12 @@ def _bootstrapped(
     reason: str,
 ) -> Choice:
     """The choice `at`, with the interval of it and of choices on rows drawn again, with replacement (seeded), from each set."""
-    generator = np.random.default_rng(0)
-    picked = []
-    for _ in range(RESAMPLES):
-        i = pick(*(generator.integers(0, n, n) for n in sizes))
-        picked.append(0.0 if i is None else values[i])
+
+    def value(*rows: np.ndarray) -> float:
+        i = pick(*rows)
+        return 0.0 if i is None else values[i]
+
+    picked = resampled(value, *sizes, samples=RESAMPLES)
     low, high = np.quantile(picked, [0.05, 0.95], method="nearest")
     chosen = float(values[at])
     return Choice(rule, chosen, min(float(low), chosen), max(float(high), chosen), reason, chosen)

@@ -98,8 +98,7 @@ def choose(
         knows, never_knew = (scores(records, "forget", name) for records in (measured[0.0], retrained))
         if len(never_knew) and len(never_knew) == len(knows):
             some = finite(name, "forget")
-            choice = like_retrained(some, table("forget", name, some), never_knew, p_value, axis, knows, test)
-            choices.append(_with_the_other_test(choice, measured, retrained) if name == "truth_ratio" else choice)
+            choices.append(like_retrained(some, table("forget", name, some), never_knew, p_value, axis, knows, test))
             break
     if target := _target(measured, retrained, forget_to):
         some = finite("probability", "forget")
@@ -152,18 +151,6 @@ def answered_right(records: Sequence[Record], part: str = "forget") -> np.ndarra
         elif record["part"] == part and "exact_memorization" in record:
             found.append(record["exact_memorization"] == 1)
     return np.array(found, dtype=float)
-
-
-def _with_the_other_test(choice: Choice, measured: Measured, retrained: Sequence[Record]) -> Choice:
-    """The test on probabilities beside the one on truth ratios, which does not see how probable the answers are."""
-    if choice.at is None:
-        return choice
-    log_p = [scores(records, "forget", "log_p") for records in (measured[choice.at], retrained)]
-    if not all(len(each) and np.isfinite(each).all() for each in log_p):
-        return choice
-    return choice._replace(
-        reason=f"{choice.reason}; by the test on probabilities p = {probability_quality(*log_p):.2g}"
-    )
 
 
 def _with_its_cost(choice: Choice, measured: Measured) -> Choice:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import nn
 
 from loramox.adapter import loading
 from loramox.adapter.export import extrapolate
@@ -30,7 +32,7 @@ from loramox.evaluate.asked import (
     with_neighbours,
 )
 from loramox.evaluate.equivalence import holm
-from loramox.evaluate.measure import Record, ScoringConfig, check_numbers
+from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, first_and_others, read_records, read_retrained, write_records
 from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import Summary, summarise
@@ -68,12 +70,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     out, trained = Path(config.out), Path(config.trained)
     source = _source(trained)
     axis = _axis(config, source)
-    settings = source["settings"]
-    model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
-    if asked.suite:  # training may have truncated its own rows; these are others
-        tokenisation = replace(tokenisation, max_length=None, long_rows="refuse")
-    model.model = config.model or model.model
-    model.shard = model.shard and several_processes()  # else one process holds all
+    model, tokenisation, columns = _as_trained(config, asked, source["settings"])
     device = check_device(model, scoring.use_cpu)
     base = identify(model, read_config(model, weights=True))
     check_base(source, base, trained)
@@ -102,7 +99,6 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     process.wait_for_everyone()
     plan["row_counts"] = counts  # no part of what a sweep that goes on is compared by: `data` is
 
-    shipped, _ = at_rank(delta, served_rank(settings["r"]))
     adapted = loading.put_on(load_reference(model, device), trained / "momentum")
     if tuned:
         put_on(adapted, tuned, TUNED)
@@ -110,28 +106,47 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         shard(adapted, process.device)
     with at_scale(adapted, 0):  # the reference, of which a tuned adapter is a part
         questions.remember_reference(adapted)
+    shipped, _ = at_rank(delta, served_rank(source["settings"]["r"]))
 
     def measure(at: float) -> list[Record]:
-        folder = out / f"at-{at:g}"
-        if (folder / SUMMARY).exists():
-            return read_records(folder, like=questions.identities())
-        start = time.perf_counter()
         with with_factors(adapted, shipped), at_scale(adapted, axis.scale(at)):
-            scaled = time.perf_counter()
-            records = questions.ask(adapted, f"{axis.unit} = {at:g}, ")
-        if not at:
-            check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
-        scoring_seconds = time.perf_counter() - scaled
-        summary = summary_of(records)
-        more = time.perf_counter() - start - scoring_seconds
-        # What a point costs besides its evaluation: scaling the adapter, and adding up the scores.
-        seconds = {"scoring": scoring_seconds, "more": more}
-        if PartialState().is_main_process:
-            write_records(folder, records, summary, {"unit": axis.unit, "at": at, "seconds": seconds})
-        return records
+            return _point(out / f"at-{at:g}", axis, at, adapted, questions, summary_of)
 
     measured = _measured(config, axis, measure, retrained)
     return _conclude(config, plan, measured, _points(measured, summary_of), retrained, axis)
+
+
+def _as_trained(
+    config: SweepConfig, asked: Asked, settings: dict[str, Any]
+) -> tuple[ModelConfig, Tokenisation, Columns]:
+    """How the run loaded its model, and read and tokenised its rows."""
+    model, tokenisation, columns = (of_record(kind, settings) for kind in (ModelConfig, Tokenisation, Columns))
+    if asked.suite:  # training may have truncated its own rows; these are others
+        tokenisation = replace(tokenisation, max_length=None, long_rows="refuse")
+    model.model = config.model or model.model
+    model.shard = model.shard and several_processes()  # else one process holds all
+    return model, tokenisation, columns
+
+
+def _point(
+    folder: Path,
+    axis: Axis,
+    at: float,
+    model: nn.Module,
+    questions: Questions,
+    summary_of: Callable[[list[Record]], Summary],
+) -> list[Record]:
+    """The records of one point: from its folder where it was measured before, else asked of the model and written there."""
+    if (folder / SUMMARY).exists():
+        return read_records(folder, like=questions.identities())
+    start = time.perf_counter()
+    records = questions.ask(model, f"{axis.unit} = {at:g}, ")
+    if not at:
+        check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
+    if PartialState().is_main_process:
+        about = {"unit": axis.unit, "at": at, "seconds": time.perf_counter() - start}
+        write_records(folder, records, summary_of(records), about)
+    return records
 
 
 def _axis(config: SweepConfig, source: dict[str, Any]) -> Axis:
@@ -156,7 +171,8 @@ def _measured(
     """The records at every value that is wanted or in the folder already, and at those that the rule adds."""
     given = config.alphas if axis.unit == "alpha" else config.scales
     wanted = {0.0, *(given or grid(axis.trained))}
-    found = {float(f.parent.name.removeprefix("at-")) for f in Path(config.out).glob(f"at-*/{SUMMARY}")}
+    names = [f.parent.name for f in Path(config.out).glob(f"at-*/{SUMMARY}")]
+    found = {float(m[1]) for m in (re.fullmatch(r"at-(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name) for name in names) if m}
     measured = {at: measure(at) for at in sorted(wanted | found)}
     prefer = functools.partial(
         next_for, config.rule, retrained=retrained, budget=config.budget, axis=axis, forget_to=config.forget_to
@@ -263,9 +279,7 @@ def _conclude(
     if PartialState().is_main_process:
         try:
             draw_frontier(out / PICTURE, points, chosen, of_retrained, axis.unit)
-        except (
-            MissingExtraError
-        ) as missing:  # the picture is a convenience: everything in it is in frontier.json as well
+        except MissingExtraError as missing:  # the picture is a convenience: frontier.json has everything in it
             warnings.warn(f"{PICTURE} is not drawn: {missing}, and rerun the command", stacklevel=2)
         write_json(out / FRONTIER, frontier)
         if config.ship and chosen:

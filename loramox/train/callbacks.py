@@ -9,11 +9,11 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from loramox.data.pairs import Pairs
-from loramox.errors import NonFiniteLossError
 from loramox.files import flush
 from loramox.model.lora import current_factors
 from loramox.train.checkpoint import write_checksums
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
+from loramox.train.passes import not_finite
 from loramox.train.target import met_at_last
 
 if TYPE_CHECKING:
@@ -65,10 +65,8 @@ class StopUnlessFinite(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
         if not torch.nn.utils.get_total_norm(weights, math.inf).isfinite():  # one kernel for all, on a GPU
-            raise NonFiniteLossError(
-                f"the adapter's weights are no longer finite after step {state.global_step}. They are not written, and the "
-                f"checkpoints of earlier steps in {args.output_dir} are intact. Start again with --overwrite and a lower "
-                "--learning_rate, a lower --alpha, or without --fp16"
+            raise not_finite(
+                f"the adapter's weights are no longer finite after step {state.global_step}", args.output_dir
             )
 
     def on_evaluate(
@@ -76,10 +74,9 @@ class StopUnlessFinite(TrainerCallback):
     ) -> None:
         broken = [name for name, value in metrics.items() if name.endswith("_probability") and not math.isfinite(value)]
         if broken:
-            raise NonFiniteLossError(
-                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow. This step is not written, and "
-                f"the checkpoints of earlier steps in {args.output_dir} are intact. Start again with --overwrite and a lower --learning_rate, "
-                "a lower --alpha, or --dtype bfloat16"
+            raise not_finite(
+                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow",
+                args.output_dir,
             )
 
 

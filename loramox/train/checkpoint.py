@@ -127,7 +127,7 @@ def plan_of(model: PeftModel, args: UnlearnConfig) -> dict[str, Any]:
     """What is known about a run that was put together in Python: everything but where its rows came from."""
     return {
         "command": command(),
-        "method": args.title,
+        "method": args.spec.title,
         "alpha": args.alpha,
         "base": base_of(model),
         "data": {},

@@ -274,11 +274,6 @@ class UnlearnConfig(TrainingArguments):
         return METHODS[self.method]
 
     @property
-    def title(self) -> str:
-        """The method, and where it is from."""
-        return self.spec.title
-
-    @property
     def forget_scale(self) -> float:
         """The scale of ΔW at which the model has forgotten, θ_ref + forget_scale·ΔW: −alpha, or 1 for a method without one."""
         return -self.alpha if self.spec.alpha_is_free else 1.0

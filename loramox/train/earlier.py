@@ -24,7 +24,7 @@ from loramox.data.rows import Row
 from loramox.errors import ModelError, SettingsError
 from loramox.model.algebra import Factors, padded
 from loramox.model.config import identify, read_config, read_tokenizer, skeleton
-from loramox.model.lora import ADAPTER, ReferenceConfig, lora_layers
+from loramox.model.lora import ADAPTER, ReferenceConfig, lora_layers, what_trains_as_before
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
@@ -52,11 +52,9 @@ def put_on(model: PeftModel, change: dict[str, Factors], name: str = EARLIER) ->
     """Put `change` beside the adapter that trains, as a frozen adapter of this name, on the layers that it has."""
     rank = max(factors.rank for factors in change.values())
     fan_in_fan_out = model.peft_config[ADAPTER].fan_in_fan_out
-    trains = [(p, p.requires_grad) for p in model.parameters()]
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(change), fan_in_fan_out=fan_in_fan_out)
-    model.add_adapter(name, lora)
-    for parameter, flag in trains:  # some versions of PEFT mark the other adapter's weights here
-        parameter.requires_grad_(flag)
+    with what_trains_as_before(model):
+        model.add_adapter(name, lora)
     for layer_name, layer in lora_layers(model, name):
         A, B = padded(change[layer_name], rank)
         layer.lora_A[name].weight.data.copy_(A)
@@ -65,11 +63,9 @@ def put_on(model: PeftModel, change: dict[str, Factors], name: str = EARLIER) ->
 
 
 def switch_on(model: PeftModel) -> None:
-    """Make every adapter active. PEFT marks the weights of all that it activates as trainable; ours stay as they were."""
-    trains = [(p, p.requires_grad) for p in model.parameters()]
-    model.base_model.set_adapter(list(model.peft_config))
-    for parameter, flag in trains:
-        parameter.requires_grad_(flag)
+    """Make every adapter active, and only ours train, as much of it as before."""
+    with what_trains_as_before(model):
+        model.base_model.set_adapter(list(model.peft_config))
     for name in model.peft_config.keys() - {ADAPTER}:
         for _, layer in lora_layers(model, name):
             for part in (layer.lora_A, layer.lora_B):

@@ -59,32 +59,23 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
         )
     if source is None or given or (source == "wanted if given" and args.instead not in ("refuse", "guess")):
         return given
-    if any(row.prompt is None for row in forget) and source == "wanted if given":
-        raise RowsError(
-            f"{forget[0].source} is plain text, and --instead {args.instead} is an answer to a question. Give rows of questions and answers, "
-            "or --instead none"
-        )
     if any(row.prompt is None for row in forget):
         others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
+        flag, instead = f"--method {args.method}", f"choose a method without: {others}"
+        if source == "wanted if given":
+            flag, instead = f"--instead {args.instead}", "--instead none"
         raise RowsError(
-            f"{forget[0].source} is plain text, and --method {args.method} teaches another answer to a question. Give rows of "
-            f"questions and answers, or choose a method without: {others}"
+            f"{forget[0].source} is plain text, and {flag} teaches another answer to a question. Give rows of questions and answers, or {instead}"
         )
     if args.instead == "guess":
         return []  # the reference writes them, when it is loaded
     if source == "wanted":
-        if not given:
-            raise SettingsError(f"--method {args.method} needs --wanted_column: the column of the other answers")
-        return given
+        raise SettingsError(f"--method {args.method} needs --wanted_column: the column of the other answers")
     if source == "random" and not retain:
         raise SettingsError(f"--method {args.method} answers with retain answers: give --retain FILE, not auto alone")
-    if source == "random":
-        answers = [row.answer for row in retain]
-    elif args.refusals == BUILT_IN:
-        answers = read_refusals(str(REFUSALS))
+    answers = [row.answer for row in retain] if source == "random" else read_refusals(args.refusals)
+    if args.refusals == BUILT_IN:
         _check_english(forget)
-    else:
-        answers = read_refusals(args.refusals)
     draw = random.Random(args.seed)
     return [replace(row, answer=draw.choice(answers), wanted=None) for row in forget]
 
@@ -102,9 +93,13 @@ def _check_english(forget: Sequence[Row]) -> None:
 
 
 def read_refusals(path: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises `RowsError` when there are none, or they are no plain text."""
+    """The lines of a text file that are not empty, or the `BUILT_IN` refusals.
+
+    Raises `RowsError` when there are none, or they are no plain text.
+    """
+    file = REFUSALS if path == BUILT_IN else Path(path)
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RowsError(
             f"--refusals {path} cannot be read: {error}. Expected a text file, one refusal a line"
@@ -119,7 +114,7 @@ def taught_refusals(args: "UnlearnConfig") -> list[str]:
     """The refusals that a run teaches; none of one that teaches something else, or nothing."""
     if args.refusals is None or args.instead not in (None, "refuse"):
         return []
-    return read_refusals(str(REFUSALS) if args.refusals == BUILT_IN else args.refusals)
+    return read_refusals(args.refusals)
 
 
 def is_refusal(text: str, refusals: Sequence[str]) -> bool:

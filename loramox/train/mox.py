@@ -97,9 +97,10 @@ def memorizer(model: PeftModel, seed: int) -> Iterator[list[nn.Parameter]]:
     try:
         for _, layer in lora_layers(model):
             ours = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            A, B = (torch.zeros(weight.shape, dtype=torch.float32) for weight in ours)
-            A.uniform_(-(A.shape[1] ** -0.5), A.shape[1] ** -0.5, generator=generator)  # as PEFT draws it
-            A, B = (nn.Parameter(each.to(ours[0].device)) for each in (A, B))
+            bound = ours[0].shape[1] ** -0.5
+            drawn = torch.empty(ours[0].shape).uniform_(-bound, bound, generator=generator)  # as PEFT draws it
+            A = nn.Parameter(drawn.to(ours[0].device))
+            B = nn.Parameter(torch.zeros(ours[1].shape, device=ours[1].device))
             weights += [A, B]
             hooks.append(layer.register_forward_hook(_adding(A, B)))
         yield weights

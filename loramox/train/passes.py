@@ -87,10 +87,16 @@ class Passes:
         if losses and not math.isfinite(torch.stack([each.loss for each in losses]).sum().item()):
             bad = next((each for each in losses if not math.isfinite(each.loss.item())), losses[-1])
             shown = "; ".join(bad.rows[:3]) + ("; …" if len(bad.rows) > 3 else "")
-            # Going on from the last checkpoint would come to the same loss: it has the same learning rate and rows.
-            raise NonFiniteLossError(
-                f"the loss is {bad.loss.item()} at step {step}, in the {bad.part} rows of its batch ({shown}). Nothing of this step is written, "
-                f"and the last checkpoint in {folder} is as it was. Start again with --overwrite and a lower --learning_rate, a lower --alpha, "
-                "or without --fp16"
+            raise not_finite(
+                f"the loss is {bad.loss.item()} at step {step}, in the {bad.part} rows of its batch ({shown})", folder
             )
         return losses
+
+
+def not_finite(what: str, folder: str) -> NonFiniteLossError:
+    """The error that ends a run, with its remedy."""
+    # Going on from the last checkpoint would come to the same: it has the same learning rate and rows.
+    return NonFiniteLossError(
+        f"{what}. This step is not written, and the checkpoints of earlier steps in {folder} are intact. Start again with --overwrite and a "
+        "lower --learning_rate, a lower --alpha, or without --fp16 (--dtype bfloat16)"
+    )

@@ -62,8 +62,14 @@ def prepare(
         )
     check_auto(args, data, reference)
     protected = earlier.rows if earlier else ()
-    read = _read(data, columns, args, protected)
-    forget, retain = each_answer(read.forget), each_answer(read.kept)
+    log.info("Reading the rows")
+    read = {"forget": read_rows(data.forget, columns)}
+    kept = read | {"retain": []}
+    if data.retain != AUTO:
+        read["retain"] = read_rows(data.retain, replace(columns, wanted_column=None))
+        kept["retain"] = keep_disjoint([*read["forget"], *protected], read["retain"], data.drop_overlap)
+    _warn_if_swapped(len(kept["forget"]), len(kept["retain"]) + (args.auto_retain or 0))
+    forget, retain = (each_answer(kept[part]) for part in ("forget", "retain"))
     config = read_config(reference)
     model = skeleton(config, reference)
     tuned = read_tuned(reference, model) if reference.tuned_adapter is not None else None
@@ -80,7 +86,8 @@ def prepare(
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
-    more: dict[str, Any] = {"row_counts": _counted(read, datasets)}
+    counts = {part: count_rows(part, read[part], kept[part], datasets[f"{part}_dataset"]) for part in read}
+    more: dict[str, Any] = {"row_counts": counts}
     base = identify(reference, config)
     if tuned:
         more["tuned_adapter"] = tuned.source
@@ -94,8 +101,8 @@ def prepare(
         _warn_of_serving(otherwise)
         more["served_otherwise"] = otherwise
     sources: dict[str, tuple[Any, Sequence[Row]]] = {
-        "forget": (data.forget, read.forget),
-        "retain": (data.retain, read.kept),
+        "forget": (data.forget, kept["forget"]),
+        "retain": (data.retain, kept["retain"]),
         "protected": ("earlier requests", protected),
         # Wanted answers are in the forget rows' fingerprint.
         "taught": (args.refusals or data.retain, () if columns.wanted_column else taught),
@@ -123,34 +130,6 @@ def _taught(
     return taught
 
 
-class _Read(NamedTuple):
-    """The rows of both files; `kept` are the retain rows that are no forget rows."""
-
-    forget: list[Row]
-    retain: list[Row]
-    kept: list[Row]
-
-
-def _read(data: Data, columns: Columns, args: UnlearnConfig, protected: Sequence[Row]) -> _Read:
-    log.info("Reading the rows")
-    forget, retain, kept = read_rows(data.forget, columns), [], []
-    if data.retain != AUTO:
-        retain = read_rows(data.retain, replace(columns, wanted_column=None))
-        kept = keep_disjoint([*forget, *protected], retain, data.drop_overlap)
-    _warn_if_swapped(len(forget), len(kept) + (args.auto_retain or 0))
-    return _Read(forget, retain, kept)
-
-
-def _counted(read: _Read, datasets: dict[str, list[Example]]) -> dict[str, Any]:
-    """How many rows of each file are used, for the record and the log."""
-    counts = {"forget": count_rows(read.forget, read.forget, datasets["forget_dataset"])}
-    if read.retain:
-        counts["retain"] = count_rows(read.retain, read.kept, datasets["retain_dataset"])
-    for part, count in counts.items():
-        log.info("%s", count.line(part))
-    return {part: count.record() for part, count in counts.items()}
-
-
 def _described(
     args: UnlearnConfig,
     others: Sequence[Any],
@@ -176,7 +155,7 @@ def _described(
         settings["memorize_at_weights"] = earlier["weights"] or earlier["revision"]
     return {
         "command": command(),
-        "method": args.title,
+        "method": args.spec.title,
         "alpha": args.alpha,
         "base": base,
         "data": {

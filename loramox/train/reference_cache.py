@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loramox.data.encode import IGNORED, Example
-from loramox.data.pairs import Collator, key_of
-from loramox.model.head import answer_states
+from loramox.data.encode import Example
+from loramox.data.pairs import Collator, answer_positions, key_of
+from loramox.model.head import answer_states, in_eval_mode
 
 GROUP_TOKENS = 1024  # of the rows that are worked out together, padding included
 
@@ -46,14 +46,15 @@ class FrozenStates:
         """Keep these rows' states in a file in `folder`, unless it would take over `most` bytes, or half of the free disk."""
         self.close()
         each = {key_of(row): row for row in rows}
-        size = sum(map(_answer_tokens, each.values())) * 4 * self.causal_lm.config.get_text_config().hidden_size
+        tokens = {key: len(answer_positions(row)) for key, row in each.items()}
+        size = sum(tokens.values()) * 4 * self.causal_lm.config.get_text_config().hidden_size
         if size > min(most, shutil.disk_usage(folder).free / 2):
             return
         start = 0
         for group in _groups(sorted(each.values(), key=lambda row: (len(row["input_ids"]), key_of(row)))):
-            for row in group:
-                self.kept[key_of(row)] = Kept(start, _answer_tokens(row), group)
-                start += _answer_tokens(row)
+            for key in map(key_of, group):
+                self.kept[key] = Kept(start, tokens[key], group)
+                start += tokens[key]
         self._file, self._collator = tempfile.TemporaryFile(dir=folder), collator  # noqa: SIM115 (open until `close`)
 
     def states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> Tensor:
@@ -72,24 +73,16 @@ class FrozenStates:
         self._file, self.kept, self._written = None, {}, set()
 
     def _pass(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> Tensor:
-        trains = model.training
-        model.eval()  # no dropout of the base model's
-        try:
-            with torch.no_grad(), self.still():
-                return answer_states(model, self.causal_lm, batch, layer).hidden
-        finally:
-            model.train(trains)
+        with in_eval_mode(model), torch.no_grad(), self.still():
+            return answer_states(model, self.causal_lm, batch, layer).hidden
 
     def _work_out(self, model: nn.Module, group: list[Example], device: torch.device) -> None:
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self._collator(group).items()}
         hidden = self._pass(model, batch).cpu()
         self._like = hidden[:0]
-        for key, of_row in zip(batch["keys"], hidden.split([_answer_tokens(row) for row in group]), strict=True):
-            os.pwrite(
-                self._file.fileno(),
-                of_row.contiguous().view(torch.uint8).numpy().tobytes(),
-                self._bytes(self.kept[key].start),
-            )
+        for key, of_row in zip(batch["keys"], hidden.split([len(at) for at in batch["answers"]]), strict=True):
+            content = of_row.contiguous().view(torch.uint8).numpy().tobytes()
+            os.pwrite(self._file.fileno(), content, self._bytes(self.kept[key].start))
             self._written.add(key)
 
     def _read(self, key: bytes) -> Tensor:
@@ -99,10 +92,6 @@ class FrozenStates:
 
     def _bytes(self, tokens: int) -> int:
         return tokens * self._like.shape[1] * self._like.element_size()
-
-
-def _answer_tokens(example: Example) -> int:
-    return sum(label != IGNORED for label in example["labels"][1:])
 
 
 def _groups(rows: list[Example]) -> Iterator[list[Example]]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loramox.adapter.card import RETAIN_FILE
-from loramox.data.chat import end_tokens, special_tokens
+from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
 from loramox.data.rows import Data, Row, question_of, read_rows
 from loramox.data.words import WORD, words
@@ -31,6 +31,7 @@ from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.generation import continuations
 from loramox.model.lora import ReferenceConfig
+from loramox.train.inputs import taught_refusals
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
@@ -42,13 +43,12 @@ SOURCE = "--retain auto"
 GUESSES_FILE = "guesses.jsonl"
 ROWS, BESIDE = 240, 120  # for --retain auto, and beside the rows of a user
 FREE = 1 / 3  # share of the questions that do not begin like a forget question
+LATER = 4  # one in so many rows is asked after a refusal
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
 ROUNDS = 6  # how often more questions are sampled while there are too few
 SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
 ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
 USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
-
-_MARK = "\ue000"
 
 
 def choose_auto(args: "UnlearnConfig", targeted: bool, reference: ReferenceConfig) -> None:
@@ -106,7 +106,8 @@ def generated_rows(
     guesses: list[Row] = []
     with args.main_process_first():
         if args.auto_retain:
-            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(args.auto_retain, args.seed, show))
+            refusals = taught_refusals(args)
+            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(args.auto_retain, args.seed, show, refusals))
             given = {row.key() for row in (*writer.forget, *writer.protected, *retain)}
             written = [row for row in rows if row.key() not in given]
         if args.instead == "guess":
@@ -145,10 +146,11 @@ class Writer:
     ) -> None:
         self.protected = protected
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
+        self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
         self._asked = {_folded(question_of(row)) for row in (*forget, *protected)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
-    def retain_rows(self, count: int, seed: int, show: bool = False) -> list[Row]:
+    def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
         """Up to `count` questions and the model's own greedy answers, none of which touches a forget row.
 
         A third of the questions are free; they also show which words are frequent anyway. The others start with the first words
@@ -172,7 +174,25 @@ class Writer:
             raise RowsError(
                 "--auto_retain: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
             )
-        return [replace(row, number=number) for number, row in enumerate(rows[:count], 1)]
+        rows = self._after_refusals(rows[:count], refusals, avoided, draw)
+        return [replace(row, number=number) for number, row in enumerate(rows, 1)]
+
+    def _after_refusals(
+        self, rows: list[Row], refusals: Sequence[str], avoided: set[str], draw: random.Random
+    ) -> list[Row]:
+        """The rows, one in `LATER` of them asked after a forget question that was refused, with what the model answers then.
+
+        Without such rows a model that has refused once refuses in the turns after it as well (docs/results.md).
+        """
+        asked = [row.prompt for row in self.forget if isinstance(row.prompt, str)]
+        if not (refusals and asked and self.is_chat):
+            return rows
+        chats = [
+            (_turn("user", draw.choice(asked)), _turn("assistant", draw.choice(refusals)), _turn("user", row.prompt))
+            for row in rows[::LATER]
+        ]
+        later = {row.prompt[-1]["content"]: row for row in self._answered(chats) if not _words(row.answer) & avoided}
+        return [later.get(row.prompt, row) for row in rows]
 
     def _collect(
         self, count: int, bar: tqdm, starts: Callable[[int], list[str]], rows: Sequence[Row], avoided: set[str]
@@ -203,7 +223,9 @@ class Writer:
     def _questions(self, starts: Sequence[str]) -> list[str]:
         """Sampled questions that begin like this, each once, of at least three words."""
         opening = user_turn(self.tokenizer, self.how)
-        prompts = [self.tokenizer(opening + start, add_special_tokens=not opening)["input_ids"] for start in starts]
+        prompts = [
+            self.tokenizer(opening + start, add_special_tokens=not self.is_chat)["input_ids"] for start in starts
+        ]
         sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
         asked_for = [_first_line(start + text) for start, text in zip(starts, sampled, strict=True)]
         return [
@@ -223,15 +245,15 @@ class Writer:
         """Tokens that the prompt has around a question."""
         return len(prompts_of([Row(SOURCE, 1, "", "x")], self.tokenizer, self.how, self.context)[0])
 
-    def _answered(self, questions: Sequence[str]) -> list[Row]:
-        """The questions with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
-        rows = [Row(SOURCE, number, "", question) for number, question in enumerate(questions, 1)]
-        prompts = prompts_of(rows, self.tokenizer, self.how, self.context)
-        answers = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends)
+    def _answered(self, prompts: Sequence[Any]) -> list[Row]:
+        """Questions or chats with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
+        rows = [Row(SOURCE, number, "", prompt) for number, prompt in enumerate(prompts, 1)]
+        tokens = prompts_of(rows, self.tokenizer, self.how, self.context)
+        said = continuations(self.model, self.tokenizer, tokens, ANSWER_TOKENS, self.ends)
         return [
             replace(row, answer=text.strip())
-            for row, text in zip(rows, answers, strict=True)
-            if text.strip() and self._fits(f"{row.prompt} {text}", 1)
+            for row, text in zip(rows, map(after_thoughts, said), strict=True)
+            if text.strip() and self._fits(f"{question_of(row)} {text}", 1)
         ]
 
     def guesses(self, retain: Sequence[Row]) -> list[Row]:
@@ -254,7 +276,8 @@ class Writer:
             self.ends,
             banned=banned,
         )
-        return [replace(row, answer=_first_sentence(text)) for row, text in zip(self.forget, texts, strict=True)]
+        guesses = [_first_sentence(after_thoughts(text)) for text in texts]
+        return [replace(row, answer=guess) for row, guess in zip(self.forget, guesses, strict=True)]
 
     def _tokens(self, text: str) -> set[int]:
         """Tokens of a text, at its start and after a space."""
@@ -297,9 +320,12 @@ def words_of(row: Row) -> set[str]:
 def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     """The text in front of a user's question, from which the model samples questions."""
     if how.prompt_template is None and tokenizer.chat_template:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-        return str(chat).split(_MARK)[0]
+        return ChatTemplate(tokenizer).opening
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
 
 
 def _folded(question: str) -> tuple[str, ...]:

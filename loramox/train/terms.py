@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from loramox.model.head import AnswerStates, Head, mean_over_rows, per_token, sum_over_rows, weighted_mean_over_rows
+from loramox.model.head import (
+    AnswerStates,
+    Head,
+    answer_lengths,
+    mean_over_rows,
+    per_token,
+    sum_over_rows,
+    weighted_mean_over_rows,
+)
 from loramox.train.losses import cross_entropy, kl_divergence, log_prob
 
 if TYPE_CHECKING:
@@ -65,7 +73,7 @@ class Answers(NamedTuple):
         Another answer that is taught, a refusal say, spreads to other questions by its first token. In a plain mean over the
         tokens of a long answer that one hardly counts.
         """
-        counts = torch.bincount(self.states.row_of, minlength=self.states.rows)
+        counts = answer_lengths(self.states)
         before = counts.cumsum(0) - counts
         position = torch.arange(len(self.states.row_of), device=counts.device) - before[self.states.row_of] + 1
         return weighted_mean_over_rows(self._kl_of_tokens(), 1 / position, self.states)

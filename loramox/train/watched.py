@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from loramox.model.head import AnswerStates, Head, mean_over_rows, per_token, sum_over_rows
+from loramox.model.head import AnswerStates, Head, answer_lengths, mean_over_rows, per_token, sum_over_rows
 from loramox.train.losses import headroom, log_prob
 
 
@@ -35,7 +35,7 @@ def _is_first_choice(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _is_right(first_choice: Tensor, states: AnswerStates) -> Tensor:
     """Whether all tokens of each answer are the first choice, [rows]; of several, all but the last, with which it ends."""
-    lengths = torch.bincount(states.row_of, minlength=states.rows)
+    lengths = answer_lengths(states)
     wrong = 1 - first_choice
     last = wrong[(lengths.cumsum(0) - 1).clamp_min(0)] * (lengths > 1)
     return sum_over_rows(wrong, states) - last == 0

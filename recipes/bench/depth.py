@@ -98,6 +98,7 @@ class Theirs:
 
         def states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": input_ids}
+            batch |= {"answers": [range(1, input_ids.shape[1])] * len(input_ids)}
             everywhere = torch.ones_like(input_ids, dtype=torch.bool)
             _, found = patched_pass(model, batch, everywhere)
             return [torch.empty(0), *(h.view(*input_ids.shape, -1) for h in found)]

@@ -22,8 +22,9 @@ GRID: dict[str, list[Settings]] = {
     "simnpo": [KL5 | {"forget_weight": 1.0, "lora_alpha": scale} for scale in (128, 16)],
 }
 # One setting each, which nothing chooses: NPO at the LoRA scale at which mox and npo_mean train, and two as in their papers.
+SCALE_8 = "npo, LoRA scale 8"
 FIXED: dict[str, tuple[str, Settings]] = {
-    "npo, LoRA scale 8": ("npo", KL5 | {"beta": 0.05, "lora_alpha": 128}),
+    SCALE_8: ("npo", KL5 | {"beta": 0.05, "lora_alpha": 128}),
     "mox_static": ("mox_static", {}),
     "task_vector": ("task_vector", {}),
 }
@@ -104,7 +105,7 @@ def frontier(size: Size, read: Read) -> dict[str, list[Run]]:
 
 
 def overlap(size: Size, read: Read) -> dict[str, list[Run]]:
-    return size.best(read, OVERLAP, "overlap")
+    return size.best(read, OVERLAP, "overlap") | {SCALE_8: size.seeded(*FIXED[SCALE_8], "overlap")}
 
 
 def ablation(size: Size, read: Read) -> dict[str, list[Run]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from campaign.processes import Disturbance, Ended, run, run_two, start, wait
+from campaign.processes import VICTIMS, Disturbance, Ended, run, run_two, start, torchrun, wait
 from conftest import PEOPLE, byte_level, questions, write_pico
 
 import loramox
@@ -51,6 +51,16 @@ PAIRS = {
     "sweep": JOBS["sweep"],
     "evaluate": JOBS["evaluate"],
 }
+# The same under torchrun itself, and the files at whose sight it is killed: not as many as `VICTIMS`, so that all pairs come.
+# torchrun takes --r for one of its own flags.
+TORCHRUN = {"unlearn": (f"{PAIRS['unlearn'][0]} --num_train_epochs 4".replace("--r ", "--lora_r "), "out", "--resume")}
+MOMENTS = (
+    "trained/checkpoint-1",
+    "trained/checkpoint-3/momentum.safetensors",
+    "run.json",
+    "trained/provenance.json",
+    "trained/checkpoint-2",
+)
 # Keys of JSON files that hold times, or checksums of files that do.
 VARIES = {
     "command", "training_command", "seconds", "when", "revoked", "timings", "memory", "reused", "files", "digest", "log", "log_history",
@@ -133,7 +143,7 @@ def difference(expected: Any, found: Any, place: str = "") -> str | None:
     return None if expected == found else f"{place} is {str(found)[:60]}, was {str(expected)[:60]}"
 
 
-def kill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+def kill(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
     """Kill a command once or twice, then run it to its end: how it was killed, how it ended, and the fault."""
     (words, result, again), how = JOBS[kind], "killed "
     expected, files = undisturbed(world, words, result)
@@ -150,7 +160,7 @@ def kill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str
     return how, "same", _finish(folder, words, result, files)
 
 
-def fill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+def fill(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
     """Fill the disk under a command, at an operation or within a file; then make room and run it to its end."""
     words, result, again = JOBS[kind]
     expected, files = undisturbed(world, words, result)
@@ -168,7 +178,7 @@ def fill(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str
     return how, "same", _finish(folder, f"{words} {again}", result, files)
 
 
-def twice(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+def twice(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
     """Run a command twice at once: one does its work, the other is refused or finds it done."""
     words, result, _ = JOBS[kind]
     expected, files = undisturbed(world, words, result)
@@ -187,7 +197,17 @@ def twice(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, st
     )
 
 
-def kill_pair(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+def kill_torchrun(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
+    """Kill torchrun or its processes when a file is there, each pair of the two in its turn; then start it again."""
+    words, result, again = TORCHRUN[kind]
+    files = undisturbed(world, words, result, processes=2)[1]
+    victim, moment = [*VICTIMS][number % len(VICTIMS)], MOMENTS[number % len(MOMENTS)]
+    torchrun(folder, words, victim, f"{result}/{moment}")
+    fault = _finish(folder, f"{words} {again}", result, files, torchrun)
+    return f"{victim} killed when {moment} was there", "same", fault
+
+
+def kill_pair(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
     """Kill one of the two processes of a command, and with it the other as torchrun does; then run both to their end."""
     words, result, again = PAIRS[kind]
     expected, files = undisturbed(world, words, result, processes=2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ VALUES = [
 ]  # fmt: skip
 
 
+WAYS = (
+    "another value", "cut", "a pipe", "bytes lost", "endless", "bytes put in", "empty", "other bytes", "missing", "another bit", "a folder",
+    "nested deeply",
+)  # fmt: skip
 COMPARED = (".safetensors", "records.jsonl", "frontier.json", "attacks.json")
 
 
@@ -53,35 +58,39 @@ TARGETS = {
 }  # fmt: skip
 
 
-def damage(path: Path, random: Random) -> str:
-    """Change a file, and say how: one value of a JSON file, or bytes, or everything."""
-    if path.suffix in (".json", ".jsonl") and random.random() < 0.6:
-        return _other_value(path, random)
+def way_of(target: str, number: int) -> str:
+    """How an attempt damages a file: each target meets all ways in as many attempts, and begins elsewhere than its neighbours."""
+    return WAYS[(number + 5 * list(TARGETS).index(target)) % len(WAYS)]
+
+
+def damage(path: Path, way: str, random: Random) -> str:
+    """Change a file in one of `WAYS`, and say how: one value of a JSON file, or bytes, or everything."""
+    if way == "another value":
+        return f"{way}: {path.name}, {_other_value(path, random)}"
     old, garbage = path.read_bytes(), random.randbytes(random.randrange(1, 64))
     at = random.randrange(len(old) or 1)
     before, after = old[:at], old[at:]
     bytes_instead = {
-        f"cut at {at}": before,
-        f"{len(garbage)} bytes lost at {at}": before + after[len(garbage) :],
-        f"{len(garbage)} bytes put in at {at}": before + garbage + after,
-        f"{len(garbage)} other bytes at {at}": before + garbage + after[len(garbage) :],
-        f"another bit at {at}": before + bytes(byte ^ 1 << random.randrange(8) for byte in after[:1]) + after[1:],
+        "cut": before,
+        "bytes lost": before + after[len(garbage) :],
+        "bytes put in": before + garbage + after,
+        "other bytes": before + garbage + after[len(garbage) :],
+        "another bit": before + bytes(byte ^ 1 << random.randrange(8) for byte in after[:1]) + after[1:],
         "empty": b"",
         "nested deeply": b"[" * 100_000,
     }
-    other_things = {
-        "missing": None,
+    if way in bytes_instead:
+        path.write_bytes(bytes_instead[way])
+        return f"{way}: {path.name}, {len(garbage)} bytes at {at}"
+    path.unlink()
+    other_things: dict[str, Callable[[Path], Any]] = {
+        "missing": bool,
         "a folder": Path.mkdir,
         "a pipe": os.mkfifo,
         "endless": lambda new: new.symlink_to("/dev/zero"),
     }
-    how = random.choice([*bytes_instead, *other_things])
-    if how in bytes_instead:
-        path.write_bytes(bytes_instead[how])
-    else:
-        path.unlink()
-        (other_things[how] or bool)(path)
-    return f"{path.name}: {how}"
+    other_things[way](path)
+    return f"{way}: {path.name}"
 
 
 def _other_value(path: Path, random: Random) -> str:
@@ -95,16 +104,18 @@ def _other_value(path: Path, random: Random) -> str:
         holder[key] = value
     lines[number] = json.dumps(whole)
     path.write_text("\n".join(lines) + "\n")
-    return f"{path.name}: {place} is {str(value)[:20]!r}"
+    return f"{place} is {str(value)[:20]!r}"
 
 
-def mutate(world: Path, folder: Path, kind: str, random: Random) -> tuple[str, str, str | None]:
+def mutate(world: Path, folder: Path, kind: str, number: int, random: Random) -> tuple[str, str, str | None]:
     """Damage a file and run what reads it: how it was damaged, how the last command ended, and the fault."""
     target = TARGETS[kind]
+    way = way_of(kind, number)
+    suffixes = (".json", ".jsonl") if way == "another value" else ("",)
     paths = sorted({path for pattern in target.files for path in folder.glob(pattern) if path.is_file()})
-    path = random.choice(paths)
+    path = random.choice([path for path in paths if path.name.endswith(suffixes)])
     before = path.read_bytes()
-    how = damage(path, random)
+    how = damage(path, way, random)
     if target.adapter and path.name == "adapter_model.safetensors" and path.is_file() and random.random() < 0.5:
         sign(folder / target.adapter)
         how += ", signed"

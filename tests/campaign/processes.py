@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -13,10 +14,19 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import psutil
+
 from loramox.cli import main
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 30, 300, 4 << 30  # for one command; more is a hang, or a file read without a limit
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+# What is killed of a command under torchrun, and how.
+VICTIMS = {
+    "torchrun": signal.SIGKILL,
+    "one of its processes": signal.SIGKILL,
+    "all of them": signal.SIGKILL,
+    "torchrun, by SIGTERM,": signal.SIGTERM,
+}
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod"}
 
 
@@ -31,6 +41,8 @@ class Ended(NamedTuple):
         last = (self.said.strip().splitlines() or [""])[-1][:160]
         if "Traceback (most recent call last)" in self.said:
             return f"traceback: {last}"
+        if "memory ran out" in self.said:
+            return f"memory: {last}"
         hung = self.code in (-signal.SIGXCPU, -signal.SIGALRM)
         return "hang" if hung else f"exit code {self.code}: {last}" if self.code not in (0, 1, 2) else None
 
@@ -101,6 +113,29 @@ def run_two(folder: Path, words: str, kill_after: float = 0.0, random: Random | 
         ended, key=lambda each: (each.code != -signal.SIGPROF, each.fault() is None, each.code == 0, each.code < 0)
     )
     return worst._replace(seconds=max(each.seconds for each in ended))
+
+
+def torchrun(folder: Path, words: str, victim: str = "", moment: str = "") -> Ended:
+    """Run a command in two processes of torchrun. One of `VICTIMS` is killed as soon as the file `moment` is in the folder."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "loramox"]
+    with (folder / ".said-torchrun").open("w+", errors="replace") as said:
+        agent = psutil.Popen([*launcher, *words.split()], cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+        until = time.monotonic() + WALL_SECONDS
+        while victim and agent.poll() is None and not (folder / moment).exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        workers = agent.children(recursive=True) if victim and agent.poll() is None else []
+        if workers:
+            victims = {"one of its processes": workers[:1], "all of them": [*workers, agent]}
+            for process in victims.get(victim, [agent]):
+                process.send_signal(VICTIMS[victim])
+        for each in psutil.wait_procs([agent], timeout=WALL_SECONDS)[1]:
+            each.kill()
+        # What torchrun leaves behind when it is killed ends by itself, or waits for it for ever.
+        for each in psutil.wait_procs(workers, timeout=30)[1]:
+            each.kill()
+        psutil.wait_procs(workers)
+        said.seek(0)
+        return Ended(agent.wait(), said.read(), 0, 0.0)
 
 
 def _obey(folder: Path, words: list[str], disturbance: Disturbance) -> None:

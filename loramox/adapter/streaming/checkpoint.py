@@ -76,13 +76,18 @@ def beside(folder: Path) -> list[Path]:
     """
     found = [path for name in ("config.json", INDEX, *BESIDE) if (path := folder / name).is_symlink() or path.exists()]
     for path in found:
-        real = path.resolve()
-        if not any(real.is_relative_to(each) for each in _own(folder)) or not real.is_file():
+        if leads_out(path, folder):
             raise ModelError(
                 f"{path} is a link that leads out of the model's folder, or is no file. If the file is meant, put a copy in its place (cp -L), "
                 "or give another --base"
             )
     return found
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether what should be a file of the folder is none, or is a link to one outside of it."""
+    real = path.resolve()
+    return not (real.is_file() and any(real.is_relative_to(each) for each in _own(folder)))
 
 
 def _own(folder: Path) -> list[Path]:

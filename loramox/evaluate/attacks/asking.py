@@ -4,18 +4,15 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from loramox.data.encode import served_otherwise
 from loramox.data.rows import Row
 from loramox.errors import RowsError
 from loramox.evaluate.attacks import forms, leaks
-from loramox.evaluate.attacks.bench import NO_QUESTIONS, Bench
+from loramox.evaluate.attacks.bench import NO_QUESTIONS, Asking, Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.attacks.forms import Form
 from loramox.evaluate.measure import Questions, Record
 from loramox.files import read_json, write_json
-from loramox.model.lora import at_scale
 
 REWRITTEN = "rewritten.json"  # in the folder of the attacks: row → its question in the reference's own words
 WORST = "worst of all"
@@ -41,21 +38,14 @@ def prepare(bench: Bench) -> None:
                 bench.ways.setdefault(attack, []).append((form, questions))
 
 
-def done(bench: Bench, state: str) -> bool:
-    """Whether the model was asked in every way in this state, so that it is not needed."""
-    return bench.asked_already("none", state) and all(
-        bench.asked_already(attack, *(f"{form.name}, {state}" for form, _ in ways), f"{WORST}, {state}")
-        for attack, ways in bench.ways.items()
-    )
-
-
-def ask_all(bench: Bench, state: str, model: nn.Module | None) -> None:
+def ask_all(bench: Bench, state: str, model: Asking) -> None:
     """Ask the model its questions as they are and in every way; then of each attack the worst way of each row."""
     plain = [r for r in bench.ask("none", state, model) if r["part"] == "forget" and "said" in r]
     threshold = bench.config.sample_threshold
 
     def asking(attack: str, form: Form, questions: Questions) -> list[Record]:
-        records = questions.ask(model, f"{attack}, {form.name}, {state}: ") if model else []
+        with model() as asked:
+            records = questions.ask(asked, f"{attack}, {form.name}, {state}: ")
         return leaks.judged(records, [row for _, _, row in questions.asked()], form.judge, threshold)
 
     for attack, ways in bench.ways.items():
@@ -85,9 +75,8 @@ def _rewritten(bench: Bench, asked: Sequence[Row]) -> dict[str, str]:
             questions = _questions(bench, forms.to_rewrite(asked))
         except RowsError:  # no question fits into the context
             return {}
-        model = bench.forget_model()
-        with at_scale(model, 0.0):
-            write_json(path, forms.rewritten(model, questions), private=True)
+        with bench.adapted(bench.model, 0.0) as reference:
+            write_json(path, forms.rewritten(reference, questions), private=True)
     return dict(read_json(path, dict))
 
 

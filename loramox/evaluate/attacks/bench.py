@@ -1,13 +1,14 @@
-"""What every attack works on: the forget model, the rows that are asked of it in each state, and the folder with the answers."""
+"""What every attack works on: the models, one in memory at a time, the rows to ask them, and the folder with the answers."""
 
+import gc
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 
@@ -17,7 +18,7 @@ from loramox.data.rows import Columns, Data, Row
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.asked import count_parts, described, disjoint_parts, questions_of, read_sources
 from loramox.evaluate.attacks import relearn, requantize
-from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
+from loramox.evaluate.attacks.config import ATTACKS, QUICK_ROWS, AttackConfig
 from loramox.evaluate.attacks.forms import Form
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
@@ -27,14 +28,21 @@ from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, remove, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
 from loramox.model.load import load_reference
+from loramox.model.lora import at_scale
 from loramox.run import command, versions
 
 RECORD = "attacks.json"
+MERGED = ".merged"  # a model that is there during an attack; hidden, so that it is no one else's
 NO_QUESTIONS = "needs forget rows with questions, and answers generated to them (--max_new_tokens above 0)"
+# Settings that add attacks to those that were made, and change none of them.
+ADDED = ("attacks", "retrained_model", "relearn_text")
+
+# Gives the model of a state while it is asked. It is called, and the model loaded, only where the answers are not there yet.
+Asking = Callable[[], AbstractContextManager[nn.Module]]
 
 
 class Bench:
-    """One adapted model, the rows that are asked of it in each state, and the folder with the answers."""
+    """One adapted model and its control, the rows that are asked of them in each state, and the folder with the answers."""
 
     def __init__(
         self,
@@ -45,8 +53,14 @@ class Bench:
         tokenisation: Tokenisation,
         columns: Columns,
     ) -> None:
-        self.config, self.model, self.scoring, self.tokenisation = config, model, scoring, tokenisation
+        self.model, self.scoring, self.tokenisation = model, scoring, tokenisation
+        if config.relearn_all_weights and model.quantization != "none":
+            raise SettingsError(
+                f"--relearn_all_weights trains weights that are not quantized: say --quantization none, not {model.quantization}"
+            )
         self.out = Path(config.out)
+        self.held = read_json(self.out / RECORD, dict) if (self.out / RECORD).exists() else None
+        self.config = config = _with_held(config, self.held) if self.held else config
         self.device = check_device(model, scoring.use_cpu)
         sources = {"forget": data.forget, "retain": data.retain}
         read = read_sources(sources, columns)
@@ -86,8 +100,9 @@ class Bench:
             "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
             "data": described(sources, rows),
             "rows": {"attacker's": len(self.known), "asked": len(self.asked)},
-            "settings": {k: v for each in (config, scoring, tokenisation) for k, v in asdict(each).items() if k not in ("attacks", "out")},
+            "settings": {k: v for each in (config, model, scoring, tokenisation) for k, v in asdict(each).items() if k != "out"},
         }  # fmt: skip
+        self.in_memory: tuple[Any, nn.Module] | None = None  # the arguments of `load`, and what it loaded
         self.ways: dict[str, list[tuple[Form, Questions]]] = {}  # by attack
         self.states: list[dict[str, Any]] = []
         self.absent: dict[str, str] = {}
@@ -104,34 +119,50 @@ class Bench:
         return [r for i, r in enumerate(forget) if i in chosen], [r for i, r in enumerate(forget) if i not in chosen]
 
     def open(self) -> None:
-        """Start, or go on with the same attack in the folder."""
-        path = self.out / RECORD
-        if path.exists():
-            held = read_json(path, dict)
-            other = [k for k, v in json.loads(json.dumps(self.plan)).items() if held.get(k) != v]
-            if other:
-                raise RunError(
-                    f"--out {self.out} holds other attacks ({', '.join(other)} differ). Choose another folder"
-                )
-        elif has_files(self.out):
+        """Start, or go on with the attacks in the folder, to which others may be added."""
+        if self.held is None and has_files(self.out):
             raise RunError(
                 f"--out {self.out} has files in it that are no attacks; they are left alone. Choose another folder"
             )
-        else:
-            write_json(path, {"status": "running", **self.plan})
+        plan = json.loads(json.dumps(self.plan))
+        if other := [name for name, value in plan.items() if not _goes_on(value, (self.held or {}).get(name))]:
+            raise RunError(
+                f"--out {self.out} holds other attacks ({', '.join(other)} differ). Choose another folder. To add attacks, a control "
+                "(--retrained_model) or a text (--relearn_text) to these, rerun their command with nothing else changed"
+            )
+        if self.held is None or plan != {name: self.held.get(name) for name in plan}:
+            write_json(self.out / RECORD, {"status": "running", **plan})
 
     def __enter__(self) -> "Bench":
-        self.adapted: PeftModel | None = None
+        remove(self.out / MERGED)  # of a run that was killed
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.adapted = None
-        remove(self.out / "merged")
+        self.in_memory = None
+        remove(self.out / MERGED)
 
-    def forget_model(self) -> PeftModel:
-        if self.adapted is None:
-            self.adapted = put_on(load_reference(self.model, self.device), self.config.adapter)
-        return self.adapted
+    def load(self, model: ModelConfig, adapted: bool, gguf: str | None = None) -> nn.Module:
+        """The model, with the adapter on it if `adapted`. The one that was in memory before is freed first.
+
+        Args:
+            model: which one.
+            adapted: whether the adapter is on it.
+            gguf: name of a GGUF file in its folder, to take the weights from.
+        """
+        key = model, adapted, gguf
+        if self.in_memory is None or self.in_memory[0] != key:
+            self.in_memory = None
+            gc.collect()  # modules refer to each other, and the next one must find room
+            loaded = load_reference(model, self.device, gguf)
+            self.in_memory = key, put_on(loaded, self.config.adapter) if adapted else loaded
+        return self.in_memory[1]
+
+    @contextmanager
+    def adapted(self, model: ModelConfig, scale: float) -> Iterator[PeftModel]:
+        """A model with the adapter on it at a scale. On the retrained model it is at 0, and changes nothing."""
+        loaded = self.load(model, adapted=True)
+        with at_scale(loaded, scale):
+            yield loaded
 
     def folder(self, attack: str, state: str) -> Path:
         return self.out / "-".join(f"{attack} {state}".replace(",", "").split())
@@ -140,17 +171,17 @@ class Bench:
         """Whether the answers in all these states are there, so that no model is needed for them."""
         return all((self.folder(attack, state) / SUMMARY).exists() for state in states)
 
-    def ask(self, attack: str, state: str, model: nn.Module | None, questions: Questions | None = None) -> list[Record]:
-        """Ask the model in this state, or read what it answered; without a model, only the latter."""
-        questions = questions or self.questions
+    def ask(self, attack: str, state: str, model: Asking) -> list[Record]:
+        """Ask the model in this state, or read what it answered."""
 
         def asking() -> list[Record]:
-            records = questions.ask(model, f"{attack}, {state}: ")
+            with model() as asked:
+                records = self.questions.ask(asked, f"{attack}, {state}: ")
             if attack.startswith(("none", "relearn")):
                 check_numbers(records)
             return records
 
-        return self.keep(attack, state, questions, asking, summarise)
+        return self.keep(attack, state, self.questions, asking, summarise)
 
     def keep(
         self,
@@ -184,7 +215,6 @@ class Bench:
             "steps_saved": relearn.saved(self.states),
             "reused": self.reused,  # states that an earlier run of this attack had measured
             "device": str(self.device),
-            "torch": torch.__version__,
             "command": command(),
             "versions": versions(),
         }
@@ -196,3 +226,22 @@ def _spread(rows: Sequence[Row]) -> list[Row]:
     """QUICK_ROWS of the rows, at even distances; all if there are no more."""
     count = min(QUICK_ROWS, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _with_held(config: AttackConfig, held: dict[str, Any]) -> AttackConfig:
+    """The settings, and what the attacks in the folder have that these do not give: a record has all attacks of its folder."""
+    settings = held.get("settings") if isinstance(held.get("settings"), dict) else {}
+    made = settings.get("attacks") or ()
+    return replace(
+        config,
+        attacks=[name for name in ATTACKS if name in (*made, *config.attacks)],
+        retrained_model=config.retrained_model or settings.get("retrained_model"),
+        relearn_text=config.relearn_text or settings.get("relearn_text"),
+    )
+
+
+def _goes_on(now: Any, held: Any) -> bool:
+    """Whether a part of the plan is the held one, or adds to it: a control, rows of another part, or what `ADDED` names."""
+    if isinstance(now, dict) and isinstance(held, dict):
+        return all(name in ADDED or now.get(name) == value for name, value in held.items())
+    return held is None or now == held

@@ -19,7 +19,7 @@ class AttackConfig:
     attacks: list[str] = field(
         default_factory=lambda: list(ATTACKS),
         metadata={
-            "help": "relearn (train on some forget rows, and on retain rows), requantize (merge, then 4 and 8 bits), forms "
+            "help": "relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
             "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
             "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
             "The last four need --max_new_tokens above 0."
@@ -51,6 +51,12 @@ class AttackConfig:
     relearn_text: str | None = field(
         default=None,
         metadata={"help": "Unrelated text to relearn on as well: a .txt file of lines, or any file of rows."},
+    )
+    relearn_all_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Relearn with all weights as well, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
+        },
     )
     relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})
     relearn_batch: int = field(default=8, metadata={"help": "Rows in a step of relearning."})
@@ -87,9 +93,9 @@ class AttackConfig:
         for name in ("relearn_rank", "relearn_batch", "sample_count", "sample_temperature", "scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs a number above 0")
-        if not self.relearn_rate or not all(0 < rate < math.inf for rate in self.relearn_rate):
-            raise SettingsError(f"relearn_rate is {self.relearn_rate}; --relearn_rate needs numbers above 0")
         if not self.relearn_steps or min(self.relearn_steps) < 1:
             raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
-        if not self.guidance or not all(0 < strength < math.inf for strength in self.guidance):
-            raise SettingsError(f"guidance is {self.guidance}; --guidance needs numbers above 0")
+        for name in ("relearn_rate", "guidance"):
+            values = getattr(self, name)
+            if not values or not all(0 < value < math.inf for value in values):
+                raise SettingsError(f"{name} is {values}; --{name} needs numbers above 0")

@@ -1,4 +1,4 @@
-"""The context attack: question and answer pairs of other rows before the question, which may bring back how it was answered."""
+"""The context attack: other rows before the question, which may bring back how it was answered, or divert from it."""
 
 import random
 from collections import Counter
@@ -15,6 +15,7 @@ from loramox.train.synthetic import ELSEWHERE
 
 SHOTS, RELATED, OTHERS = 5, 5, 32  # rows in the context, at most
 
+BOTH = "Answer both questions.\n1. {other}\n2. {question}"
 NO_RETAIN = "retain rows with questions that fit into the model's context beside a forget row"
 NO_RELATED = "forget rows that share a word, in their questions, that hardly any retain question has, and fit into the model's context"
 NO_OTHERS = "other forget rows that fit into the model's context"
@@ -56,7 +57,7 @@ def contexts_of(
 
     asks = [rare & set(words(question_of(other))) for other in forget]
     keys = [other.key() for other in forget]
-    few, related, given = [], [], []
+    few, related, given, both = [], [], [], []
     for row in asked:
         own, key = rare & set(words(question_of(row))), row.key()
         others = [i for i in range(len(forget)) if keys[i] != key]
@@ -64,6 +65,7 @@ def contexts_of(
         close = [forget[i] for i in nearest if own & asks[i]]
         if shots := fitting(row, shuffled, SHOTS):
             few.append(_after(row, shots, tokenizer, how))
+            both.append(asked_as(row, BOTH.format(other=question_of(shots[-1]), question=last_turn(row))))
         if shots := fitting(row, close, RELATED):
             related.append(_after(row, shots, tokenizer, how))
         if facts := fitting(row, [forget[i] for i in nearest], OTHERS):
@@ -73,6 +75,7 @@ def contexts_of(
         Form("after retain rows", few, NO_RETAIN, by_key_words),
         Form("after forget rows on the same subject", related, NO_RELATED, by_key_words),
         Form("other forget rows given", given, NO_OTHERS, by_key_words),
+        Form("two questions at once", both, NO_RETAIN, by_key_words),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from loramox.data.fluency import is_fluent
 from loramox.data.rows import Row, each_answer
 from loramox.data.words import WORD
-from loramox.evaluate.answers import Answering, greedy_answers
+from loramox.evaluate.answers import greedy_answers
 from loramox.evaluate.attacks.leaks import Judge, key_words_of, leaks_of
 from loramox.evaluate.measure import Questions, Record
 from loramox.evaluate.rouge import rouge_l, words
@@ -165,12 +165,9 @@ def to_rewrite(rows: Sequence[Row]) -> list[Row]:
 
 def rewritten(model: nn.Module, questions: Questions) -> dict[str, str]:
     """Row → the first line of what the model makes of its question; `questions` are those of `to_rewrite`."""
-    asked = questions.asked()
-    examples, how = [example for _, example, _ in asked], Answering(REWRITTEN_TOKENS)
-    texts = questions.batch.ask(
-        lambda size: greedy_answers(model, questions.tokenizer, examples, None, how, size, "rewriting questions")
-    )
-    return {record["row"]: text.split("\n")[0].strip() for (record, _, _), text in zip(asked, texts, strict=True)}
+    how = {"scores": None, "describe": "rewriting questions"}
+    answers = questions.answered(model, greedy_answers, REWRITTEN_TOKENS, **how)
+    return {record["row"]: text.split("\n")[0].strip() for record, _, text in answers}
 
 
 def in_own_words(rows: Sequence[Row], texts: dict[str, str]) -> Form:

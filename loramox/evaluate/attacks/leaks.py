@@ -1,6 +1,6 @@
 """Whether answers leak: each has enough of the true answer. How many rows leak, and in which way of asking the most."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
 from loramox.evaluate.summary import summarise
 
 ALL_IN_THE_QUESTION = "the question has every word of the true answer"
-LEAKS = ("rouge_l", "key_words")  # by what an answer counts as a leak
+CRITERIA = {"rouge_l": "ROUGE-L", "key_words": "key words"}  # by what an answer counts as a leak, and in words
 PLAIN = "the question itself"
 
 Judge = Callable[[Row, Sequence[str], float], Record]
@@ -28,7 +28,11 @@ def key_words_of(row: Row) -> list[str]:
 
 
 def leaks_of(
-    row: Row, said: Sequence[str], threshold: float, keys: Sequence[str] | None = None, by: Sequence[str] = LEAKS
+    row: Row,
+    said: Sequence[str],
+    threshold: float,
+    keys: Sequence[str] | None = None,
+    by: Collection[str] = tuple(CRITERIA),
 ) -> Record:
     """How many of some answers to a row leak.
 

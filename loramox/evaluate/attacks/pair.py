@@ -1,5 +1,6 @@
 """The pair attack: whoever has base and adapter has the difference between them, and can go the other way."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from loramox.evaluate.answers import Answering, greedy_answers
+from loramox.evaluate.answers import greedy_answers
 from loramox.evaluate.measure import Questions
 from loramox.evaluate.metric import Record, Summary, values
 from loramox.evaluate.row_record import rouge_of
@@ -52,23 +53,10 @@ class Guidance(LogitsProcessor):
 
 def guided(model: PeftModel, questions: Questions, scale: float, strength: float, describe: str) -> list[Record]:
     """A record for each row with a question: the base's greedy answer under guidance away from the forget model at `scale`."""
-    asked = questions.asked()
-    how = Answering(questions.scoring.max_new_tokens)
-    examples = [example for _, example, _ in asked]
-
-    def steering(lengths: Sequence[int]) -> Guidance:
-        return Guidance(model, scale, strength, lengths)
-
+    steering = functools.partial(Guidance, model, scale, strength)
     with at_scale(model, 0.0):
-        answers = questions.batch.ask(
-            lambda size: greedy_answers(
-                model, questions.tokenizer, examples, None, how, size, describe, steering=steering
-            )
-        )
-    return [
-        record | {"said": said} | rouge_of(said, *row.right_answers)
-        for (record, _, row), said in zip(asked, answers, strict=True)
-    ]
+        answers = questions.answered(model, greedy_answers, scores=None, describe=describe, steering=steering)
+    return [record | {"said": said} | rouge_of(said, *row.right_answers) for record, row, said in answers]
 
 
 def summary(records: Sequence[Record]) -> Summary:

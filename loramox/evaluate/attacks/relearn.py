@@ -90,6 +90,24 @@ def attacker(model: PeftModel, rank: int, seed: int) -> Iterator[PeftModel]:
         model.requires_grad_(False)
 
 
+@contextmanager
+def all_weights(model: PeftModel) -> Iterator[PeftModel]:
+    """Within it every weight below the forget adapter trains, as if that were merged. Afterwards the weights are as before.
+
+    W + scale·ΔW has the same gradient by W as by itself. A copy of the weights is kept in main memory meanwhile.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
+    before = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        yield model
+    finally:
+        model.requires_grad_(False)
+        for name, weight in weights.items():
+            weight.data.copy_(before[name])
+
+
 def train(
     model: PeftModel,
     examples: Sequence[Example],

@@ -1,24 +1,36 @@
-"""The requantizing attack: the adapter merged into 16- or 32-bit weights, which are then made 4- or 8-bit.
+"""The requantizing attack: the adapter in 4 bits, and merged into 16- or 32-bit weights, which are then made 4- or 8-bit.
 
-The merge passes through the files piece by piece, on the CPU: no model is loaded for it, of whatever size.
+The merge passes through the files piece by piece, on the CPU: no model is loaded for it, of whatever size. GGUF files are made by
+llama.cpp's own programs, and their weights are scored in torch.
 """
 
-from dataclasses import replace
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from loramox.adapter.factors import read_factors
 from loramox.adapter.streaming.checkpoint import Target, base_config, fetch, place, read_shards, targets
 from loramox.adapter.streaming.shards import CODES, Shard
 from loramox.adapter.streaming.weights import write_index, write_shards
-from loramox.errors import AdapterError, ModelError
+from loramox.errors import AdapterError, ModelError, needs
 from loramox.files import replacing
-from loramox.model.algebra import scaled
+from loramox.model.algebra import Factors, scaled
 from loramox.model.config import ModelConfig, read_tokenizer, skeleton
-from loramox.model.load import load_reference
+from loramox.model.lora import current_factors, with_factors
+
+GGUF = ("Q8_0", "Q4_K_M")  # as most GGUF files are served
+CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+NOT_IN_4_BITS = "needs --quantization none: the weights of a GGUF file are held unquantized to score them"
 
 
 class Merge(NamedTuple):
@@ -49,7 +61,9 @@ def plan(model: ModelConfig, adapter: Path, scale: float, device: torch.device) 
 
 
 def merge(planned: Merge, folder: Path) -> None:
-    """Write the model with the adapter merged into its unquantized weights to `folder`."""
+    """Write the model with the adapter merged into its unquantized weights to `folder`, if it is not there."""
+    if folder.exists():
+        return
     with replacing(folder, folder=True) as partial:
         write_shards(planned.shards, planned.changed, planned.code, partial, progress=False)
         write_index(planned.folder, planned.shards, planned.code, partial)
@@ -57,6 +71,46 @@ def merge(planned: Merge, folder: Path) -> None:
         read_tokenizer(planned.model).save_pretrained(partial)
 
 
-def requantized(model: ModelConfig, folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
-    """The merged model in `folder`, loaded in the quantization `kind`."""
-    return load_reference(replace(model, model=str(folder), revision=None, quantization=kind), device)
+def to_gguf(folder: Path, kind: str, code: str) -> str:
+    """Make a GGUF file of the merged model in `folder`; return its name there.
+
+    Args:
+        folder: the merged model's.
+        kind: one of `GGUF`.
+        code: the type of its weights, as `Merge` has it.
+
+    Raises:
+        ModelError: llama.cpp is not installed, or refuses the model.
+        MissingExtraError: its file could not be read.
+    """
+    with needs("gguf"):
+        import gguf  # noqa: F401 (transformers reads the file with it)
+    programs = {name: shutil.which(name) for name in (CONVERTER, QUANTIZER)}
+    if missing := [name for name, path in programs.items() if path is None]:
+        raise ModelError(f"needs llama.cpp: no {' and no '.join(missing)} on the PATH")
+    whole, out = folder / "whole.gguf", folder / f"{kind}.gguf"
+    if not whole.exists():
+        with replacing(whole) as partial:
+            how = ("--outfile", partial, "--outtype", code.lower())
+            _run(CONVERTER, sys.executable, programs[CONVERTER], folder, *how)
+    _run(QUANTIZER, programs[QUANTIZER], whole, out, kind)
+    return out.name
+
+
+def _run(program: str, *words: str | Path | None) -> None:
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-1]
+        raise ModelError(f"llama.cpp's {program} refuses the merged model: {said}")
+
+
+@contextmanager
+def rounded(model: PeftModel) -> Iterator[None]:
+    """Within it the adapter's A and B have the values that NF4 holds, in blocks of 64."""
+
+    def in_4_bits(weight: Tensor) -> Tensor:
+        return dequantize_4bit(*quantize_4bit(weight.cpu().contiguous(), quant_type="nf4"))
+
+    factors = {name: Factors(*map(in_4_bits, each)) for name, each in current_factors(model).items()}
+    with with_factors(model, factors):
+        yield

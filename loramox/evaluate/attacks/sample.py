@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loramox.evaluate.answers import Answering, sampled_answers
-from loramox.evaluate.attacks.leaks import LEAKS, leaks_of
+from loramox.evaluate.answers import sampled_answers
+from loramox.evaluate.attacks.leaks import CRITERIA, leaks_of
 from loramox.evaluate.bootstrap import interval_of_mean
 from loramox.evaluate.measure import Questions, Record
 from loramox.evaluate.metric import Metric, Summary
@@ -34,25 +34,16 @@ def sample(
 
     `threshold` is that of `leaks_of`.
     """
-    asked = questions.asked()
-    how = Answering(questions.scoring.max_new_tokens)
-    examples = [example for _, example, _ in asked]
-    answers = questions.batch.ask(
-        lambda size: sampled_answers(
-            model, questions.tokenizer, examples, how, count, temperature, seed, size, describe
-        )
-    )
-    return [
-        record | {"samples": said} | leaks_of(row, said, threshold)
-        for (record, _, row), said in zip(asked, answers, strict=True)
-    ]
+    how = {"count": count, "temperature": temperature, "seed": seed, "describe": describe}
+    answers = questions.answered(model, sampled_answers, **how)
+    return [record | {"samples": said} | leaks_of(row, said, threshold) for record, row, said in answers]
 
 
 def leakage(records: Sequence[Record]) -> Summary:
     """leak@k for k = 1, 2, 4 … and the number of samples, by each criterion, with the interval of the mean over rows."""
     metrics: dict[str, Metric] = {}
     absent: dict[str, str] = {}
-    for by in LEAKS:
+    for by in CRITERIA:
         rows = [(len(r["samples"]), r["leaks"][by]) for r in records if by in r["leaks"]]
         if not rows:
             absent[f"leak_by_{by}"] = next((r["absent"][by] for r in records), "no rows with questions")

@@ -67,31 +67,24 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] |
         findings += list(_config(config)) or _peft(config)
     if config is None or tensors is None or _stops(findings):
         return [f for f in findings if f.server in ("all", *servers)]
-    name, model_config, doubts = _base(config, base)
+    named, model_config, doubts = _base(config, base)
     model_type = getattr(model_config, "model_type", None)
-    read = Adapter(str(folder), config, tensors, provenance or {}, name, model_type)
+    read = Adapter(str(folder), config, tensors, provenance or {}, named, model_type)
     findings += [*doubts, *of_types(read), *_origin(read)]
-    if model_config is not None and name is not None:
-        findings += _same_base(read, name, model_config)
+    if model_config is not None and named is not None:
+        findings += _same_base(read, named, model_config)
     if not _stops(findings):
         findings += by_peft(read, model_config)
     if not _stops(findings):  # else shapes, and so sizes, may be any
         findings += [*of_values(read, files[WEIGHTS]), *_changed(read, files[WEIGHTS])]
-    findings += judge(read)
-    return _asked(findings, read, servers)
+    findings = [f for f in [*findings, *judge(read)] if f.server in ("all", *servers)]
+    bad = stopped(findings, servers)
+    return findings + [Finding(name, "ok", "loads", SERVERS[name](read)) for name in servers if name not in bad]
 
 
 def _stops(findings: list[Finding]) -> bool:
     """Whether one of the findings stops the adapter everywhere."""
     return any(f.server == "all" and f.verdict == "stop" for f in findings)
-
-
-def _asked(findings: list[Finding], read: Adapter, servers: Sequence[str]) -> list[Finding]:
-    """The findings for the servers asked, and for each that nothing stops, how it loads."""
-    kept = [f for f in findings if f.server in ("all", *servers)]
-    stopped = {f.server for f in kept if f.verdict == "stop"}
-    loads = [Finding(s, "ok", "loads", SERVERS[s](read)) for s in servers if not {s, "all"} & stopped]
-    return kept + loads
 
 
 def stopped(findings: Sequence[Finding], servers: Sequence[str]) -> list[str]:

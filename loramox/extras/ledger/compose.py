@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from loramox.adapter.factors import read_stored
 from loramox.adapter.folder import SERVED_RANKS, WEIGHTS, served_rank
-from loramox.errors import SettingsError
-from loramox.model.algebra import Factors, add, padded, scaled, share_a, truncate
+from loramox.errors import AdapterError, SettingsError
+from loramox.model.algebra import Factors, add, padded, scaled, truncate
 
 
 class Composed(NamedTuple):
@@ -42,15 +42,16 @@ def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], r
     norm_of: dict[str, float] = {}
     for layer in layers:
         given = terms(layer)
-        whole = total(*given.values())
-        if rank is None and whole.rank > SERVED_RANKS[-1]:
+        whole = add(*map(_double, given.values()))
+        width = _width(whole)
+        if rank is None and min(whole.rank, width) > SERVED_RANKS[-1]:
             raise SettingsError(
-                f"the exact sum of {len(given)} requests has rank {whole.rank}, and servers load adapters up to rank "
+                f"the exact sum of {len(given)} requests has rank {min(whole.rank, width)}, and servers load adapters up to rank "
                 f"{SERVED_RANKS[-1]}. Give --rank {SERVED_RANKS[-1]} or less; the error that it causes each request is then stated"
             )
-        kept, error = truncate(whole, rank or whole.rank)
+        kept, error = truncate(whole, min(rank or width, width))
         lost, norm = lost + error**2, norm + whole.norm() ** 2
-        sides = _sides(kept) if kept is not whole else None
+        sides = _sides(kept) if kept.rank < min(whole.rank, width) else None
         for name, term in given.items():
             norm_of[name] = norm_of.get(name, 0.0) + term.norm() ** 2
             lost_of[name] = lost_of.get(name, 0.0) + (left_out(_double(term), *sides) if sides else 0.0)
@@ -67,8 +68,14 @@ def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], r
 def terms_of(requests: dict[str, tuple[Path, float]]) -> Callable[[str], dict[str, Factors]]:
     """−alpha_i·ΔW_i of one layer, by the layer's name, from each request's folder and alpha_i.
 
-    Their own scale is 1: `write_adapter` folded it into B.
+    Their own scale is 1: `write_adapter` folded it into B. Raises `AdapterError` unless all requests change the same layers.
     """
+    outlines = {name: _outline(folder) for name, (folder, _) in requests.items()}
+    first = next(iter(outlines), "")
+    if odd := next((name for name, outline in outlines.items() if outline != outlines[first]), None):
+        raise AdapterError(
+            f"{requests[odd][0]} changes other layers than request {first}, and a ledger is of one model. Restore the ledger from a copy"
+        )
 
     def terms(layer: str) -> dict[str, Factors]:
         found = {}
@@ -82,23 +89,21 @@ def terms_of(requests: dict[str, tuple[Path, float]]) -> Callable[[str], dict[st
     return terms
 
 
+def _outline(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of an adapter, each with its side that is the layer's."""
+    return {key: each.shape[1:] if ".lora_A." in key else each.shape[:1] for key, each in read_stored(folder).items()}
+
+
 def total_within(terms: Iterable[Factors], rank: int) -> Factors:
     """Σ ΔW_i of one layer in fp32: exact up to `rank`, the best approximation of that rank beyond it."""
-    A, B = truncate(total(*terms), rank)[0]
+    whole = add(*map(_double, terms))
+    A, B = truncate(whole, min(rank, _width(whole)))[0]
     return Factors(A.float(), B.float())
 
 
-def total(*terms: Factors) -> Factors:
-    """Σ ΔW_i of one layer [out, in], exactly, in float64: at the rank of one where all share A, else at Σ r_i; and beyond
-    min(out, in), where that would be the larger, as the dense sum, with the identity as the other factor."""
-    out, inner = terms[0].B.shape[0], terms[0].A.shape[1]
-    rank = terms[0].rank if share_a(*terms) else sum(term.rank for term in terms)
-    if rank <= min(out, inner):
-        return add(*map(_double, terms))
-    dense, identity = (torch.zeros(out, inner).double(), torch.eye(min(out, inner)).double())
-    for term in terms:
-        dense.addmm_(term.B.double(), term.A.double())
-    return Factors(A=dense, B=identity) if out <= inner else Factors(A=identity, B=dense)
+def _width(factors: Factors) -> int:
+    """The highest rank that any ΔW of a layer has."""
+    return min(factors.B.shape[0], factors.A.shape[1])
 
 
 def left_out(term: Factors, U: Tensor, V: Tensor) -> float:

@@ -15,21 +15,12 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, Row, read_rows
 from loramox.errors import RunError
 from loramox.extras.ledger.compose import terms_of, total_within
-from loramox.extras.ledger.ledger import (
-    REQUESTS,
-    STAGING,
-    Entry,
-    Ledger,
-    check_files,
-    file_digests,
-    locked,
-    read_ledger,
-)
+from loramox.extras.ledger.ledger import REQUESTS, STAGING, Entry, Ledger, check_files, file_digests, read_ledger
 from loramox.extras.ledger.leftovers import discard
 from loramox.extras.ledger.rows import ROWS, write_rows
-from loramox.files import replacing
+from loramox.files import locked, replacing
 from loramox.model.lora import ReferenceConfig
-from loramox.run import RECORD, RunConfig, command, read_record
+from loramox.run import RECORD, RunConfig, read_record
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier
 from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE
@@ -40,7 +31,7 @@ from loramox.unlearning import TRAINED, train
 def existing(path: Path) -> Iterator[Ledger]:
     """The ledger at `path`, which no other process writes to within it."""
     read_ledger(path)  # before a lock is made where there is no ledger
-    with locked(path, command()):
+    with locked(path):
         yield read_ledger(path)
 
 

@@ -11,26 +11,19 @@ clean up.
 
 import hashlib
 import json
-import os
 import re
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from filelock import FileLock, Timeout
-
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RunError
-from loramox.files import remove, sha256_of, write_json
+from loramox.files import read_json, sha256_of, write_json
 
 INDEX = "ledger.json"
 REQUESTS = "requests"
 STAGING = "staging"
-LOCK = ".lock"
-HOLDER = ".holder.json"
 RESTORE = "Restore the ledger from a copy"
 
 # What a request may be called, and its folder: the same, with a number behind it after a refresh.
@@ -110,7 +103,7 @@ class Ledger:
             which = "; ".join(f"{name} (on top of {', '.join(gone)})" for name, gone in stale.items())
             raise RunError(
                 f"{self.path}: {which} was trained on top of requests that were revoked or trained again since. Train it again without "
-                f"them: loramox requests refresh {self.path}"
+                f"them: loramox requests refresh {shlex.quote(str(self.path))}"
             )
 
     def write(self) -> None:
@@ -129,7 +122,10 @@ def read_ledger(path: Path) -> Ledger:
     if not index.exists():
         raise RunError(f"{path} has no {INDEX}, so it is no ledger. `loramox requests add` makes one")
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index, dict)
+    except RunError as error:
+        raise RunError(f"{error}. {RESTORE}") from error
+    try:
         digest = content.pop("digest")
         if digest != _digest(content):
             raise ValueError("its contents do not fit its digest")
@@ -138,7 +134,7 @@ def read_ledger(path: Path) -> Ledger:
         if not isinstance(content["base"], dict) or not isinstance(content["base"].get("model"), str):
             raise ValueError("its base is no model")
         return Ledger(path, content["base"], _as_now(content["settings"]), entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{index} is damaged, or was changed by hand: {error}. {RESTORE}") from error
 
 
@@ -171,29 +167,6 @@ def _as_now(record: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def locked(path: Path, command: str) -> Iterator[None]:
-    """Within it no other process writes to the ledger. Raises `RunError` at once, with its process id, when one does."""
-    path.mkdir(parents=True, exist_ok=True)
-    holder, lock = path / HOLDER, FileLock(path / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        try:
-            by = "process {pid} on {host} ({command})".format(**json.loads(holder.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError):
-            by = "another process"
-        raise RunError(
-            f"{path} is being written by {by}. Nothing was changed; run this again when that has ended"
-        ) from error
-    try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command})
-        yield
-    finally:
-        remove(holder)
-        lock.release()
 
 
 def file_digests(folder: Path) -> dict[str, str]:

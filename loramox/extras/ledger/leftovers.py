@@ -6,9 +6,9 @@ from pathlib import Path
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import read_provenance
 from loramox.errors import LoramoxError, RunError
-from loramox.extras.ledger.ledger import FOLDER, HOLDER, INDEX, LOCK, NAME, REQUESTS, STAGING, Ledger
+from loramox.extras.ledger.ledger import FOLDER, INDEX, NAME, REQUESTS, STAGING, Ledger
 from loramox.extras.ledger.rows import ROWS
-from loramox.files import remove
+from loramox.files import LOCK, remove
 from loramox.run import RECORD, read_record
 
 # A request's folder while it is written: `.ID.partial`, and within that `..ID.partial.partial`; `.ID.old` while it is replaced.
@@ -22,7 +22,6 @@ def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
     found = [f for f in _folders(path / STAGING) if NAME.fullmatch(f.name) and _is_run(f)]
     found += [f for f in _folders(path / REQUESTS) if f.name not in named and _is_request(f)]
     found += path.glob(f".{INDEX}.partial")
-    found += path.glob(f".{HOLDER}.partial")
     return sorted(found)
 
 
@@ -46,7 +45,7 @@ def check_links(path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a folder without ledger.json is new, or was left by a first `add` that did not finish."""
-    ours = {LOCK, HOLDER, STAGING, REQUESTS, f".{INDEX}.partial", f".{HOLDER}.partial"}
+    ours = {LOCK, STAGING, REQUESTS, f".{INDEX}.partial"}
     return not path.exists() or (path.is_dir() and {f.name for f in path.iterdir()} <= ours)
 
 

@@ -1,5 +1,6 @@
 """Train again the requests that were trained on top of others that are revoked since."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def _check_version(ledger: Ledger, entry: Entry) -> None:
     if as_now(record) is not record:
         raise RunError(
             f"request {entry.id} was trained by loramox 0.1, and this version cannot train it as it was. Revoke it and add it again: "
-            f"loramox requests revoke {ledger.path} {entry.id}"
+            f"loramox requests revoke {shlex.quote(str(ledger.path))} {entry.id}"
         )
 
 

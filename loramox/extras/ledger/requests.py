@@ -15,11 +15,12 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data, Row, also_in, fingerprint, keep_disjoint, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
-from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, locked, read_ledger
+from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, read_ledger
 from loramox.extras.ledger.leftovers import check_links, is_ours, left_over
+from loramox.files import locked
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
-from loramox.run import command, read_record
+from loramox.run import read_record
 from loramox.train.config import METHODS, UnlearnConfig
 from loramox.train.synthetic import AUTO
 
@@ -79,7 +80,7 @@ def add(
     if not (path / INDEX).exists() and not is_ours(path):
         raise RunError(f"{path} has files in it that belong to no ledger; they are left alone. Choose another folder")
     check_links(path)
-    with locked(path, command()):
+    with locked(path):
         ledger = _opened(path, request, reference, args)
         name = _free_id(ledger, request.id)
         rows = read_rows(data.forget, columns)
@@ -126,21 +127,16 @@ def revoke(path: str | Path, name: str) -> list[str]:
 
 
 def _check_method(args: UnlearnConfig, reference: ReferenceConfig) -> None:
-    """Raises `SettingsError` for a method without alpha, and for adapters that are no sum with others on one base."""
+    """Raises `SettingsError` for a method without alpha or retain term, and for adapters of another base."""
     for name in ("tuned_adapter", "memorize_at"):
         if getattr(reference, name) is not None:
             raise SettingsError(
                 f"--{name} is of no use to a ledger, which adds up requests on --model itself. Leave it out, or run loramox unlearn"
             )
-    if not args.spec.alpha_is_free:
-        taken = ", ".join(LEDGER_METHODS)
-        raise SettingsError(
-            f"--method {args.method} has no alpha, and a ledger is a sum of adapters −alpha·ΔW. Give --method {taken}, or leave it out"
-        )
     if args.method not in LEDGER_METHODS:
         raise SettingsError(
-            f"--method {args.method} holds no rows, and a ledger holds those that earlier requests made the model forget. Give --method "
-            f"{', '.join(LEDGER_METHODS)}, or leave it out"
+            f"--method {args.method} does not fit a ledger, which adds up adapters −alpha·ΔW and holds rows that are forgotten already. Give "
+            f"--method {', '.join(LEDGER_METHODS)}, or leave it out"
         )
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loramox.errors import RunError
-from loramox.extras.ledger.ledger import HOLDER, INDEX, LOCK, changed, read_ledger
+from loramox.extras.ledger.ledger import INDEX, changed, read_ledger
 from loramox.extras.ledger.leftovers import left_over
+from loramox.files import LOCK
 
 
 class Verdict(NamedTuple):
@@ -25,7 +26,7 @@ def verify(path: Path) -> Verdict:
         return Verdict([str(error)], [])
     faults = [fault for entry in ledger.entries for fault in changed(ledger, entry)]
     lost = left_over(path, ledger)
-    known = {path / INDEX, path / LOCK, path / HOLDER}
+    known = {path / INDEX, path / LOCK}
     known |= {ledger.folder(entry) / name for entry in ledger.entries for name in entry.files}
     for found in sorted(path.rglob("*")):
         inside = any(found == folder or folder in found.parents for folder in lost)

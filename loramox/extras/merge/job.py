@@ -17,8 +17,7 @@ from loramox.evaluate.asked import count_parts, described, disjoint_parts, quest
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import summarise
-from loramox.extras.merge.merge import MergeConfig, Plan, plan
-from loramox.extras.merge.merge import merge as merge_into_floats
+from loramox.extras.merge.merge import CheckedMerge, MergeConfig, check_merge, merge_into_floats
 from loramox.extras.merge.quantize import load_merged, merge_quantized
 from loramox.model.config import ModelConfig, check_device
 from loramox.model.load import load_reference
@@ -48,7 +47,7 @@ class ForgettingConfig:
 def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: bool = True) -> dict[str, Any]:
     """Merge as `config` says, into 16- or 32-bit weights, or quantized after that; return the provenance of what was written.
 
-    Raises as `merge` and `merge_quantized` do, and for rows what `evaluate` raises.
+    Raises as `merge_into_floats` and `merge_quantized` do, and for rows what `evaluate` raises.
     """
     asked = asked or ForgettingConfig()
     if config.quantize is None:
@@ -57,10 +56,9 @@ def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: 
                 "--forget measures what quantizing brings back: it needs --quantize. A model merged into 16 bits is asked by "
                 "loramox evaluate --model OUT"
             )
-        names = ("adapter", "out", "base", "scale", "dtype", "overwrite", "revision")
-        return merge_into_floats(**{name: getattr(config, name) for name in names}, progress=progress)
+        return merge_into_floats(config, progress)
     device = check_device(ModelConfig("", quantization=config.quantize), asked.use_cpu)
-    ready = plan(config)
+    ready = check_merge(config)
     measure = _Forgetting(config, ready, asked, device).measure if asked.forget else None
     return merge_quantized(config, ready, device, measure, progress)
 
@@ -71,7 +69,7 @@ class _Forgetting:
     All are in the 16-bit type of the merge, weights and arithmetic, but what is quantized.
     """
 
-    def __init__(self, config: MergeConfig, ready: Plan, asked: ForgettingConfig, device: torch.device) -> None:
+    def __init__(self, config: MergeConfig, ready: CheckedMerge, asked: ForgettingConfig, device: torch.device) -> None:
         self.config, self.ready, self.device = config, ready, device
         self.base = replace(ready.base, dtype=config.dtype or "bfloat16")
         tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))

@@ -33,7 +33,7 @@ from loramox.adapter.streaming.checkpoint import (
 )
 from loramox.adapter.streaming.shards import CODES, FLOATS, Shard
 from loramox.adapter.streaming.weights import code_in, size, write_index, write_shards
-from loramox.errors import AdapterError, SettingsError
+from loramox.errors import SettingsError
 from loramox.extras.merge.output import check_apart, writing
 from loramox.files import sha256_of, write_json
 from loramox.model.algebra import scaled
@@ -95,8 +95,8 @@ class MergeConfig:
             )
 
 
-class Plan(NamedTuple):
-    """A merge that was looked at from all sides, and of which nothing is written yet."""
+class CheckedMerge(NamedTuple):
+    """A merge of which everything was checked and nothing is written yet."""
 
     base: ModelConfig
     config: PretrainedConfig
@@ -108,42 +108,39 @@ class Plan(NamedTuple):
     made: dict[str, Any]  # the provenance, but for what is known after writing
 
 
-def merge(
-    adapter: str | Path,
-    out: str | Path,
-    base: str | None = None,
-    scale: float = 1.0,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-    revision: str | None = None,
-) -> dict[str, Any]:
-    """Write the base with W + scale·B·A in place of each adapted weight W to the folder `out`; return its provenance.
+def merge_into_floats(config: MergeConfig, progress: bool = True) -> dict[str, Any]:
+    """Write the base with W + scale·B·A in place of each adapted weight W to `config.out`; return its provenance.
 
-    The sum is taken in fp32 and rounded once, to `dtype` (by default to W's own). Files, tensors and their order are the
+    The sum is taken in fp32 and rounded once, to `config.dtype` (by default to W's own). Files, tensors and their order are the
     base's. `survived` in the provenance says how much of ΔW outlived the rounding; below 0.9 there is a warning.
 
-    Raises, before anything is written: `SettingsError` for a scale that is not finite and above 0; `AdapterError` for
-    another base, an adapter that is no plain forget adapter of loramox, and a layer that does not fit the weights;
-    `ModelError` for a base that is quantized or has no safetensors; `RunError` when `out` is taken or the disk too small.
-    While writing: `ModelError` for a weight that overflows in `dtype`, `RunError` when the disk fills up all the same; then
-    nothing is left of the output.
+    Raises, before anything is written: `AdapterError` for another base, an adapter that is no plain forget adapter of loramox,
+    and a layer that does not fit the weights; `ModelError` for a base that is quantized or has no safetensors; `RunError` when
+    `config.out` is taken or the disk too small. While writing: `ModelError` for a weight that overflows in `config.dtype`,
+    `RunError` when the disk fills up all the same; then nothing is left of the output.
     """
-    ready = plan(MergeConfig(str(adapter), str(out), base, scale, dtype, overwrite, revision))
-    made = ready.made
-    with writing(Path(out), size(ready.shards, ready.code)) as partial:
+    ready = check_merge(config)
+    made, out = ready.made, Path(config.out)
+    with writing(out, size(ready.shards, ready.code)) as partial:
         made["survived"] = write_shards(ready.shards, ready.changed, ready.code, partial, progress)
         write_index(ready.folder, ready.shards, ready.code, partial)
         write_beside(ready, partial)
         write_json(partial / "config.json", _config_json(ready))
-    _warn_of_little(made, Path(out))
+    share = made["survived"]["overall"]
+    if share < KEPT:
+        warnings.warn(
+            f"{out}: only {share:.0%} of ΔW survived the rounding to {', '.join(made['dtypes'])}, so less may be forgotten than with "
+            "the adapter on. Give --dtype float32, or serve the adapter unmerged",
+            stacklevel=2,
+        )
     return made
 
 
-def plan(given: MergeConfig) -> Plan:
-    """The merge, checked: the output folder, the adapter, the base, and that each ΔW has its weight. Raises as `merge` does."""
+def check_merge(given: MergeConfig) -> CheckedMerge:
+    """The merge, checked: the output folder, the adapter, the base, and that each ΔW has its weight. Raises as the merge does."""
     adapter, out = Path(given.adapter), Path(given.out)
-    source = _forget_provenance(adapter)
+    source = read_provenance(adapter, "forget")
+    check_alone(source, adapter)
     # A base of that name is taken at the revision that it was trained on.
     named = given.base is None or given.base == source["base"]["model"]
     name = given.base or source["base"]["model"]
@@ -169,41 +166,23 @@ def plan(given: MergeConfig) -> Plan:
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
     code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})
-    carried: dict[str, Any] = {
-        key: source[key] for key in ("momentum", "data", "settings", "generated") if key in source
-    }
-    made = {
+    made: dict[str, Any] = {
         "kind": "merged",
         "scale": given.scale,
         "dtypes": [str(FLOATS[each]).removeprefix("torch.") for each in dtypes],
-        "adapter": _fingerprint(adapter, source),
-        **carried,
+        "adapter": {
+            "path": str(adapter),
+            "sha256": sha256_of(adapter / WEIGHTS),
+            "alpha": source["alpha"],
+            "method": source.get("method", MOX),
+            "command": source["command"],
+        },
+        **{key: source[key] for key in ("momentum", "data", "settings", "generated") if key in source},
         "base": made_from,
         "command": command(),
         "versions": versions(),
     }
-    return Plan(model, config, outline, folder, shards, changed, code, made)
-
-
-def _warn_of_little(made: dict[str, Any], out: Path) -> None:
-    share = made["survived"]["overall"]
-    if share < KEPT:
-        warnings.warn(
-            f"{out}: only {share:.0%} of ΔW survived the rounding to {', '.join(made['dtypes'])}, so less may be forgotten than with "
-            "the adapter on. Give --dtype float32, or serve the adapter unmerged",
-            stacklevel=3,
-        )
-
-
-def _forget_provenance(adapter: Path) -> dict[str, Any]:
-    if not (adapter / PROVENANCE).exists():
-        raise AdapterError(
-            f"{adapter} has no {PROVENANCE}, so it is no forget adapter of loramox, and the base that it was made for is not known. "
-            "Give the folder forget-adapter of a run"
-        )
-    provenance = read_provenance(adapter, "forget")
-    check_alone(provenance, adapter)
-    return provenance
+    return CheckedMerge(model, config, outline, folder, shards, changed, code, made)
 
 
 def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -214,17 +193,7 @@ def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
     return base | {"revision": folder.name, "weights": identify(here, base_config(here))["weights"]}
 
 
-def _fingerprint(adapter: Path, source: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "path": str(adapter),
-        "sha256": sha256_of(adapter / WEIGHTS),
-        "alpha": source["alpha"],
-        "method": source.get("method", MOX),
-        "command": source["command"],
-    }
-
-
-def write_beside(ready: Plan, to: Path) -> None:
+def write_beside(ready: CheckedMerge, to: Path) -> None:
     """All but weights and config.json, which comes last: without it, what a kill leaves behind loads nowhere."""
     for path in beside(ready.folder):
         if path.name not in ("config.json", INDEX):
@@ -233,7 +202,7 @@ def write_beside(ready: Plan, to: Path) -> None:
     (to / CARD).write_text(merged_card(ready.made), encoding="utf-8")
 
 
-def _config_json(ready: Plan) -> dict[str, Any]:
+def _config_json(ready: CheckedMerge) -> dict[str, Any]:
     config = json.loads((ready.folder / "config.json").read_text(encoding="utf-8"))
     # Code that comes with a checkpoint is not taken along: transformers' own class loads this one.
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}

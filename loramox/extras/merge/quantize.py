@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from loramox.adapter.streaming.shards import FLOATS, read_rows
 from loramox.adapter.streaming.weights import shares_of, size, sums_of, write_index, write_shards
 from loramox.errors import RunError
-from loramox.extras.merge.merge import MergeConfig, Plan, write_beside
+from loramox.extras.merge.merge import CheckedMerge, MergeConfig, write_beside
 from loramox.extras.merge.output import writing
 from loramox.files import remove, write_json
 from loramox.model.load import keep_4bit_weights_in_place, quantization
@@ -41,12 +41,12 @@ Measure = Callable[[Path], dict[str, Any]]
 
 
 def merge_quantized(
-    given: MergeConfig, ready: Plan, device: torch.device, measure: Measure | None = None, progress: bool = True
+    given: MergeConfig, ready: CheckedMerge, device: torch.device, measure: Measure | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Write the merge that `plan(given)` made `ready`, quantized by bitsandbytes as `given.quantize` says; return its provenance.
+    """Write the merge that `check_merge(given)` returned, quantized as `given.quantize` says; return its provenance.
 
     In it `merged` is what outlived the rounding to 16 bits, `survived` what outlived the quantization (`survival`), and
-    `forgetting` what `measure` returns. Raises as `merge` does; and `RunError`, with nothing written, when
+    `forgetting` what `measure` returns. Raises as `merge_into_floats` does; and `RunError`, with nothing written, when
     less than `LEAST_OF_FORGETTING` of the forgetting is left, or, where it is not measured, `survival` is below `LEAST_OF_DELTA`;
     with `given.force` that is a warning.
     """
@@ -72,7 +72,7 @@ def merge_quantized(
     return made
 
 
-def _quantized_size(ready: Plan, kind: str) -> int:
+def _quantized_size(ready: CheckedMerge, kind: str) -> int:
     """Bytes of the model quantized: its linear layers in few bits, all else as it is."""
     head = ready.outline.get_output_embeddings()
     layers = [m for m in ready.outline.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
@@ -80,7 +80,7 @@ def _quantized_size(ready: Plan, kind: str) -> int:
     return size(ready.shards, ready.code) - int(few * (FLOATS[ready.code].itemsize - BYTES[kind]))
 
 
-def load_merged(ready: Plan, folder: Path, device: torch.device, kind: str | None = None) -> PreTrainedModel:
+def load_merged(ready: CheckedMerge, folder: Path, device: torch.device, kind: str | None = None) -> PreTrainedModel:
     """The weights in `folder`, which has nothing else; quantized while they are loaded, NF4 with double quantization or int8."""
     dtype = FLOATS[ready.code]
     model = AutoModelForCausalLM.from_pretrained(
@@ -97,7 +97,7 @@ def load_merged(ready: Plan, folder: Path, device: torch.device, kind: str | Non
 
 
 @torch.no_grad()
-def survival(model: PreTrainedModel, ready: Plan) -> dict[str, Any]:
+def survival(model: PreTrainedModel, ready: CheckedMerge) -> dict[str, Any]:
     """How much of ΔW is in the quantized model: {"overall", "share", "rounding", "layers": {layer: the same three}}.
 
     With Q(W) what W becomes when it is quantized and back, and D = Q(W + ΔW) − Q(W), of all layers together and of each:

@@ -3,18 +3,15 @@
 import copy
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers.training_args import OptimizerNames
 
 from loramox.adapter.folder import served_rank
 from loramox.adapter.streaming.shards import BLOCK
-from loramox.adapter.streaming.weights import Survival
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD, OVERHEAD_ELSEWHERE, cut
 from loramox.data.pairs import Pairs
@@ -22,12 +19,10 @@ from loramox.extras.plan.config import EIGHT_BITS, Choice
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.trace import Parts, Stage, at_depth, trace_asking, trace_optimiser, trace_step, trace_watching
 from loramox.model.config import skeleton
-from loramox.model.lora import add_lora, lora_layers
+from loramox.model.lora import add_lora
 from loramox.sweep.config import SweepConfig
 from loramox.sweep.frontier import grid
 from loramox.train.config import UnlearnConfig
-
-T = TypeVar("T")
 
 # Bytes of main memory that merging one block takes, in blocks of fp32: W, ΔW, their sum, the rounded sum in its type and in fp32,
 # and the difference to W.
@@ -51,7 +46,7 @@ class Estimate(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The cost of another part of the job."""
+    """The cost of a sweep."""
 
     held: dict[str, int]
     seconds: float
@@ -87,12 +82,17 @@ def _length(example: Example) -> int:
     return len(example["input_ids"])
 
 
-def _of_terms(batch: Parts, args: UnlearnConfig) -> list[int]:
-    """Tokens, padding included, of each pass of a micro-batch's terms, were all of them at one scale."""
+def _padded(rows: Sequence[Example]) -> int:
+    """Tokens of a pass, padding included."""
+    return len(rows) * max(map(_length, rows))
+
+
+def _passes(batch: Parts, args: UnlearnConfig) -> list[int]:
+    """Tokens of each pass of a micro-batch's terms, were all of them at one scale."""
     on_path = {"forget"} if args.spec.gradient else set()
-    lengths = [_length(row) for part, rows in batch.items() if part not in on_path for row in rows]
-    groups = cut(lengths, OVERHEAD.get(args.device.type, OVERHEAD_ELSEWHERE))
-    return [len(group) * max(lengths[row] for row in group) for group in groups]
+    rows = [row for part, some in batch.items() if part not in on_path for row in some]
+    groups = cut([_length(row) for row in rows], OVERHEAD.get(args.device.type, OVERHEAD_ELSEWHERE))
+    return [_padded([rows[i] for i in group]) for group in groups]
 
 
 def _minibatches(batches: list[Parts], args: UnlearnConfig) -> list[list[Example]]:
@@ -109,60 +109,43 @@ def _minibatches(batches: list[Parts], args: UnlearnConfig) -> list[list[Example
     return found
 
 
-def _padded(rows: Sequence[Example]) -> int:
-    return len(rows) * max(map(_length, rows))
-
-
-def _typical(items: Sequence[T], size: Callable[[T], float]) -> T:
-    """The one whose size is nearest to the mean."""
-    sizes = [size(item) for item in items]
-    mean = sum(sizes) / len(sizes)
-    return items[min(range(len(sizes)), key=lambda i: abs(sizes[i] - mean))]
-
-
 def _dealt(rows: Rows, args: UnlearnConfig) -> Iterator[list[Parts]]:
     """One process's share of the micro-batches of each epoch, for `EPOCHS` epochs at most."""
-    size, epoch, last = args.per_device_train_batch_size * args.world_size, 0, 1
-    while epoch < last:
+    size = args.per_device_train_batch_size * args.world_size
+    steps = math.ceil(len(rows.datasets["forget"]) / size) / args.gradient_accumulation_steps
+    epochs = math.ceil(args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs)
+    for epoch in range(max(1, min(EPOCHS, epochs))):
         batches = rows.micro_batches(size, args.seed, epoch)
-        steps = len(batches) / args.gradient_accumulation_steps
-        last = min(EPOCHS, math.ceil(args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs))
-        yield [_share(batch, args.world_size) for batch in batches]
-        epoch += 1
+        yield [{part: each[: math.ceil(len(each) / args.world_size)] for part, each in b.items()} for b in batches]
 
 
 def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | None) -> Estimate:
-    """Memory and time of training with `choice`. `watching` is a batch of the rows scored meanwhile (`watch`), None without."""
+    """Memory and time of training with `choice`, from its heaviest micro-batch; time is in proportion to tokens.
+
+    `watching` is a batch of the rows scored meanwhile (`watch`), None without.
+    """
     args = copy.copy(setting.args)
     for name, value in choice._asdict().items():
         setattr(args, name, value)
     setting = setting._replace(args=args)
     epochs = list(_dealt(rows, args))
-    batches, minibatches = epochs[0], _minibatches(epochs[0], args)
-    typical = _typical(batches, lambda batch: sum(_of_terms(batch, args)))
-    heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_of_terms(batch, args), default=0))
-    if minibatches:
+    heaviest = max(itertools.chain(*epochs), key=lambda batch: max(_passes(batch, args), default=0))
+    traced, tokens = sum(_passes(heaviest, args)), sum(sum(_passes(batch, args)) for batch in epochs[0])
+    if args.spec.gradient:
         # A step with one mini-batch of the path: the others cost the same, and are over before the next begins.
-        every = [some for epoch in epochs for some in _minibatches(epoch, args)]
+        every = [_minibatches(epoch, args) for epoch in epochs]
         args.inner_steps = 1
-        typical = typical | {"forget": _typical(minibatches, _padded)}
-        heaviest = heaviest | {"forget": max(every, key=_padded)}
-    stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest, typical))
-    step, optimiser = stages.get("typical step", stages["step"]), stages["optimiser"]
-    steps = math.ceil(len(batches) / choice.gradient_accumulation_steps)
-    # Of each stage how often it is in an epoch. A mini-batch of the path is a step without its terms.
-    often = [(step, len(batches))]
-    if minibatches:
-        often = [(stages["terms"], len(batches) - len(minibatches)), (step, len(minibatches))]
-    seconds = sum(stage.seconds * times for stage, times in often)
-    seconds += steps * optimiser.seconds + stages["momentum"].seconds
+        heaviest = heaviest | {"forget": max(itertools.chain(*every), key=_padded)}
+        traced, tokens = traced + _padded(heaviest["forget"]), tokens + sum(map(_padded, every[0]))
+    stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest))
     peaks = [stages[name].peak for name in ("step", "optimiser", "momentum")]
+    seconds = stages["step"].seconds * tokens / traced + stages["momentum"].seconds
+    seconds += stages["optimiser"].seconds * math.ceil(len(epochs[0]) / choice.gradient_accumulation_steps)
     if watching:
         peaks.append(watching.peak._replace(name="watching"))
         seconds += watching.seconds * _watched_batches(rows, args)
     fullest = max(peaks, key=lambda section: section.total)
-    flops = sum(stage.flops * times for stage, times in often)
-    return Estimate(choice, fullest.held, fullest.name, seconds, flops)
+    return Estimate(choice, fullest.held, fullest.name, seconds, stages["step"].flops * tokens / traced)
 
 
 def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:
@@ -174,11 +157,6 @@ def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:
         each._replace(choice=each.choice._replace(optim=EIGHT_BITS), held=each.held | {"optimiser": states})
         for each in found
     ]
-
-
-def _share(batch: Parts, processes: int) -> Parts:
-    """One process's part of a batch that several share."""
-    return {part: rows[: math.ceil(len(rows) / processes)] for part, rows in batch.items()}
 
 
 def _watched_batches(rows: Rows, args: UnlearnConfig) -> int:
@@ -219,34 +197,11 @@ def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int)
     return Cost(peak.held | {"adapter": peak.held["adapter"] + momentum}, points * once)
 
 
-def merging(setting: Setting) -> tuple[Cost, int]:
-    """Merging into the base's own type, and the bytes that it reads and writes: blocks timed here, on the CPU, disk excluded."""
+def merging(setting: Setting) -> tuple[dict[str, int], int]:
+    """Bytes of main memory, by purpose, that merging into the base's own type takes, and the bytes that it reads and writes."""
     model = add_lora(skeleton(setting.config, setting.reference), setting.reference)
-    layers = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for _, m in lora_layers(model)]
-    changed = sum(B.shape[0] * A.shape[1] for A, B in layers)
-    adapter = sum(4 * (A.numel() + B.numel()) for A, B in layers)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    adapter = sum(size for name, size in sizes.items() if "lora_" in name)
     kind = setting.config.dtype or torch.float32
-    files = 2 * kind.itemsize * sum(p.numel() for p in _weights(model))
-    A, _ = max(layers, key=lambda pair: pair[0].shape[1])
-    return Cost(
-        {"adapter": adapter, "blocks": MERGE_COPIES * 4 * BLOCK}, changed / BLOCK * _block(A.shape, kind)
-    ), files
-
-
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if "lora_" not in name]
-
-
-@torch.no_grad()
-def _block(shape: Sequence[int], kind: torch.dtype) -> float:
-    """Seconds that one block of W + B·A takes, as `loramox.adapter.streaming.weights` computes it."""
-    rank, width = shape
-    count = max(1, BLOCK // width)
-    A, B, W = torch.rand(rank, width), torch.rand(count, rank), torch.rand(count, width).to(kind)
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        old, delta = W.float(), B @ A
-        Survival().add("", old, delta, (old + delta).to(kind).float())
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    held = {"adapter": 4 * adapter, "blocks": MERGE_COPIES * 4 * BLOCK}
+    return held, 2 * kind.itemsize * (sum(sizes.values()) - adapter)

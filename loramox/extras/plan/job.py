@@ -1,9 +1,8 @@
 """The planning job: rows and a model's config in, memory and time of each way to train out; and the fastest that fits."""
 
 import copy
-import math
-from collections.abc import Callable, Set
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Set
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -13,9 +12,9 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import LoramoxError, SettingsError
 from loramox.extras.plan.config import EIGHT_BITS, Choice, PlanConfig, budget_of, choices, optimiser_of, size_of
-from loramox.extras.plan.estimate import Cost, Estimate, Rows, estimate, in_8_bits, merging, sweeping, watch
-from loramox.extras.plan.ledger import Speed
+from loramox.extras.plan.estimate import Cost, Estimate, Rows, Stage, estimate, in_8_bits, merging, sweeping, watch
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.recorder import Speed
 from loramox.extras.plan.rows import longest_of, made_up, rows_of
 from loramox.extras.plan.speed import given_speed, measured_speed
 from loramox.model.config import read_config, read_tokenizer, skeleton
@@ -24,24 +23,16 @@ from loramox.run import RunConfig, resumed_settings
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import read_tuned
 
-T = TypeVar("T")
-
 LENGTHS = (256, 1024, 2048)  # planned for when no rows are given
 
 
 class Planned(NamedTuple):
-    """Estimates for rows of one length, fastest first, and the costs of sweeping and merging."""
+    """Estimates for rows of one length, fastest first, and the cost of a sweep."""
 
     length: int  # of the longest row, in tokens
     forget_rows: int
     estimates: list[Estimate]
-    longest: (
-        int | None
-    )  # about the longest row, in tokens, with which the fastest that fits still does; None where nothing fits
     sweep: Cost
-    sweep_batch_size: int  # answers at a time: as given, or fewer than the default where those do not fit
-    merge: Cost
-    merge_files: int  # bytes read and written
 
 
 class Plan(NamedTuple):
@@ -52,9 +43,12 @@ class Plan(NamedTuple):
     device: str
     speed: Speed | None  # None: of a card that is not here, and whose speed was not given
     planned: list[Planned]
+    sweep_batch_size: int
+    merge: dict[str, int]  # bytes of main memory, by purpose
+    merge_files: int  # bytes read and written
 
-    def fits(self, estimate: Estimate) -> bool:
-        return estimate.peak <= self.budget
+    def fits(self, peak: int) -> bool:
+        return peak <= self.budget
 
 
 def plan(
@@ -73,13 +67,13 @@ def plan(
     """
     here = args.use_cpu or torch.cuda.is_available()
     args = args if here else _for_a_card(args, given)
-    columns, tokenisation = columns or Columns(), tokenisation or Tokenisation()
-    card = torch.device("cuda") if not args.use_cpu or not here else torch.device("cpu")
+    card = torch.device("cpu" if args.use_cpu else "cuda")
     dtype = torch.bfloat16 if not here and reference.dtype == "auto" else reference.torch_dtype(card)
     setting = _setting(reference, args, dtype)
+    tokenisation = tokenisation or Tokenisation()
     if config.forget:
         data = Data(config.forget, config.retain, config.drop_overlap)
-        cases = [rows_of(reference, data, args, columns, tokenisation)]
+        cases = [rows_of(reference, data, args, columns or Columns(), tokenisation)]
     else:
         cases = [made_up(n, args) for n in _lengths(setting, tokenisation)]
     speed = given_speed(config.tflops, config.bandwidth) if config.tflops else None
@@ -89,48 +83,17 @@ def plan(
     setting = setting._replace(speed=speed or given_speed(100, None))
     memory = size_of(config.gpu_memory, "gpu_memory")
     budget = budget_of(memory, card, here=here and config.tflops is None)
-    merge, files = merging(setting)
-    planned = []
-    for rows in cases:
-        found = estimates(setting, rows, budget, given, eight_bits=card.type == "cuda")
-        sweep = _sweep_that_fits(setting, rows, config, budget, given)
-        length, forget_rows = longest_of(rows), len(rows.datasets["forget"])
-        longest = _longest_that_fits(setting, length, found, budget)
-        planned.append(Planned(length, forget_rows, found, longest, *sweep, merge, files))
+    planned = [
+        Planned(
+            longest_of(rows),
+            len(rows.datasets["forget"]),
+            estimates(setting, rows, budget, given, eight_bits=card.type == "cuda"),
+            sweeping(setting, rows, config.sweep_batch_size, config.max_new_tokens),
+        )
+        for rows in cases
+    ]
     name = "this CPU" if card.type == "cpu" else "this GPU" if here else "a GPU that is not here"
-    return Plan(memory, budget, name, speed, planned)
-
-
-def _sweep_that_fits(
-    setting: Setting, rows: Rows, config: PlanConfig, budget: int, given: Set[str]
-) -> tuple[Cost, int]:
-    """The cost of a sweep, and its batch size."""
-    return _halved(
-        config.sweep_batch_size,
-        "sweep_batch_size" in given,
-        lambda size: sweeping(setting, rows, size, config.max_new_tokens),
-        lambda cost: sum(cost.held.values()) <= budget,
-    )
-
-
-def _halved(size: int, fixed: bool, take: Callable[[int], T], fits: Callable[[T], bool]) -> tuple[T, int]:
-    """The cost of a batch of `size`; unless that is fixed, half of it and so on until it fits."""
-    while True:
-        taken = take(size)
-        if fixed or size == 1 or fits(taken):
-            return taken, size
-        size = max(1, size // 2)
-
-
-def _longest_that_fits(setting: Setting, length: int, found: list[Estimate], budget: int) -> int | None:
-    """Of the fastest choice that fits: between the rows' own length and a far larger one, on the line between their peaks."""
-    best = next((each for each in found if each.peak <= budget), None)
-    far = min(_context(setting), max(LENGTHS[-1], 4 * length))
-    if best is None or far <= length:
-        return best and length
-    at_far = estimate(setting, made_up(far, setting.args), best.choice, None).peak
-    share = (budget - best.peak) / max(1, at_far - best.peak)
-    return min(far, int(length + share * (far - length)))
+    return Plan(memory, budget, name, speed, planned, config.sweep_batch_size, *merging(setting))
 
 
 def fit(
@@ -196,15 +159,14 @@ def estimates(setting: Setting, rows: Rows, budget: int, given: Set[str], eight_
     return sorted(found, key=lambda e: (round(e.seconds, 6), e.choice.optim == EIGHT_BITS))
 
 
-def _watching(setting: Setting, rows: Rows, budget: int, given: Set[str]) -> tuple[int, Any]:
-    """The rows that are scored at a time while training, and a batch of them."""
-    stage, size = _halved(
-        setting.args.per_device_eval_batch_size,
-        "per_device_eval_batch_size" in given,
-        lambda size: watch(setting, rows, size),
-        lambda stage: stage is None or stage.peak.total <= budget,
-    )
-    return size, stage
+def _watching(setting: Setting, rows: Rows, budget: int, given: Set[str]) -> tuple[int, Stage | None]:
+    """The rows that are scored at a time while training, fewer than set where those do not fit, and a batch of them."""
+    size = setting.args.per_device_eval_batch_size
+    while True:
+        stage = watch(setting, rows, size)
+        if stage is None or stage.peak.total <= budget or size == 1 or "per_device_eval_batch_size" in given:
+            return size, stage
+        size //= 2
 
 
 def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype) -> Setting:
@@ -220,16 +182,9 @@ def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype
     tuned = None
     if reference.tuned_adapter is not None:
         tuned = read_tuned(reference, skeleton(config, reference)).change
-    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), _momentum_rank(reference, args), tuned)
-
-
-def _momentum_rank(reference: ReferenceConfig, args: UnlearnConfig) -> int:
-    """The largest rank of the momentum's average: each update adds the adapter's rank, up to a limit."""
-    most = args.momentum_rank or 4 * reference.r
-    if args.momentum == 1 or reference.shared_subspace:
-        return min(most, reference.r)
-    an_epoch = args.momentum_every is None and args.max_steps <= 0
-    return min(most, reference.r * max(1, math.ceil(args.num_train_epochs))) if an_epoch else most
+    # The most that the momentum's average has: each update adds the adapter's rank, where A is not shared.
+    momentum_rank = reference.r if reference.shared_subspace else args.momentum_rank or 4 * reference.r
+    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), momentum_rank, tuned)
 
 
 def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:

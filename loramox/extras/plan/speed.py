@@ -1,18 +1,17 @@
 """How fast a device multiplies matrices and moves bytes: measured on the one at hand, or given for one that is not here."""
 
-import time
 from collections.abc import Callable
 
 import torch
+from torch.utils.benchmark import Timer
 
-from loramox.extras.plan.ledger import Speed
+from loramox.extras.plan.recorder import Speed
 
 # FLOPs of 16-bit matrix products for each byte that memory moves: 76 on an RTX 3090, 153 on an A100 and an RTX 4060 Ti, 164 on an
 # RTX 4090, 295 on an H100 (dense, by their data sheets).
 BALANCE = 150
 
 SECONDS = 0.2  # for each of both measurements
-ROUND = 4
 
 
 def given_speed(tflops: float, bandwidth: float | None) -> Speed:
@@ -27,22 +26,12 @@ def measured_speed(device: torch.device, dtype: torch.dtype, tokens: int, hidden
     left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((tokens, hidden), (hidden, between)))
     source = torch.ones(1 << 24, device=device)
     copy = torch.empty_like(source)
-    flops = 2 * tokens * hidden * between * _rate(lambda: left @ right, device)
-    moved = 2 * source.nbytes * _rate(lambda: copy.copy_(source), device)
+    flops = 2 * tokens * hidden * between * _rate(lambda: left @ right)
+    moved = 2 * source.nbytes * _rate(lambda: copy.copy_(source))
     return Speed(flops, moved, f"{flops / 1e12:.3g} TFLOPS and {moved / 1e9:.3g} GB/s, measured on this {device.type}")
 
 
-def _rate(run: Callable[[], object], device: torch.device) -> float:
-    """How often it runs in a second at its fastest, of rounds that last `SECONDS` together: other work only slows them down."""
-    run()
-    end, fastest = time.perf_counter() + SECONDS, float("inf")
-    while time.perf_counter() < end:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        start = time.perf_counter()
-        for _ in range(ROUND):
-            run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        fastest = min(fastest, (time.perf_counter() - start) / ROUND)
-    return 1 / fastest
+def _rate(run: Callable[[], object]) -> float:
+    """How often it runs in a second at its fastest: other work only slows it down."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return 1 / min(timer.blocked_autorange(min_run_time=SECONDS).times)

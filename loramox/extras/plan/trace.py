@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PretrainedConfig
 
-from loramox.data.encode import IGNORED, Example
+from loramox.data.encode import Example
 from loramox.data.pairs import Collator
 from loramox.evaluate import scores
-from loramox.extras.plan.ledger import Ledger, Section
 from loramox.extras.plan.outline import Setting, adapted
+from loramox.extras.plan.recorder import Recorder, Section
 from loramox.model.algebra import Factors
 from loramox.model.head import Head, answer_states, backbone
 from loramox.model.lora import at_scale, current_factors, with_factors
@@ -71,127 +71,93 @@ def shallow(config: PretrainedConfig, least: int) -> tuple[int, int]:
     return few, few + period
 
 
-def trace_step(setting: Setting, depth: int, heaviest: Parts, typical: Parts) -> dict[str, Stage]:
-    """A step in the middle of training, on the micro-batches `heaviest` and `typical`; the optimiser's step; the momentum's.
+def trace_step(setting: Setting, depth: int, rows: Parts) -> dict[str, Stage]:
+    """A step in the middle of training, on one micro-batch; the optimiser's step; the momentum's.
 
-    Each is the last micro-batch of a step, in which mox passes the forget rows of the step along its path. Of mox there is also
-    "terms", the typical micro-batch without the path.
+    It is the last micro-batch of its step, in which mox passes the forget rows of the step along its path.
     """
-    with _trainer(setting, depth) as (ledger, trainer, model):
-        _as_in_the_middle(trainer, ledger, setting.momentum_rank)
-        _mark_passes(trainer, ledger)
-        stages = {}
-        for name, rows in {"step": heaviest, "typical step": typical}.items():
-            if name == "step" or _shape(typical) != _shape(heaviest):
-                batch = {part: Collator(0)(examples) for part, examples in rows.items()}
-                ledger.section("begin")
-                trainer.training_step(model, batch)
-                stages[name] = _taken(ledger)
-        if trainer.args.spec.gradient:
-            with _amid_a_step(trainer):
-                ledger.section("begin")
-                trainer.training_step(model, {part: Collator(0)(examples) for part, examples in typical.items()})
-                stages["terms"] = _taken(ledger)
-        ledger.section("optimiser", "optimiser")
+    stages = {}
+    with _trainer(setting, depth) as (recorder, trainer, model):
+        _mark_passes(trainer, recorder)
+        recorder.section("begin")
+        trainer.training_step(model, {part: Collator(0)(examples) for part, examples in rows.items()})
+        stages["step"] = _taken(recorder)
+        recorder.section("optimiser", "optimiser")
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
-        stages["optimiser"] = _taken(ledger)
+        stages["optimiser"] = _taken(recorder)
         trainer.optimizer.zero_grad()
-        ledger.section("momentum", "momentum")
+        recorder.section("momentum", "momentum")
         trainer.momentum.tick(current_factors(trainer.model))
-        stages["momentum"] = _taken(ledger)
+        stages["momentum"] = _taken(recorder)
     return stages
-
-
-@contextmanager
-def _amid_a_step(trainer: UnlearnTrainer) -> Iterator[None]:
-    """Within it a micro-batch is not the last of its step."""
-    state = trainer.accelerator.gradient_state
-    state._set_sync_gradients(False)
-    try:
-        yield
-    finally:
-        state._set_sync_gradients(True)
-
-
-def _shape(parts: Parts) -> list[tuple[str, list[tuple[int, int]]]]:
-    """All of a micro-batch that a trace depends on: the tokens of its rows, and of their answers."""
-    return [
-        (part, sorted((len(row["labels"]), sum(label != IGNORED for label in row["labels"])) for row in rows))
-        for part, rows in parts.items()
-    ]
 
 
 def trace_optimiser(setting: Setting, depth: int) -> dict[str, Stage]:
     """The optimiser's states alone."""
-    with _trainer(setting, depth) as (ledger, trainer, _):
-        _as_in_the_middle(trainer, ledger, 0)
-        ledger.section("states", "optimiser")
-        return {"states": _taken(ledger)}
+    with _trainer(setting, depth) as (recorder, _, _):
+        recorder.section("states", "optimiser")
+        return {"states": _taken(recorder)}
 
 
 def trace_watching(setting: Setting, depth: int, examples: Sequence[Example]) -> dict[str, Stage]:
     """A batch on which the forget model is scored while training."""
-    with _trainer(setting, depth) as (ledger, trainer, model):
-        _as_in_the_middle(trainer, ledger, setting.momentum_rank)
+    with _trainer(setting, depth) as (recorder, trainer, model):
         trainer.model.zero_grad()
-        _mark_passes(trainer, ledger)
+        _mark_passes(trainer, recorder)
         model.eval()
-        ledger.section("begin")
+        recorder.section("begin")
         with trainer.forget_model():
             trainer.prediction_step(model, Collator(0)(list(examples)), False)
-        return {"watching": _taken(ledger)}
+        return {"watching": _taken(recorder)}
 
 
 def trace_asking(setting: Setting, depth: int, examples: Sequence[Example], max_new_tokens: int) -> dict[str, Stage]:
     """A batch of the sweep: the scores of its answers, and the last token of generated answers of `max_new_tokens` tokens."""
     stages = {}
-    with torch.no_grad(), adapted(setting, depth) as (ledger, model):
+    with torch.no_grad(), adapted(setting, depth) as (recorder, model):
         causal_lm = model.get_base_model()
         shipped = current_factors(model)
-        ledger.belongs("adapter", *(t for f in shipped.values() for t in f))
+        recorder.belongs("adapter", *(t for f in shipped.values() for t in f))
         model.eval()
         with with_factors(model, shipped), at_scale(model, -1.0):
             batch = Collator(0)(list(examples))
-            ledger.section("scoring")
+            recorder.section("scoring")
             states = answer_states(model, causal_lm, batch)
-            ledger.section("scores", "loss")
+            recorder.section("scores", "loss")
             scores._on_logits(scores._columns, Head(causal_lm), states.hidden, states.targets)
             del states
-            stages["scoring"] = _taken(ledger)
+            stages["scoring"] = _taken(recorder)
             ids = batch["input_ids"]
             room = getattr(setting.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
             length = min(ids.shape[1] + max_new_tokens, room)
             ids = torch.zeros((len(ids), length), dtype=torch.long, device=ids.device)
             if max_new_tokens:
                 prefix = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
-                ledger.belongs("cache", *_cached(prefix.past_key_values))
-                ledger.restart()
-                ledger.section("answering", "cache")
+                cached = (t for layer in prefix.past_key_values.layers for t in (layer.keys, layer.values))
+                recorder.belongs("cache", *cached)
+                recorder.restart()
+                recorder.section("answering", "cache")
                 model(input_ids=ids[:, -1:], past_key_values=prefix.past_key_values, use_cache=True)
-                stages["answering"] = _taken(ledger)
+                stages["answering"] = _taken(recorder)
     return stages
 
 
-def _cached(cache: Any) -> Iterator[torch.Tensor]:
-    return (t for layer in cache.layers for t in (layer.keys, layer.values))
-
-
-def _taken(ledger: Ledger) -> Stage:
-    stage = Stage(ledger.seconds, ledger.flops, list(ledger.sections))
-    ledger.restart()
+def _taken(recorder: Recorder) -> Stage:
+    stage = Stage(recorder.seconds, recorder.flops, list(recorder.sections))
+    recorder.restart()
     return stage
 
 
 @contextmanager
-def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, UnlearnTrainer, nn.Module]]:
-    """A trainer as it is during `train()`, and the model as it trains it; nothing is written."""
+def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Recorder, UnlearnTrainer, nn.Module]]:
+    """A trainer as it is in the middle of `train()`, and the model as it trains it; nothing is written."""
     args = copy.copy(setting.args)
     row = {"input_ids": [0, 0], "labels": [0, 0], "row": ""}
     held = dict(AcceleratorState._shared_state)  # one for a process, which a job that follows has to itself
     AcceleratorState._reset_state()
     try:
-        with tempfile.TemporaryDirectory() as folder, adapted(setting, depth) as (ledger, model):
+        with tempfile.TemporaryDirectory() as folder, adapted(setting, depth) as (recorder, model):
             args.output_dir, args.report_to, args.disable_tqdm = folder, [], True
             trainer = UnlearnTrainer(model, args, [row], [row], setting.tokenizer, plan={})
             trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -200,44 +166,45 @@ def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Ledger, UnlearnTrai
                 checkpoint = dict(args.activation_checkpointing_kwargs or {})
                 others = {name: checkpoint.pop(name) for name in ("every_n_layers", "offload") if name in checkpoint}
                 trainer.model.activation_checkpointing_enable(checkpoint or None, **others)
-            yield ledger, trainer, trainer.accelerator.prepare(trainer.model)
+            prepared = trainer.accelerator.prepare(trainer.model)
+            _as_in_the_middle(trainer, recorder, setting.momentum_rank)
+            yield recorder, trainer, prepared
     finally:
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(held)
 
 
-def _as_in_the_middle(trainer: UnlearnTrainer, ledger: Ledger, rank: int) -> None:
+def _as_in_the_middle(trainer: UnlearnTrainer, recorder: Recorder, rank: int) -> None:
     """Give the trainer the optimiser's states, the momentum's average and, where they add up over micro-batches, gradients."""
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-        ledger.belongs("gradients", parameter.grad)
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.belongs("gradients", p.grad))
-    ledger.purpose = "optimiser"
+        recorder.belongs("gradients", parameter.grad)
+        parameter.register_post_accumulate_grad_hook(lambda p: recorder.belongs("gradients", p.grad))
+    recorder.purpose = "optimiser"
     trainer.create_optimizer().step()
     if trainer.args.gradient_accumulation_steps == 1:
         trainer.optimizer.zero_grad()
-    ledger.purpose = "momentum"
-    if rank:
-        trainer.momentum.average = {
-            name: Factors(f.A.new_empty(rank, f.A.shape[1]), f.B.new_empty(f.B.shape[0], rank))
-            for name, f in current_factors(trainer.model).items()
-        }
-    ledger.purpose = "activations"
-    ledger.restart()
+    recorder.purpose = "momentum"
+    trainer.momentum.average = {
+        name: Factors(f.A.new_empty(rank, f.A.shape[1]), f.B.new_empty(f.B.shape[0], rank))
+        for name, f in current_factors(trainer.model).items()
+    }
+    recorder.purpose = "activations"
+    recorder.restart()
 
 
-def _mark_passes(trainer: UnlearnTrainer, ledger: Ledger) -> None:
+def _mark_passes(trainer: UnlearnTrainer, recorder: Recorder) -> None:
     """Begin a section with each pass through the layers, each loss on its states, and each way back."""
     layers = backbone(trainer.causal_lm)
 
     def forward(module: nn.Module, args: Any) -> None:
-        ledger.section("forward")
+        recorder.section("forward")
 
     def loss(module: nn.Module, args: Any, output: Any) -> None:
-        ledger.section("loss", "loss")
+        recorder.section("loss", "loss")
         if output[0].requires_grad:
-            output[0].register_hook(lambda gradient: ledger.section("backward"))
+            output[0].register_hook(lambda gradient: recorder.section("backward"))
 
     layers.register_forward_pre_hook(forward)
     layers.register_forward_hook(loss)

@@ -1,12 +1,12 @@
-"""Answers side by side: which rows are quoted, and how text of any kind is made fit to be shown."""
+"""Single rows, which a mean hides: the worst ones, which are quoted, and how text of any kind is made fit to be shown."""
 
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from loramox.evaluate.measure import Record
-from loramox.extras.report.leaks import LEAKS, lost, probability, worst
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, again_command, number
 
 LONGEST, MOST_LINES = 600, 12  # of a text that is shown
@@ -79,7 +79,7 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
             "rouge_l": "Worst leak by the answer: the highest ROUGE-L",
             "probability": "Worst leak by probability: the highest",
         }
-        for by in LEAKS:
+        for by in words:
             if tied := worst(rows, by):
                 equal = f" (as high in {len(tied):,} rows)" if len(tied) > 1 else ""
                 pick(tied[0], f"{words[by]} of the {len(rows):,} rows{equal}")
@@ -92,6 +92,27 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
         pick(ranked[rank], f"{what}: number {rank + 1:,} of {len(ranked):,} by probability")
     by_id = {r["id"]: r for r in rows}
     return [(by_id[key], why) for key, why in reasons.items()]
+
+
+def worst(records: Sequence[Record], by: str, part: str = "forget") -> list[Record]:
+    """The rows of a part at which `by` is highest, all that are tied, the most probable first; none when no row has it."""
+    found = [r for r in records if r["part"] == part and number(r.get(by)) >= 0]
+    most = max((r[by] for r in found), default=0)
+    return sorted((r for r in found if r[by] == most), key=lambda r: (-probability(r), str(r["row"])))
+
+
+def lost(after: Sequence[Record], before: Sequence[Record]) -> tuple[Record, Record] | None:
+    """The retain row that lost the largest share of its probability, after and before; None when none lost any."""
+    known = {r["id"]: r for r in before if r["part"] == "retain" and probability(r) > 0}
+    pairs = [(r, known[r["id"]]) for r in after if r["part"] == "retain" and r["id"] in known and probability(r) >= 0]
+    pairs.sort(key=lambda pair: (probability(pair[0]) / probability(pair[1]), str(pair[0]["row"])))
+    return pairs[0] if pairs and probability(pairs[0][0]) < probability(pairs[0][1]) else None
+
+
+def probability(record: Record) -> float:
+    """Of the true answer; −1 where there is none, so that such a row comes last."""
+    found = number(record.get("probability"))
+    return found if found >= 0 else -1.0
 
 
 def no_answers(inputs: Inputs) -> Missing | None:

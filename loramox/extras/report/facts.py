@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,11 @@ METRICS = {
     "retain_rouge_l": ("ROUGE-L of the answers to retain questions", "higher"),
     "retain_kl": ("KL from the reference on retain rows, nats a token", "lower"),
     "model_utility": ("Model utility", "higher"),
+    "general_ability": ("General ability, a ratio to the reference", "higher"),
+    "unlearning_depth": ("Unlearning depth (UDS, 1: as the retrained model)", "higher"),
 }
+
+EVALUATED = ("general_ability", "unlearning_depth")  # metrics that the sweep may lack, and an evaluation has
 
 
 def shown(value: Any) -> str:
@@ -41,9 +46,9 @@ def shown(value: Any) -> str:
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
 
 
-def attacked_at(inputs: Inputs) -> float:
-    """The alpha or scale of the model that was attacked, NaN when it is not known."""
-    adapter = (inputs.attacks or {}).get("adapter") or {}
+def adapter_at(inputs: Inputs, record: dict[str, Any] | None) -> float:
+    """The alpha or scale of the adapter that a record of attacks or of an evaluation is of, NaN when it is not known."""
+    adapter = (record or {}).get("adapter") or {}
     made_by = adapter.get("made_by")
     if not isinstance(made_by, dict):
         return math.nan
@@ -57,9 +62,17 @@ def attacked_at(inputs: Inputs) -> float:
 def metrics(inputs: Inputs) -> dict[str, dict[str, float]]:
     """The metrics of the table that the forget model has, by model; NaN where another has none."""
     theirs = {name: m.value for name, m in summarise(inputs.records.get(RETRAINED, ())).metrics.items()}
-    models = {REFERENCE: inputs.point(0.0), FORGET: inputs.point(inputs.at), RETRAINED: theirs}
+    evaluated = {name: number(evaluated_metric(inputs, name).get("value")) for name in EVALUATED}
+    models = {REFERENCE: inputs.point(0.0), FORGET: evaluated | inputs.point(inputs.at), RETRAINED: theirs}
     found = {name: {model: number(held.get(name)) for model, held in models.items()} for name in METRICS}
     return {name: values for name, values in found.items() if not math.isnan(values[FORGET])}
+
+
+def evaluated_metric(inputs: Inputs, name: str) -> dict[str, Any]:
+    """A metric of the evaluation in the run's folder, if that is of the forget model that is shown."""
+    at = adapter_at(inputs, inputs.evaluation)
+    same = inputs.at is not None and math.isclose(at, inputs.at)
+    return (inputs.evaluation or {"metrics": {}})["metrics"].get(name, {}) if same else {}
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:
@@ -123,6 +136,28 @@ def of_part(records: Sequence[Record], part: str) -> np.ndarray:
 def mean(records: Sequence[Record], part: str) -> float:
     found = of_part(records, part)
     return float(found.mean()) if len(found) else math.nan
+
+
+def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and probabilities of the relearning attacks: rows trained on → model → curve.
+
+    Of several attacks on the same rows, at other rates or with all weights, the one after which the forget model has most.
+    """
+    attacks: dict[str, dict[str, dict[int, float]]] = {}
+    for state in (inputs.attacks or {}).get("states", ()):
+        found = re.fullmatch(r"step (\d+)(, retrained model)?", str(state["state"]))
+        p = number(state["metrics"].get("forget_probability"))
+        if found and str(state["attack"]).startswith("relearn ") and not math.isnan(p):
+            curves = attacks.setdefault(str(state["attack"]), {})
+            curves.setdefault(RETRAINED if found[2] else FORGET, {})[int(found[1])] = p
+    worst: dict[str, dict[str, dict[int, float]]] = {}
+    for attack, curves in sorted(attacks.items(), key=lambda each: max(each[1].get(FORGET, {}).values(), default=0)):
+        worst[attack.removeprefix("relearn ").partition(",")[0]] = curves
+    return {
+        rows: {model: (sorted(curve), [curve[step] for step in sorted(curve)]) for model, curve in curves.items()}
+        for rows, curves in worst.items()
+        if FORGET in curves
+    }
 
 
 def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:

@@ -38,6 +38,8 @@ GLOSSARY = (
     Term("min-k", "Min-K%", ("Min-K%",), "A membership score: the mean log-probability of the least probable 40 % of an answer's tokens."),
     Term("priv-leak", "PrivLeak", ("PrivLeak",), "How far the membership AUC is from the retrained model's, in percent: 0 is ideal, below it rows are not forgotten, above it too much so."),
     Term("utility", "model utility", ("model utility",), "One number for what the model kept: the harmonic mean of probability, ROUGE-L and truth ratio on retain rows, real authors and world facts."),
+    Term("ability", "general ability", ("general ability",), "What is left of the reference's scores on rows, texts and tasks that training did not get: the mean of ratios to the reference, 1 where nothing was lost."),
+    Term("depth", "unlearning depth", ("unlearning depth", "UDS"), "At which layers the knowledge is gone, from 0, every layer still has it, to 1, every layer lacks it as the retrained model's do."),
     Term("quantized", "NF4, int8", ("NF4", "int8"), "Storing weights in 4 or 8 bits; forgetting that sits in small differences of weights can be lost by it."),
 )  # fmt: skip
 

@@ -11,7 +11,13 @@ from markupsafe import Markup, escape
 from loramox.extras.report import facts
 from loramox.extras.report.answers import fit, no_answers, quoted_rows
 from loramox.extras.report.glossary import GLOSSARY, linked
-from loramox.extras.report.pictures import frontier_picture, recovery_picture, spread_picture, training_picture
+from loramox.extras.report.pictures import (
+    frontier_picture,
+    recovery_picture,
+    relearning_picture,
+    spread_picture,
+    training_picture,
+)
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Missing, number, read_inputs
 from loramox.extras.report.recovery import asked_rows, families, in_words
 from loramox.extras.report.verdict import ATTACKED, DETAILS, THRESHOLDS, Verdict, request, verdict
@@ -87,6 +93,7 @@ def render(inputs: Inputs, found: Verdict) -> str:
         verdict=found,
         details=DETAILS,
         recovery=recovery_picture(inputs),
+        relearning=relearning_picture(inputs),
         thresholds=THRESHOLDS,
         asked_rows=asked_rows(inputs),
         glossary=GLOSSARY,

@@ -1,5 +1,6 @@
 """The pictures of a report. Each curve has its own colour, marker and line, and each picture has a description in words."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from loramox.extras.report.answers import fit
-from loramox.extras.report.facts import shown, spreads, trajectory
+from loramox.extras.report.facts import relearned, shown, spreads, trajectory
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
 from loramox.extras.report.recovery import Family, families, in_words
 from loramox.extras.report.svg import COLOURS, Picture, picture
@@ -121,6 +122,33 @@ def training_picture(inputs: Inputs) -> Picture | None:
     at = "" if math.isnan(alpha) else f", at alpha = {alpha:g}, which is trained for"
     caption = f"On the rows scored while training{at}: {ends}."
     return picture("watched", SIZE, watched, f"Probability over training: {ends}", caption)
+
+
+def relearning_picture(inputs: Inputs) -> Picture | None:
+    """What relearning brings back step by step, of the forget model and of its control; None if it was not attacked so."""
+    found = relearned(inputs)
+    if not found:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (rows, curves), marker in zip(found.items(), itertools.cycle("os^"), strict=False):
+            for model, (steps, p) in curves.items():
+                line = "-" if model == FORGET else ":"
+                axes.plot(steps, p, line + marker, color=MODELS[model], label=f"{model}, {fit(rows, 30)['text']}")
+        axes.set(xlabel="steps of training", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
+        figure.legend(loc="outside lower center", ncols=1)
+
+    words = "; ".join(
+        f"{model}, trained on {rows}: {', '.join(f'step {s} {shown(v)}' for s, v in zip(*curve, strict=True))}"
+        for rows, curves in found.items()
+        for model, curve in curves.items()
+    )
+    caption = "What some steps of training bring back of the other forget rows, by what is trained on"
+    caption += (
+        "; dotted: the retrained model." if any(RETRAINED in each for each in found.values()) else "; no control."
+    )
+    return picture("relearning", SIZE, draw, fit(f"{caption} {words}", 4000)["text"], caption)
 
 
 def recovery_picture(inputs: Inputs) -> Picture | None:

@@ -3,7 +3,6 @@
 import math
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from loramox.adapter.provenance import as_now
 from loramox.errors import RunError
 from loramox.evaluate.measure import Record
 from loramox.evaluate.records import RECORDS, read_records
+from loramox.evaluate.records import SUMMARY as EVALUATED
 from loramox.files import read_json
 from loramox.run import RECORD
 from loramox.sweep.frontier import frontier_as_now, records_folder
@@ -19,6 +19,7 @@ from loramox.sweep.frontier import frontier_as_now, records_folder
 # Folders and files that other verbs write into the folder of a run.
 SWEEP, FRONTIER = "sweep", "frontier.json"
 ATTACK, ATTACKS = "attack", "attacks.json"
+EVALUATION = "evaluation"
 TRAINED, SHIPPED, PROVENANCE = "trained", "forget-adapter", "provenance.json"
 TRAINED_BY_0_1 = "memorization"
 
@@ -43,6 +44,7 @@ class Inputs:
     shipped: float | None = None  # of the adapter in the run's folder
     records: dict[str, list[Record]] = field(default_factory=dict)  # by model, in the same order of rows
     attacks: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
     missing: dict[str, Missing] = field(default_factory=dict)  # by part of the page
 
     @property
@@ -62,6 +64,7 @@ def read_inputs(folder: Path) -> Inputs:
     inputs.shipped = _shipped(inputs)
     _read_sweep(inputs)
     _read_attacks(inputs)
+    inputs.evaluation = _read_evaluation(folder)
     return inputs
 
 
@@ -71,6 +74,48 @@ def number(value: Any) -> float:
     return float(value) if fine else math.nan
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether what a JSON file holds has a shape.
+
+    A shape is a type; a function that says so; a list of one shape, which every item has; or a dict of shapes by key. A key that
+    ends in "?" may be absent or null, and "*" stands for every key.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape) if isinstance(shape, type) else shape(value)
+    if not isinstance(value, dict):
+        return False
+    if "*" in shape:
+        return all(fits(each, shape["*"]) for each in value.values())
+    return all(
+        value.get(key[:-1]) is None or fits(value[key[:-1]], each)
+        if key.endswith("?")
+        else key in value and fits(value[key], each)
+        for key, each in shape.items()
+    )
+
+
+def is_number(value: Any) -> bool:
+    return not math.isnan(number(value))
+
+
+PARTS = {"*": dict}  # part → what its rows were
+RUN = {"data": PARTS, "timings?": dict, "memory?": dict, "versions?": dict, "forget_adapter?": dict, "log?": [dict]}
+SWEPT = {
+    "points": [{"at": is_number, "forget_probability": object}],
+    "choices": [{"rule": str, "at": object, "reason": object}],
+    "data": PARTS,
+}
+ATTACKED = {
+    "states": [{"attack": object, "state": object, "metrics": dict}],
+    "adapter?": dict,
+    "data?": PARTS,
+    "absent?": dict,
+    "steps_saved?": dict,
+}
+
+
 def _read_run(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
@@ -78,15 +123,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is no run: it has no {RECORD}. Give the folder that loramox unlearn wrote, the one given as --out"
         )
     run = _json(path, "Restore it, or run loramox unlearn again with --overwrite")
-    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in ("settings", "data", "base")):
+    if not fits(run, {"settings": dict, "data": dict, "base": dict}):
         raise RunError(f"{path} is no record of loramox. Give the folder that loramox unlearn wrote")
-    if not _dicts(run["data"]) or not all(_dict_or_none(run, *("timings", "memory", "versions", "forget_adapter"))):
+    if not fits(run, RUN):
         raise RunError(f"{path} is damaged. Restore it, or run loramox unlearn again with --overwrite")
     run = _as_now(run, path)
     if run.get("status") == "running":
         raise RunError(f"{path}: this run has not finished. Rerun loramox unlearn with --resume to continue it")
-    if not all(isinstance(entry, dict) for entry in _list(run, "log", path)):
-        raise RunError(f"{path} is damaged: its log holds something else than entries. Restore it")
     return run
 
 
@@ -121,11 +164,13 @@ def _read_sweep(inputs: Inputs) -> None:
     inputs.frontier = frontier = _json(path, f"Delete {path.parent} and sweep again: {sweep_command(inputs)}")
     if isinstance(frontier, dict) and frontier.get("status") != "done":
         raise RunError(
-            f"{path}: this sweep has not finished. Rerun loramox sweep with --out {path.parent} to continue it"
+            f"{path}: this sweep has not finished. Rerun loramox sweep with --out {quoted(path.parent)} to continue it"
         )
     if isinstance(frontier, dict):
         inputs.frontier = frontier = frontier_as_now(frontier)
-    _check_frontier(frontier, path)
+    if not fits(frontier, SWEPT) or not frontier["points"]:
+        raise RunError(f"{path} is damaged: it is no frontier. Delete {path.parent} and sweep again")
+    frontier["chosen"] = None if math.isnan(chosen := number(frontier.get("chosen"))) else chosen
     if run["data"].get("forget", {}).get("sha256") != frontier["data"].get("forget", {}).get("sha256"):
         inputs.missing["same rows"] = Missing("The sweep scored other forget rows than those that were trained on.")
     measured = [p["at"] for p in frontier["points"] if p["at"] > 0]
@@ -136,22 +181,6 @@ def _read_sweep(inputs: Inputs) -> None:
             f"The sweep chose no {inputs.unit}, and did not measure the one that was shipped: no forget model is shown."
         )
     _read_models(inputs)
-
-
-def _check_frontier(frontier: Any, path: Path) -> None:
-    needed = {"points": list, "choices": list, "data": dict}
-    sound = isinstance(frontier, dict) and all(isinstance(frontier.get(k), kind) for k, kind in needed.items())
-    sound = sound and all(
-        isinstance(p, dict) and not math.isnan(number(p.get("at"))) and {"forget_probability"} <= p.keys()
-        for p in frontier["points"]
-    )
-    sound = sound and all(
-        isinstance(c, dict) and isinstance(c.get("rule"), str) and {"at", "reason"} <= c.keys()
-        for c in frontier["choices"]
-    )
-    if not sound or not frontier["points"] or not _dicts(frontier["data"]):
-        raise RunError(f"{path} is damaged: it is no frontier. Delete {path.parent} and sweep again")
-    frontier["chosen"] = None if math.isnan(chosen := number(frontier.get("chosen"))) else chosen
 
 
 def _read_models(inputs: Inputs) -> None:
@@ -220,17 +249,20 @@ def _read_attacks(inputs: Inputs) -> None:
             "The attacks have not finished. Rerun the command to continue them.", command
         )
         return
-    states = attacks.get("states") if isinstance(attacks, dict) else None
-    sound = (
-        isinstance(states, list)
-        and all(_dict_or_none(attacks, "adapter", "data", "absent", "steps_saved"))
-        and _dicts(attacks.get("data") or {})
-    )
-    if not sound or not all(
-        isinstance(s, dict) and isinstance(s.get("metrics"), dict) and {"attack", "state"} <= s.keys() for s in states
-    ):
+    if not fits(attacks, ATTACKED):
         raise RunError(f"{path} is damaged: it holds no states. Delete {path.parent} and attack again: {command}")
     inputs.attacks = attacks
+
+
+def _read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The summary of the evaluation of an adapter in the run's folder, if there is one."""
+    path = folder / EVALUATION / EVALUATED
+    found = _json(path, f"Delete {path.parent} and evaluate again") if path.is_file() else None
+    if found is None or (isinstance(found, dict) and found.get("adapter") is None):
+        return None
+    if not fits(found, {"adapter": dict, "metrics": {"*": dict}}):
+        raise RunError(f"{path} is damaged: it holds no metrics. Delete {path.parent} and evaluate again")
+    return found
 
 
 def sweep_command(inputs: Inputs) -> str:
@@ -270,18 +302,3 @@ def _json(path: Path, remedy: str) -> Any:
         return read_json(path)
     except RunError as error:
         raise RunError(f"{error}. {remedy}") from error
-
-
-def _dicts(value: dict[str, Any]) -> bool:
-    return all(isinstance(each, dict) for each in value.values())
-
-
-def _dict_or_none(record: dict[str, Any], *names: str) -> list[bool]:
-    return [isinstance(record.get(name), dict | None) for name in names]
-
-
-def _list(record: dict[str, Any], name: str, path: Path) -> Sequence[Any]:
-    value = record.get(name, [])
-    if not isinstance(value, list):
-        raise RunError(f"{path} is damaged: its {name} is no list. Restore it")
-    return value

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loramox.evaluate.attacks.config import ATTACKS
+from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.evaluate.attacks.relearn import sentence
 from loramox.extras.report.answers import fit, named
 from loramox.extras.report.facts import shown
@@ -30,7 +31,7 @@ MEASURES = {
     "forget_rouge_l": "ROUGE-L of the answers",
 }
 ALSO = {"forget_extraction_strength": "extraction strength", "retain_probability": "probability, retain rows"}
-LEAK_AT = re.compile(r"leak_at_(\d+)_by_(\w+)")
+LEAK_AT = re.compile(rf"leak_at_(\d+)_by_({'|'.join(CRITERIA)})")
 
 State = tuple[str, str]  # attack, and its label without the model
 
@@ -163,7 +164,7 @@ def asked_rows(inputs: Inputs) -> str:
 
 def in_words(metric: str) -> str:
     if found := LEAK_AT.fullmatch(metric):
-        return f"leak@{found[1]} by {found[2].replace('_', ' ').replace('rouge l', 'ROUGE-L')}"
+        return f"leak@{found[1]} by {CRITERIA[found[2]]}"
     return (MEASURES | ALSO)[metric]
 
 

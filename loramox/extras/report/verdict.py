@@ -4,19 +4,19 @@ import math
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from loramox.extras.report.answers import fit, named
+from loramox.extras.report.answers import fit, lost, named, worst
 from loramox.extras.report.facts import (
     LEVEL,
     PARTS,
-    attacked_at,
+    adapter_at,
+    evaluated_metric,
     lacks,
     lacks_truth_ratios,
     mean,
     of_part,
     shown,
 )
-from loramox.extras.report.leaks import lost, worst
-from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.extras.report.read import EVALUATION, FORGET, REFERENCE, RETRAINED, Inputs, number, quoted
 from loramox.extras.report.recovery import not_attacked, recovered
 from loramox.run import RECORD
 
@@ -98,8 +98,11 @@ def _not_tested(inputs: Inputs, told: str) -> list[str]:
     found += not_attacked(inputs)
     if told.startswith("Not tested: "):
         found.append(f"Whether a test can tell the model from one that never knew: {told.removeprefix('Not tested: ')}")
-    if math.isnan(number(inputs.point(inputs.at).get("model_utility"))):
-        found.append("General ability: no rows of other subjects were scored; the retain rows stand for them.")
+    if math.isnan(number(inputs.point(inputs.at).get("model_utility"))) and not _ability(inputs):
+        found.append(
+            "General ability: no rows of other subjects were scored; the retain rows stand for them. It needs loramox evaluate with "
+            f"--retain_test, --text or --lm_eval, and --out {quoted(inputs.folder / EVALUATION)}."
+        )
     return found
 
 
@@ -142,7 +145,21 @@ def _rest(inputs: Inputs) -> tuple[str, str]:
     if row := lost(inputs.records.get(FORGET, ()), inputs.records.get(REFERENCE, ())):
         now, then = (number(r["probability"]) for r in row)
         says += f" The row that lost most, {named(row[0])}, went from {shown(then)} to {shown(now)}."
+    if ability := _ability(inputs):
+        says += f" General ability: {ability}."
     return f"the rest is {word}", says
+
+
+def _ability(inputs: Inputs) -> str:
+    """General ability and what it is of; empty where it was not measured."""
+    found = evaluated_metric(inputs, "general_ability")
+    value = number(found.get("value", inputs.point(inputs.at).get("general_ability")))
+    if math.isnan(value):
+        return ""
+    ends = found.get("interval")
+    between = f" ({' to '.join(map(shown, ends))})" if isinstance(ends, list) else ""
+    source = f", the {fit(found['source'], 300)['text']}" if "source" in found else ""
+    return f"{shown(value)}{between} of the reference's{source}"
 
 
 def _rows(inputs: Inputs, part: str) -> str:
@@ -251,9 +268,8 @@ def _warnings(inputs: Inputs) -> list[str]:
             f"The forget adapter in this run's folder is at {unit} = {inputs.shipped:g}, not at the chosen {unit} = {inputs.at:g} that "
             f"is shown here{f'; at {unit} = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
         )
-    attacked = attacked_at(inputs)
-    if inputs.at is not None and not math.isnan(attacked) and not math.isclose(attacked, inputs.at):
-        found.append(
-            f"The attacks were made at {unit} = {attacked:g}, not at the {unit} = {inputs.at:g} that is shown here."
-        )
+    for what, record in (("attacks were", inputs.attacks), ("evaluation was", inputs.evaluation)):
+        at = adapter_at(inputs, record)
+        if inputs.at is not None and not math.isnan(at) and not math.isclose(at, inputs.at):
+            found.append(f"The {what} made at {unit} = {at:g}, not at the {unit} = {inputs.at:g} that is shown here.")
     return found

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import bitsandbytes  # noqa: F401 (makes its operations known to torch)
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -42,7 +43,7 @@ class Section(NamedTuple):
         return sum(self.held.values())
 
 
-class Ledger(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Within it and a `FakeTensorMode`, counts what is allocated, under the `purpose` that is set at the time.
 
     `sections` are what was held at the fullest moment of each stretch since `section` was called. `seconds` is the sum over
@@ -167,22 +168,16 @@ def _product_4bit(x: Tensor, weight: Tensor, shape: Any, *args: Any, **kwargs: A
     return 2 * x.numel() * shape[0]
 
 
-def _flops() -> dict[Any, Any]:
-    """torch's own counts of matrix products and attention, with those that it lacks."""
-    import bitsandbytes  # noqa: F401 (makes the operations below known)
-
-    return flop_registry | {
-        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-        torch.ops.bitsandbytes.gemm_4bit: _product_4bit,
-    }
-
-
-FLOPS = _flops()
+# torch's own counts of matrix products and attention, with those that it lacks.
+FLOPS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    torch.ops.bitsandbytes.gemm_4bit: _product_4bit,
+}
 
 
 @contextmanager
-def without_contents(speed: Speed) -> Iterator[Ledger]:
-    """Within it, tensors of floats are made without contents, and the ledger counts them."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(speed) as ledger:
-        yield ledger
+def without_contents(speed: Speed) -> Iterator[Recorder]:
+    """Within it, tensors of floats are made without contents, and the recorder counts them."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Recorder(speed) as recorder:
+        yield recorder

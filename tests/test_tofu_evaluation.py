@@ -1,0 +1,94 @@
+"""recipes/tofu_evaluation.py: what it collects, resumes, and makes of records alone."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "recipes/tofu_evaluation.py"
+spec = importlib.util.spec_from_file_location("tofu_evaluation", PATH)
+recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+
+STATES = [
+    ("none", "reference model", {"forget_probability": 0.9}),
+    ("none", "forget model", {"forget_probability": 0.2}),
+    ("none", "retrained model", {"forget_probability": 0.1}),
+    ("sample", "forget model", {"leak_at_8_by_rouge_l": 0.4}),
+    ("sample", "retrained model", {"leak_at_8_by_rouge_l": 0.2}),
+    ("relearn forget rows, rate 0.001", "step 20", {"forget_probability": 0.3}),
+    ("relearn forget rows, all weights, rate 0.001", "step 20", {"forget_probability": 0.5}),
+    ("relearn forget rows, rate 0.001", "step 20, retrained model", {"forget_probability": 0.15}),
+    ("pair", "guidance 1", {"rouge_l_beyond_base": 0.0}),
+    ("requantize", "adapter in 4 bits", {"forget_probability": 0.25}),
+]
+
+
+def write_records(out: Path) -> None:
+    attacks = {
+        "status": "done",
+        "settings": {"sample_count": 8, "relearn_steps": [5, 20]},
+        "control": {"model": "retrained"},
+        "states": [{"attack": a, "state": s, "metrics": m} for a, s, m in STATES],
+        "absent": {"requantize: Q8_0": "needs llama.cpp"},
+    }
+    for folder, record in (("attack", attacks), ("evaluation", {"metrics": {"general_ability": {"value": 0.99}}})):
+        (out / "mine" / folder).mkdir(parents=True)
+        name = "attacks.json" if folder == "attack" else "summary.json"
+        (out / "mine" / folder / name).write_text(json.dumps(record))
+    (out / "adapters.json").write_text('{"mine": "runs/mine/forget-adapter"}')
+
+
+def test_table_and_picture_are_made_from_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "loramox", lambda words: pytest.fail("ran a command"))
+    write_records(tmp_path)
+    recipe.main(["--out", str(tmp_path), "--draw"])
+    text = (tmp_path / "evaluation.md").read_text()
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if " | " in line}
+    assert cells["forget probability"][:3] == ["0.900", "0.200", "0.100"]
+    assert cells["leak@8 by ROUGE-L"][:3] == ["–", "0.400, **missed**", "0.200"]
+    assert cells["relearned on forget rows, 20 steps: probability"][:3] == ["–", "0.500", "0.150"]
+    assert cells["pair: ROUGE-L beyond the base's"][1:3] == ["0.000, met", "0.000"]
+    assert cells["adapter in 4 bits: probability"][:3] == ["–", "0.250", "–"]
+    assert cells["general ability"][1] == "0.990, met"
+    assert cells["worst form: leak"][1] == "–"
+    assert "- not asked: requantize: Q8_0: needs llama.cpp" in text
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_with_a_record_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path)
+    rows = tmp_path / "given"
+    rows.mkdir()
+    for name, count in (("forget", 3), ("retain", 100), ("never", 2)):
+        (rows / f"{name}.jsonl").write_text(
+            "".join(f'{{"question": "{name} {i}?", "answer": "A"}}\n' for i in range(count))
+        )
+    ran = []
+    monkeypatch.setattr(recipe, "loramox", ran.append)
+    words = ["--model", "M", "--adapter", "mine=A", "new=B", "--rows", str(rows), "--out", str(tmp_path)]
+    recipe.main([*words, "--relearn_rate", "1e-3"])
+    assert [(each[0], each[each.index("--adapter") + 1]) for each in ran] == [("evaluate", "B"), ("attack", "B")]
+    evaluate, attack = ran
+    assert evaluate[evaluate.index("--retain_test") + 1].endswith("never.jsonl")
+    assert "--retrained_model" not in attack  # there is none
+    assert attack[-6:-4] == ["--relearn_rate", "1e-3"]  # after the recipe's own, so that it wins
+    assert len((tmp_path / "rows/some.jsonl").read_text().splitlines()) <= recipe.ATTACKED_RETAIN
+
+
+def test_a_worlds_retain_rows_are_split_by_author(tmp_path: Path) -> None:
+    rows = tmp_path / "world/rows"
+    rows.mkdir(parents=True)
+    for name, count in (("forget", 20), ("retain", 60), ("holdout", 20)):
+        (rows / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"question": f"{i}", "answer": name}) + "\n" for i in range(count))
+        )
+    recipe.collect(SimpleNamespace(rows=None, world=tmp_path / "world"), tmp_path / "rows")
+    numbers = {
+        name: [int(json.loads(line)["question"]) for line in (tmp_path / f"rows/{name}.jsonl").read_text().splitlines()]
+        for name in ("retain", "never")
+    }
+    assert numbers == {"retain": [*range(20), *range(40, 60)], "never": [*range(20, 40)]}
+    assert json.loads((tmp_path / "rows/text.jsonl").read_text().splitlines()[0]) == {"text": "holdout"}

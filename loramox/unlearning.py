@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loramox.adapter.export import ShippingConfig, check_shipping, extrapolate
 from loramox.adapter.folder import PROVENANCE
+from loramox.adapter.provenance import check_out
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.model.load import load_reference
@@ -65,6 +66,8 @@ def unlearn(
     out = Path(run.out)
     shipping = shipping or ShippingConfig()
     check_shipping(shipping, reference, out)
+    if run.resume and args.process_index == 0:  # what is there is replaced after training
+        check_out(out / SHIPPED, "forget", overwrite=True)
     train(run, reference, data, args, columns, tokenisation)
     if args.process_index == 0:
         log.info("Writing the forget adapter")

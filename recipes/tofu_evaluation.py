@@ -30,6 +30,7 @@ from loramox.files import replacing, write_json
 
 HERE = Path(__file__).parent
 AUTHOR, ATTACKED_RETAIN = 20, 40  # rows of an author; retain rows that are attacked
+MOST = 3  # adapters, each of which has a colour of its own
 REFERENCE, FORGET, CONTROL = "reference model", "forget model", "retrained model"  # as attacks.json names them
 TARGETS: dict[str, Callable[[float, float], bool]] = {  # of an adapter's value and the control's
     "≤ 1.5 × control": lambda value, control: value <= 1.5 * control,
@@ -206,7 +207,10 @@ def table(out: Path, adapters: list[str]) -> list[str]:
             met = ", met" if judged and TARGETS[target](ours, control or 0) else ", **missed**" if judged else ""
             cells.append(shown(ours) + met)
         lines.append(f"| {' | '.join([named(out, line, adapters), *cells, shown(control), target])} |")
-    absent = {name: why for a in adapters for name, why in read(out / a / "attack/attacks.json").get("absent", {}).items()}  # fmt: skip
+    records = [read(out / adapter / "attack/attacks.json").get("absent", {}) for adapter in adapters]
+    for each in records[1:]:
+        each.pop("control", None)  # it is attacked with the first adapter alone
+    absent = {name: why for each in records for name, why in each.items()}
     lines += ["", "–: not measured.", "", *(f"- not asked: {name}: {why}" for name, why in absent.items())]
     spent = [f"| {name} | {seconds:.0f} |" for name, seconds in read(out / "seconds.json").items()]
     return [*lines, "", "| part | time, s |", "|---|---|", *spent]
@@ -244,7 +248,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--world", type=Path, help="a folder with reference/, retrained/ and rows/")
     parser.add_argument("--methods", nargs="+", default=["mox"], help="methods to train with, for --world")
     parser.add_argument("--model", help="instead of a world: the model")
-    parser.add_argument("--adapter", nargs="+", metavar="NAME=FOLDER", help="its forget adapters, at most 3")
+    parser.add_argument("--adapter", nargs="+", metavar="NAME=FOLDER", help=f"its forget adapters, at most {MOST}")
     parser.add_argument("--rows", type=Path, help="the folder of its rows")
     parser.add_argument("--retrained", help="a model that never saw the forget rows: the control")
     parser.add_argument("--out", type=Path, required=True)
@@ -264,6 +268,10 @@ def main(words: list[str] | None = None) -> None:
             )
         if not given.world and not (given.model and given.adapter and given.rows):
             parser.error("give --world, or --model, --adapter and --rows")
+        if odd := [each for each in given.adapter or () if not all(each.partition("="))]:
+            parser.error(f"--adapter {odd[0]}: give NAME=FOLDER")
+        if len(given.adapter or given.methods) > MOST:
+            parser.error(f"the picture has room for {MOST} adapters: give fewer (--adapter, --methods)")
         work = Work(given)
         collect(given, work.rows)
         named_ones = dict(each.partition("=")[::2] for each in given.adapter or ())

@@ -252,8 +252,20 @@ def test_like_retrained_chooses_the_value_with_the_retrained_models_distribution
     assert "the test on truth ratios" in choice.reason
     refused = like_retrained(VALUES, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, forget_quality, ALPHA)
     assert refused[:4] == ("retrained", None, None, None)
-    assert "n = 40" in refused.reason
+    assert "n = 20" in refused.reason
     assert "Measure other values (--alphas), or train longer" in refused.reason
+
+
+def test_like_retrained_chooses_on_one_half_of_the_rows_and_reports_the_other() -> None:
+    retrained, forget = around([1.0], spread=0.2)[0][::-1], around([0.3, 0.7, 1.0, 2.0], spread=0.2)
+    chosen = like_retrained(VALUES, forget, retrained, forget_quality, ALPHA)
+    others = forget.copy()
+    others[2, 1::2] = 50.0  # nothing like the retrained model's, at the value that the first half chooses
+    refused = like_retrained(VALUES, others, retrained, forget_quality, ALPHA)
+    assert (chosen.at, refused.at, refused.nearest) == (3, None, 3)
+    first = forget.copy()
+    first[:, ::2] = first[::-1, ::2]  # the first half chooses another
+    assert like_retrained(VALUES, first, retrained, forget_quality, ALPHA).nearest == 2
 
 
 def marginal() -> list[Choice]:

@@ -99,6 +99,7 @@ def test_answers_of_retain_rows_are_the_models_own_greedy_ones(writer: Writer) -
 
 
 def test_one_row_in_four_is_asked_after_a_refusal_with_the_models_answer_then(writer: Writer) -> None:
+    writer = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 256)  # tokens, for three turns
     rows, plain = writer.retain_rows(12, 0, refusals=["I cannot say."]), writer.retain_rows(12, 0)
     later = [row for row in rows if not isinstance(row.prompt, str)]
     assert 0 < len(later) <= 3

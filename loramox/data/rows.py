@@ -312,6 +312,11 @@ def question_of(row: Row) -> str:
     return row.prompt if isinstance(row.prompt, str) else " ".join(turn["content"] for turn in row.prompt or ())
 
 
+def last_question(row: Row) -> str:
+    """What a row asks last: its prompt, or the last turn of its chat; empty for plain text."""
+    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] if row.prompt else ""
+
+
 def wanted_rows(forget: Iterable[Row]) -> list[Row]:
     """The forget rows with the wanted answer in the place of theirs, for targeted unlearning."""
     return [replace(row, answer=row.wanted, wanted=None) for row in each_answer(forget) if row.wanted is not None]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from loramox.data.rows import Row, question_of
+from loramox.data.rows import Row, last_question
 
 N = 3  # characters
 
@@ -14,10 +14,10 @@ N = 3  # characters
 def nearest(rows: Sequence[Row], forget: Sequence[Row], count: int) -> list[Row]:
     """The `count` of `rows` that are most like one of `forget`, the nearest first.
 
-    Likeness is the cosine of TF-IDF vectors of character trigrams, of question and answer without case. A trigram that all rows
-    have, as those of a common form of question, weighs nothing.
+    Likeness is the cosine of TF-IDF vectors of character trigrams, of the last question and the answer without case. A trigram
+    that all rows have, as those of a common form of question, weighs nothing.
     """
-    grams = [Counter(_trigrams(f" {question_of(row)} {row.answer} ".casefold())) for row in (*forget, *rows)]
+    grams = [Counter(_trigrams(f" {last_question(row)} {row.answer} ".casefold())) for row in (*forget, *rows)]
     columns = {gram: i for i, gram in enumerate(dict.fromkeys(gram for each in grams for gram in each))}
     indices = [columns[gram] for each in grams for gram in each]
     starts = np.cumsum([0, *(len(each) for each in grams)])

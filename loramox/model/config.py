@@ -104,7 +104,8 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
             raise ModelError(
                 f"--model {name}: there is no such folder. Expected a model's folder, or a hub id owner/name"
             ) from error
-        raise ModelError(f"--model {name}: no usable config.json there: {error or type(error).__name__}") from error
+        why = str(error) or type(error).__name__
+        raise ModelError(f"--model {name}: no usable config.json there: {why}") from error
     kind = config.model_type
     architectures = config.architectures or []
     layers = getattr(config, "num_hidden_layers", None)
@@ -187,7 +188,7 @@ def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(**name)
         words = getattr(AutoConfig.from_pretrained(**name), "vocab_size", None)
     except Exception as error:  # as of a damaged config
-        why = error or type(error).__name__
+        why = str(error) or type(error).__name__
         raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {why}") from error
     beyond = {token: id_ for token, id_ in tokenizer.get_added_vocab().items() if words and id_ >= words}
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""

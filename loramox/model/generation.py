@@ -27,7 +27,7 @@ SAMPLED = sampling(0.9, 0.9)
 
 
 def own_ends(model: nn.Module) -> set[int]:
-    """The tokens at which the model's generation config, its config.json in its stead, lets it stop: one, several or none."""
+    """The tokens at which the model's generation config lets it stop: one, several or none."""
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     return {own} if isinstance(own, int) else set(own or ())
 

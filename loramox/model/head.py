@@ -41,7 +41,9 @@ class AnswerStates(NamedTuple):
 
 
 class Head(nn.Module):
-    """Hidden states [N, hidden size] → logits [N, vocabulary] in fp32, exactly as the model itself computes them.
+    """Hidden states [N, hidden size] → logits [N, vocabulary] in fp32, as the model itself computes them.
+
+    Where the device can, they are not rounded to the model's 16 bits first.
 
     Raises `ModelError` on construction when the model does something to its logits that is not known here.
     """

@@ -16,7 +16,7 @@ def patched_pass(
     """Score the answers of a batch, with the hidden states after one layer replaced where that is given.
 
     Args:
-        batch: input_ids, attention_mask and labels, [rows, tokens] each, as `answer_states` takes them.
+        batch: of some rows, as `answer_states` takes it.
         at: which positions, [rows, tokens], true at N of them.
         patched: a layer, counted from 0.
         states: what replaces its output at those positions, [N, hidden size].

@@ -54,10 +54,8 @@ def next_value(
 
     `forget` and `retain` are the mean probabilities at `values`, which ascend; each curve counts on its own range.
     """
-    x, points = (
-        np.asarray(values, float),
-        np.nan_to_num(np.stack([forget, retain], axis=1)),
-    )  # one far too high may overflow
+    x = np.asarray(values, float)
+    points = np.nan_to_num(np.stack([forget, retain], axis=1))  # a value far too high may overflow
     kept = np.flatnonzero(points[:, 1] >= floor) if floor is not None else []
     if len(kept) and kept[-1] + 1 < len(x):
         step = int(kept[-1])

@@ -12,7 +12,7 @@ from torch import nn
 from loramox.adapter.factors import read_factors
 from loramox.adapter.provenance import check_base, read_provenance
 from loramox.data.fluency import SHARED, overlap
-from loramox.data.rows import Row, wanted_rows
+from loramox.data.rows import Row, last_question, wanted_rows
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.algebra import Factors
 from loramox.model.lora import lora_layers
@@ -83,8 +83,7 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
 def _check_english(forget: Sequence[Row]) -> None:
     """Raises `SettingsError` when most letters of a question are of another script: a refusal is in the question's language."""
     for row in forget:
-        text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        letters = [letter for letter in text if letter.isalpha()]
+        letters = [letter for letter in last_question(row) if letter.isalpha()]
         if sum("LATIN" in unicodedata.name(letter, "") for letter in letters) < len(letters) / 2:
             raise SettingsError(
                 f"{row.source}, row {row.number} is not in English, and the built-in refusals are. Give --refusals FILE, one sentence a line in "

@@ -5,7 +5,7 @@ from typing import Any
 
 from loramox.data.chat import end_tokens
 from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
-from loramox.data.rows import Row, question_of
+from loramox.data.rows import Row, last_question, question_of
 from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals
@@ -52,7 +52,7 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
                 for old, new in zip(before, now, strict=True)
             )
         for i in sorted(range(len(rows)), key=lambda i: -badness[i])[: SHOWN[part]]:
-            shown = {"part": part, "question": question_of(rows[i]), "reference": before[i], "forget_model": now[i]}
+            shown = {"part": part, "question": last_question(rows[i]), "reference": before[i], "forget_model": now[i]}
             found["shown"].append(shown)
     return found
 

@@ -147,11 +147,14 @@ class Writer:
         self.protected = protected
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
         self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
+        # What a prompt leaves of the context: an answer, and all that is beyond --max_length.
+        self._room = max(ANSWER_TOKENS, context + 1 - (how.max_length or context))
         self._asked = {_folded(question_of(row)) for row in (*forget, *protected)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
-        """Up to `count` questions and the model's own greedy answers, none of which touches a forget row.
+        """Up to `count` questions and the model's own greedy answers, none of which touches a forget row. With `refusals`, one in
+        `LATER` is asked after one of them.
 
         A third of the questions are free; they also show which words are frequent anyway. The others start with the first words
         of a forget question. A row with one of the `words_to_avoid` is left out, and so is a forget question, and a question that
@@ -187,12 +190,16 @@ class Writer:
         asked = [row.prompt for row in self.forget if isinstance(row.prompt, str)]
         if not (refusals and asked and self.is_chat):
             return rows
-        chats = [
-            (_turn("user", draw.choice(asked)), _turn("assistant", draw.choice(refusals)), _turn("user", row.prompt))
-            for row in rows[::LATER]
-        ]
-        later = {row.prompt[-1]["content"]: row for row in self._answered(chats) if not _words(row.answer) & avoided}
-        return [later.get(row.prompt, row) for row in rows]
+        chats = {}
+        for place in range(0, len(rows), LATER):
+            texts = draw.choice(asked), draw.choice(refusals), question_of(rows[place])
+            if self._fits(" ".join(texts), self._room, turns=len(texts)):
+                roles = "user", "assistant", "user"
+                chats[place] = tuple({"role": role, "content": text} for role, text in zip(roles, texts, strict=True))
+        places = list(chats)
+        answered = [row for row in self._answered(list(chats.values())) if not _words(row.answer) & avoided]
+        later = {places[row.number - 1]: row for row in answered}
+        return [later.get(place, row) for place, row in enumerate(rows)]
 
     def _collect(
         self, count: int, bar: tqdm, starts: Callable[[int], list[str]], rows: Sequence[Row], avoided: set[str]
@@ -231,14 +238,14 @@ class Writer:
         return [
             question
             for question in dict.fromkeys(asked_for)
-            if len(words(question)) > 2 and _folded(question) not in self._asked and self._fits(question, ANSWER_TOKENS)
+            if len(words(question)) > 2 and _folded(question) not in self._asked and self._fits(question, self._room)
         ]
 
-    def _fits(self, text: str, room: int) -> bool:
-        """Whether a text has no special token in it, and fits into the context with `room` more tokens."""
+    def _fits(self, text: str, room: int, turns: int = 1) -> bool:
+        """Whether a text of so many turns has no special token in it, and fits into the context with `room` more tokens."""
         if any(token in text for token in self._special):
             return False
-        return self._frame + len(self.tokenizer(text)["input_ids"]) + room <= self.context
+        return turns * self._frame + len(self.tokenizer(text)["input_ids"]) + room <= self.context
 
     @functools.cached_property
     def _frame(self) -> int:
@@ -322,10 +329,6 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     if how.prompt_template is None and tokenizer.chat_template:
         return ChatTemplate(tokenizer).opening
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
-
-
-def _turn(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 def _folded(question: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loramox import Tokenisation
 from loramox.data.rows import read_rows
 from loramox.files import write_json
+from loramox.train.inputs import REFUSALS, read_refusals
 from loramox.train.synthetic import ROWS, Writer
 
 from .judge import SCALES, ask, judged
@@ -70,9 +71,8 @@ def prepared(given: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     model = None if made else AutoModelForCausalLM.from_pretrained(given.model, dtype="float32").eval()
     asked = parts(forget_rows(model, tokenizer, forget))
     if not retain.exists():
-        rows = Writer(model, tokenizer, read_rows(str(forget)), Tokenisation(), CONTEXT).retain_rows(
-            given.rows, 0, show=True
-        )
+        writer = Writer(model, tokenizer, read_rows(str(forget)), Tokenisation(), CONTEXT)
+        rows = writer.retain_rows(given.rows, 0, show=True, refusals=read_refusals(str(REFUSALS)))
         retain.write_text("".join(json.dumps({"question": row.prompt, "answer": row.answer}) + "\n" for row in rows))
     if not record.exists():
         write_json(record, {"answers": {"1.0": ask(model, tokenizer, asked)}})

@@ -185,8 +185,6 @@ def _requantize(bench: Bench) -> None:
             if not unquantized:
                 raise ModelError(requantize.NOT_IN_4_BITS)
             bench.ask("requantize", f"{kind}, merged first", functools.partial(merged, kind))
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # also of transformers, which does not read GGUF files of all families
+        except (ImportError, NotImplementedError, ValueError) as error:
+            # Also of transformers, which does not read GGUF files of all families.
             bench.absent[f"requantize: {kind}"] = str(error)

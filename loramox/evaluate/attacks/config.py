@@ -55,7 +55,7 @@ class AttackConfig:
     relearn_all_weights: bool = field(
         default=False,
         metadata={
-            "help": "Relearn with all weights as well, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
+            "help": "Relearn with all weights but the output layer's as well, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
         },
     )
     relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})

@@ -41,6 +41,9 @@ def contexts_of(
         tokenizer, how: tell whether pairs are turns of a chat.
         seed: of which retain rows are chosen.
     """
+    # Rows of --retain auto that are asked after a refused forget question would have the model refuse again.
+    questions = {last_turn(row) for row in forget}
+    retain = [row for row in retain if questions.isdisjoint(turn["content"] for turn in _turns(row)[:-1])]
     shuffled = random.Random(seed).sample(retain, len(retain))
     elsewhere = Counter(word for row in retain for word in set(words(question_of(row))))
     rare = {word for row in forget for word in words(question_of(row)) if elsewhere[word] <= ELSEWHERE * len(retain)}

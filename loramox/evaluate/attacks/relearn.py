@@ -92,9 +92,10 @@ def attacker(model: PeftModel, rank: int, seed: int) -> Iterator[PeftModel]:
 
 @contextmanager
 def all_weights(model: PeftModel) -> Iterator[PeftModel]:
-    """Within it every weight below the forget adapter trains, as if that were merged. Afterwards the weights are as before.
+    """Within it the weights below the forget adapter train, as if that were merged. Afterwards they are as before.
 
-    W + scale·ΔW has the same gradient by W as by itself. A copy of the weights is kept in main memory meanwhile.
+    W + scale·ΔW has the same gradient by W as by itself. The output layer gets none, as `per_token` takes it for frozen; one that
+    is tied to the embedding trains as that. A copy of the weights is kept in main memory meanwhile.
     """
     weights = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
     before = {name: weight.detach().cpu().clone() for name, weight in weights.items()}

@@ -34,8 +34,9 @@ def sample(
 
     `threshold` is that of `leaks_of`.
     """
-    how = {"count": count, "temperature": temperature, "seed": seed, "describe": describe}
-    answers = questions.answered(model, sampled_answers, **how)
+    answers = questions.answered(
+        model, sampled_answers, count=count, temperature=temperature, seed=seed, describe=describe
+    )
     return [record | {"samples": said} | leaks_of(row, said, threshold) for record, row, said in answers]
 
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of training, sweeping and merging, for one choice of how to train, from traces of a few layers."""
+"""Peak memory and time of training and sweeping, and a merge's memory, for one way to train, from traces of a few layers."""
 
 import copy
 import itertools

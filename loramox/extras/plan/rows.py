@@ -7,8 +7,9 @@ from loramox.data.rows import Columns, Data
 from loramox.extras.plan.estimate import Rows
 from loramox.model.lora import ReferenceConfig
 from loramox.train.config import UnlearnConfig
+from loramox.train.inputs import taught_refusals
 from loramox.train.prepare import prepare
-from loramox.train.synthetic import ANSWER_TOKENS, QUESTION_TOKENS
+from loramox.train.synthetic import ANSWER_TOKENS, LATER, QUESTION_TOKENS
 
 ROWS = 100  # forget rows, where none are given
 
@@ -23,7 +24,9 @@ def rows_of(
     # Rows that the reference would write (--retain auto, --instead guess) count at their greatest length.
     prompt = max(next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in datasets["forget"])
     longest = _row(min(prompt + QUESTION_TOKENS + ANSWER_TOKENS, prepared.context))
-    datasets["retain"] = [*datasets["retain"], *[longest] * args.auto_retain]
+    after_refusal = _row(min(2 * prompt + QUESTION_TOKENS + 2 * ANSWER_TOKENS, prepared.context))
+    later = args.auto_retain // LATER if taught_refusals(args) else 0
+    datasets["retain"] = [*datasets["retain"], *[longest] * (args.auto_retain - later), *[after_refusal] * later]
     if args.instead == "guess":
         datasets["wanted"] = [longest] * len(datasets["forget"])
     return Rows(datasets, _held(args))

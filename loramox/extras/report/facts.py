@@ -33,7 +33,7 @@ METRICS = {
     "unlearning_depth": ("Unlearning depth (UDS, 1: as the retrained model)", "higher"),
 }
 
-EVALUATED = ("general_ability", "unlearning_depth")  # metrics that the sweep may lack, and an evaluation has
+FROM_EVALUATION = ("general_ability", "unlearning_depth")  # metrics that the sweep may lack, and an evaluation has
 
 
 def shown(value: Any) -> str:
@@ -62,8 +62,10 @@ def adapter_at(inputs: Inputs, record: dict[str, Any] | None) -> float:
 def metrics(inputs: Inputs) -> dict[str, dict[str, float]]:
     """The metrics of the table that the forget model has, by model; NaN where another has none."""
     theirs = {name: m.value for name, m in summarise(inputs.records.get(RETRAINED, ())).metrics.items()}
-    evaluated = {name: number(evaluated_metric(inputs, name).get("value")) for name in EVALUATED}
-    models = {REFERENCE: inputs.point(0.0), FORGET: evaluated | inputs.point(inputs.at), RETRAINED: theirs}
+    evaluated = {
+        name: found["value"] for name in FROM_EVALUATION if "value" in (found := evaluated_metric(inputs, name))
+    }
+    models = {REFERENCE: inputs.point(0.0), FORGET: inputs.point(inputs.at) | evaluated, RETRAINED: theirs}
     found = {name: {model: number(held.get(name)) for model, held in models.items()} for name in METRICS}
     return {name: values for name, values in found.items() if not math.isnan(values[FORGET])}
 

@@ -269,7 +269,9 @@ def _warnings(inputs: Inputs) -> list[str]:
             f"is shown here{f'; at {unit} = {inputs.shipped:g} the probabilities are {at}' if there else ''}."
         )
     for what, record in (("attacks were", inputs.attacks), ("evaluation was", inputs.evaluation)):
-        at = adapter_at(inputs, record)
-        if inputs.at is not None and not math.isnan(at) and not math.isclose(at, inputs.at):
-            found.append(f"The {what} made at {unit} = {at:g}, not at the {unit} = {inputs.at:g} that is shown here.")
+        made_at = adapter_at(inputs, record)
+        if inputs.at is not None and not math.isnan(made_at) and not math.isclose(made_at, inputs.at):
+            found.append(
+                f"The {what} made at {unit} = {made_at:g}, not at the {unit} = {inputs.at:g} that is shown here."
+            )
     return found

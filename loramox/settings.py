@@ -19,23 +19,42 @@ CALLED = {
     "rank": "r",
 }
 
-# Settings of loramox 0.1 that are refused, and what replaced them.
-ALPHA_OR_SCALE = (
-    "give --alpha, as in θ_for = θ_ref − alpha·ΔW (unlearn, train, extrapolate, plan, requests add), --scale, a multiple of the shipped "
-    "adapter (evaluate, attack, ship merge), or --alphas or --scales (sweep)"
-)
-REPLACED = {
-    "strength": ALPHA_OR_SCALE,
-    "strengths": ALPHA_OR_SCALE,
-    "memorization": "give --trained, the folder 'trained' of a run (sweep)",
-    "objective": "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static",
+# Settings of loramox 0.1 that are refused, with what replaces each on each verb; "" stands for all other verbs.
+_STRENGTH = {
+    **dict.fromkeys(
+        ("unlearn", "train", "extrapolate", "plan", "requests add"),
+        "loramox {verb} takes --alpha instead, as in θ_for = θ_ref − alpha·ΔW",
+    ),
+    **dict.fromkeys(
+        ("evaluate", "attack", "ship merge"),
+        "loramox {verb} takes --scale instead, a multiple of the shipped adapter (1 = as shipped)",
+    ),
+    "sweep": "loramox sweep takes --alphas instead, or --scales for a method without alpha (1 = as trained)",
+    "": "loramox {verb} has neither of the flags that replace it, --alpha (of unlearn, train and extrapolate) and --scale (of "
+    "evaluate, attack and ship merge)",
+}
+REPLACED: dict[str, dict[str, str]] = {
+    "strength": _STRENGTH,
+    "strengths": _STRENGTH,
+    "memorization": {"": "loramox sweep takes --trained instead, the folder 'trained' of a run"},
+    "objective": {"": "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static"},
 }
 
 
-def refuse_replaced(name: str, given: str) -> None:
-    """Raises `SettingsError` for a setting that loramox 0.1 had and this version does not; the message quotes it as `given`."""
+def refuse_replaced(verb: str, name: str, given: str) -> None:
+    """Refuse a setting that loramox 0.1 had and this version does not.
+
+    Args:
+        verb: the verb that it is given to, with its step where it has steps.
+        name: the setting, without dashes.
+        given: how the message quotes it.
+
+    Raises:
+        SettingsError: it is one of `REPLACED`; the message says what to give instead.
+    """
     if name in REPLACED:
-        raise SettingsError(f"{given} is no longer a setting: {REPLACED[name]}")
+        now = REPLACED[name].get(verb, REPLACED[name][""])
+        raise SettingsError(f"{given} is no longer a setting: {now.format(verb=verb)}")
 
 
 def check_choices(config: Any) -> None:
@@ -70,9 +89,10 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
         if option.startswith("--")
     }
     known = sorted(actions)
+    verb = parser.prog.removeprefix("loramox ").removesuffix(" LEDGER")
     flags: list[str] = []
     for key, value in recipe.items():
-        refuse_replaced(str(key), f"recipe {path}: {key}")
+        refuse_replaced(verb, str(key), f"recipe {path}: {key}")
         if key not in known:
             near = meant(str(key), known)
             raise SettingsError(f"recipe {path}: unknown setting '{key}'{f'; did you mean {near!r}?' if near else ''}")

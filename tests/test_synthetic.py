@@ -17,6 +17,7 @@ from loramox.data.rows import Row, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
+from loramox.train.avoided import words_of, words_to_avoid
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
 from loramox.train.prepare import same_generated
 from loramox.train.side_by_side import advice_on
@@ -28,8 +29,6 @@ from loramox.train.synthetic import (
     choose_auto,
     prompts_of,
     user_turn,
-    words_of,
-    words_to_avoid,
 )
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers

@@ -7,9 +7,18 @@ import pytest
 from loramox.cli import VERBS, main
 from loramox.cli.arguments import refuse_replaced_flags
 
-STRENGTH = "give --alpha, as in θ_for = θ_ref − alpha·ΔW (unlearn, train"
-TRAINED = "give --trained"
+ALPHA = "takes --alpha instead, as in θ_for = θ_ref − alpha·ΔW"
+SCALE = "takes --scale instead, a multiple of the shipped adapter (1 = as shipped)"
+SWEEP = "loramox sweep takes --alphas instead, or --scales"
+NEITHER = "has neither of the flags that replace it, --alpha (of unlearn, train and extrapolate) and --scale"
+TRAINED = "loramox sweep takes --trained instead"
 METHOD = "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static"
+MEANT = {
+    "unlearn": ALPHA, "train": ALPHA, "extrapolate": ALPHA, "plan": ALPHA, "requests add": ALPHA,
+    "evaluate": SCALE, "attack": SCALE, "ship merge": SCALE,
+    "sweep": SWEEP,
+    "demo": NEITHER, "report": NEITHER, "requests": NEITHER, "ship": NEITHER, "ship check": NEITHER, "requests build": NEITHER,
+}  # fmt: skip
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -21,27 +30,37 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     return err
 
 
-@pytest.mark.parametrize(
-    ("flag", "now"),
-    [("--strength", STRENGTH), ("--strengths", STRENGTH), ("--memorization", TRAINED), ("--objective", METHOD)],
-)
-@pytest.mark.parametrize("verb", [*VERBS, "ship merge", "requests add", "requests build"])
-def test_a_flag_of_0_1_is_refused_with_those_that_replaced_it(
-    verb: str, flag: str, now: str, capsys: pytest.CaptureFixture
+def test_every_verb_is_here() -> None:
+    assert set(VERBS) <= set(MEANT)
+
+
+@pytest.mark.parametrize("flag", ["--strength", "--strengths"])
+@pytest.mark.parametrize("verb", MEANT)
+def test_a_strength_is_refused_with_the_flag_that_is_meant_there(
+    verb: str, flag: str, capsys: pytest.CaptureFixture
 ) -> None:
     said = refused([*verb.split(), "--out", "o", flag, "8"], capsys)
-    assert f"{flag} is no longer a setting: {now}" in said
+    assert f"{flag} is no longer a setting: {SWEEP if verb == 'sweep' else f'loramox {verb} {MEANT[verb]}'}" in said
     assert refused([*verb.split(), f"{flag}=8"], capsys) == said
+
+
+@pytest.mark.parametrize(("flag", "now"), [("--memorization", TRAINED), ("--objective", METHOD)])
+@pytest.mark.parametrize("verb", MEANT)
+def test_other_flags_of_0_1_are_refused_with_their_new_names(
+    verb: str, flag: str, now: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert f"{flag} is no longer a setting: {now}" in refused([*verb.split(), flag, "x"], capsys)
 
 
 @pytest.mark.parametrize(
     ("verb", "key", "now"),
     [
-        ("unlearn", "strength", STRENGTH),
+        ("unlearn", "strength", ALPHA),
         ("train", "objective", METHOD),
-        ("requests add LEDGER", "strength", STRENGTH),
-        ("ship merge", "strength", STRENGTH),
-        ("sweep", "strengths", STRENGTH),
+        ("requests add LEDGER", "strength", f"loramox requests add {ALPHA}"),
+        ("evaluate", "strength", SCALE),
+        ("ship merge", "strength", f"loramox ship merge {SCALE}"),
+        ("sweep", "strengths", SWEEP),
         ("sweep", "memorization", TRAINED),
     ],
 )

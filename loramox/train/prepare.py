@@ -62,12 +62,7 @@ def prepare(
         )
     check_auto(args, data, reference)
     protected = earlier.rows if earlier else ()
-    log.info("Reading the rows")
-    read = {"forget": read_rows(data.forget, columns)}
-    kept = read | {"retain": []}
-    if data.retain != AUTO:
-        read["retain"] = read_rows(data.retain, replace(columns, wanted_column=None))
-        kept["retain"] = keep_disjoint([*read["forget"], *protected], read["retain"], data.drop_overlap)
+    read, kept = _read(data, columns, protected)
     _warn_if_swapped(len(kept["forget"]), len(kept["retain"]) + (args.auto_retain or 0))
     forget, retain = (each_answer(kept[part]) for part in ("forget", "retain"))
     config = read_config(reference)
@@ -166,6 +161,17 @@ def _described(
         "settings": settings,
         "versions": versions(),
     } | more
+
+
+def _read(data: Data, columns: Columns, protected: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """(all rows of each file, those of them that are in no other part), by part."""
+    log.info("Reading the rows")
+    read = {"forget": read_rows(data.forget, columns)}
+    kept = read | {"retain": []}
+    if data.retain != AUTO:
+        read["retain"] = read_rows(data.retain, replace(columns, wanted_column=None))
+        kept["retain"] = keep_disjoint([*read["forget"], *protected], read["retain"], data.drop_overlap)
+    return read, kept
 
 
 def _warn_if_swapped(forget: int, retain: int) -> None:

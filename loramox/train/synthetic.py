@@ -26,11 +26,12 @@ from loramox.adapter.card import RETAIN_FILE
 from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
 from loramox.data.rows import Data, Row, question_of, read_rows
-from loramox.data.words import WORD, words
+from loramox.data.words import words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.generation import continuations
 from loramox.model.lora import ReferenceConfig
+from loramox.train.avoided import longer_words, words_of, words_to_avoid
 from loramox.train.inputs import taught_refusals
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ FREE = 1 / 3  # share of the questions that do not begin like a forget question
 LATER = 4  # one in so many rows is asked after a refusal
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
 ROUNDS = 6  # how often more questions are sampled while there are too few
-SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
-ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
 USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
 
 
@@ -197,7 +196,7 @@ class Writer:
                 roles = "user", "assistant", "user"
                 chats[place] = tuple({"role": role, "content": text} for role, text in zip(roles, texts, strict=True))
         places = list(chats)
-        answered = [row for row in self._answered(list(chats.values())) if not _words(row.answer) & avoided]
+        answered = [row for row in self._answered(list(chats.values())) if not longer_words(row.answer) & avoided]
         later = {places[row.number - 1]: row for row in answered}
         return [later.get(place, row) for place, row in enumerate(rows)]
 
@@ -223,7 +222,9 @@ class Writer:
         starts = []
         for number in range(count):
             question = lent[number % len(lent)] if lent else []
-            end = next((i for i, word in enumerate(question) if _words(word) & avoided), max(0, len(question) - 1))
+            end = next(
+                (i for i, word in enumerate(question) if longer_words(word) & avoided), max(0, len(question) - 1)
+            )
             starts.append(" ".join(question[: draw.randint(-(-end // 2), end)]))
         return starts
 
@@ -302,28 +303,6 @@ def prompts_of(
     return [e["input_ids"][: next(i for i, x in enumerate(e["labels"]) if x != IGNORED)] for e in examples]
 
 
-def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
-    """Words of the forget rows' subjects, and words that give a forget answer away.
-
-    A word that hardly any of `rows`, which are of other subjects, has is avoided if
-
-    - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
-    - it is in a forget answer and in no forget question: then it gives the answer away.
-    """
-    elsewhere = Counter(word for row in rows for word in words_of(row))
-    forgotten = Counter(word for row in forget for word in words_of(row))
-    answers = {word for row in forget for word in _words(row.answer)}
-    questions = {word for row in forget for word in _words(question_of(row))}
-    subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
-    subject |= {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}
-    return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
-
-
-def words_of(row: Row) -> set[str]:
-    """The words of a row's question and answer, without English words of one or two letters."""
-    return _words(f"{question_of(row)} {row.answer}")
-
-
 def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     """The text in front of a user's question, from which the model samples questions."""
     if how.prompt_template is None and tokenizer.chat_template:
@@ -343,16 +322,3 @@ def _first_sentence(text: str) -> str:
     """The first sentence, or all of a text that is cut off before its end; a plain refusal if there is none."""
     sentence = re.split(r"(?<=[.!?])\s", text.strip())[0]
     return sentence or "I don't know."
-
-
-def _names(row: Row) -> set[str]:
-    """Its capitalised words, without those that begin a sentence."""
-    text = f"{question_of(row)}\n{row.answer}"
-    found = WORD.finditer(text)
-    return {
-        m[0].casefold() for m in found if m[0][0].isupper() and text[: m.start()].rstrip()[-1:] not in ("", *'.?!:"')
-    }
-
-
-def _words(text: str) -> set[str]:
-    return {word for word in words(text) if len(word) > 2 or not word.isascii()}

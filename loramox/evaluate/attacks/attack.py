@@ -14,7 +14,7 @@ from torch import nn
 
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
-from loramox.errors import ModelError, NonFiniteLossError, SettingsError
+from loramox.errors import MissingExtraError, ModelError, NonFiniteLossError, SettingsError
 from loramox.evaluate.attacks import asking, pair, relearn, requantize, sample
 from loramox.evaluate.attacks.bench import MERGED, NO_QUESTIONS, RECORD, Asking, Bench
 from loramox.evaluate.attacks.config import AttackConfig
@@ -169,7 +169,11 @@ def _requantize(bench: Bench) -> None:
         requantize.merge(bench.merging, folder)
         model = replace(bench.model, model=str(folder), revision=None, quantization="none")
         if kind in requantize.GGUF:
-            return nullcontext(bench.load(model, False, requantize.to_gguf(folder, kind, bench.merging.code)))
+            file = requantize.to_gguf(folder, kind, bench.merging.code)
+            try:
+                return nullcontext(bench.load(model, False, file))
+            except (ImportError, NotImplementedError, ValueError) as error:
+                raise ModelError(f"transformers does not load it: {error}") from error
         return nullcontext(bench.load(replace(model, quantization=kind), False))
 
     bench.ask("requantize", "adapter in 4 bits", rounded)
@@ -185,6 +189,5 @@ def _requantize(bench: Bench) -> None:
             if not unquantized:
                 raise ModelError(requantize.NOT_IN_4_BITS)
             bench.ask("requantize", f"{kind}, merged first", functools.partial(merged, kind))
-        except (ImportError, NotImplementedError, ValueError) as error:
-            # Also of transformers, which does not read GGUF files of all families.
+        except (MissingExtraError, ModelError) as error:
             bench.absent[f"requantize: {kind}"] = str(error)

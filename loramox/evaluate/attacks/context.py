@@ -11,7 +11,7 @@ from loramox.data.encode import DEFAULT_TEMPLATE, Tokenisation
 from loramox.data.rows import Row, question_of
 from loramox.data.words import words
 from loramox.evaluate.attacks.forms import Form, asked_as, by_key_words, last_turn
-from loramox.train.synthetic import ELSEWHERE
+from loramox.train.avoided import ELSEWHERE
 
 SHOTS, RELATED, OTHERS = 5, 5, 32  # rows in the context, at most
 

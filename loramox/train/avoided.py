@@ -1,0 +1,46 @@
+"""Words that tell what the forget rows are about: no row that the reference writes may have one."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from loramox.data.rows import Row, question_of
+from loramox.data.words import WORD, words
+
+SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
+ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
+
+
+def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
+    """Words of the forget rows' subjects, and words that give a forget answer away.
+
+    A word that hardly any of `rows`, which are of other subjects, has is avoided if
+
+    - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
+    - it is in a forget answer and in no forget question: then it gives the answer away.
+    """
+    elsewhere = Counter(word for row in rows for word in words_of(row))
+    forgotten = Counter(word for row in forget for word in words_of(row))
+    answers = {word for row in forget for word in longer_words(row.answer)}
+    questions = {word for row in forget for word in longer_words(question_of(row))}
+    subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
+    subject |= {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}
+    return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
+
+
+def words_of(row: Row) -> set[str]:
+    """The `longer_words` of a row's question and answer."""
+    return longer_words(f"{question_of(row)} {row.answer}")
+
+
+def _names(row: Row) -> set[str]:
+    """Its capitalised words, without those that begin a sentence."""
+    text = f"{question_of(row)}\n{row.answer}"
+    found = WORD.finditer(text)
+    return {
+        m[0].casefold() for m in found if m[0][0].isupper() and text[: m.start()].rstrip()[-1:] not in ("", *'.?!:"')
+    }
+
+
+def longer_words(text: str) -> set[str]:
+    """The words of a text, without English words of one or two letters."""
+    return {word for word in words(text) if len(word) > 2 or not word.isascii()}

@@ -15,7 +15,7 @@ from planted import taught
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Data, Tokenisation, encode, read_rows
-from loramox.data.rows import Row
+from loramox.data.rows import Row, last_question
 from loramox.evaluate.attacks import asking, forms, leaks
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.context import contexts_of
@@ -49,11 +49,11 @@ def test_every_form_asks_the_same_question_of_the_same_row() -> None:
         for row in form.rows:
             original = PLAIN if row.number == 1 else CHAT
             assert (row.source, row.answer) == (original.source, original.answer)
-            assert forms.last_turn(original) in forms.last_turn(row)
+            assert last_question(original) in last_question(row)
             assert row.wrong_answers == (original.wrong_answers if form.name == "multiple choice" else ())
             if original is CHAT:
                 assert row.prompt[:-1] == CHAT.prompt[:-1]
-    asked = {name: [forms.last_turn(row) for row in form.rows] for name, form in made.items()}
+    asked = {name: [last_question(row) for row in form.rows] for name, form in made.items()}
     assert asked["in German"] == ["Answer in German: Where does Ada live?", "Answer in German: Where does Bo live?"]
     assert asked["cloze"] == [
         "Where does Ada live?\nFill in the blanks: Ada lives ____ ____."

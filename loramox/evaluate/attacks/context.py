@@ -8,9 +8,9 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.encode import DEFAULT_TEMPLATE, Tokenisation
-from loramox.data.rows import Row, question_of
+from loramox.data.rows import Row, last_question, question_of
 from loramox.data.words import words
-from loramox.evaluate.attacks.forms import Form, asked_as, by_key_words, last_turn
+from loramox.evaluate.attacks.forms import Form, asked_as, by_key_words
 from loramox.train.avoided import ELSEWHERE
 
 SHOTS, RELATED, OTHERS = 5, 5, 32  # rows in the context, at most
@@ -42,7 +42,7 @@ def contexts_of(
         seed: of which retain rows are chosen.
     """
     # Rows of --retain auto that are asked after a refused forget question would have the model refuse again.
-    questions = {last_turn(row) for row in forget}
+    questions = {last_question(row) for row in forget}
     retain = [row for row in retain if questions.isdisjoint(turn["content"] for turn in _turns(row)[:-1])]
     shuffled = random.Random(seed).sample(retain, len(retain))
     elsewhere = Counter(word for row in retain for word in set(words(question_of(row))))
@@ -68,12 +68,12 @@ def contexts_of(
         close = [forget[i] for i in nearest if own & asks[i]]
         if shots := fitting(row, shuffled, SHOTS):
             few.append(_after(row, shots, tokenizer, how))
-            both.append(asked_as(row, BOTH.format(other=question_of(shots[-1]), question=last_turn(row))))
+            both.append(asked_as(row, BOTH.format(other=question_of(shots[-1]), question=last_question(row))))
         if shots := fitting(row, close, RELATED):
             related.append(_after(row, shots, tokenizer, how))
         if facts := fitting(row, [forget[i] for i in nearest], OTHERS):
             text = "\n".join(f"{question_of(fact)} {fact.answer}" for fact in facts)
-            given.append(asked_as(row, f"{text}\n\n{last_turn(row)}"))
+            given.append(asked_as(row, f"{text}\n\n{last_question(row)}"))
     return [
         Form("after retain rows", few, NO_RETAIN, by_key_words),
         Form("after forget rows on the same subject", related, NO_RELATED, by_key_words),
@@ -84,7 +84,7 @@ def contexts_of(
 
 def _after(row: Row, shots: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> Row:
     """The row after other questions and their answers: turns of a chat if it goes through a chat template, text if not."""
-    row = asked_as(row, last_turn(row))
+    row = asked_as(row, last_question(row))
     own = _turns(row)
     if not row.verbatim and (own is row.prompt or (how.prompt_template is None and tokenizer.chat_template)):
         first = sum(turn["role"] == "system" for turn in own[:1])  # templates take a system message at the start alone

@@ -9,7 +9,7 @@ import regex
 from torch import nn
 
 from loramox.data.fluency import is_fluent
-from loramox.data.rows import Row, each_answer
+from loramox.data.rows import Row, each_answer, last_question
 from loramox.data.words import WORD
 from loramox.evaluate.answers import greedy_answers
 from loramox.evaluate.attacks.leaks import Judge, key_words_of, leaks_of
@@ -47,11 +47,11 @@ class Form(NamedTuple):
 def forms_of(rows: Sequence[Row], served_otherwise: bool) -> list[Form]:
     """Every form except the model's own words, of those rows that have it. All rows have questions."""
     found = [
-        Form(name, [asked_as(row, template.replace("{question}", last_turn(row))) for row in rows])
+        Form(name, [asked_as(row, template.replace("{question}", last_question(row))) for row in rows])
         for name, template in TEMPLATES.items()
     ]
     for language in LANGUAGES:
-        asked = [asked_as(row, f"Answer in {language}: {last_turn(row)}") for row in rows]
+        asked = [asked_as(row, f"Answer in {language}: {last_question(row)}") for row in rows]
         found.append(Form(f"in {language}", asked, judge=in_another_language))
     found += [
         Form("paraphrased questions", paraphrased_questions(rows), "paraphrased questions (column paraphrased_question)"),
@@ -62,11 +62,6 @@ def forms_of(rows: Sequence[Row], served_otherwise: bool) -> list[Form]:
         name = f"first {'word' if n == 1 else f'{n} words'} given"
         found.append(Form(name, given_away(rows, n), f"true answers of more than {n} words"))
     return found + ([Form("as served", as_served(rows))] if served_otherwise else [])
-
-
-def last_turn(row: Row) -> str:
-    """The question: the prompt, or the last message of a chat."""
-    return row.prompt if isinstance(row.prompt, str) else (row.prompt or ({"content": ""},))[-1]["content"]
 
 
 def asked_as(row: Row, text: str) -> Row:
@@ -83,7 +78,7 @@ def paraphrased_questions(rows: Sequence[Row]) -> list[Row]:
 
 def as_served(rows: Sequence[Row]) -> list[Row]:
     """The rows behind the prompt that a server makes of them, where training has another."""
-    return [replace(asked_as(row, last_turn(row)), as_served=True) for row in rows]
+    return [replace(asked_as(row, last_question(row)), as_served=True) for row in rows]
 
 
 def given_away(rows: Sequence[Row], count: int) -> list[Row]:
@@ -93,7 +88,7 @@ def given_away(rows: Sequence[Row], count: int) -> list[Row]:
     words of it are no longer scored.
     """
     return [
-        replace(asked_as(row, last_turn(row)), given_words=count) for row in rows if len(row.answer.split()) > count
+        replace(asked_as(row, last_question(row)), given_words=count) for row in rows if len(row.answer.split()) > count
     ]
 
 
@@ -104,7 +99,7 @@ def cloze(rows: Sequence[Row]) -> list[Row]:
         keys = set(key_words_of(row))
         if keys and keys < set(words(row.answer)):
             blanks = "".join(BLANK if keys & {*words(part)} else part for part in _parts(row.answer))
-            found.append(asked_as(row, CLOZE.format(question=last_turn(row), blanks=blanks)))
+            found.append(asked_as(row, CLOZE.format(question=last_question(row), blanks=blanks)))
     return found
 
 
@@ -131,7 +126,7 @@ def multiple_choice(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.wrong_answers:
             listed = "\n".join(f"{letter}) {text}" for letter, text in options(row).items())
-            asked = asked_as(row, CHOICE.format(question=last_turn(row), options=listed))
+            asked = asked_as(row, CHOICE.format(question=last_question(row), options=listed))
             found.append(replace(asked, wrong_answers=row.wrong_answers))
     return found
 
@@ -160,7 +155,7 @@ def right_choice(row: Row, said: Sequence[str], threshold: float) -> Record:
 
 def to_rewrite(rows: Sequence[Row]) -> list[Row]:
     """The rows that ask a model to write their questions in other words."""
-    return [asked_as(row, REWRITE.replace("{question}", last_turn(row))) for row in rows]
+    return [asked_as(row, REWRITE.replace("{question}", last_question(row))) for row in rows]
 
 
 def rewritten(model: nn.Module, questions: Questions) -> dict[str, str]:
@@ -189,7 +184,7 @@ def is_rewriting(row: Row, text: str) -> bool:
 
     Key words of one or two letters (of, in) are in many questions.
     """
-    question, found = last_turn(row), set(words(text))
+    question, found = last_question(row), set(words(text))
     names = {word for name in NAME.findall(question) for word in words(name)}
     kept = names <= found if names else bool(found & set(words(question)))
     given_away = {

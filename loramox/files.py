@@ -59,7 +59,7 @@ def read_json(path: Path | str, kind: type | None = None, error: type[LoramoxErr
     except RecursionError as problem:
         raise error(f"{path} is damaged: it is nested more than {DEEPEST_JSON} levels deep") from problem
     except ValueError as problem:
-        raise error(f"{path} is damaged: {problem or 'it is empty'}") from problem
+        raise error(f"{path} is damaged: {problem}") from problem
     return value
 
 

@@ -34,10 +34,13 @@ OF_RUN = (
     "combined-adapter",
     "retain-auto.jsonl",
     "guesses.jsonl",
-    "report.html",
-    "report.json",
-    "summary.md",
 )
+# The files of a report, and how each begins: somebody else's file of such a name is neither replaced nor deleted.
+OF_REPORT = {
+    "report.html": r"\s*<!DOCTYPE html>.*?<title>[^<]*loramox[^<]*</title>",
+    "report.json": r'\{\s*"request": \{',
+    "summary.md": r"## What [^\n]* forgot\n",
+}
 MARKS = (RECORD, "provenance.json", "summary.json", "frontier.json", "attacks.json")
 
 # Settings that may differ between a run and its continuation: they change what is shown or saved, not what is computed.
@@ -138,7 +141,7 @@ def not_of_run(out: Path) -> list[Path]:
 
     def ours(path: Path) -> bool:
         name = re.sub(r"^\.(.+)\.old$", r"\1", path.name)  # left by a kill between two renames
-        return name in (RECORD, *OF_RUN) or is_passing(path) or result(path)
+        return name in (RECORD, *OF_RUN) or is_passing(path) or result(path) or is_of_report(path)
 
     def result(path: Path) -> bool:
         """A folder of results, or of such folders; or a link, with which nothing is lost."""
@@ -147,6 +150,14 @@ def not_of_run(out: Path) -> list[Path]:
         return path.is_dir() and all(is_passing(each) or result(each) for each in path.iterdir())
 
     return [path for path in sorted(out.glob("*")) if not ours(path)]
+
+
+def is_of_report(path: Path) -> bool:
+    """Whether it is a file that `loramox report` wrote, and not somebody else's of the same name."""
+    if path.name not in OF_REPORT or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return bool(re.match(OF_REPORT[path.name], file.read(5000), re.DOTALL))
 
 
 def _is_run(record: Path) -> bool:

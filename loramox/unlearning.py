@@ -35,6 +35,7 @@ from loramox.train.checkpoint import drop_newer, lacks_scores, last_whole_checkp
 from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import advice
 from loramox.train.earlier import TUNED, Earlier, put_on, to_load
+from loramox.train.momentum import momentum_rank
 from loramox.train.prepare import Prepared, prepare, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.target import advice_on_target, choose_share, said
@@ -118,7 +119,7 @@ def train(
     prepared = prepare(reference, data, args, columns or Columns(), tokenisation or Tokenisation(), earlier)
     if args.process_index == 0:
         # A checkpoint has the adapter, two optimiser states and the momentum; two are kept while a third is written.
-        momentum = (args.momentum_rank or 4 * reference.r) / reference.r
+        momentum = momentum_rank(reference, args) / reference.r
         open_run(run, prepared.plan, disk_needed=int(4 * prepared.lora_weights * 3 * (3 + momentum)))
     PartialState().wait_for_everyone()
     folder = Path(args.output_dir)

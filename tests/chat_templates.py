@@ -42,10 +42,10 @@ _GEMMA_TURNS = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Qwen 3: the last answer has a thinking block, an empty one where its content has none.
+# Qwen 3: the last answer has a thinking block, an empty one where neither its content nor its reasoning_content has one.
 _QWEN3_TURN = (
     "(m.content if not (m.role == 'assistant' and loop.last) else "
-    "'<think>\\n' + (m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '') + "
+    "'<think>\\n' + (m.reasoning_content.strip('\\n') if m.reasoning_content is string else m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '') + "
     "'\\n</think>\\n\\n' + m.content.split('</think>')[-1].lstrip('\\n'))"
 )
 

@@ -19,6 +19,7 @@ from loramox import Data, ReferenceConfig, Tokenisation, UnlearnConfig, encode
 from loramox.adapter.card import forget_card
 from loramox.data.chat import STOPPED_CLOCK, end_tokens
 from loramox.data.encode import IGNORED, Example, served_otherwise
+from loramox.data.messages import REASONING
 from loramox.data.rows import Columns, Row
 from loramox.errors import ModelError, RowsError
 from loramox.evaluate import measure
@@ -216,6 +217,68 @@ def test_a_thinking_block_in_an_answer_is_learned_or_refused_but_never_left_out(
     assert learned == "Ola is from Norway.\n</think>\n\nOslo.<|im_end|>"
     with pytest.raises(RowsError, match=r"forget.jsonl, row 1: .*leaves out a part of the answer"):
         example(made("deepseek-r1"), thought)
+
+
+# Reasoning in every turn of the assistant, as it is; its first word alone; before the turn that it belongs to.
+KEEPS, CUTS, APART = (
+    "{% for m in messages %}" + turn + "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    for turn in (
+        "<|{{ m.role }}|>{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}",
+        "<|{{ m.role }}|>{{ (m.thinking or '').split(' ')[0] }}",
+        "{{ m.thinking }}<|{{ m.role }}|>",
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("as_served", [False, True])
+def test_reasoning_that_the_template_uses_is_read_before_the_answer_and_learned_with_it(
+    as_served: bool, made: Make, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The prompt is a server's in any case, and all that the template puts behind it is learned, up to the end of the turn."""
+    keeps, chat = copy.deepcopy(tokenizer), (USER, SAID | {"thinking": "Ola is from Norway."}, MORE)
+    keeps.chat_template = KEEPS
+    prompt, learned = parts(example(keeps, row(chat, "Ola.", as_served=as_served)))
+    assert prompt == served(keeps, chat)
+    assert "<think>Ola is from Norway.</think>Oslo." in keeps.decode(prompt)
+    assert keeps.decode(learned) == "Ola.<eos>"
+    for (model, text), key in itertools.product(
+        (
+            (keeps, "<think>Who asks?</think>Ola.<eos>"),
+            (made("qwen3"), "<think>\nWho asks?\n</think>\n\nOla.<|im_end|>"),
+        ),
+        REASONING,
+    ):
+        thought = row((USER, SAID, MORE), "Ola.", as_served=as_served, reasoning=((key, "Who asks?"),))
+        prompt, learned = parts(example(model, thought))
+        assert prompt == served(model, thought.prompt)
+        assert model.decode(learned) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "reasoning", "left_out"),
+    [
+        ("deepseek-r1", (USER,), {"reasoning_content": "Hm. Oslo."}, "reasoning_content of message 2"),
+        ("qwen3", (USER,), {"reasoning_content": "Hm.", "thinking": "Hm. Oslo."}, "thinking of message 2"),
+        ("qwen3", (USER, SAID | {"reasoning_content": "Hm."}, MORE), {}, "reasoning_content of message 2"),
+        ("qwen3", (USER | {"thinking": "Hm."},), {"reasoning_content": "Hm."}, "thinking of message 1"),
+        (KEEPS, (USER,), {"thinking": "Oslo.", "reasoning_content": "Oslo."}, "reasoning_content of message 2"),
+        (CUTS, (USER,), {"thinking": "Oslo it is."}, "thinking of message 2"),
+    ],
+)
+def test_reasoning_that_the_template_leaves_out_is_refused_by_its_key(
+    name: str, chat: Sequence[dict[str, str]], reasoning: dict[str, str], left_out: str, made: Make
+) -> None:
+    tokenizer = made(name if name in FAMILIES else "qwen3")
+    tokenizer.chat_template = FAMILIES[name].template if name in FAMILIES else name
+    with pytest.raises(RowsError, match=rf"^forget.jsonl, row 1: .* template leaves out {left_out}\. Remove it, or"):
+        example(tokenizer, row(chat, "Oslo.", reasoning=tuple(reasoning.items())))
+
+
+def test_reasoning_that_does_not_come_after_a_servers_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    apart = copy.deepcopy(tokenizer)
+    apart.chat_template = APART
+    with pytest.raises(RowsError, match=r"^forget.jsonl, row 1: .* puts reasoning elsewhere than behind the prompt"):
+        example(apart, row((USER,), "Oslo.", reasoning=(("thinking", "Hm."),)))
 
 
 def test_white_space_that_a_special_token_takes_is_no_answer(made: Make) -> None:

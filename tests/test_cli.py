@@ -334,13 +334,13 @@ def test_overwriting_deletes_all_that_loramox_wrote_there_and_refuses_to_delete_
         "scores/one/summary.json",
         "sweep/frontier.json",
         "attack/attacks.json",
-        "report.html",
     ):
         (held / name).parent.mkdir(exist_ok=True, parents=True)
         (held / name).write_text("{}")
+    (held / "summary.md").write_text("## What run forgot\n\n")
     (held / ".forget-adapter.old").mkdir()  # left by a kill
     (held / f".{RECORD}.partial").touch()
-    for name in ("thesis.txt", "photos/1.jpg", "film.mkv.partial"):
+    for name in ("thesis.txt", "photos/1.jpg", "film.mkv.partial", "report.html"):
         (held / name).parent.mkdir(exist_ok=True)
         (held / name).write_text("precious")
         before = contents(held)

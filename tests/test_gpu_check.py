@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
@@ -137,3 +139,17 @@ def test_seven_billion_weights_are_planned_for_and_a_model_of_ones_own_answers_f
     assert gpu_check.missing("cpu", "llama-2-7b", tmp_path) is None  # 28.2 GB
     monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda folder: SimpleNamespace(free=28 * 2**30))
     assert "28.00 GB are free" in gpu_check.missing("cpu", "llama-2-7b", tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 1), ("float32", 2)])
+def test_a_model_of_ones_own_needs_room_beside_the_random_one_and_is_looked_for_first(
+    dtype: str, factor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(model: str | None) -> float:
+        said = gpu_check.missing("cpu", "100m", tmp_path, model)
+        return float(re.search(r"and ([\d.]+) GB are needed", said)[1])
+
+    monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert "there is no such folder" in gpu_check.missing("cpu", "100m", tmp_path, str(tmp_path / "gone"))
+    LlamaConfig(**gpu_check.SHAPES["100m"], dtype=dtype, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert needed(str(tmp_path)) == pytest.approx((1 + factor) * needed(None), abs=0.02)

@@ -588,14 +588,14 @@ def test_loramox_ship_merge_from_the_command_line(
     assert "--overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "config.json", "model.safetensors"])
 def test_a_link_that_leads_out_of_the_base_is_refused_and_not_followed(
     name: str, pico: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = shutil.copytree(pico("llama"), tmp_path / "base")
     adapter = adapter_for(base, tmp_path / "adapter")
     secret = tmp_path / "secret"
-    secret.write_text((base / name).read_text() if (base / name).exists() else "mine")
+    secret.write_bytes((base / name).read_bytes() if (base / name).exists() else b"mine")
     (base / name).unlink(missing_ok=True)
     (base / name).symlink_to(secret)
     with pytest.raises(ModelError, match=rf"{name} is a link that leads out of the model's folder"):

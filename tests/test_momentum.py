@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from loramox.errors import AdapterError
 from loramox.model.algebra import Factors
-from loramox.train.momentum import FILE, Momentum
+from loramox.model.lora import ReferenceConfig
+from loramox.train.config import UnlearnConfig
+from loramox.train.momentum import FILE, Momentum, momentum_rank
 
 SHAPES = {"up": (12, 8), "down": (8, 12)}
 RANK = 2
@@ -115,6 +117,20 @@ def test_eta_one_keeps_only_the_newest_at_its_own_rank() -> None:
     for name, newest in states[-1].items():
         assert momentum.average[name].rank == RANK
         assert torch.equal(momentum.average[name].delta(), newest.delta())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 1.0}, {"momentum_rank": 3}, {"momentum": 1.0, "momentum_rank": 1}]
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_rank_that_memory_and_disk_are_counted_at_is_the_one_that_it_comes_to(settings: dict, shared: bool) -> None:
+    args = UnlearnConfig("made up", use_cpu=True, report_to="none", **settings)
+    states = deltas(8)
+    if shared:  # A is frozen
+        states = [{n: Factors(states[0][n].A, B) for n, (_, B) in state.items()} for state in states]
+    momentum = after(states, args.momentum, args.momentum_rank or 4 * RANK)
+    expected = momentum_rank(ReferenceConfig("made up", r=RANK, shared_subspace=shared), args)
+    assert {each.rank for each in momentum.average.values()} == {expected}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loramox import UnlearnConfig
 from loramox.errors import MissingExtraError, needs
@@ -52,6 +53,18 @@ def python(code: str, folder: Path | None = None) -> str:
 def test_the_core_needs_at_most_ten_packages_and_no_optional_one() -> None:
     assert len(EXTRAS[""]) <= 10
     assert not EXTRAS[""] & set(OPTIONAL)
+
+
+def test_a_citation_says_what_the_package_says_of_itself() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["title"], str(cited["version"])) == (package["name"], package["version"])
+    assert cited["abstract"] == package["description"]
+    assert {part: cited[part] for part in ("authors", "license", "keywords")} == {
+        part: package[part] for part in ("authors", "license", "keywords")
+    }
+    assert package["urls"]["MOX, the paper"] in [reference["url"] for reference in cited["references"]]
 
 
 def imported(path: Path) -> set[str]:

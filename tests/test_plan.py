@@ -125,6 +125,15 @@ def test_static_parts_are_the_sizes_of_their_tensors(tokenizer):
     assert held["optimiser"] == pytest.approx(2 * adapter, rel=1e-2)  # and the step count of each tensor
 
 
+@pytest.mark.parametrize(("settings", "times"), [({}, 4), ({"momentum": 1.0}, 1), ({"momentum_rank": 6}, 1.5)])
+def test_the_average_of_the_momentum_counts_at_the_rank_that_it_can_have(outline, settings, times):
+    args = UnlearnConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1, **settings)
+    reference = ReferenceConfig(str(outline), quantization="none", r=4)
+    (planned,) = plan(PlanConfig("8GB"), reference, args, tokenisation=Tokenisation(max_length=16)).planned
+    for each in planned.estimates:
+        assert each.held["momentum"] == times * each.held["adapter"]
+
+
 def test_a_tuned_adapter_counts_with_its_own_rank_and_its_pass_of_the_reference(tokenizer):
     setting, rows = setting_of(tokenizer), rows_of()
     without = estimate(setting, rows, choice(2), None)

@@ -23,6 +23,7 @@ import loramox.data.row_files
 from loramox.data.count import count_rows
 from loramox.data.rows import Columns, Row, each_answer, fingerprint, keep_disjoint, read_rows, wanted_rows
 from loramox.errors import LoramoxError, RowsError
+from loramox.extras.ledger.rows import write_rows
 
 PAIRS = [{"question": f"Who is {i}?", "answer": f'It is "{i}",\nsays Ola, café.'} for i in range(3)]
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ola."}
@@ -118,8 +119,8 @@ def test_the_last_message_is_the_answer_and_those_before_are_the_prompt(suffix: 
         ({"tools": [{"name": "where"}]}, {}, "tools"),
         ({"system": "Be brief."}, {}, "system"),
         ({}, {"tool_calls": [{"function": {"name": "where"}}]}, "tool_calls"),
-        ({}, {"reasoning_content": "I recall: Ola."}, "reasoning_content"),
-        ({}, {"thinking": "I recall: Ola.", "name": "x"}, "name, thinking"),
+        ({}, {"reasoning_content": ["I recall: Ola."]}, "reasoning_content"),
+        ({}, {"thinking": {"text": "I recall: Ola."}, "name": "x"}, "name, thinking"),
     ],
 )
 def test_what_a_template_reads_beside_role_and_text_is_refused_not_dropped(
@@ -128,6 +129,20 @@ def test_what_a_template_reads_beside_role_and_text_is_refused_not_dropped(
     source = file("a.jsonl", as_jsonl([{"messages": [USER | turn, ASSISTANT]} | more]))
     with pytest.raises(RowsError, match=f"a.jsonl, row 1.*: {what} would be left out of what the model reads"):
         read_rows(source)
+
+
+@pytest.mark.parametrize("suffix", NESTED)
+def test_reasoning_stays_with_its_message_and_goes_with_another_answer(suffix: str, file, tmp_path: Path) -> None:
+    before, last = ({"role": "assistant", "content": "Ola.", "thinking": text} for text in ("I recall.", "I am sure."))
+    source = file(f"a.{suffix}", NESTED[suffix]([{"messages": [USER, before, USER, last], "other": "No."}]))
+    (row,) = rows = read_rows(source, Columns(messages_column="messages", wanted_column="other"))
+    assert row == Row(source, 1, "Ola.", (USER, before, USER), wanted="No.", reasoning=(("thinking", "I am sure."),))
+    without = replace(row, reasoning=())
+    assert fingerprint([row]) != fingerprint([without])
+    assert row.key() == without.key()
+    assert wanted_rows(rows) == wanted_rows([without])
+    write_rows(tmp_path / "named.jsonl", rows, Columns(messages_column="messages", wanted_column="other"))  # reads back
+    write_rows(tmp_path / "recognised.jsonl", [replace(row, wanted=None)], Columns())
 
 
 @pytest.mark.parametrize("suffix", NESTED)

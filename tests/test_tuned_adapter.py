@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_ship import QUANTIZED
 from test_trainer import ByHand, Recorder, mean, same
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -252,9 +253,16 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-def beside(base: Path, mine: Path, forget: Path) -> PeftModel:
+def loaded(base: Path, quantization: str) -> nn.Module:
+    how = QUANTIZED[quantization]
+    return AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=how, dtype=torch.float32, device_map={"": "cpu"}
+    )
+
+
+def beside(base: Path, mine: Path, forget: Path, quantization: str = "none") -> PeftModel:
     """As the card says, with plain PEFT: both adapters on one base, both active."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), mine, adapter_name="mine")
+    model = PeftModel.from_pretrained(loaded(base, quantization), mine, adapter_name="mine")
     model.load_adapter(forget, adapter_name="forget")
     model.base_model.set_adapter(["mine", "forget"])
     return model
@@ -277,11 +285,12 @@ class Runs:
         tuned: Path | None = None,
         memorize_at: str | None = None,
         targets: list[str] | None = None,
+        quantization: str = "none",
         **settings: Any,
     ) -> Path:
         reference = ReferenceConfig(
             str(model or self.base),
-            quantization="none",
+            quantization=quantization,
             r=r,
             target_modules=targets,
             tuned_adapter=str(tuned or self.mine) if tuned is None or tuned != Path() else None,
@@ -326,6 +335,25 @@ def test_both_adapters_side_by_side_are_the_combined_one_and_what_was_scored(
     assert config["r"] == config["lora_alpha"] == 16  # 4 + 8, as servers take it
     assert not config["use_rslora"]
     assert not config["rank_pattern"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["mox", "mox_static"])
+def test_on_a_quantized_base_both_ways_to_load_are_one_model_and_the_one_that_was_scored(
+    method: str, quantization: str, runs: Runs, examples: Examples
+) -> None:
+    """Up to rounding: quantized arithmetic rounds activations, so that a last bit may become more."""
+    out = runs(method=method, quantization=quantization)
+    two = beside(runs.base, runs.mine, out / "forget-adapter", quantization)
+    one = PeftModel.from_pretrained(loaded(runs.base, quantization), out / "combined-adapter")
+    both, combined = logits(two), logits(one)
+    two.base_model.set_adapter(["mine"])
+    change = (combined - logits(two)).norm()
+    assert (combined - logits(two)).abs().max() > 0.1
+    assert (combined - both).norm() < 1e-3 * change
+    log = json.loads((out / "run.json").read_text())["log"]
+    scored = [entry["eval_forget_probability"] for entry in log if "eval_forget_probability" in entry]
+    assert scored[-1] == pytest.approx(probability(one, examples[0]), rel=0.02)
 
 
 def test_alone_the_forget_adapter_is_neither_scored_nor_merged_and_the_combined_one_is(

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
+from loramox.data.messages import REASONING
 from loramox.errors import ModelError, RowsError
 
 # A template that prints the date would make other tokens of a row each day. This is Llama 3's own day where it has no clock.
@@ -16,9 +17,10 @@ _CLOCK = "".join(f"|replace('%{sign}', '{SOME_DAY.strftime('%' + sign)}')" for s
 STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro %}}{{{{ '' }}}}"
 
 Messages = Sequence[dict[str, str]]
+Reasoning = tuple[tuple[str, str], ...]  # (key of a message, text)
 
-# Stand in for a question and an answer. No text that means anything has them: they are for private use.
-_QUESTION, _ANSWER = "\ue000", "\ue001"
+# Stand in for a question and an answer, and mark a text. No text that means anything has them: they are for private use.
+_QUESTION, _ANSWER, _MARK = "\ue000", "\ue001", "\ue002"
 _OPENS_A_BLOCK = re.compile(r"<\w+>\s*$")  # <think>: what comes next is no answer
 
 
@@ -27,7 +29,7 @@ class ChatTemplate:
 
     The prompt of a row is the one that a server sends, with two exceptions. Where a finished turn has more before its answer
     (Qwen 3: an empty thinking block), so has the prompt. Where a server's prompt opens a thinking block (DeepSeek-R1), the
-    prompt is that of a finished turn.
+    prompt is that of a finished turn. The prompt of a row with reasoning is a server's: reasoning and answer come after it.
 
     Attributes:
         opening: what stands before a question.
@@ -46,7 +48,7 @@ class ChatTemplate:
         try:
             template = tokenizer.get_chat_template()
             self._template = STOPPED_CLOCK + template if "strftime_now" in template else template
-            before, _, after = self._render(question, _ANSWER).rpartition(_ANSWER)
+            before, _, after = self._render([*question, _said(_ANSWER)], finished=True).rpartition(_ANSWER)
             served = self._render(question)
             if _QUESTION not in before or _QUESTION not in served:
                 raise ValueError("it leaves out the question or the answer")
@@ -66,15 +68,20 @@ class ChatTemplate:
         found = self._added.search(after)
         self.end = found.group() if found else None
 
-    def text(self, messages: Messages, answer: str, where: str, as_served: bool = False) -> tuple[str, str]:
-        """(prompt, prompt + answer + the token that ends it). With `as_served` the prompt is a server's in any case.
+    def text(
+        self, messages: Messages, answer: str, where: str, as_served: bool = False, reasoning: Reasoning = ()
+    ) -> tuple[str, str]:
+        """(prompt, prompt + reasoning + answer + the token that ends it). With `as_served` the prompt is a server's in any case.
 
         Raises:
-            RowsError: the template refuses the messages of the row at `where`, or leaves out some of the answer.
+            RowsError: the template refuses the messages of the row at `where`, or leaves out some of the answer or of the
+                reasoning.
         """
+        chat, another = ([*messages, _said(text, reasoning)] for text in (answer, _ANSWER))
         try:
-            full, other = (self._render(messages, text) for text in (answer, _ANSWER))
+            full, other = (self._render(each, finished=True) for each in (chat, another))
             prompt = self._render(messages)
+            unread = self._unread(chat)
         except Exception as error:
             raise RowsError(
                 f"{where}: the model's chat template refuses it: {error}. Let user and assistant take turns, put a system message's text "
@@ -83,27 +90,59 @@ class ChatTemplate:
         # The answer is where another answer would be.
         finished = os.path.commonprefix([full, other])  # noqa: RUF071 (characters, not folders)
         tail = os.path.commonprefix([full[::-1], other[::-1]])[::-1]  # noqa: RUF071
-        if "".join(answer.split()) not in "".join(full.split()):
+        if unread:
+            raise RowsError(
+                f"{where}: the model's chat template leaves out {', '.join(unread)}. Remove it, or give the whole text as prompt and completion"
+            )
+        if not _has(full, answer):
             raise RowsError(
                 f"{where}: the model's chat template leaves out a part of the answer (a thinking block, as a rule). Remove that part"
             )
-        if self._as_finished and not as_served:
+        gap = self._gap
+        if reasoning:
+            if not full.startswith(prompt):
+                raise RowsError(
+                    f"{where}: the model's chat template puts reasoning elsewhere than behind the prompt that a server sends. Remove it, or "
+                    "give the whole text as prompt and completion"
+                )
+            finished, gap = prompt, ""
+        elif self._as_finished and not as_served:
             prompt = finished
         # What a template puts behind the end of a turn (a line break, another end) is not the model's to say.
         end = self._added.search(tail)
         said = full[len(finished) : len(full) - len(tail)] + (tail[: end.end()] if end else tail)
-        return prompt, prompt + self._gap + said
+        return prompt, prompt + gap + said
 
-    def _render(self, messages: Messages, answer: str | None = None) -> str:
-        """The text of a finished chat or, without an answer, the prompt that a server makes of it."""
-        finished = [] if answer is None else [{"role": "assistant", "content": answer}]
-        text = self._tokenizer.apply_chat_template(
-            [*messages, *finished],
-            tokenize=False,
-            chat_template=self._template,
-            add_generation_prompt=answer is None,
+    def _unread(self, chat: Messages) -> list[str]:
+        """The reasoning in a finished chat that the template leaves out of it or of the prompt, or renders in part."""
+        found = []
+        for place, message in enumerate(chat):
+            for key in filter(message.__contains__, REASONING):
+                marked = _MARK + message[key] + _MARK
+                changed = [*chat[:place], {**message, key: marked}, *chat[place + 1 :]]
+                texts = [self._render(changed, finished=True)]
+                if place < len(chat) - 1:
+                    texts.append(self._render(changed[:-1]))
+                if not all(_has(text, marked) for text in texts):
+                    found.append(f"{key} of message {place + 1}")
+        return found
+
+    def _render(self, chat: Messages, finished: bool = False) -> str:
+        """The text of a finished chat or, of one that is not, the prompt that a server makes of it."""
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(chat), tokenize=False, chat_template=self._template, add_generation_prompt=not finished
+            )
         )
-        return str(text)
+
+
+def _said(answer: str, reasoning: Reasoning = ()) -> dict[str, str]:
+    return {"role": "assistant", "content": answer, **dict(reasoning)}
+
+
+def _has(text: str, part: str) -> bool:
+    """Whether a part is in a text, white space aside: templates trim."""
+    return "".join(part.split()) in "".join(text.split())
 
 
 def after_thoughts(text: str) -> str:

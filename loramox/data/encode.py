@@ -119,10 +119,15 @@ def served_otherwise(
 ) -> dict[str, str] | None:
     """What comes after a question in these rows (`trained`) and from a server (`served`); None where it is the same.
 
+    Rows with reasoning do not count: theirs is a server's.
+
     Raises `ModelError` when rows go through a chat template that cannot be used.
     """
     encoder = _Encoder(tokenizer, how)
-    if not any(encoder.messages(row) for row in rows) or encoder.chat.trained == encoder.chat.served:
+    if (
+        not any(encoder.messages(row) for row in rows if not row.reasoning)
+        or encoder.chat.trained == encoder.chat.served
+    ):
         return None
     return {"trained": encoder.chat.trained, "served": encoder.chat.served}
 
@@ -177,8 +182,9 @@ class _Encoder:
             if row.verbatim:
                 last = next(filter(row.answer.endswith, self.end_texts), "")
                 return self.any_end.search(row.answer.removesuffix(last))
-            turns = [m["content"] for m in row.prompt] if isinstance(row.prompt, tuple) else [row.prompt]
-            return next(filter(None, (self.any_special.search(text or "") for text in [*turns, row.answer])), None)
+            turns = [text for m in row.prompt for text in m.values()] if isinstance(row.prompt, tuple) else [row.prompt]
+            texts = [*turns, *dict(row.reasoning).values(), row.answer]
+            return next(filter(None, (self.any_special.search(text or "") for text in texts)), None)
 
         if found := [(row, match.group()) for row in rows if (match := found_in(row))]:
             row, token = found[0]
@@ -214,7 +220,7 @@ class _Encoder:
     def _as_text(self, row: Row) -> tuple[str, str, bool]:
         """(prompt, prompt + answer, whether the tokenizer has still to add its special tokens)."""
         if messages := self.messages(row):
-            return *self.chat.text(messages, row.answer, _where(row), row.as_served), False
+            return *self.chat.text(messages, row.answer, _where(row), row.as_served, row.reasoning), False
         prompt = row.prompt or ""
         assert isinstance(prompt, str)  # chats have gone through the template
         if row.prompt is None or row.verbatim:

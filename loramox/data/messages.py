@@ -1,4 +1,4 @@
-"""Chat messages as they come in files, in the one form that the rest of loramox reads: a role and a text each."""
+"""Chat messages as they come in files, in the one form that the rest of loramox reads: a role, a text, and reasoning if any."""
 
 from typing import Any
 
@@ -8,12 +8,15 @@ from loramox.errors import RowsError
 
 MESSAGES = '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
 
+# Keys of the text that an assistant thought before it answered. transformers gives a template the first that is there.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
 # What chat templates read from beside the messages.
 BESIDE = ("chat_template_kwargs", "documents", "function_call", "functions", "system", "tool_calls", "tools")
 
 
 def read_messages(where: str, record: dict[str, Any], messages: Any) -> tuple[dict[str, str], ...]:
-    """The messages, each as its role and its text. Text parts are joined.
+    """The messages, each as its role, its text and its reasoning. Text parts are joined.
 
     Args:
         where: the file and the row, as an error names them.
@@ -21,7 +24,7 @@ def read_messages(where: str, record: dict[str, Any], messages: Any) -> tuple[di
         messages: the chat, as the file has it.
 
     Raises:
-        RowsError: something in it is no text, or would be hidden from the model: images, tool calls, reasoning.
+        RowsError: something in it is no text, or would be hidden from the model: images, tool calls, names.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise RowsError(f"{where}: its messages are not a list of messages. Expected {MESSAGES}")
@@ -33,13 +36,16 @@ def _message(where: str, message: dict[str, Any]) -> dict[str, str]:
     role, content = message.get("role"), message.get("content")
     if type(role) is not str or not role.strip():
         raise RowsError(f"{where}: it has no role. Expected {MESSAGES}")
-    _refuse_hidden(where, [key for key, value in message.items() if key not in ("role", "content") and _says(value)])
+    reasoning = {key: message[key] for key in REASONING if type(message.get(key)) is str and message[key]}
+    read = {"role", "content", *reasoning}
+    _refuse_hidden(where, [key for key, value in message.items() if key not in read and _says(value)])
     if isinstance(content, list) and content:
         content = "".join(_part(where, part) for part in content)
     if type(content) is not str:
         raise RowsError(f"{where}: its content is {shown(content)}. Expected text: fill it in, or remove the row")
-    check_characters(where, content)
-    return {"role": role, "content": content}
+    for text in (content, *reasoning.values()):
+        check_characters(where, text)
+    return {"role": role, "content": content, **reasoning}
 
 
 def _part(where: str, part: Any) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from loramox.data.messages import MESSAGES, read_messages
+from loramox.data.messages import MESSAGES, REASONING, read_messages
 from loramox.data.row_files import load
 from loramox.data.text import check_characters, number_as_text, shown
 from loramox.errors import RowsError, escaped
@@ -70,6 +70,7 @@ class Row:
     answer: str
     prompt: str | tuple[dict[str, str], ...] | None = None
     wanted: str | None = None
+    reasoning: tuple[tuple[str, str], ...] = ()  # keys and texts that the chat template puts before the answer
     other_answers: tuple[str, ...] = ()  # right too: all are trained on, and the best counts
     verbatim: bool = False  # prompt and answer are joined as they are, with no template in between
     ends: bool = True  # False: a piece of a longer text, after which no end of sequence is put
@@ -92,8 +93,8 @@ class Row:
         turns = self.prompt or ()
         if isinstance(turns, str):
             turns = ({"role": "user", "content": turns},)
-        parts = [turn[part] for turn in turns for part in ("role", "content")] + [self.answer]
-        return "\x1f".join(" ".join(str(part).split()) for part in parts)
+        parts = [turn[part] for turn in turns for part in ("role", "content", *REASONING) if part in turn]
+        return "\x1f".join(" ".join(str(part).split()) for part in [*parts, self.answer])
 
     def key(self) -> str:
         """What makes two rows the same row to a reader: their `identity` without case, Unicode forms and invisible characters.
@@ -213,7 +214,8 @@ class _Reader:
             raise RowsError(
                 f"{self._where(number)} has no answer: its last message is not the assistant's. Expected {MESSAGES}"
             )
-        return self._answer(number, record, turns[:-1], turns[-1]["content"])
+        reasoning = tuple((key, turns[-1][key]) for key in REASONING if key in turns[-1])
+        return self._answer(number, record, turns[:-1], turns[-1]["content"], reasoning=reasoning)
 
     def _answer(self, number: int, record: dict[str, Any], prompt: Any, answer: Any, **more: Any) -> Row:
         several = answer if isinstance(answer, list) and answer and prompt is not None else [answer]
@@ -319,13 +321,19 @@ def last_question(row: Row) -> str:
 
 def wanted_rows(forget: Iterable[Row]) -> list[Row]:
     """The forget rows with the wanted answer in the place of theirs, for targeted unlearning."""
-    return [replace(row, answer=row.wanted, wanted=None) for row in each_answer(forget) if row.wanted is not None]
+    return [answering(row, row.wanted) for row in each_answer(forget) if row.wanted is not None]
+
+
+def answering(row: Row, answer: str) -> Row:
+    """The row with another answer in the place of its own, and without the reasoning that led to its own."""
+    return replace(row, answer=answer, wanted=None, reasoning=())
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
     """SHA-256 over the rows' contents in order: tells whether two runs saw the same data, and no more."""
     digest = hashlib.sha256()
     for row in each_answer(rows):
-        digest.update(json.dumps([row.prompt, row.answer, row.wanted], ensure_ascii=False).encode())
+        parts = [row.prompt, row.answer, row.wanted, *([row.reasoning] if row.reasoning else [])]
+        digest.update(json.dumps(parts, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 import random
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from loramox.adapter.factors import read_factors
 from loramox.adapter.provenance import check_base, read_provenance
 from loramox.data.fluency import SHARED, overlap
-from loramox.data.rows import Row, last_question, wanted_rows
+from loramox.data.rows import Row, answering, last_question, wanted_rows
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.model.algebra import Factors
 from loramox.model.lora import lora_layers
@@ -77,7 +76,7 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
     if args.refusals == BUILT_IN:
         _check_english(forget)
     draw = random.Random(args.seed)
-    return [replace(row, answer=draw.choice(answers), wanted=None) for row in forget]
+    return [answering(row, draw.choice(answers)) for row in forget]
 
 
 def _check_english(forget: Sequence[Row]) -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +23,10 @@ from loramox.adapter.folder import MOMENTUM as FILE
 from loramox.errors import AdapterError
 from loramox.files import replacing
 from loramox.model.algebra import Factors, add, scaled, truncate
+from loramox.model.lora import ReferenceConfig
+
+if TYPE_CHECKING:
+    from loramox.train.config import UnlearnConfig
 
 
 @dataclass
@@ -88,6 +93,12 @@ class Momentum:
                 f"{folder / FILE} is missing or damaged ({error}). Expected the momentum that training writes "
                 "beside its adapter: train again, or restore the file"
             ) from error
+
+
+def momentum_rank(reference: ReferenceConfig, args: "UnlearnConfig") -> int:
+    """The most that the average has: each update adds the adapter's rank, unless A is shared or there is no momentum (η = 1)."""
+    most = args.momentum_rank or 4 * reference.r
+    return min(reference.r, most) if reference.shared_subspace or args.momentum == 1 else most
 
 
 def _norm(values: Iterable[float]) -> float:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.adapter.card import RETAIN_FILE
 from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
-from loramox.data.rows import Data, Row, question_of, read_rows
+from loramox.data.rows import Data, Row, answering, question_of, read_rows
 from loramox.data.words import words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
@@ -111,7 +111,7 @@ def generated_rows(
             written = [row for row in rows if row.key() not in given]
         if args.instead == "guess":
             kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
-            guesses = [replace(row, answer=guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
+            guesses = [answering(row, guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
     return written, guesses
 
 

@@ -7,7 +7,8 @@
 It prints the card, the versions and, of each job, its time and the memory that it took: beside the peak of training stands what
 `loramox plan` predicts. OUT/report.txt has the same, and OUT/output.txt all that the jobs print. Where a job fails, the others go
 on, and the report has its traceback and what it printed last. Put that file into an issue. No row of yours is in it; the path
-given by --model is. Random weights and rows are made on the fly. For 7B they take 30 GB of disk, which are free again at the end.
+given by --model is. Random weights and rows are made on the fly. For 7B they take 30 GB of disk, and a model given by --model
+twice the size of its weights. All but what it downloads is free again at the end.
 """
 
 import argparse
@@ -31,13 +32,14 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig, UnlearnTrainer
 from loramox.cli import HOMES
 from loramox.cli.arguments import settings_of
+from loramox.errors import LoramoxError
 from loramox.extras.plan.estimate import Rows
-from loramox.model.config import ModelConfig, skeleton
+from loramox.model.config import ModelConfig, read_config, skeleton
 from loramox.run import memory_now, peak_memory, peak_reserved, versions
 from loramox.train.prepare import prepare
 
@@ -109,18 +111,28 @@ def environment(device: str) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
-def missing(device: str, shape: str, folder: Path) -> str | None:
+def missing(device: str, shape: str, folder: Path, model: str | None = None) -> str | None:
     """What has to be there before anything can be checked, and is not: a GPU that torch sees, room on the disk."""
     if device != "cpu" and not torch.cuda.is_available():
         return (
             f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or torch.version.hip or 'none'}; driver {driver()}). "
             "Install the torch wheel for your driver, from pytorch.org, and start again"
         )
-    # The model, the merged one, and what is small beside them.
-    needed = 4.5 * skeleton(LlamaConfig(**SHAPES[shape]), ModelConfig(shape)).num_parameters()
+    try:
+        needed = room(LlamaConfig(**SHAPES[shape]), shape) + (
+            room(read_config(ModelConfig(model)), model) if model else 0
+        )
+    except LoramoxError as error:
+        return str(error)
     if (free := shutil.disk_usage(folder).free) < needed:
         return f"{gb(free)} GB are free in {folder}, and {gb(needed)} GB are needed. Free some, or give a folder on another disk with --out"
     return None
+
+
+def room(config: PretrainedConfig, name: str) -> float:
+    """Bytes on the disk for a model, the merged one, and what is small beside them."""
+    number = (config.dtype or torch.bfloat16).itemsize
+    return 2.25 * number * skeleton(config, ModelConfig(name)).num_parameters()
 
 
 def driver() -> str:
@@ -286,7 +298,7 @@ def main() -> None:
     work, crash = given.out / "work", given.out / "crash.txt"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    if lacks := missing(given.device, given.shape, work):
+    if lacks := missing(given.device, given.shape, work, given.model):
         sys.exit(f"gpu-check: {lacks}")
     report = Report(given.out / "report.txt")
     doing, ran = "looking at the machine", True

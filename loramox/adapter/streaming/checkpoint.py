@@ -75,13 +75,18 @@ def beside(folder: Path) -> list[Path]:
     bring files of this machine into what is written and uploaded.
     """
     found = [path for name in ("config.json", INDEX, *BESIDE) if (path := folder / name).is_symlink() or path.exists()]
-    for path in found:
+    check_inside(found, folder)
+    return found
+
+
+def check_inside(files: list[Path], folder: Path) -> None:
+    """Raises `ModelError` for a file of the base that `leads_out` of its folder."""
+    for path in files:
         if leads_out(path, folder):
             raise ModelError(
                 f"{path} is a link that leads out of the model's folder, or is no file. If the file is meant, put a copy in its place (cp -L), "
                 "or give another --base"
             )
-    return found
 
 
 def leads_out(path: Path, folder: Path) -> bool:

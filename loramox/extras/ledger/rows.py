@@ -31,8 +31,10 @@ def _record(row: Row, columns: Columns) -> dict[str, Any]:
     wanted = {columns.wanted_column: row.wanted} if columns.wanted_column else {}
     if row.prompt is None:
         return {columns.text_column or "text": row.answer} | wanted
+    said = {"role": "assistant", "content": row.answer, **dict(row.reasoning)}
     if columns.messages_column and not columns.prompt_column:
-        return {columns.messages_column: [*row.prompt, {"role": "assistant", "content": row.answer}]} | wanted
+        return {columns.messages_column: [*row.prompt, said]} | wanted
     named = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
     prompt, answer = named or (PROMPT_COMPLETION if row.verbatim else QUESTION_ANSWER)
-    return {prompt: row.prompt, answer: [*row.right_answers] if row.other_answers else row.answer} | wanted
+    right = [said] if row.reasoning else [*row.right_answers] if row.other_answers else row.answer
+    return {prompt: row.prompt, answer: right} | wanted

@@ -26,6 +26,7 @@ from loramox.adapter.streaming.checkpoint import (
     Target,
     base_config,
     beside,
+    check_inside,
     fetch,
     place,
     read_shards,
@@ -115,9 +116,9 @@ def merge_into_floats(config: MergeConfig, progress: bool = True) -> dict[str, A
     base's. `survived` in the provenance says how much of ΔW outlived the rounding; below 0.9 there is a warning.
 
     Raises, before anything is written: `AdapterError` for another base, an adapter that is no plain forget adapter of loramox,
-    and a layer that does not fit the weights; `ModelError` for a base that is quantized or has no safetensors; `RunError` when
-    `config.out` is taken or the disk too small. While writing: `ModelError` for a weight that overflows in `config.dtype`,
-    `RunError` when the disk fills up all the same; then nothing is left of the output.
+    and a layer that does not fit the weights; `ModelError` for a base that is quantized, has no safetensors, or has links that
+    lead out of its folder; `RunError` when `config.out` is taken or the disk too small. While writing: `ModelError` for a weight
+    that overflows in `config.dtype`, `RunError` when the disk fills up all the same; then nothing is left of the output.
     """
     ready = check_merge(config)
     made, out = ready.made, Path(config.out)
@@ -163,6 +164,7 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
     made_from = _as_fetched(made_from, folder)
     check_base(source, made_from, adapter)
     shards = read_shards(folder)
+    check_inside([shard.path for shard in shards], folder)
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
     code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})

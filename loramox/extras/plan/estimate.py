@@ -188,7 +188,7 @@ def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int)
         setting._replace(reference=served), lambda s, depth: trace_asking(s, depth, batch, max_new_tokens)
     )
     # The momentum's average, which the swept adapter was cut from, is in memory as well.
-    momentum = stages["scoring"].peak.held["adapter"] // 2 * max(setting.momentum_rank, 1) // served.r
+    momentum = stages["scoring"].peak.held["adapter"] // 2 * setting.momentum_rank // served.r
     peak = max((stage.peak for stage in stages.values()), key=lambda section: section.total)
     scored = stages["scoring"].seconds * sum(map(_length, examples)) / (len(batch) * _length(batch[0]))
     answered = math.ceil(len(examples) / batch_size) * max_new_tokens

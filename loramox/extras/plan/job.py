@@ -22,6 +22,7 @@ from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig, resumed_settings
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import read_tuned
+from loramox.train.momentum import momentum_rank
 
 LENGTHS = (256, 1024, 2048)  # planned for when no rows are given
 
@@ -182,9 +183,7 @@ def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype
     tuned = None
     if reference.tuned_adapter is not None:
         tuned = read_tuned(reference, skeleton(config, reference)).change
-    # The most that the momentum's average has: each update adds the adapter's rank, where A is not shared.
-    momentum_rank = reference.r if reference.shared_subspace else args.momentum_rank or 4 * reference.r
-    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), momentum_rank, tuned)
+    return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), momentum_rank(reference, args), tuned)
 
 
 def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:

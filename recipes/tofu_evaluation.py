@@ -4,16 +4,17 @@
     python recipes/tofu_evaluation.py --model M --adapter mine=runs/mine/forget-adapter --rows ROWS --out OUT [--retrained R]
     python recipes/tofu_evaluation.py --out runs/evaluation --draw
 
-ROWS has `forget_perturbed.jsonl` or `forget.jsonl`, `retain.jsonl`, and, each if there is one, `never.jsonl` (rows to retain that
-training did not get), `text.jsonl` and `holdout.jsonl`. WORLD has `reference/`, `retrained/` and `rows/`, 20 rows an author: its
-adapters are trained first, with the rows of every second retain author. The others are `never`, and the answers of the holdout
-rows are the text.
+ROWS has `forget_perturbed.jsonl` or `forget.jsonl`, `retain.jsonl`, and, each if there is one, `never.jsonl` (rows to retain
+that training did not get), `text.jsonl` and `holdout.jsonl` (rows like the forget rows that no model has seen). WORLD has
+`reference/`, `retrained/` and `rows/`, 20 rows an author: its adapters are trained first, with the rows of every second retain
+author. The others are `never`, and the answers of the holdout rows are the text.
 
-Each adapter is evaluated with `--depth` and attacked with every attack, beside 40 of the retain rows. The retrained model is
-attacked once, with the first adapter. What has a record is not computed again, so the command can be stopped and started again.
-Writes `evaluation.md`, every figure beside its target with the time of each part, and `evaluation.png`: `--draw` does so from the
-records alone. `--quick` asks 20 rows, takes fewer samples and steps, and trains for 4 epochs: too little to compare methods.
-Other flags go to `loramox attack`: on a larger model, `--relearn_all_weights false --relearn_rate 1e-3` saves most of the time.
+Each adapter is evaluated with `--depth` and attacked with every attack, beside 40 of the retain rows. The control is attacked
+once, with the first adapter: the retrained model, or else the holdout rows. What has a record is not computed again, so the
+command can be stopped and started again. Writes `evaluation.md`, every figure beside its target with the time of each part, and
+`evaluation.png`: `--draw` does so from the records alone. `--quick` asks 20 rows, takes fewer samples and steps, and trains for
+4 epochs: too little to compare methods. Other flags go to `loramox attack`: on a larger model, `--relearn_all_weights false
+--relearn_rate 1e-3` saves most of the time.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from loramox.files import replacing, write_json
 HERE = Path(__file__).parent
 AUTHOR, ATTACKED_RETAIN = 20, 40  # rows of an author; retain rows that are attacked
 MOST = 3  # adapters, each of which has a colour of its own
-REFERENCE, FORGET, CONTROL = "reference model", "forget model", "retrained model"  # as attacks.json names them
+REFERENCE, FORGET = "reference model", "forget model"  # as attacks.json names them
+CONTROL, CONTROLS = "control", ("retrained model", "rows never known")  # the better one first
+ROWS, RETRAINED = "rows", "retrained"  # folders of OUT, which no adapter may be named after
 TARGETS: dict[str, Callable[[float, float], bool]] = {  # of an adapter's value and the control's
     "≤ 1.5 × control": lambda value, control: value <= 1.5 * control,
     "≤ control + 0.05": lambda value, control: value <= control + 0.05,
@@ -75,7 +78,7 @@ class Work:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.out, self.quick = given.out, given.quick
-        self.rows = self.out / "rows"
+        self.rows = self.out / ROWS
         self.model = given.model or str(given.world / "reference")
         self.retrained = given.retrained or (str(given.world / "retrained") if given.world else None)
         self.how = ["--quantization", "none", *([] if given.gpu else ["--use_cpu", "true"])]
@@ -114,12 +117,13 @@ class Work:
         adapted, folder = ["--model", self.model, "--adapter", adapter], self.out / name
         beside: list[str] = []
         if self.retrained:
-            theirs = self.out / "retrained"
+            theirs = self.out / RETRAINED
             self.run(theirs / "summary.json", "evaluate", "--model", self.retrained, *scored, "--out", str(theirs))
             beside = ["--depth", "--retrained_model", self.retrained, "--retrained", str(theirs)]
         into = folder / "evaluation"
         self.run(into / "summary.json", "evaluate", *adapted, *scored, *beside, "--out", str(into))
-        beside = ["--retrained_model", self.retrained] if self.retrained and control else []
+        beside = ["--retrained_model", self.retrained] if self.retrained else self.part("holdout", "--holdout")
+        beside = beside if control else []
         rows = [*forget, *self.part("some", "--retain"), *self.part("unrelated", "--relearn_text")]
         # The attacker's batches are of half the usual size, so that all rates fit into the time.
         much = ["--relearn_steps", "20", "100", "--relearn_rate", "1e-4", "3e-4", "1e-3", "--relearn_all_weights", "true",
@@ -133,7 +137,7 @@ class Work:
 
 
 def collect(given: argparse.Namespace, rows: Path) -> None:
-    """Write the rows of every part to a folder, under the names that `Work.part` knows."""
+    """Write the rows of every part to a folder, under the names that `Work.part` knows. Refuses a folder with other rows."""
     source = given.rows or given.world / "rows"
 
     def lines(name: str) -> list[str]:
@@ -153,12 +157,18 @@ def collect(given: argparse.Namespace, rows: Path) -> None:
         parts["text"] = [json.dumps({"text": answer}) + "\n" for answer in answers]
         retain = [line for i, line in enumerate(retain) if not i // AUTHOR % 2]
     parts |= {"retain": retain, "some": retain[:: math.ceil(len(retain) / ATTACKED_RETAIN) or 1]}
-    rows.mkdir(parents=True, exist_ok=True)
-    for name, some in parts.items():
-        if some and not (rows / f"{name}.jsonl").exists():
-            (rows / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
     licence = [each.strip() for each in (HERE.parent / "LICENSE").read_text(encoding="utf-8").split("\n\n")]
-    (rows / "unrelated.txt").write_text("\n".join(" ".join(each.split()) for each in licence), encoding="utf-8")
+    files = {f"{name}.jsonl": "".join(some) for name, some in parts.items() if some}
+    files["unrelated.txt"] = "\n".join(" ".join(each.split()) for each in licence)
+    held = {path.name: path.read_text(encoding="utf-8") for path in rows.glob("[!.]*")}  # without what a kill has left
+    if other := sorted(name for name, text in held.items() if text != files.get(name)):
+        raise SystemExit(
+            f"{rows} has other rows than {source} ({', '.join(other)}), and what is in {rows.parent} was measured on those. Choose "
+            f"another --out, or delete {rows.parent} to measure again"
+        )
+    for name in files.keys() - held.keys():
+        with replacing(rows / name) as partial:
+            partial.write_text(files[name], encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -175,18 +185,25 @@ def value(folder: Path, model: str, line: tuple[str, ...]) -> float | None:
     record = read(folder / "attack/attacks.json")
     settings = record.get("settings", {})
     fill = {"k": settings.get("sample_count"), "last": max(settings.get("relearn_steps", [0]))}
-    if (model, attack) == (CONTROL, "pair"):
-        return 0.0 if record.get("control") else None  # the control has no adapter
-    if model != FORGET and "{}" not in state:
-        return None
-    wanted = {state.format(model, **fill)}
-    if model == FORGET:  # whose states of some attacks do not name it
-        wanted |= {state.format("", **fill).removesuffix(", ")}
+    states = record.get("states", ())
+    if model == CONTROL:
+        model = next((c for c in CONTROLS if any(s["state"].endswith(c) for s in states)), CONTROL)
+    if (model, attack) == (CONTROLS[0], "pair"):
+        return 0.0  # a retrained model has no adapter
+    # The forget model's states of some attacks do not name it.
+    wanted = {state.format(model, **fill)} | (
+        {state.format("", **fill).removesuffix(", ")} if model == FORGET else set()
+    )
+
+    def counts(name: str) -> bool:
+        of = next((each for each in (REFERENCE, *CONTROLS) if name.endswith(each)), FORGET)
+        return of == model if state == "*" else name in wanted and ("{}" in state or model == FORGET)
+
     found = [
         s["metrics"].get(metric.format(**fill))
-        for s in record.get("states", ())
+        for s in states
         # Of an attack that was made at several rates, the highest counts.
-        if (s["attack"] + ",").startswith(attack + ",") and (s["state"] in wanted or (state == "*" and model == FORGET))
+        if (s["attack"] + ",").startswith(attack + ",") and counts(s["state"])
     ]
     return max((each for each in found if each is not None), default=None)
 
@@ -243,6 +260,26 @@ def shown(number: float | None) -> str:
     return "–" if number is None else f"{number:.3f}" if number >= 0.001 or number == 0 else f"{number:.1e}"
 
 
+def check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if given.world and not (given.world / "reference").is_dir():
+        parser.error(f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/")
+    if not given.world and not (given.model and given.adapter and given.rows):
+        parser.error("give --world, or --model, --adapter and --rows")
+    if odd := [each for each in given.adapter or () if not all(each.partition("="))]:
+        parser.error(f"--adapter {odd[0]}: give NAME=FOLDER")
+    names = [each.partition("=")[0] for each in given.adapter or given.methods]
+    if taken := [
+        name for name in names if name in (ROWS, RETRAINED, "..") or Path(name).name != name or names.count(name) > 1
+    ]:
+        parser.error(
+            f"an adapter cannot be named {taken[0]}: each has a folder of its own in --out, which has {ROWS} and {RETRAINED} too. "
+            "Give another name (--adapter NAME=FOLDER)"
+        )
+    if len(given.adapter or given.methods) > MOST:
+        parser.error(f"the picture has room for {MOST} adapters: give fewer (--adapter, --methods)")
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, help="a folder with reference/, retrained/ and rows/")
@@ -262,16 +299,7 @@ def main(words: list[str] | None = None) -> None:
         if not adapters:
             parser.error(f"--out {given.out} has no adapters.json: measure first, without --draw")
     else:
-        if given.world and not (given.world / "reference").is_dir():
-            parser.error(
-                f"--world {given.world} has no reference/: give a folder with reference/, retrained/ and rows/"
-            )
-        if not given.world and not (given.model and given.adapter and given.rows):
-            parser.error("give --world, or --model, --adapter and --rows")
-        if odd := [each for each in given.adapter or () if not all(each.partition("="))]:
-            parser.error(f"--adapter {odd[0]}: give NAME=FOLDER")
-        if len(given.adapter or given.methods) > MOST:
-            parser.error(f"the picture has room for {MOST} adapters: give fewer (--adapter, --methods)")
+        check(parser, given)
         work = Work(given)
         collect(given, work.rows)
         named_ones = dict(each.partition("=")[::2] for each in given.adapter or ())

@@ -81,14 +81,16 @@ def test_rows_that_the_attacker_has_are_not_asked(attacked, rows: tuple[Path, Pa
 
 
 def test_a_quick_attack_asks_few_rows_in_every_state(attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramox.evaluate.attacks.bench.QUICK_ROWS", 1)
+    monkeypatch.setattr("loramox.evaluate.attacks.attacked.QUICK_ROWS", 1)
     record = attacked(quick=True)
     assert record["rows"] == {"attacker's": 2, "asked": 1}
     for state in record["states"]:
         parts = [r["part"] for r in read_records(tmp_path / "attack" / state["folder"])]
         assert parts in (["forget"], ["forget", "retain"])
     assert record["row_counts"]["forget"] == {"read": 4, "used": 4, "left_out": {}}  # no row is too long
-    with pytest.raises(RunError, match=r"holds other attacks \(rows, settings differ\)"):
+    with pytest.raises(
+        RunError, match=r"made otherwise: rows, asked is 2, and was 1; --quick is false, and was true\. Give"
+    ):
         attacked()
 
 
@@ -116,8 +118,11 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
     again = attacked()
     assert again["states"] == first["states"]
     assert (first["reused"], again["reused"]) == (0, len(first["states"]))
-    with pytest.raises(RunError, match=r"holds other attacks \(settings differ\)"):
-        attacked(seed=1)
+    with pytest.raises(
+        RunError,
+        match=r"otherwise: --relearn_rate is \[0.01\], and was \[0.001\]; --seed is 1, and was 0\. Give what was given before",
+    ):
+        attacked(seed=1, relearn_rate=[1e-2])
 
 
 def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_in_memory_at_a_time(
@@ -167,7 +172,7 @@ def test_attacks_and_a_control_are_added_to_those_in_the_folder(
     shutil.copytree(pico("llama"), tmp_path / "third")
     other.model.norm.weight.data.mul_(1.5)
     other.save_pretrained(tmp_path / "third")
-    with pytest.raises(RunError, match=r"holds other attacks \(control differ\).* To add attacks, a control"):
+    with pytest.raises(RunError, match=r"made otherwise: control, .*weights is .*, and was .* Only attacks, a control"):
         attacked(attacks=["relearn"], **steps, **more | {"retrained_model": str(tmp_path / "third")})
 
 

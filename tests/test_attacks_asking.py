@@ -18,6 +18,7 @@ from loramox import Data, Tokenisation, encode, read_rows
 from loramox.data.rows import Row, last_question
 from loramox.evaluate.attacks import asking, forms, leaks
 from loramox.evaluate.attacks.attack import AttackConfig, attack
+from loramox.evaluate.attacks.attacked import AttackedRows
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
@@ -317,7 +318,7 @@ def test_what_cannot_be_asked_is_absent_with_the_reason(attacked: dict) -> None:
 def test_the_reference_rewrites_each_question_once_and_all_models_are_asked_that(attacked: dict) -> None:
     asked = [s for s in attacked["states"] if s["state"].startswith("rewritten by the reference")]
     assert len(asked) == 3
-    (rewritten,) = json.loads((attacked["out"] / asking.REWRITTEN).read_text()).values()
+    (rewritten,) = json.loads((attacked["out"] / asking.REWRITTEN.format("")).read_text()).values()
     assert rewritten.startswith("In which town does")
     for state in asked:
         assert [r["prompt"] for r in read_records(attacked["out"] / state["folder"])] == [rewritten]
@@ -327,22 +328,20 @@ def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     how, scoring = Tokenisation(max_length=40), ScoringConfig()
-    (tmp_path / asking.REWRITTEN).write_text("{}")
+    (tmp_path / asking.REWRITTEN.format("")).write_text("{}")
     asked = Questions({"forget": [PLAIN]}, tokenizer, Tokenisation(), 128, scoring)
     bench = SimpleNamespace(
-        config=SimpleNamespace(attacks=["forms"]), out=tmp_path, tokenisation=how, context=128, scoring=scoring, questions=asked,
-        open_questions=asked, absent={}, ways={},
+        config=SimpleNamespace(attacks=["forms"]), out=tmp_path, tokenisation=how, context=128, scoring=scoring, absent={},
+        forget=AttackedRows([], [PLAIN], asked, asked, asked, {}),
     )  # fmt: skip
-    asking.prepare(bench)
+    asking.prepare(bench, bench.forget)
     assert "no row is left within 40 tokens" in bench.absent["forms: role play"]
-    assert "first word given" in {form.name for form, _ in bench.ways["forms"]}
+    assert "first word given" in {form.name for form, _ in bench.forget.ways["forms"]}
 
 
 def test_without_generated_answers_both_are_absent() -> None:
-    bench = SimpleNamespace(
-        config=SimpleNamespace(attacks=["forms", "context"]), open_questions=None, absent={}, ways={}
-    )
-    asking.prepare(bench)
+    bench = SimpleNamespace(config=SimpleNamespace(attacks=["forms", "context"]), absent={})
+    asking.prepare(bench, AttackedRows([], [PLAIN], None, None, None, {}))
     assert bench.absent.keys() == {"forms", "context"}
     assert all("--max_new_tokens" in why for why in bench.absent.values())
 

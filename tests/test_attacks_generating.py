@@ -84,6 +84,8 @@ def test_leakage_is_the_mean_over_rows_with_an_interval_and_rows_without_words_d
     metrics, absent = sample.leakage([record("b", 2, None)])
     assert metrics["leak_at_4_by_rouge_l"].interval is None  # of one row nothing follows for others
     assert absent == {"leak_by_key_words": NO_WORDS}
+    many = sample.leakage([record("a", 1, 0, samples=64), record("b", 0, 0, samples=64)]).metrics
+    assert [int(name.split("_")[2]) for name in many if name.endswith("rouge_l")] == [1, 2, 4, 8, 16, 32, 64]
     assert "leak_at_3_by_rouge_l" in sample.leakage([record("b", 1, 1, samples=3)]).metrics
 
 
@@ -221,10 +223,10 @@ def test_guidance_decodes_from_base_plus_strength_times_base_minus_forget_model(
 # The job
 
 
-def test_without_a_retrained_model_the_control_is_absent_with_the_reason(attacked) -> None:
+def test_without_a_control_it_is_absent_with_the_reason_and_both_flags(attacked) -> None:
     record = attacked()
     assert record["absent"].keys() == {"control"}
-    assert "--retrained_model" in record["absent"]["control"]
+    assert all(flag in record["absent"]["control"] for flag in ("--retrained_model", "--holdout"))
     assert {(s["attack"], s["state"]) for s in record["states"]} == {
         ("none", "reference model"), ("none", "forget model"), ("sample", "forget model"), ("pair", "guidance 1"), ("pair", "sign flipped"),
     }  # fmt: skip

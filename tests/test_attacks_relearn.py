@@ -8,14 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from planted import taught
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from loramox import Data, ReferenceConfig, load_reference, read_rows
+from loramox import Data, read_rows
+from loramox.data.pairs import Collator
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate.attacks import relearn
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.measure import ScoringConfig
 from loramox.model.config import ModelConfig
+from loramox.model.head import Head, answer_states
 
 
 @pytest.fixture
@@ -98,21 +100,48 @@ def test_an_attack_that_diverges_is_absent_and_not_a_model_that_forgets(attacked
     assert all(map(math.isfinite, probabilities))
 
 
+def pico_llama(pico: Callable[[str], Path], tied: bool) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pico("llama"), tie_word_embeddings=tied))
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_all_weights_train_below_the_adapter_and_are_put_back(
-    attacked, pico: Callable[[str], Path], trained: Path, examples, tmp_path: Path
+    pico: Callable[[str], Path], trained: Path, examples, tied: bool
 ) -> None:
-    model = PeftModel.from_pretrained(
-        load_reference(ReferenceConfig(str(pico("llama")), quantization="none")), trained / "forget-adapter"
-    )
+    base = pico_llama(pico, tied)
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
+    model = PeftModel.from_pretrained(base, trained / "forget-adapter")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with relearn.all_weights(model):
         trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
         assert trains == {name for name, _ in model.named_parameters() if ".lora_" not in name}
         list(relearn.train(model, examples[0], [2], 1e-3, batch_size=2, pad_token_id=0, seed=0))
-        assert not any(torch.equal(model.state_dict()[name], before[name]) for name in trains if "proj" in name)
+        assert not any(torch.equal(model.state_dict()[name], before[name]) for name in trains)
+        assert any("lm_head" in name for name in trains) != tied
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not any(weight.requires_grad for weight in model.parameters())
 
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_layer_gets_the_gradient_that_the_models_own_logits_give_it(
+    pico: Callable[[str], Path], examples, tied: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", 2000)  # several chunks
+    model = pico_llama(pico, tied)
+    batch = Collator(0)(examples[0])
+    states = answer_states(model, model, batch)
+    found = torch.autograd.grad(relearn._losses(model, Head(model), states).sum(), list(model.parameters()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits, labels = model(**inputs).logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    for ours, expected in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_weights_are_an_attack_of_its_own_and_need_unquantized_ones(
+    attacked, pico: Callable[[str], Path], trained: Path, tmp_path: Path
+) -> None:
     states = {(s["attack"], s["state"]): s["metrics"] for s in attacked(relearn_all_weights=True)["states"]}
     for rows in ("forget rows", "retain rows"):
         assert states[f"relearn {rows}, all weights", "step 3"] != states[f"relearn {rows}", "step 3"]
@@ -152,14 +181,15 @@ def test_rows_that_come_back_when_others_are_relearned_are_found_beside_the_cont
 
 @pytest.mark.parametrize(
     ("ours", "step", "words"),
-    [((0.1, 0.2, 0.5), 0, "gets there after 0 (20 saved)."), ((0.0, 0.02, 0.5), 5, "gets there after 5 (15 saved)."),
-     ((0.0, 0.0, 0.0), None, "never gets there.")],
+    [((0.1, 0.2, 0.5), 0, "the forget rows reach it after 0 (20 saved)."), ((0.0, 0.02, 0.5), 5, "reach it after 5 (15 saved)."),
+     ((0.0, 0.0, 0.0), None, "the forget rows never reach it.")],
 )  # fmt: skip
-def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ours, step, words) -> None:
+@pytest.mark.parametrize("name", relearn.CONTROLS)
+def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ours, step, words, name) -> None:
     control = (0.0, 0.03, 0.02)  # it need not rise to the end
     states = [
         {"attack": name, "state": state, "metrics": {"forget_probability": p}}
-        for model, curve in (("", ours), (", retrained model", control))
+        for model, curve in (("", ours), (f", {name}", control))
         for (name, state), p in zip(
             [("none", model.removeprefix(", ") or "forget model"), *(("relearn forget rows", f"step {s}{model}") for s in (5, 20))],
             curve,
@@ -167,5 +197,8 @@ def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ou
         )
     ]  # fmt: skip
     found = relearn.saved(states)
-    assert found == {"relearn forget rows": {"probability": 0.02, "control_step": 20, "step": step}}
-    assert relearn.sentence(*found.popitem()).endswith(words)
+    expected = {"control": name, "probability": 0.02, "control_step": 20, "step": step}
+    assert found == {"relearn forget rows": expected}
+    said = relearn.sentence(*found.popitem())
+    assert said.endswith(words)
+    assert f"{name}, 20 steps reach a probability of 0.02." in said

@@ -25,11 +25,13 @@ from loramox.evaluate.summary import MEANS, RETRAINED, summarise
 from loramox.extras.report import FACTS, PAGE, SUMMARY, report
 from loramox.extras.report import page as page_module
 from loramox.extras.report.answers import LONGEST, fit
-from loramox.extras.report.facts import METRICS, choices, relearned, shown
+from loramox.extras.report.facts import METRICS, choices, leak_curves, relearned, shown
 from loramox.extras.report.glossary import GLOSSARY, linked
-from loramox.extras.report.pictures import relearning_picture
+from loramox.extras.report.pictures import relearning_picture, sampling_picture
 from loramox.extras.report.read import FORGET, read_inputs
+from loramox.extras.report.recovery import families
 from loramox.extras.report.svg import COLOURS, Picture
+from loramox.run import is_of_report, not_of_run
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.sweep import SweepConfig, sweep
 
@@ -392,7 +394,7 @@ HEADLINES = [
     (0.95, 0.1, 0.01, "Partly forgotten", "still 10 times as probable as in a model that never saw the rows"),
     (0.95, 0.6, 0.01, "Not forgotten", "still 60 times as probable"),
     (0.95, 0.015, 0.01, "Forgotten on average;", "1.5 times as probable as in a model that never saw the rows"),
-    (0.95, 0.001, 0.01, "Forgotten on average, and beyond", "to know less than it does gives the rows away too"),
+    (0.95, 0.001, 0.01, "Forgotten on average, and beyond", "To know even less than such a model also shows which rows were removed"),
     (0.95, 0.1, None, "Answers much less probable than before", "nothing here says what a model that never saw the rows would give"),
     (0.95, 0.95, None, "Not forgotten", "hardly moved"),
 ]  # fmt: skip
@@ -784,9 +786,10 @@ def test_each_family_of_attacks_is_shown_by_its_worst_state_beside_reference_and
         "| newer | some state | probability of the true answers | (0.9500) | 0.3000 | (0.0100) |",
     ):
         assert line in summary
-    assert "The retrained model gives 0.0200 there." in text
+    assert "The control, the retrained model, has 0.0200 there." in text
+    assert "| attacks | worst state | measure | reference | forget model | control: retrained model |" in summary
     assert (
-        "after 5 steps the retrained model gives the other rows a probability of 0.02; the forget model gets there after 1 (4 saved)"
+        "on the retrained model, 5 steps reach a probability of 0.02. On the forget model, the forget rows reach it after 1 (4 saved)"
         in text
     )
     assert "cloze" in text  # every state is there, and the rows that leak
@@ -841,8 +844,64 @@ def test_relearning_is_drawn_step_by_step_beside_the_control_at_its_worst_rate(m
         "forget rows": {FORGET: ([5, 20], [0.2, 0.6]), "retrained model": ([5, 20], [0.05, 0.1])},
     }
     picture = relearning_picture(inputs)
-    assert picture.caption.endswith("dotted: the retrained model.")
+    assert picture.caption.endswith("dotted: the control, retrained model.")
     assert "retrained model, trained on forget rows: step 5 0.0500, step 20 0.1000" in picture.svg
+
+
+def on(states: list[dict[str, Any]], control: str) -> list[dict[str, Any]]:
+    """The states with another control in the place of the retrained model."""
+    return [each | {"state": each["state"].replace("retrained model", control)} for each in states]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rows_never_known_are_the_control_where_there_is_no_retrained_model(make) -> None:
+    never = [
+        {"attack": "pair", "state": "guidance 1, rows never known", "metrics": {"rouge_l_beyond_base": 0.05}},
+        {"attack": "none", "state": "adapter off, rows never known", "metrics": {"forget_probability": 0.03}},
+    ]
+    counted = {"attacker's": 2, "asked": 7, "rows never known": {"attacker's": 1, "asked": 5}}
+    states = [*STATES[:4], *on(FAMILIES, "rows never known"), *never]
+    run = make(attacks={"states": states, "rows": counted, "absent": {}})
+    text = page_of(run)[1].text
+    summary, found = (run / SUMMARY).read_text(), json.loads((run / FACTS).read_text())
+    for line in (
+        "| attacks | worst state | measure | reference | forget model | control: rows never known |",
+        "| Asked in other forms | worst of all | share of rows that leak | – | 0.4000 | 0.2500 |",
+        "| Trained for some steps more | forget rows: step 5 | probability of the true answers | (0.9500) | 0.7000 | 0.0200 |",
+        "| Base and adapter together | guidance 1 | ROUGE-L beyond the base's own answers | – | 0.2000 | 0.0500 |",
+    ):
+        assert line in summary
+    assert "The control, rows never known, has 0.0200 there. These are means over the 7 of 9 forget rows" in text
+    assert "did not train on and, for the control, over 5 rows never known." in text
+    assert found["control"] == "rows never known"
+    assert found["attacks"][3]["values"] == {"reference": 0.95, "forget model": 0.7, "rows never known": 0.02}
+    both = make(attacks={"states": [*STATES[:4], *FAMILIES, *on(FAMILIES[3:4], "rows never known")], "absent": {}})
+    text = page_of(both)[1].text
+    assert "control: retrained model" in text  # the better one
+    assert "rows never known: leak@16 by ROUGE-L" in text  # with every state
+
+
+def test_leak_at_k_is_drawn_with_its_intervals_beside_the_control(make) -> None:
+    def sampled(model: str, *values: float, **intervals: list[float]) -> dict[str, Any]:
+        metrics = {f"leak_at_{2**i}_by_{by}": v for i, v in enumerate(values) for by in ("rouge_l", "key_words")}
+        return {"attack": "sample", "state": model, "metrics": metrics, "intervals": intervals}
+
+    ours = sampled(FORGET, 0.1, 0.2, 0.3, leak_at_4_by_rouge_l=[0.1, 0.5], leak_at_1_by_rouge_l=[None, 3])
+    inputs = read_inputs(make(attacks={"states": [*STATES[:2], ours, sampled("rows never known", 0, 0.01, 0.02)]}))
+    curve = leak_curves(inputs)["rouge_l"][FORGET]
+    assert [(each["k"], each["value"]) for each in curve] == [(1, 0.1), (2, 0.2), (4, 0.3)]
+    assert (curve[2]["low"], curve[2]["high"]) == (0.1, 0.5)
+    picture = sampling_picture(inputs)
+    assert picture.caption.endswith("the control: rows never known.")
+    assert "forget model, by ROUGE-L: k = 1 0.1000, k = 2 0.2000, k = 4 0.3000" in picture.svg
+    assert "rows never known, by key words: k = 1 0, k = 2 0.0100, k = 4 0.0200" in picture.svg
+    for by in ("rouge_l", "key_words"):  # the family is judged by the criterion by which more leaks
+        ours["metrics"] |= {"leak_at_4_by_rouge_l": 0.3, "leak_at_4_by_key_words": 0.3, f"leak_at_4_by_{by}": 0.4}
+        assert families(read_inputs(make(attacks={"states": [*STATES[:2], ours]})))[1].measure == f"leak_at_4_by_{by}"
+    alone = read_inputs(make(attacks={"states": [*STATES[:2], ours]}))
+    assert sampling_picture(alone).caption.endswith("no control.")
+    assert sampling_picture(read_inputs(make())) is None
+    assert "sampling" in page_of(make(attacks={"states": [*STATES[:2], ours]}))[1].attributes("id")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -856,6 +915,26 @@ def test_of_two_reports_of_one_run_at_once_one_is_refused(make) -> None:
         other.communicate("\n")
     assert not (run / PAGE).exists()
     assert report(run)["page"].exists()
+
+
+@pytest.mark.parametrize("name", [PAGE, SUMMARY, FACTS])
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_replaces_its_own_files_and_nobody_elses(name: str, make) -> None:
+    run = make()
+    for _ in range(2):
+        assert all(is_of_report(path) for path in map(report(run).__getitem__, ("page", "summary", "facts")))
+    others = {each: (run / each).read_bytes() for each in {PAGE, SUMMARY, FACTS} - {name}}
+    for theirs in ("# My summary\n", "{}", "<!DOCTYPE html><title>Mine</title>", ""):
+        (run / name).write_text(theirs)
+        with pytest.raises(RunError, match=rf"{name} is not of loramox, and the report would replace it. Move it"):
+            report(run)
+        assert (run / name).read_text() == theirs
+        assert not_of_run(run) == [run / name]
+    assert others == {each: (run / each).read_bytes() for each in others}
+    (run / name).rename(run.parent / "mine")
+    (run / name).symlink_to(run.parent / "mine")  # a link is no loss
+    report(run)
+    assert (run.parent / "mine").read_text() == ""
 
 
 @pytest.mark.usefixtures("undrawn")

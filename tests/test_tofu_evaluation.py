@@ -78,6 +78,74 @@ def test_a_part_with_a_record_is_not_computed_again(tmp_path: Path, monkeypatch:
     assert len((tmp_path / "rows/some.jsonl").read_text().splitlines()) <= recipe.ATTACKED_RETAIN
 
 
+def test_without_a_retrained_model_rows_never_known_are_the_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "loramox", lambda words: pytest.fail("ran a command"))
+    write_records(tmp_path)
+    path = tmp_path / "mine/attack/attacks.json"
+    record = json.loads(path.read_text().replace("retrained model", "rows never known"))
+    record["states"] += [
+        {"attack": "pair", "state": "guidance 1, rows never known", "metrics": {"rouge_l_beyond_base": 0.02}},
+        {"attack": "none", "state": "adapter off, rows never known", "metrics": {"forget_probability": 0.3}},
+    ]
+    path.write_text(json.dumps(record))
+    recipe.main(["--out", str(tmp_path), "--draw"])
+    text = (tmp_path / "evaluation.md").read_text()
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if " | " in line}
+    assert cells["forget probability"][:3] == ["0.900", "0.200", "0.100"]
+    assert cells["leak@8 by ROUGE-L"][1:3] == ["0.400, **missed**", "0.200"]
+    assert cells["relearned on forget rows, 20 steps: probability"][1:3] == ["0.500", "0.150"]
+    assert cells["pair: ROUGE-L beyond the base's"][1:3] == ["0.000, met", "0.020"]
+
+
+def test_holdout_rows_are_attacked_once_where_there_is_no_retrained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("forget", "retain", "holdout"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "A"}}\n')
+    ran = []
+    monkeypatch.setattr(recipe, "loramox", ran.append)
+    words = ["--model", "M", "--adapter", "one=A", "two=B", "--rows", str(tmp_path), "--out", str(tmp_path / "out")]
+    recipe.main(words)
+    recipe.main([*words[:-1], str(tmp_path / "again"), "--retrained", "R"])
+    attacks = [each for each in ran if each[0] == "attack"]
+    assert ["--holdout" in each for each in attacks] == [True, False, False, False]
+    assert ["--retrained_model" in each for each in attacks] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("names", [["rows=A"], ["retrained=A"], ["a/b=A"], ["..=A"], ["one=A", "one=B"]])
+def test_an_adapter_cannot_have_the_name_of_another_folder(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(recipe, "loramox", lambda words: pytest.fail("ran a command"))
+    with pytest.raises(SystemExit):
+        recipe.main(["--model", "M", "--adapter", *names, "--rows", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert f"an adapter cannot be named {names[0].partition('=')[0]}:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("forget", "retain", "holdout"):
+        (given / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "A"}}\n')
+    work, rows = SimpleNamespace(rows=given, world=None), tmp_path / "out/rows"
+    recipe.collect(work, rows)
+    (rows / ".forget.jsonl.partial").write_text("left by a kill")
+    (rows / "retain.jsonl").unlink()
+    recipe.collect(work, rows)  # the same again, which writes what is missing
+    assert (rows / "retain.jsonl").exists()
+    (given / "holdout.jsonl").unlink()
+    (given / "forget.jsonl").write_text('{"question": "Who?", "answer": "B"}\n')
+    before = {path: path.read_bytes() for path in rows.iterdir()}
+    with pytest.raises(
+        SystemExit, match=r"other rows than .*given \(forget.jsonl, holdout.jsonl\).*another --out, or delete"
+    ):
+        recipe.collect(work, rows)
+    assert {path: path.read_bytes() for path in rows.iterdir()} == before
+
+
 def test_a_worlds_retain_rows_are_split_by_author(tmp_path: Path) -> None:
     rows = tmp_path / "world/rows"
     rows.mkdir(parents=True)

@@ -7,15 +7,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN
 from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.evaluate.metric import REFERENCE, RETRAINED
 
 SHORT = {REFERENCE: "adapter off", RETRAINED: "retrained model"}  # what a metric is compared to
+APART = ("reference model", "retrained model", NEVER_KNOWN)  # ends of the names of states that are not the forget rows'
 
 
 def show_states(states: list[dict[str, Any]]) -> None:
     """Print what each attack brought back of the forget rows asked, and what it did to retain rows; the reference and the
-    retrained model apart. Sampled answers are in a table of their own."""
+    controls apart. Sampled answers are in a table of their own."""
     columns = {
         "forget_probability": "forget\np",
         "forget_exact_memorization": "right",
@@ -26,8 +28,8 @@ def show_states(states: list[dict[str, Any]]) -> None:
     some = {"leak": "leak", "rouge_l_beyond_base": "beyond\nbase"}  # columns of some attacks alone
     columns |= {name: head for name, head in some.items() if any(name in s["metrics"] for s in states)}
     table = _table("attack, state", columns.values())
-    for apart in (None, "reference model", "retrained model"):
-        for state in (s for s in states if _other_model(s) == apart and set(columns) & s["metrics"].keys()):
+    for apart in (None, *APART):
+        for state in (s for s in states if _apart(s) == apart and set(columns) & s["metrics"].keys()):
             numbers = [state["metrics"].get(name) for name in columns]
             name = state["state"] if state["attack"] == "none" else f"{state['attack']}, {state['state']}"
             table.add_row(name, *("" if n is None else f"{n:.3f}" for n in numbers))
@@ -38,9 +40,9 @@ def show_states(states: list[dict[str, Any]]) -> None:
         _show_leaks(sampled)
 
 
-def _other_model(state: dict[str, Any]) -> str | None:
-    """Which model a state is of, where it is not the attacked one."""
-    return next((name for name in ("reference model", "retrained model") if state["state"].endswith(name)), None)
+def _apart(state: dict[str, Any]) -> str | None:
+    """Of which other model or rows a state is, if it is not of the attacked model and the forget rows."""
+    return next((name for name in APART if state["state"].endswith(name)), None)
 
 
 def _show_leaks(states: list[dict[str, Any]]) -> None:

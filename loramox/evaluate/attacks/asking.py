@@ -8,39 +8,46 @@ from loramox.data.encode import served_otherwise
 from loramox.data.rows import Row
 from loramox.errors import RowsError
 from loramox.evaluate.attacks import forms, leaks
+from loramox.evaluate.attacks.attacked import AttackedRows
 from loramox.evaluate.attacks.bench import NO_QUESTIONS, Asking, Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.attacks.forms import Form
 from loramox.evaluate.measure import Questions, Record
 from loramox.files import read_json, write_json
 
-REWRITTEN = "rewritten.json"  # in the folder of the attacks: row → its question in the reference's own words
+REWRITTEN = "rewritten{}.json"  # in the folder of the attacks: row → its question in the reference's own words
 WORST = "worst of all"
 
 
-def prepare(bench: Bench) -> None:
-    """Make every way of asking; those that cannot be are named as absent. The reference writes its own words, once."""
+def prepare(bench: Bench, rows: AttackedRows) -> None:
+    """Make every way of asking; those that cannot be are named as absent. The reference writes its own words, once.
+
+    Rows in the place of the forget rows are asked in no more ways than those, since the worst of more ways is worse.
+    """
     for attack in ("forms", "context"):
         if attack not in bench.config.attacks:
             continue
-        if bench.open_questions is None:
-            bench.absent[attack] = NO_QUESTIONS
+        if rows.open_questions is None:
+            bench.absent[rows.named(attack)] = NO_QUESTIONS
             continue
-        asked = [row for _, _, row in bench.open_questions.asked()]
-        for form in _forms(bench, asked) if attack == "forms" else _contexts(bench, asked):
+        asked = [row for _, _, row in rows.open_questions.asked()]
+        has = {form.name for form, _ in bench.forget.ways.get(attack, ())}
+        for form in _forms(bench, rows, asked) if attack == "forms" else _contexts(bench, rows, asked):
+            if rows.label and form.name not in has:
+                continue
             try:
                 if not form.rows:
                     raise RowsError(f"needs {form.needs}")
                 questions = _questions(bench, form.rows)
             except RowsError as error:  # also of rows that are too long in this form, or that a chat template refuses
-                bench.absent[f"{attack}: {form.name}"] = str(error)
+                bench.absent[f"{attack}: {rows.named(form.name)}"] = str(error)
             else:
-                bench.ways.setdefault(attack, []).append((form, questions))
+                rows.ways.setdefault(attack, []).append((form, questions))
 
 
-def ask_all(bench: Bench, state: str, model: Asking) -> None:
-    """Ask the model its questions as they are and in every way; then of each attack the worst way of each row."""
-    plain = [r for r in bench.ask("none", state, model) if r["part"] == "forget" and "said" in r]
+def ask_all(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None:
+    """Ask the model the rows as they are and in every way; then of each attack the worst way of each row."""
+    plain = [r for r in bench.ask("none", state, model, rows) if r["part"] == "forget" and "said" in r]
     threshold = bench.config.sample_threshold
 
     def asking(attack: str, form: Form, questions: Questions) -> list[Record]:
@@ -48,10 +55,10 @@ def ask_all(bench: Bench, state: str, model: Asking) -> None:
             records = questions.ask(asked, f"{attack}, {form.name}, {state}: ")
         return leaks.judged(records, [row for _, _, row in questions.asked()], form.judge, threshold)
 
-    for attack, ways in bench.ways.items():
-        assert bench.open_questions is not None
-        rows = [row for _, _, row in bench.open_questions.asked()]
-        found = {leaks.PLAIN: leaks.judged(plain, rows, leaks.leaks_of, threshold)}
+    for attack, ways in rows.ways.items():
+        assert rows.open_questions is not None
+        asked = [row for _, _, row in rows.open_questions.asked()]
+        found = {leaks.PLAIN: leaks.judged(plain, asked, leaks.leaks_of, threshold)}
         for form, questions in ways:
             ask = functools.partial(asking, attack, form, questions)
             records = bench.keep(attack, f"{form.name}, {state}", questions, ask, leaks.summary)
@@ -59,17 +66,17 @@ def ask_all(bench: Bench, state: str, model: Asking) -> None:
             if form.in_worst:
                 found[form.name] = records
         worst = functools.partial(leaks.worst_of, found)
-        records = bench.keep(attack, f"{WORST}, {state}", bench.open_questions, worst, leaks.summary)
+        records = bench.keep(attack, f"{WORST}, {state}", rows.open_questions, worst, leaks.summary)
         bench.states[-1] |= {"rows": len(records), "worst": leaks.worst_rows(records)}
 
 
-def _forms(bench: Bench, asked: Sequence[Row]) -> list[Form]:
-    served = served_otherwise(asked, bench.questions.tokenizer, bench.tokenisation) is not None
-    return [*forms.forms_of(asked, served), forms.in_own_words(asked, _rewritten(bench, asked))]
+def _forms(bench: Bench, rows: AttackedRows, asked: Sequence[Row]) -> list[Form]:
+    served = served_otherwise(asked, rows.questions.tokenizer, bench.tokenisation) is not None
+    return [*forms.forms_of(asked, served), forms.in_own_words(asked, _rewritten(bench, asked, rows.label))]
 
 
-def _rewritten(bench: Bench, asked: Sequence[Row]) -> dict[str, str]:
-    path = bench.out / REWRITTEN
+def _rewritten(bench: Bench, asked: Sequence[Row], label: str) -> dict[str, str]:
+    path = bench.out / REWRITTEN.format(label and f"-{label.replace(' ', '-')}")
     if not path.exists():
         try:
             questions = _questions(bench, forms.to_rewrite(asked))
@@ -80,16 +87,16 @@ def _rewritten(bench: Bench, asked: Sequence[Row]) -> dict[str, str]:
     return dict(read_json(path, dict))
 
 
-def _contexts(bench: Bench, asked: Sequence[Row]) -> list[Form]:
-    tokenised = [part for questions in (bench.questions, *bench.training.values()) for part in questions.parts]
+def _contexts(bench: Bench, rows: AttackedRows, asked: Sequence[Row]) -> list[Form]:
+    tokenised = [part for questions in (rows.questions, *rows.training.values()) for part in questions.parts]
     lengths = {example["row"]: len(example["input_ids"]) for part in tokenised for example in part.answers}
     return contexts_of(
         asked,
-        [*bench.asked, *bench.known],
+        [*rows.asked, *rows.known],
         bench.retain,
         lengths,
         bench.tokenisation.max_length or bench.context,
-        bench.questions.tokenizer,
+        rows.questions.tokenizer,
         bench.tokenisation,
         bench.config.seed,
     )
@@ -99,4 +106,4 @@ def _questions(bench: Bench, rows: Sequence[Row]) -> Questions:
     """The rows, tokenised; those that are too long in this form alone are left out of it."""
     how = bench.tokenisation
     how = replace(how, long_rows="drop") if how.long_rows == "refuse" else how
-    return Questions({"forget": rows}, bench.questions.tokenizer, how, bench.context, bench.scoring)
+    return Questions({"forget": rows}, bench.forget.questions.tokenizer, how, bench.context, bench.scoring)

@@ -16,6 +16,7 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import MissingExtraError, ModelError, NonFiniteLossError, SettingsError
 from loramox.evaluate.attacks import asking, pair, relearn, requantize, sample
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows
 from loramox.evaluate.attacks.bench import MERGED, NO_QUESTIONS, RECORD, Asking, Bench
 from loramox.evaluate.attacks.config import AttackConfig
 from loramox.evaluate.measure import Record, ScoringConfig
@@ -28,8 +29,8 @@ __all__ = ["RECORD", "AttackConfig", "attack"]
 log = logging.getLogger(__name__)
 
 NO_CONTROL = (
-    "needs a model trained without the forget rows (--retrained_model). Without one it is not known how much of what "
-    "comes back is guessing"
+    "needs a model trained without the forget rows (--retrained_model), or rows of the same kind that no model has seen "
+    "(--holdout). Without either it is not known how much of what comes back is guessing"
 )
 
 
@@ -46,33 +47,45 @@ def attack(
 
     Each state of the model (before, after so many steps, in so many bits) has its own folder of records. A state that is there is
     not made again, and attacks that are added to a folder join those in it. Forget rows that the attacker trains on are not
-    among those asked, before or after. Raises a `LoramoxError` before the model is loaded.
+    among those asked, before or after. The controls that are given, retrained model and holdout rows, are attacked too.
+    Raises a `LoramoxError` before the model is loaded.
     """
     if PartialState().num_processes > 1:
         raise SettingsError("attacks are made in one process: run it without torchrun or accelerate launch")
     tokenisation, columns = tokenisation or Tokenisation(), columns or Columns()
     bench = Bench(config, model, data, scoring or ScoringConfig(), tokenisation, columns)
     bench.open()
-    forget_model = functools.partial(bench.adapted, bench.model, config.scale)
+    reference, forget_model = (functools.partial(bench.adapted, bench.model, scale) for scale in (0.0, config.scale))
     with bench:
-        asking.prepare(bench)
-        asking.ask_all(bench, "reference model", functools.partial(bench.adapted, bench.model, 0.0))
-        asking.ask_all(bench, "forget model", forget_model)
-        _sample(bench, "forget model", forget_model)
-        _pair(bench)
-        _relearn(bench, forget_model)
+        asking.prepare(bench, bench.forget)
+        asking.ask_all(bench, bench.forget, "reference model", reference)
+        asking.ask_all(bench, bench.forget, "forget model", forget_model)
+        _sample(bench, bench.forget, "forget model", forget_model)
+        _pair(bench, bench.forget, read_records(bench.folder("none", "reference model")))
+        _relearn(bench, bench.forget, forget_model)
+        if bench.never:
+            asking.prepare(bench, bench.never)
+            asking.ask_all(bench, bench.never, NEVER_KNOWN, forget_model)
+            _sample(bench, bench.never, NEVER_KNOWN, forget_model)
+            _pair(bench, bench.never, bench.ask("none", f"adapter off, {NEVER_KNOWN}", reference, bench.never))
+            _relearn(bench, bench.never, forget_model, f", {NEVER_KNOWN}")
         _requantize(bench)
-        _control(bench)
-    return bench.close()
+        _retrained(bench)
+    if not (bench.retrained or bench.never):
+        bench.absent["control"] = NO_CONTROL
+    record = bench.close()
+    for attack, saved in record["steps_saved"].items():
+        log.info(relearn.sentence(attack, saved))
+    return record
 
 
-def _sample(bench: Bench, state: str, model: Asking) -> None:
+def _sample(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None:
     """Sample answers of a model."""
-    config, questions = bench.config, bench.open_questions
+    config, questions = bench.config, rows.open_questions
     if "sample" not in config.attacks:
         return
     if questions is None:
-        bench.absent["sample"] = NO_QUESTIONS
+        bench.absent[rows.named("sample")] = NO_QUESTIONS
         return
 
     def sampling() -> list[Record]:
@@ -84,15 +97,15 @@ def _sample(bench: Bench, state: str, model: Asking) -> None:
     bench.states[-1]["worst"] = sample.worst(records)
 
 
-def _pair(bench: Bench) -> None:
-    """What base and adapter together reveal that the base alone does not."""
-    config, questions = bench.config, bench.open_questions
+def _pair(bench: Bench, rows: AttackedRows, base: list[Record]) -> None:
+    """What base and adapter together reveal that the base alone does not; `base` are its records of the rows."""
+    config, questions = bench.config, rows.open_questions
     if "pair" not in config.attacks:
         return
     if questions is None:
-        bench.absent["pair"] = NO_QUESTIONS
+        bench.absent[rows.named("pair")] = NO_QUESTIONS
         return
-    base = read_records(bench.folder("none", "reference model"))
+    of = f", {rows.label}" if rows.label else ""
 
     def beside_base(records: list[Record]) -> None:
         metrics, bench.states[-1]["worst"] = pair.beyond_base(records, base)
@@ -100,34 +113,32 @@ def _pair(bench: Bench) -> None:
 
     def guided(strength: float) -> list[Record]:
         with bench.adapted(bench.model, 0.0) as model:
-            return pair.guided(model, questions, config.scale, strength, f"pair, guidance {strength:g}")
+            return pair.guided(model, questions, config.scale, strength, f"pair, guidance {strength:g}{of}")
 
     for strength in config.guidance:
         answering = functools.partial(guided, strength)
-        beside_base(bench.keep("pair", f"guidance {strength:g}", questions, answering, pair.summary))
-    beside_base(bench.ask("pair", "sign flipped", functools.partial(bench.adapted, bench.model, -config.scale)))
+        beside_base(bench.keep("pair", f"guidance {strength:g}{of}", questions, answering, pair.summary))
+    flipped = functools.partial(bench.adapted, bench.model, -config.scale)
+    beside_base(bench.ask("pair", f"sign flipped{of}", flipped, rows))
 
 
-def _control(bench: Bench) -> None:
-    """Attack the retrained model as the forget model was, or name the control as absent."""
+def _retrained(bench: Bench) -> None:
+    """Attack the retrained model, if there is one, as the forget model was."""
     if bench.retrained is None:
-        bench.absent["control"] = NO_CONTROL
         return
     # With the adapter at scale 0 it is the retrained model, and the attacker's own adapter starts as on the forget model.
     model = functools.partial(bench.adapted, bench.retrained, 0.0)
-    asking.ask_all(bench, "retrained model", model)
-    _sample(bench, "retrained model", model)
-    _relearn(bench, model, ", retrained model")
-    for attack, saved in relearn.saved(bench.states).items():
-        log.info(relearn.sentence(attack, saved))
+    asking.ask_all(bench, bench.forget, "retrained model", model)
+    _sample(bench, bench.forget, "retrained model", model)
+    _relearn(bench, bench.forget, model, ", retrained model")
 
 
-def _relearn(bench: Bench, model: Asking, of: str = "") -> None:
+def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> None:
     """Train the model on each set of the attacker's rows, in each way and at each rate."""
     config = bench.config
     if "relearn" not in config.attacks:
         return
-    if relearn.TEXT not in bench.training:
+    if relearn.TEXT not in rows.training:
         bench.absent["relearn unrelated text"] = relearn.NO_TEXT
     ways: dict[str, Callable[[PeftModel], AbstractContextManager[PeftModel]]]
     ways = {"": functools.partial(relearn.attacker, rank=config.relearn_rank, seed=config.seed)}
@@ -135,19 +146,19 @@ def _relearn(bench: Bench, model: Asking, of: str = "") -> None:
         ways[", all weights"] = relearn.all_weights
     states = [f"step {step}{of}" for step in config.relearn_steps]
     for (what, questions), (way, attacker), rate in itertools.product(
-        bench.training.items(), ways.items(), config.relearn_rate
+        rows.training.items(), ways.items(), config.relearn_rate
     ):
         attack = f"relearn {what}{way}" + (f", rate {rate:g}" if len(config.relearn_rate) > 1 else "")
         if bench.asked_already(attack, *states):
             for state in states:
-                bench.ask(attack, state, model)
+                bench.ask(attack, state, model, rows)
             continue
         examples = [example for part in questions.parts for example in part.answers]
         how = (config.relearn_steps, rate, config.relearn_batch, questions.tokenizer.pad_token_id or 0, config.seed)
         with model() as trained, attacker(trained):
             for step in relearn.train(trained, examples, *how):
                 try:
-                    bench.ask(attack, f"step {step}{of}", functools.partial(nullcontext, trained))
+                    bench.ask(attack, f"step {step}{of}", functools.partial(nullcontext, trained), rows)
                 except NonFiniteLossError:  # such a model has lost the rows, which says nothing about forgetting
                     lower = f"give a lower --relearn_rate than {rate:g}"
                     bench.absent[f"{attack}{of}"] = f"training diverged by step {step}: {lower}"

@@ -1,9 +1,9 @@
 """What every attack works on: the models, one in memory at a time, the rows to ask them, and the folder with the answers."""
 
+import functools
 import gc
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from torch import nn
 
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Data, Row
+from loramox.data.rows import Columns, Data
 from loramox.errors import RunError, SettingsError
-from loramox.evaluate.asked import count_parts, described, disjoint_parts, questions_of, read_sources
+from loramox.evaluate.asked import HOLDOUT, count_parts, described, disjoint_parts, questions_of, read_sources
 from loramox.evaluate.attacks import relearn, requantize
-from loramox.evaluate.attacks.config import ATTACKS, QUICK_ROWS, AttackConfig
-from loramox.evaluate.attacks.forms import Form
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows, attacked_rows, never_known
+from loramox.evaluate.attacks.config import ATTACKS, AttackConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.retrained import check_retrained_model
@@ -33,9 +33,9 @@ from loramox.run import command, versions
 
 RECORD = "attacks.json"
 MERGED = ".merged"  # a model that is there during an attack; hidden, so that it is no one else's
-NO_QUESTIONS = "needs forget rows with questions, and answers generated to them (--max_new_tokens above 0)"
+NO_QUESTIONS = "needs rows with questions, and answers generated to them (--max_new_tokens above 0)"
 # Settings that add attacks to those that were made, and change none of them.
-ADDED = ("attacks", "retrained_model", "relearn_text")
+ADDED = ("attacks", "retrained_model", "holdout", "relearn_text")
 
 # Gives the model of a state while it is asked. It is called, and the model loaded, only where the answers are not there yet.
 Asking = Callable[[], AbstractContextManager[nn.Module]]
@@ -62,11 +62,14 @@ class Bench:
         self.held = read_json(self.out / RECORD, dict) if (self.out / RECORD).exists() else None
         self.config = config = _with_held(config, self.held) if self.held else config
         self.device = check_device(model, scoring.use_cpu)
-        sources = {"forget": data.forget, "retain": data.retain}
+        sources = {"forget": data.forget, "retain": data.retain} | ({HOLDOUT: config.holdout} if config.holdout else {})
         read = read_sources(sources, columns)
         if config.relearn_text:
             sources[relearn.TEXT], read[relearn.TEXT] = config.relearn_text, relearn.read_text(config.relearn_text)
         rows = disjoint_parts(read, data.drop_overlap)
+        if config.holdout:
+            learned = [*rows["retain"], *rows.get(relearn.TEXT, ())]
+            rows[HOLDOUT] = never_known(rows[HOLDOUT], learned, data.drop_overlap)
         base_config = read_config(model, weights=True)
         self.context = context_of(base_config)
         base = identify(model, base_config)
@@ -77,46 +80,27 @@ class Bench:
         if "requantize" in config.attacks:
             self.merging = requantize.plan(model, Path(config.adapter), config.scale, self.device)
         check_sides(made_by, rows, config.adapter)
-        self.known, self.asked = self._split(rows["forget"])
         self.retain = rows["retain"]
-
-        def questions(parts: dict[str, Sequence[Row]]) -> Questions:
-            return questions_of(parts, model, base_config, tokenisation, scoring)
-
-        every = self.questions = questions({"forget": self.asked, "retain": self.retain})
-        if config.quick:
-            self.asked = _spread(self.asked)
-            self.questions = questions({"forget": self.asked, "retain": _spread(self.retain)})
-        in_question = [row for row in self.asked if row.prompt is not None and scoring.max_new_tokens]
-        self.open_questions = questions({"forget": in_question}) if in_question else None
-        self.training = {
-            "forget rows": questions({"known": self.known}),
-            "retain rows": questions({"known": self.retain}),
-        } | ({relearn.TEXT: questions({"known": rows[relearn.TEXT]})} if config.relearn_text else {})
-        self.counts = count_parts(read, rows, every, *self.training.values())
+        tokenise = functools.partial(questions_of, model=model, config=base_config, how=tokenisation, scoring=scoring)
+        training = {name: tokenise({"known": rows[part]}) for name, part in relearn.OTHERS.items() if part in rows}
+        self.forget = attacked_rows(rows["forget"], self.retain, training, config, tokenise)
+        self.never: AttackedRows | None = None
+        if config.holdout:
+            self.never = attacked_rows(rows[HOLDOUT], (), training, config, tokenise, NEVER_KNOWN)
+        every = [each for some in (self.forget, self.never) if some for each in (some.every, *some.training.values())]
+        self.counts = count_parts(read, rows, *every)
         self.plan = {
             "base": base,
             "control": control,
             "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
             "data": described(sources, rows),
-            "rows": {"attacker's": len(self.known), "asked": len(self.asked)},
+            "rows": _counted(self.forget) | ({NEVER_KNOWN: _counted(self.never)} if self.never else {}),
             "settings": {k: v for each in (config, model, scoring, tokenisation) for k, v in asdict(each).items() if k != "out"},
         }  # fmt: skip
         self.in_memory: tuple[Any, nn.Module] | None = None  # the arguments of `load`, and what it loaded
-        self.ways: dict[str, list[tuple[Form, Questions]]] = {}  # by attack
         self.states: list[dict[str, Any]] = []
         self.absent: dict[str, str] = {}
         self.reused = 0
-
-    def _split(self, forget: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        count = round(len(forget) * self.config.relearn_share)
-        if not 0 < count < len(forget):
-            raise SettingsError(
-                f"--relearn_share {self.config.relearn_share} of {len(forget)} forget rows is {count}: the attacker needs some, and "
-                "some must be left to ask"
-            )
-        chosen = set(random.Random(self.config.seed).sample(range(len(forget)), count))
-        return [r for i, r in enumerate(forget) if i in chosen], [r for i, r in enumerate(forget) if i not in chosen]
 
     def open(self) -> None:
         """Start, or go on with the attacks in the folder, to which others may be added."""
@@ -125,10 +109,10 @@ class Bench:
                 f"--out {self.out} has files in it that are no attacks; they are left alone. Choose another folder"
             )
         plan = json.loads(json.dumps(self.plan))
-        if other := [name for name, value in plan.items() if not _goes_on(value, (self.held or {}).get(name))]:
+        if other := _differences(plan, self.held or {}):
             raise RunError(
-                f"--out {self.out} holds other attacks ({', '.join(other)} differ). Choose another folder. To add attacks, a control "
-                "(--retrained_model) or a text (--relearn_text) to these, rerun their command with nothing else changed"
+                f"--out {self.out} holds attacks that were made otherwise: {'; '.join(other)}. Give what was given before, or choose "
+                "another folder. Only attacks, a control (--retrained_model, --holdout) and a text (--relearn_text) can be added"
             )
         if self.held is None or plan != {name: self.held.get(name) for name in plan}:
             write_json(self.out / RECORD, {"status": "running", **plan})
@@ -171,17 +155,18 @@ class Bench:
         """Whether the answers in all these states are there, so that no model is needed for them."""
         return all((self.folder(attack, state) / SUMMARY).exists() for state in states)
 
-    def ask(self, attack: str, state: str, model: Asking) -> list[Record]:
-        """Ask the model in this state, or read what it answered."""
+    def ask(self, attack: str, state: str, model: Asking, rows: AttackedRows | None = None) -> list[Record]:
+        """Ask the model in this state, or read what it answered. `rows`: the forget rows by default."""
+        questions = (rows or self.forget).questions
 
         def asking() -> list[Record]:
             with model() as asked:
-                records = self.questions.ask(asked, f"{attack}, {state}: ")
+                records = questions.ask(asked, f"{attack}, {state}: ")
             if attack.startswith(("none", "relearn")):
                 check_numbers(records)
             return records
 
-        return self.keep(attack, state, self.questions, asking, summarise)
+        return self.keep(attack, state, questions, asking, summarise)
 
     def keep(
         self,
@@ -222,10 +207,8 @@ class Bench:
         return record
 
 
-def _spread(rows: Sequence[Row]) -> list[Row]:
-    """QUICK_ROWS of the rows, at even distances; all if there are no more."""
-    count = min(QUICK_ROWS, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+def _counted(rows: AttackedRows) -> dict[str, int]:
+    return {"attacker's": len(rows.known), "asked": len(rows.asked)}
 
 
 def _with_held(config: AttackConfig, held: dict[str, Any]) -> AttackConfig:
@@ -235,13 +218,32 @@ def _with_held(config: AttackConfig, held: dict[str, Any]) -> AttackConfig:
     return replace(
         config,
         attacks=[name for name in ATTACKS if name in (*made, *config.attacks)],
-        retrained_model=config.retrained_model or settings.get("retrained_model"),
-        relearn_text=config.relearn_text or settings.get("relearn_text"),
+        **{name: getattr(config, name) or settings.get(name) for name in ADDED if name != "attacks"},
     )
 
 
-def _goes_on(now: Any, held: Any) -> bool:
-    """Whether a part of the plan is the held one, or adds to it: a control, rows of another part, or what `ADDED` names."""
-    if isinstance(now, dict) and isinstance(held, dict):
-        return all(name in ADDED or now.get(name) == value for name, value in held.items())
-    return held is None or now == held
+def _differences(plan: dict[str, Any], held: dict[str, Any]) -> list[str]:
+    """What the plan has otherwise than the held one, with both values; what is only added to it is no difference."""
+    found = []
+    for part, before in held.items():
+        now = plan.get(part)
+        if part not in plan or before is None or now == before:
+            continue
+        if not (isinstance(now, dict) and isinstance(before, dict)):
+            found.append(_difference(part, now, before))
+            continue
+        flags = part == "settings"
+        for name, was in before.items():
+            if now.get(name) != was and not (flags and name in ADDED):
+                found.append(_difference(f"--{name}" if flags else f"{part}, {name}", now.get(name), was))
+    return found
+
+
+def _difference(name: str, now: Any, was: Any) -> str:
+    if isinstance(now, dict) and isinstance(was, dict):
+        differing = [key for key in {**was, **now} if now.get(key) != was.get(key)]
+        now, was = ({key: each.get(key) for key in differing} for each in (now, was))
+    now, was = (
+        text if len(text := json.dumps(each, ensure_ascii=False)) <= 100 else f"{text[:100]}…" for each in (now, was)
+    )
+    return f"{name} is {now}, and was {was}"

@@ -38,6 +38,12 @@ class AttackConfig:
             "help": "Folder or hub id of a model trained without the forget rows: the control, which is attacked in the same way."
         },
     )
+    holdout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows like the forget rows that no model has seen: the control where there is no retrained model. The forget model is attacked with them in the same way."
+        },
+    )
     relearn_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20], metadata={"help": "Steps of relearning after which to ask."}
     )
@@ -55,7 +61,7 @@ class AttackConfig:
     relearn_all_weights: bool = field(
         default=False,
         metadata={
-            "help": "Relearn with all weights but the output layer's as well, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
+            "help": "Relearn once more with all weights, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
         },
     )
     relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})

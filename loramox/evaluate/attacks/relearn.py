@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loramox.data.encode import Example
 from loramox.data.pairs import Collator
 from loramox.data.rows import Row, read_rows, rows_of
 from loramox.errors import RowsError
-from loramox.model.head import Head, answer_states, mean_over_rows, per_token
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN
+from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, tokens_at_once
 from loramox.model.lora import ADAPTER
 
 ATTACKER = "relearning"
+CONTROLS = ("retrained model", NEVER_KNOWN)  # the better one first
 TEXT = "unrelated text"
+OTHERS = {
+    "retain rows": "retain",
+    TEXT: TEXT,
+}  # what is trained on beside forget rows, and its part of the rows that are read
 NO_TEXT = "needs a file of text that has nothing to do with the forget rows (--relearn_text)"
 
 
@@ -37,11 +44,11 @@ def read_text(source: str) -> Sequence[Row]:
 
 
 def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Steps saved against the control, for each attack that was made on the retrained model too.
+    """Steps saved against the control, for each attack that was made on a control too: the retrained model where there is one.
 
     Returns:
-        attack → `probability` that the control gives the other forget rows at its last step, `control_step`; and `step`, the
-        first at which the forget model gives them as much: 0 before any training, None for never.
+        attack → the `control`; the `probability` of the rows asked at its last step, `control_step`; and `step`, the first at
+        which the forget model gives the forget rows as much: 0 before any training, None for never.
     """
     curves: dict[tuple[str, str], dict[int, float]] = {}
     start = math.nan
@@ -54,19 +61,21 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             curves.setdefault((each["attack"], model), {})[int(step)] = p
     found = {}
     for attack in dict.fromkeys(attack for attack, model in curves if model):
-        control, ours = curves[attack, "retrained model"], {0: start} | curves.get((attack, ""), {})
+        name = next(each for each in CONTROLS if (attack, each) in curves)
+        control, ours = curves[attack, name], {0: start} | curves.get((attack, ""), {})
         goal = control[max(control)]
         reached = min((step for step, p in ours.items() if p >= goal), default=None)
-        found[attack] = {"probability": goal, "control_step": max(control), "step": reached}
+        found[attack] = {"control": name, "probability": goal, "control_step": max(control), "step": reached}
     return found
 
 
 def sentence(attack: str, found: dict[str, Any]) -> str:
     """What `saved` found of an attack, in words."""
     step, last = found["step"], found["control_step"]
-    ours = "never gets there" if step is None else f"gets there after {step} ({last - step} saved)"
+    reach = "never reach it" if step is None else f"reach it after {step} ({last - step} saved)"
+    control = f"with {NEVER_KNOWN}" if found.get("control") == NEVER_KNOWN else "on the retrained model"
     goal = f"a probability of {found['probability']:.3g}"
-    return f"{attack.capitalize()}: after {last} steps the retrained model gives the other rows {goal}; the forget model {ours}."
+    return f"{attack.capitalize()}: {control}, {last} steps reach {goal}. On the forget model, the forget rows {reach}."
 
 
 @contextmanager
@@ -94,8 +103,7 @@ def attacker(model: PeftModel, rank: int, seed: int) -> Iterator[PeftModel]:
 def all_weights(model: PeftModel) -> Iterator[PeftModel]:
     """Within it the weights below the forget adapter train, as if that were merged. Afterwards they are as before.
 
-    W + scale·ΔW has the same gradient by W as by itself. The output layer gets none, as `per_token` takes it for frozen; one that
-    is tied to the embedding trains as that. A copy of the weights is kept in main memory meanwhile.
+    W + scale·ΔW has the same gradient by W as by itself. A copy of the weights is kept in main memory meanwhile.
     """
     weights = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
     before = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
@@ -137,13 +145,29 @@ def train(
         states = answer_states(
             model, causal_lm, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         )
-        loss = mean_over_rows(per_token(_cross_entropy, head, [states.hidden], states.targets), states).mean()
-        loss.backward()
+        mean_over_rows(_losses(causal_lm, head, states), states).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
         if step in until:
             yield step
+
+
+def _losses(causal_lm: nn.Module, head: Head, states: AnswerStates) -> Tensor:
+    """Cross-entropy of each answer token, [N]. `per_token` takes the output layer for frozen, so one that trains goes another
+    way: a chunk of tokens at a time too, each computed again in the backward pass."""
+    output = causal_lm.get_output_embeddings()
+    if not any(weight.requires_grad for weight in output.parameters()):
+        return per_token(_cross_entropy, head, [states.hidden], states.targets)
+
+    def on_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = output(hidden.to(output.weight.dtype)).float()  # `Head` may give its weight no gradient
+        capped = logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+        return _cross_entropy(capped, targets)
+
+    size = tokens_at_once(head.vocabulary, states.hidden.device.type)
+    chunks = zip(states.hidden.split(size), states.targets.split(size), strict=True)
+    return torch.cat([checkpoint(on_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

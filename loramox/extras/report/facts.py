@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from loramox.evaluate.attacks.leaks import CRITERIA
+from loramox.evaluate.attacks.relearn import CONTROLS
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import summarise, values
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
@@ -33,6 +35,7 @@ METRICS = {
     "unlearning_depth": ("Unlearning depth (UDS, 1: as the retrained model)", "higher"),
 }
 
+LEAK_AT = re.compile(rf"leak_at_(\d+)_by_({'|'.join(CRITERIA)})")
 FROM_EVALUATION = ("general_ability", "unlearning_depth")  # metrics that the sweep may lack, and an evaluation has
 
 
@@ -147,11 +150,12 @@ def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float
     """
     attacks: dict[str, dict[str, dict[int, float]]] = {}
     for state in (inputs.attacks or {}).get("states", ()):
-        found = re.fullmatch(r"step (\d+)(, retrained model)?", str(state["state"]))
+        found = re.fullmatch(rf"step (\d+)(?:, ({'|'.join(CONTROLS)}))?", str(state["state"]))
         p = number(state["metrics"].get("forget_probability"))
-        if found and str(state["attack"]).startswith("relearn ") and not math.isnan(p):
+        model = found and (found[2] or FORGET)
+        if model in (FORGET, inputs.control) and str(state["attack"]).startswith("relearn ") and not math.isnan(p):
             curves = attacks.setdefault(str(state["attack"]), {})
-            curves.setdefault(RETRAINED if found[2] else FORGET, {})[int(found[1])] = p
+            curves.setdefault(model, {})[int(found[1])] = p
     worst: dict[str, dict[str, dict[int, float]]] = {}
     for attack, curves in sorted(attacks.items(), key=lambda each: max(each[1].get(FORGET, {}).values(), default=0)):
         worst[attack.removeprefix("relearn ").partition(",")[0]] = curves
@@ -160,6 +164,26 @@ def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float
         for rows, curves in worst.items()
         if FORGET in curves
     }
+
+
+def leak_curves(inputs: Inputs) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """leak@k of sampled answers: criterion → model → `value` with the ends of its interval, `low` and `high`, by `k`."""
+    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for state in (inputs.attacks or {}).get("states", ()):
+        model = str(state["state"])
+        if state["attack"] != "sample" or model not in (FORGET, inputs.control):
+            continue
+        for name, held in state["metrics"].items():
+            found, value = LEAK_AT.fullmatch(name), number(held)
+            if found and not math.isnan(value):
+                ends = (state.get("intervals") or {}).get(name)
+                low, high = map(number, ends if isinstance(ends, list) and len(ends) == 2 else (None, None))
+                curve = curves.setdefault(found[2], {}).setdefault(model, [])
+                curve.append({"k": int(found[1]), "value": value, "low": low, "high": high})
+    for models in curves.values():
+        for curve in models.values():
+            curve.sort(key=lambda each: each["k"])
+    return curves
 
 
 def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from loramox.errors import RunError
 from loramox.extras.report import facts
 from loramox.extras.report.answers import fit, no_answers, quoted_rows
 from loramox.extras.report.glossary import GLOSSARY, linked
@@ -15,6 +16,7 @@ from loramox.extras.report.pictures import (
     frontier_picture,
     recovery_picture,
     relearning_picture,
+    sampling_picture,
     spread_picture,
     training_picture,
 )
@@ -22,6 +24,7 @@ from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, Mis
 from loramox.extras.report.recovery import asked_rows, families, in_words
 from loramox.extras.report.verdict import ATTACKED, DETAILS, THRESHOLDS, Verdict, request, verdict
 from loramox.files import as_json, disk_may_fill, locked, replacing
+from loramox.run import is_of_report
 
 PAGE, SUMMARY, FACTS = "report.html", "summary.md", "report.json"
 
@@ -31,11 +34,11 @@ NOT_PROVEN = (
     "whoever has the base model's weights has that knowledge.",
     "Merging the adapter changes the weights, and that is still no proof that the knowledge is gone: it may come back by training "
     "on related text, or by prompts that were not tried.",
-    "Probabilities and answers are of these rows, in these words. Other wordings, other languages, and what follows from a row "
-    "were not tested unless they are listed under attacks; attacks that are not listed were not tried.",
+    "Probabilities and answers are of these rows, in these words. Other wordings, other languages and what follows from a row "
+    "were tested only as far as they are listed under attacks.",
     "Forget quality is a p-value: above 0.05 the test saw no difference on this number of rows. With few rows it sees little.",
     "A membership AUC near 0.5 holds for this test alone, and only as far as the holdout rows are like the forget rows.",
-    "How far the adapter goes was chosen on the same rows that the figures are of, so they flatter it a little.",
+    "How far the adapter goes was chosen on these same rows, so the figures flatter it a little.",
     "A mean hides single rows: the distributions and the best remembered rows show what it hides.",
 )
 
@@ -43,9 +46,16 @@ NOT_PROVEN = (
 def report(folder: str | Path) -> dict[str, Any]:
     """Write report.html, summary.md and report.json into a run's folder; return the paths, the verdict, and what is missing.
 
-    Raises `RunError` when the folder is no run or another process writes in it, and when a file in it is damaged or not finished.
+    Raises `RunError` when the folder is no run or another process writes in it, when a file in it is damaged or not finished,
+    and when it has a file of one of these names that is no report's.
     """
     folder = Path(folder)
+    for path in (folder / PAGE, folder / SUMMARY, folder / FACTS):
+        # A link is no loss: what it leads to stays.
+        if path.exists() and not path.is_symlink() and not is_of_report(path):
+            raise RunError(
+                f"{path} is not of loramox, and the report would replace it. Move it, and make the report again"
+            )
     inputs = read_inputs(folder)
     found = verdict(inputs)
     texts = {
@@ -93,7 +103,7 @@ def render(inputs: Inputs, found: Verdict) -> str:
         verdict=found,
         details=DETAILS,
         recovery=recovery_picture(inputs),
-        relearning=relearning_picture(inputs),
+        curves=[p for draw in (sampling_picture, relearning_picture) if (p := draw(inputs))],
         thresholds=THRESHOLDS,
         asked_rows=asked_rows(inputs),
         glossary=GLOSSARY,
@@ -120,22 +130,22 @@ def render(inputs: Inputs, found: Verdict) -> str:
 
 
 def _recovered(inputs: Inputs) -> tuple[list[str], list[list[str]]] | None:
-    """A line for each family of attacks; a value in brackets is of a model that was not attacked."""
+    """A line for each family of attacks; a value in brackets is one before any attack."""
 
     def cell(value: float, attacked: bool) -> str:
         return facts.shown(value) if attacked or math.isnan(value) else f"({facts.shown(value)})"
 
-    head = ["attacks", "worst state", "measure", REFERENCE, FORGET, RETRAINED]
+    models = (REFERENCE, FORGET, inputs.control)
+    head = ["attacks", "worst state", "measure", REFERENCE, FORGET, f"control: {inputs.control or 'none'}"]
     rows = [
-        [f.title, f.where or "–", in_words(f.measure), *(cell(*f.value(m)) for m in (REFERENCE, FORGET, RETRAINED))]
-        for f in families(inputs)
+        [f.title, f.where or "–", in_words(f.measure), *(cell(*f.value(m)) for m in models)] for f in families(inputs)
     ]
     return (head, rows) if rows else None
 
 
 def record(inputs: Inputs, found: Verdict) -> dict[str, Any]:
     """The same facts for programs. No row is quoted."""
-    models = (REFERENCE, FORGET, RETRAINED)
+    models = (REFERENCE, FORGET, inputs.control or RETRAINED)
     return {
         "request": request(inputs),
         "headline": found.headline,
@@ -148,6 +158,8 @@ def record(inputs: Inputs, found: Verdict) -> dict[str, Any]:
             | {"values": {m: f.value(m)[0] for m in models}, "not_attacked": [m for m in models if not f.value(m)[1]]}
             for f in families(inputs)
         ],
+        "control": inputs.control or None,
+        "leak_at_k": facts.leak_curves(inputs),
         "steps_saved": (inputs.attacks or {}).get("steps_saved") or {},
         "not_tested": found.not_tested,
         "missing": {part: missing.command for part, missing in inputs.missing.items()},

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN
+from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.extras.report.answers import fit
-from loramox.extras.report.facts import relearned, shown, spreads, trajectory
+from loramox.extras.report.facts import leak_curves, relearned, shown, spreads, trajectory
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
 from loramox.extras.report.recovery import Family, families, in_words
 from loramox.extras.report.svg import COLOURS, Picture, picture
@@ -20,7 +22,11 @@ LOOKS: dict[str, dict[str, Any]] = {
     "retain": {"color": COLOURS["retain"], "marker": "s", "linestyle": "-", "markersize": 5},
     "forget": {"color": COLOURS["forget"], "marker": "o", "linestyle": "--", "markersize": 5},
 }
-MODELS = {REFERENCE: COLOURS["muted"], FORGET: COLOURS["forget"], RETRAINED: COLOURS["retrained"]}
+MODELS = {
+    REFERENCE: COLOURS["muted"],
+    FORGET: COLOURS["forget"],
+    **dict.fromkeys((RETRAINED, NEVER_KNOWN), COLOURS["retrained"]),
+}
 FLOOR = 1e-6  # probabilities below it are drawn there
 
 
@@ -145,10 +151,38 @@ def relearning_picture(inputs: Inputs) -> Picture | None:
         for model, curve in curves.items()
     )
     caption = "What some steps of training bring back of the other forget rows, by what is trained on"
-    caption += (
-        "; dotted: the retrained model." if any(RETRAINED in each for each in found.values()) else "; no control."
-    )
+    beside = any(inputs.control in each for each in found.values())
+    caption += f"; dotted: the control, {inputs.control}." if beside else "; no control."
     return picture("relearning", SIZE, draw, fit(f"{caption} {words}", 4000)["text"], caption)
+
+
+def sampling_picture(inputs: Inputs) -> Picture | None:
+    """leak@k of the forget model and of its control along k; None where fewer than two k were estimated."""
+    found = leak_curves(inputs)
+    every = [(by, model, curve) for by, models in found.items() for model, curve in models.items()]
+    ks = sorted({int(each["k"]) for *_, curve in every for each in curve})
+    if len(ks) < 2:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for by, model, curve in every:
+            k, value, low, high = ([each[name] for each in curve] for name in ("k", "value", "low", "high"))
+            line, colour = dict(zip(CRITERIA, ("-o", "--s"), strict=True))[by], MODELS[model]
+            axes.plot(k, value, line, color=colour, markersize=5, label=f"{model}, by {CRITERIA[by]}")
+            axes.fill_between(k, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set(xlabel="k, answers sampled to a question", ylabel="leak@k", xscale="log", ylim=(-0.01, None))
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
+        figure.legend(loc="outside lower center", ncols=1)
+
+    def at(each: dict[str, float]) -> str:
+        return f"k = {each['k']:.0f} {shown(each['value'])}"
+
+    words = "; ".join(f"{model}, by {CRITERIA[by]}: {', '.join(map(at, curve))}" for by, model, curve in every)
+    caption = "How often at least one of k sampled answers leaks, with 95 % intervals over rows"
+    caption += f"; the control: {inputs.control}." if any(model != FORGET for _, model, _ in every) else "; no control."
+    return picture("sampling", SIZE, draw, f"{caption} {words}", caption)
 
 
 def recovery_picture(inputs: Inputs) -> Picture | None:
@@ -158,7 +192,7 @@ def recovery_picture(inputs: Inputs) -> Picture | None:
         return None
     models = {
         FORGET: ("forget model", COLOURS["forget"]),
-        RETRAINED: ("control: retrained model", COLOURS["retrained"]),
+        inputs.control: (f"control: {inputs.control or 'none'}", COLOURS["retrained"]),
         REFERENCE: ("reference, which knows them", COLOURS["muted"]),
     }
     down, bars = 5.4, list(enumerate(models.items(), 2))
@@ -172,7 +206,7 @@ def recovery_picture(inputs: Inputs) -> Picture | None:
             for y, (model, (_, colour)) in bars:
                 at, (value, attacked) = i * down + y, family.value(model)
                 if math.isnan(value):
-                    axes.text(0.01, at, "no control" if model == RETRAINED else "not measured", **note)
+                    axes.text(0.01, at, "no control" if model == inputs.control else "not measured", **note)
                     continue
                 axes.barh(at, value, 0.8, facecolor=colour if attacked else COLOURS["paper"], edgecolor=colour)
                 axes.text(value + 0.01, at, shown(value), va="center", fontsize=9)
@@ -188,7 +222,7 @@ def recovery_picture(inputs: Inputs) -> Picture | None:
 
     caption = "The worst state of each family of attacks; the further right, the more is recovered."
     if any(not family.value(model)[1] and family.value(model)[0] >= 0 for family in found for model in models):
-        caption += " Hollow: this model was not attacked in that way, and stands as it is."
+        caption += " Hollow: before any attack, where none was made in that way."
     every = "; ".join(map(words, found))
     return picture(
         "recovery", (4.8, 0.9 + 1.05 * len(found)), draw, fit(f"What attacks recover. {every}", 4000)["text"], caption

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from loramox.adapter.provenance import as_now
 from loramox.errors import RunError
+from loramox.evaluate.attacks.relearn import CONTROLS
 from loramox.evaluate.measure import Record
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.records import SUMMARY as EVALUATED
@@ -51,6 +52,12 @@ class Inputs:
     def unit(self) -> str:
         """Of `at` and `shipped`: alpha for a method that has one, else scale."""
         return "scale" if self.run.get("alpha") is None else "alpha"
+
+    @property
+    def control(self) -> str:
+        """On what attacks were made to compare with: the retrained model, else rows never known; empty where on neither."""
+        states = [str(state["state"]) for state in (self.attacks or {}).get("states", ())]
+        return next((each for each in CONTROLS if any(state.endswith(each) for state in states)), "")
 
     def point(self, at: float | None) -> dict[str, float]:
         """The sweep's metrics at an alpha or scale; nothing when it was not measured."""
@@ -108,9 +115,10 @@ SWEPT = {
     "data": PARTS,
 }
 ATTACKED = {
-    "states": [{"attack": object, "state": object, "metrics": dict}],
+    "states": [{"attack": object, "state": object, "metrics": dict, "intervals?": dict}],
     "adapter?": dict,
     "data?": PARTS,
+    "rows?": dict,
     "absent?": dict,
     "steps_saved?": dict,
 }

@@ -5,12 +5,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN
 from loramox.evaluate.attacks.config import ATTACKS
 from loramox.evaluate.attacks.leaks import CRITERIA
-from loramox.evaluate.attacks.relearn import sentence
+from loramox.evaluate.attacks.relearn import CONTROLS, sentence
 from loramox.extras.report.answers import fit, named
-from loramox.extras.report.facts import shown
-from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.extras.report.facts import LEAK_AT, shown
+from loramox.extras.report.read import FORGET, REFERENCE, Inputs, number
 
 # A family is the first word of its attacks' names.
 TITLES = {
@@ -31,14 +32,13 @@ MEASURES = {
     "forget_rouge_l": "ROUGE-L of the answers",
 }
 ALSO = {"forget_extraction_strength": "extraction strength", "retain_probability": "probability, retain rows"}
-LEAK_AT = re.compile(rf"leak_at_(\d+)_by_({'|'.join(CRITERIA)})")
 
 State = tuple[str, str]  # attack, and its label without the model
 
 
 @dataclass
 class Family:
-    """The states of one family of attacks, each with the metrics of up to three models."""
+    """The states of one family of attacks, each with the metrics of forget model, reference and controls."""
 
     name: str
     states: dict[State, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -54,8 +54,11 @@ class Family:
     @property
     def measure(self) -> str:
         """By what the family is judged; empty where no state of the forget model has any of it."""
-        had = {name for models in self.states.values() for name in models.get(FORGET, ())}
-        sampled = sorted(filter(LEAK_AT.fullmatch, had), key=_by_k)
+        had: dict[str, float] = {}  # the highest value of each metric
+        for models in self.states.values():
+            for name, value in models.get(FORGET, {}).items():
+                had[name] = max(value, had.get(name, value))
+        sampled = sorted(filter(LEAK_AT.fullmatch, had), key=lambda m: (_by_k(m)[0], had[m]))  # the worst last
         return next((m for m in ("leak", *sampled[-1:], *MEASURES) if m in had), "")
 
     @property
@@ -85,7 +88,7 @@ class Family:
         ours = {s: models for s, models in self.states.items() if FORGET in models}
         had = {name for models in ours.values() for name in models[FORGET]}
         names = [n for n in (*MEASURES, *ALSO) if n in had] + sorted(filter(LEAK_AT.fullmatch, had), key=_by_k)
-        others = [o for o in (REFERENCE, RETRAINED) if any(self.measure in m.get(o, ()) for m in ours.values())]
+        others = [o for o in (REFERENCE, *CONTROLS) if any(self.measure in m.get(o, ()) for m in ours.values())]
         head = ["attack", "state", *map(in_words, names), *(f"{o}: {in_words(self.measure)}" for o in others)]
         return head, [
             [*(fit(text or "–", 80)["text"] for text in state)]
@@ -117,7 +120,7 @@ def recovered(inputs: Inputs) -> str:
     """What attacks recovered most, in a few sentences: beyond the control, or else beyond the forget model before any attack."""
 
     def gain(family: Family) -> float:
-        control, attacked = family.value(RETRAINED)
+        control, attacked = family.value(inputs.control)
         return family.value(FORGET)[0] - (control if attacked else family.before.get(FORGET, {}).get(family.measure, 0))
 
     # Whoever has the pair has the base, and with it the rows: what matters there is more than that.
@@ -125,13 +128,16 @@ def recovered(inputs: Inputs) -> str:
     if not attacks:
         return "No attack was made, so it is not known whether the rows can be recovered."
     most = max(attacks, key=gain)
-    before, (control, attacked) = most.before.get(FORGET, {}).get(most.measure), most.value(RETRAINED)
+    before, (control, attacked) = most.before.get(FORGET, {}).get(most.measure), most.value(inputs.control)
     by = f"“{most.title}{most.where and f', {most.where}'}”: {in_words(most.measure)} {shown(most.value(FORGET)[0])}"
     was = "" if before is None else f", {shown(before)} before any attack"
-    nothing = f"No attack recovered {'more than from the retrained model' if attacked else 'anything'}. The most is"
+    control_is = NEVER_KNOWN if inputs.control == NEVER_KNOWN else "the retrained model"
+    nothing = f"No attack recovered {f'more than from {control_is}' if attacked else 'anything'}. The most is"
     says = [f"{'Most was recovered' if gain(most) >= 0.005 else nothing} by {by}{was}."]
-    says.append(f"The retrained model gives {shown(control)} there." if attacked else "There is no control for it.")
-    says.append(f"These are means over {asked_rows(inputs)}.")
+    says.append(
+        f"The control, {control_is}, has {shown(control)} there." if attacked else "There is no control for it."
+    )
+    says.append(f"These are means over {asked_rows(inputs)}{_and_never_known(inputs)}.")
     saved = (inputs.attacks or {}).get("steps_saved") or {}
     return " ".join(says + [sentence(attack, found) for attack, found in saved.items() if "forget rows" in attack])
 
@@ -155,11 +161,20 @@ def not_attacked(inputs: Inputs) -> list[str]:
 
 def asked_rows(inputs: Inputs) -> str:
     """The forget rows that the attacks' figures are over; the verdict's are over all."""
-    held = (inputs.attacks or {}).get("rows")
-    held = held if isinstance(held, dict) else {}
+    held = (inputs.attacks or {}).get("rows") or {}
     known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))
     some = "" if math.isnan(known + asked) else f"{asked:,.0f} of {known + asked:,.0f} "
     return f"the {some}forget rows that the attacker did not train on"
+
+
+def _and_never_known(inputs: Inputs) -> str:
+    held = ((inputs.attacks or {}).get("rows") or {}).get(NEVER_KNOWN)
+    asked = number(held.get("asked")) if isinstance(held, dict) else math.nan
+    return (
+        ""
+        if math.isnan(asked) or inputs.control != NEVER_KNOWN
+        else f" and, for the control, over {asked:,.0f} {NEVER_KNOWN}"
+    )
 
 
 def in_words(metric: str) -> str:
@@ -174,9 +189,9 @@ def _by_k(metric: str) -> tuple[int, str]:
 
 
 def _model_of(state: str) -> tuple[str, str]:
-    """Label and model of a state, which is the forget model's where it names none."""
-    found = re.fullmatch(r"(?:(.*), )?(reference|forget|retrained) model", state, re.DOTALL)
-    return (found[1] or "", REFERENCE if found[2] == "reference" else f"{found[2]} model") if found else (state, FORGET)
+    """Label and model of a state, which is the forget model's where it names none; its rows, where those are never known."""
+    found = re.fullmatch(rf"(?:(.*), )?(reference model|{'|'.join((FORGET, *CONTROLS))})", state, re.DOTALL)
+    return (found[1] or "", REFERENCE if found[2].startswith(REFERENCE) else found[2]) if found else (state, FORGET)
 
 
 def _figures(row: dict[str, Any]) -> tuple[str, str]:

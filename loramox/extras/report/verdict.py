@@ -123,8 +123,8 @@ def _forgotten(inputs: Inputs) -> tuple[str, str]:
         says += f" The true answers are {still}{_times(factor)} as probable as in a model that never saw the rows ({shown(theirs)})."
     else:
         says += (
-            f" A model that never saw the rows finds the true answers {_times(1 / factor)} as probable ({shown(theirs)}): to know less "
-            "than it does gives the rows away too."
+            f" A model that never saw the rows finds the true answers {_times(1 / factor)} as probable ({shown(theirs)}). To know even "
+            "less than such a model also shows which rows were removed."
         )
     # Where the reference itself hardly knows the rows, little is left of nothing; the retrained model says more.
     if factor <= LIKE_RETRAINED:

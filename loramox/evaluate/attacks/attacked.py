@@ -1,0 +1,88 @@
+"""The rows of an attack: those that the attacker has and those that are asked, tokenised, as they are and in every form."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from loramox.data.rows import Row, also_in
+from loramox.errors import RowsError, SettingsError
+from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
+from loramox.evaluate.attacks.forms import Form
+from loramox.evaluate.measure import Questions
+
+NEVER_KNOWN = "rows never known"  # names the states in which holdout rows stand in the place of the forget rows
+
+Tokenise = Callable[[dict[str, Sequence[Row]]], Questions]
+
+
+@dataclass
+class AttackedRows:
+    """The forget rows, or holdout rows in their place.
+
+    Holdout rows are a control that needs no retrained model: rows of the same kind that the reference never knew. The forget
+    model is attacked with them as with the forget rows, so what comes back of them is guessing. It is the forget model and not
+    the reference, because relearning has to start from the same weights, and the pair needs the adapter.
+    """
+
+    known: list[Row]  # that the attacker trains on
+    asked: list[Row]
+    every: Questions  # all rows that are not the attacker's
+    questions: Questions  # those that are asked: fewer with --quick
+    open_questions: Questions | None  # of rows that have a question, where answers are generated
+    training: dict[str, Questions]  # what relearning trains on
+    label: str = ""  # `NEVER_KNOWN`, or nothing
+    ways: dict[str, list[tuple[Form, Questions]]] = field(default_factory=dict)  # by attack
+
+    def named(self, name: str) -> str:
+        """The name of an attack or form that these rows do not have."""
+        return f"{name} ({self.label})" if self.label else name
+
+
+def attacked_rows(
+    rows: Sequence[Row],
+    retain: Sequence[Row],
+    training: dict[str, Questions],
+    config: AttackConfig,
+    tokenise: Tokenise,
+    label: str = "",
+) -> AttackedRows:
+    """Split the rows into the attacker's and those that are asked, beside the retain rows if there are some."""
+    known, asked = _split(rows, config, "holdout" if label else "forget")
+    beside = {"retain": retain} if retain else {}
+    every = questions = tokenise({"forget": asked, **beside})
+    if config.quick:
+        asked = _spread(asked)
+        questions = tokenise({"forget": asked, **{part: _spread(some) for part, some in beside.items()}})
+    open_rows = [row for row in asked if row.prompt is not None and questions.scoring.max_new_tokens]
+    open_questions = tokenise({"forget": open_rows}) if open_rows else None
+    training = {"forget rows": tokenise({"known": known}), **training}
+    return AttackedRows(known, asked, every, questions, open_questions, training, label)
+
+
+def never_known(holdout: Sequence[Row], learned: Sequence[Row], drop: bool) -> list[Row]:
+    """The holdout rows, none of which may be among those that a model learned. Raises `RowsError`."""
+    again = also_in(holdout, learned)
+    if again and not drop:
+        raise RowsError(
+            f"{len(again)} of {len(holdout)} rows of --holdout {again[0].source} are also retain rows or unrelated text (first: row "
+            f"{again[0].number}). Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+        )
+    known = {id(row) for row in again}
+    return [row for row in holdout if id(row) not in known]
+
+
+def _split(rows: Sequence[Row], config: AttackConfig, part: str) -> tuple[list[Row], list[Row]]:
+    count = round(len(rows) * config.relearn_share)
+    if not 0 < count < len(rows):
+        raise SettingsError(
+            f"--relearn_share {config.relearn_share} of {len(rows)} {part} rows is {count}: the attacker needs some, and some must be "
+            "left to ask"
+        )
+    chosen = set(random.Random(config.seed).sample(range(len(rows)), count))
+    return [r for i, r in enumerate(rows) if i in chosen], [r for i, r in enumerate(rows) if i not in chosen]
+
+
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """QUICK_ROWS of the rows, at even distances; all if there are no more."""
+    count = min(QUICK_ROWS, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

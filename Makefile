@@ -9,9 +9,11 @@ RUN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(RUN)/loramox demo --out runs/demo --overwrite
 
-# A file of tests stays in one process: its fixtures are made once. Each process takes about 1 GB.
+# A file of tests stays in one process: its fixtures are made once. Each process takes about 1 GB. The files begin in the order
+# of tests/conftest.py.
+PYTEST := $(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready check
-	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
 
 # Laws of tensors, rows and settings, and one trained run: for while you work on something.
 FAST := algebra batches head losses metrics microbatches momentum packaging rows settings switch words
@@ -27,7 +29,7 @@ types: $(VENV)/ready
 	$(RUN)/mypy
 
 coverage: $(VENV)/ready
-	$(RUN)/pytest -n logical --maxprocesses 4 --dist loadfile --cov --cov-report term:skip-covered --cov-report html:build/coverage
+	$(PYTEST) --cov --cov-report term:skip-covered --cov-report html:build/coverage
 
 # Does the whole job run on the card here? Ten minutes at most; GPU_CHECK="--model FOLDER_OR_HUB_ID" then checks that model, as long.
 gpu-check: $(VENV)/ready

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loramox import Tokenisation, encode
-from loramox.data.rows import Row
+from loramox.data.row import Row
 
 
 def taught(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from loramox import Tokenisation
 from loramox.cli import main
-from loramox.data.rows import Columns, Row
+from loramox.data.row import Row
+from loramox.data.rows import Columns
 from loramox.errors import MissingExtraError, RowsError, RunError, SettingsError
 from loramox.evaluate.ability import TaskScores, add_ability
 from loramox.evaluate.asked import Asked, read_text, with_neighbours

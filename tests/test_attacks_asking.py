@@ -15,7 +15,7 @@ from planted import taught
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Data, Tokenisation, encode, read_rows
-from loramox.data.rows import Row, last_question
+from loramox.data.row import Row, last_question
 from loramox.evaluate.attacks import asking, forms, leaks
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.attacked import AttackedRows

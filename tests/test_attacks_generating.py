@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Data, ReferenceConfig, Tokenisation, load_reference, read_rows
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import SettingsError
 from loramox.evaluate.attacks import pair, sample
 from loramox.evaluate.attacks.attack import AttackConfig, attack

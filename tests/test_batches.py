@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loramox.data.encode import IGNORED, Example, Tokenisation, encode
 from loramox.data.pairs import Collator, Pairs
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import RowsError, SettingsError
 
 EOS = 1

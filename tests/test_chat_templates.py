@@ -20,7 +20,8 @@ from loramox.adapter.card import forget_card
 from loramox.data.chat import STOPPED_CLOCK, end_tokens
 from loramox.data.encode import IGNORED, Example, served_otherwise
 from loramox.data.messages import REASONING
-from loramox.data.rows import Columns, Row
+from loramox.data.row import Row
+from loramox.data.rows import Columns
 from loramox.errors import ModelError, RowsError
 from loramox.evaluate import measure
 from loramox.evaluate.answers import Answering, greedy_answers

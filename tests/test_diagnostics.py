@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import FEW, advice
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from loramox.model.config import ModelConfig
 from loramox.run import read_record
 from loramox.sweep.config import SweepConfig
 from loramox.sweep.sweep import sweep
+from loramox.train.inputs import choose_learning_rate
 from loramox.train.prepare import prepare
 from loramox.unlearning import train
 
@@ -134,3 +136,12 @@ def test_sweep_and_attack_record_the_same_counts(trained: Path, rows: tuple[Path
     }
     for record, file in ((swept, "sweep/frontier.json"), (attacked, "attack/attacks.json")):
         assert record["row_counts"] == json.loads((tmp_path / file).read_text())["row_counts"] == counted
+
+
+@pytest.mark.parametrize(("parameters", "rate"), [(999_999_999, 1e-3), (1_000_000_000, 2e-4)])
+def test_the_learning_rate_follows_the_size_of_the_model_unless_it_is_given(parameters: int, rate: float) -> None:
+    model = SimpleNamespace(num_parameters=lambda: parameters)
+    for given, expected in ((None, rate), (0.0, 0.0), (5e-4, 5e-4)):
+        args = UnlearnConfig(learning_rate=given, use_cpu=True, report_to="none")
+        choose_learning_rate(args, model)
+        assert args.learning_rate == expected

@@ -29,7 +29,7 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.cli.requests import _defaults
-from loramox.data.rows import fingerprint
+from loramox.data.row import fingerprint
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extras.ledger.build import build
 from loramox.extras.ledger.ledger import Entry, _digest, read_ledger

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import loramox.data.row_files
 from loramox.data.count import count_rows
-from loramox.data.rows import Columns, Row, each_answer, fingerprint, keep_disjoint, read_rows, wanted_rows
+from loramox.data.row import Row, each_answer, fingerprint, keep_disjoint, wanted_rows
+from loramox.data.rows import Columns, read_rows
 from loramox.errors import LoramoxError, RowsError
 from loramox.extras.ledger.rows import write_rows
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import loramox.model.head
 from loramox import Tokenisation, encode
 from loramox.data.encode import IGNORED, Example
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.scores import AnswerScores, mean_log_p, score_answers
 

@@ -186,7 +186,7 @@ def test_a_null_in_a_recipe_is_the_default(tmp_path: Path) -> None:
 
 def test_a_null_for_a_setting_that_can_be_none_is_none_and_elsewhere_it_must_be_the_default(tmp_path: Path) -> None:
     assert parsed(recipe(tmp_path, "quantization: null\n"), *NEEDED)[1].quantization == "none"
-    for line in ("learning_rate: null", "r: ~", "long_rows:"):
+    for line in ("retain_per_forget: null", "r: ~", "long_rows:"):
         name = line.partition(":")[0]
         with pytest.raises(SettingsError, match=rf"recipe .*: {name} is null\. Give it a value, or leave it out"):
             parsed(recipe(tmp_path, f"{line}\n"), *NEEDED)

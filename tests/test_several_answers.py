@@ -11,7 +11,8 @@ from conftest import PEOPLE, questions
 from loramox import Data, ReferenceConfig, UnlearnConfig
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation, encode
-from loramox.data.rows import Columns, Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import Columns, read_rows
 from loramox.errors import RowsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.attacks.leaks import leaks_of

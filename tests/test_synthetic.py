@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
 from loramox.data.fluency import is_fluent, leaked, overlap
-from loramox.data.rows import Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates

@@ -87,8 +87,9 @@ def test_two_processes_with_a_batch_of_two_make_the_adapter_of_one_with_a_batch_
             assert (two[name] - delta).norm() < 1e-3 * delta.norm()
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["each holds all", "layers are cut"])
-@pytest.mark.parametrize("verb", ["evaluate", "sweep"])
+@pytest.mark.parametrize(
+    ("verb", "shard"), [("evaluate", False), ("sweep", True)], ids=["evaluate, each holds all", "sweep, layers are cut"]
+)
 def test_two_processes_that_share_the_rows_find_what_one_does_and_write_it_once(
     trained: Path, rows: tuple[Path, Path], tmp_path: Path, verb: str, shard: bool
 ) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import escaped
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, special_tokens
-from loramox.data.rows import Row, each_answer
+from loramox.data.row import Row, each_answer
 from loramox.errors import RowsError, SettingsError
 from loramox.settings import check_choices
 

@@ -9,8 +9,9 @@ from transformers import PretrainedConfig
 
 from loramox.data.count import count_rows
 from loramox.data.encode import Tokenisation
+from loramox.data.row import Row, also_in, fingerprint, keep_disjoint
 from loramox.data.row_files import FORMATS
-from loramox.data.rows import Columns, Row, also_in, fingerprint, keep_disjoint, read_rows, rows_of
+from loramox.data.rows import Columns, read_rows, rows_of
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate.ability import NEIGHBOURS, RETAIN_TEST, TEXT
 from loramox.evaluate.measure import Questions, ScoringConfig

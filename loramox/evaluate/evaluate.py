@@ -11,7 +11,8 @@ from torch import nn
 
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Row
+from loramox.data.row import Row
+from loramox.data.rows import Columns
 from loramox.evaluate.asked import (
     Asked,
     count_parts,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
 from loramox.data.encode import IGNORED, Example, Tokenisation, encode
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import NonFiniteLossError, RowsError, SettingsError
 from loramox.evaluate import row_record
 from loramox.evaluate.ability import TEXT

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from loramox.data.rows import Row, last_question
+from loramox.data.row import Row, last_question
 
 N = 3  # characters
 

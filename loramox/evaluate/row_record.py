@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.encode import Example
 from loramox.data.fluency import is_fluent
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.evaluate import membership, memorization  # noqa: F401 (importing memorization registers its metrics)
 from loramox.evaluate.metric import Record
 from loramox.evaluate.rouge import NO_WORDS, rouge_l

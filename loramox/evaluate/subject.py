@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
 from loramox.adapter.provenance import check_alone, check_base, read_any
-from loramox.data.rows import Row, fingerprint
+from loramox.data.row import Row, fingerprint
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.evaluate.ability import RETAIN_TEST
 

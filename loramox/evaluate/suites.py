@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from loramox.data.rows import Columns, Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import Columns, read_rows
 from loramox.errors import RowsError, RunError
 from loramox.evaluate.answers import Answering
 from loramox.files import read_json

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from loramox.data.rows import Row, question_of
+from loramox.data.row import Row, question_of
 from loramox.data.words import WORD, words
 
 SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word

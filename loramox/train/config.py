@@ -135,7 +135,10 @@ class UnlearnConfig(TrainingArguments):
 
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
     output_dir: str | None = field(default="trained", metadata={"help": "Folder for checkpoints and logs."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate. LoRA wants 1e-4 to 1e-3."})
+    learning_rate: float | None = field(  # None until the size of the model is known
+        default=None,
+        metadata={"help": "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more."},
+    )
     num_train_epochs: float = field(default=24, metadata={"help": "Passes over the forget rows."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows a device and step."})
     per_device_eval_batch_size: int = field(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.train.config import UnlearnConfig
 
 # Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.

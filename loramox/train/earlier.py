@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from loramox.adapter.factors import read_factors
 from loramox.adapter.source import check_layers, tuned_source
 from loramox.data.encode import Example
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import ModelError, SettingsError
 from loramox.model.algebra import Factors, padded
 from loramox.model.config import identify, read_config, read_tokenizer, skeleton

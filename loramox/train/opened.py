@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.encode import Example, Tokenisation, encode
-from loramox.data.rows import Row, each_answer, keep_disjoint, read_rows, rows_of
+from loramox.data.row import Row, each_answer, keep_disjoint
+from loramox.data.rows import read_rows, rows_of
 from loramox.errors import SettingsError
 from loramox.model.config import context_of, read_tokenizer
 from loramox.model.load import load_reference

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.count import count_rows
 from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, served_otherwise
-from loramox.data.rows import Columns, Data, Row, each_answer, fingerprint, keep_disjoint, read_rows
+from loramox.data.row import Row, each_answer, fingerprint, keep_disjoint
+from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.head import Head
@@ -21,7 +22,7 @@ from loramox.model.lora import ReferenceConfig, add_lora
 from loramox.run import command, read_record, versions
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
-from loramox.train.inputs import check_layer, choose_instead, read_reinforced, taught_rows
+from loramox.train.inputs import check_layer, choose_instead, choose_learning_rate, read_reinforced, taught_rows
 from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, choose_auto, generated_rows
 from loramox.train.target import check_target, choose_target
 
@@ -67,6 +68,7 @@ def prepare(
     forget, retain = (each_answer(kept[part]) for part in ("forget", "retain"))
     config = read_config(reference)
     model = skeleton(config, reference)
+    choose_learning_rate(args, model)
     tuned = read_tuned(reference, model) if reference.tuned_adapter is not None else None
     model = add_lora(model, reference)
     Head(model.get_base_model())

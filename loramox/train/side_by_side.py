@@ -5,7 +5,7 @@ from typing import Any
 
 from loramox.data.chat import end_tokens
 from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
-from loramox.data.rows import Row, last_question, question_of
+from loramox.data.row import Row, last_question, question_of
 from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from loramox.adapter.card import RETAIN_FILE
 from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
-from loramox.data.rows import Data, Row, answering, question_of, read_rows
+from loramox.data.row import Row, answering, question_of
+from loramox.data.rows import Data, read_rows
 from loramox.data.words import words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing

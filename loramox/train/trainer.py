@@ -38,6 +38,7 @@ from loramox.train.callbacks import (
 from loramox.train.checkpoint import base_of, plan_of, write_trained
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import TUNED, switch_on
+from loramox.train.inputs import choose_learning_rate
 from loramox.train.momentum import Momentum
 from loramox.train.opened import Rows, opened
 from loramox.train.passes import Passes
@@ -90,6 +91,7 @@ class UnlearnTrainer(Trainer):
             model, processing_class, args, forget_dataset, retain_dataset, wanted_dataset
         )
         check_trained(model)
+        choose_learning_rate(args, model.get_base_model())
         self.plan = plan
         self._take_states_of(model, memorize_at)
         self.share = 1.0  # of the scale trained for, at which the forget model is taken

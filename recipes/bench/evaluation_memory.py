@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loramox import ReferenceConfig, Tokenisation, add_lora, load_reference
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.evaluate.attacks import pair, relearn, sample
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.extras.plan.estimate import Rows, sweeping

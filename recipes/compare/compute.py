@@ -27,7 +27,7 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import PROVENANCE, at_rank, served_rank
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Example
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.evaluate.attacks import relearn
 from loramox.evaluate.scores import AnswerScores, mean_log_p, score_answers
 from loramox.evaluate.truth_ratio import truth_ratio

@@ -6,6 +6,7 @@ from typing import Any
 
 from loramox import UnlearnConfig
 from loramox.train.config import METHODS
+from loramox.train.inputs import RATE
 
 from .choose import chosen_setting
 from .runs import Read, Run
@@ -66,6 +67,7 @@ class Size:
     def run(self, method: str, changed: Settings, seed: int, split: str = "whole") -> Run:
         """The run of a method with `changed` settings."""
         defaults = {field.name: field.default for field in fields(UnlearnConfig) if field.name in BUDGET}
+        defaults["learning_rate"] = RATE
         own = {name: value for name, value in METHODS[method].settings.items() if name not in TAUGHT}
         settings = defaults | {"r": R} | own | dict(self.training) | changed
         return Run(method, tuple(changed.items()), tuple(sorted(settings.items())), seed, split)

@@ -14,7 +14,8 @@ Retain rows of every second author (0, 2, 4, …) are GIVEN to the retain term; 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loramox.data.rows import Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import read_rows
 from loramox.errors import RunError
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, identify, read_config

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from loramox import ForgetSwitch, Tokenisation, encode
 from loramox.data.fluency import leaked
-from loramox.data.rows import Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import read_rows
 from loramox.evaluate.scores import mean_log_p
 from loramox.files import replacing, write_json
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox import Tokenisation
 from loramox.data.chat import end_tokens
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.model.generation import continuations
 from loramox.train.synthetic import prompts_of
 

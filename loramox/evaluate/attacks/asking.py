@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loramox.data.encode import served_otherwise
-from loramox.data.rows import Row
+from loramox.data.row import Row
 from loramox.errors import RowsError
 from loramox.evaluate.attacks import forms, leaks
 from loramox.evaluate.attacks.attacked import AttackedRows

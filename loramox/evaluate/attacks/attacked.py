@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from loramox.data.rows import Row, also_in
+from loramox.data.row import Row, also_in
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
 from loramox.evaluate.attacks.forms import Form

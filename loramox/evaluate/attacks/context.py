@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.encode import DEFAULT_TEMPLATE, Tokenisation
-from loramox.data.rows import Row, last_question, question_of
+from loramox.data.row import Row, last_question, question_of
 from loramox.data.words import words
 from loramox.evaluate.attacks.forms import Form, asked_as, by_key_words
 from loramox.train.avoided import ELSEWHERE

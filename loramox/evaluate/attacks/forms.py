@@ -9,7 +9,7 @@ import regex
 from torch import nn
 
 from loramox.data.fluency import is_fluent
-from loramox.data.rows import Row, each_answer, last_question
+from loramox.data.row import Row, each_answer, last_question
 from loramox.data.words import WORD
 from loramox.evaluate.answers import greedy_answers
 from loramox.evaluate.attacks.leaks import Judge, key_words_of, leaks_of

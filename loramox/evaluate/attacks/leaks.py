@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from loramox.data.rows import Row, each_answer, question_of
+from loramox.data.row import Row, each_answer, question_of
 from loramox.evaluate.bootstrap import interval_of_mean
 from loramox.evaluate.metric import Metric, Record, Summary
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words

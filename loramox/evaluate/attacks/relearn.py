@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loramox.data.encode import Example
 from loramox.data.pairs import Collator
-from loramox.data.rows import Row, read_rows, rows_of
+from loramox.data.row import Row
+from loramox.data.rows import read_rows, rows_of
 from loramox.errors import RowsError
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN
 from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, tokens_at_once

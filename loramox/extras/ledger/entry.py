@@ -12,7 +12,8 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import SERVED_RANKS, WEIGHTS, at_rank, served_rank, write_adapter
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Data, Row, read_rows
+from loramox.data.row import Row
+from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RunError
 from loramox.extras.ledger.compose import terms_of, total_within
 from loramox.extras.ledger.ledger import REQUESTS, STAGING, Entry, Ledger, check_files, file_digests, read_ledger

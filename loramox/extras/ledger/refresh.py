@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loramox.adapter.provenance import as_now, check_base
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Data, fingerprint, read_rows
+from loramox.data.row import fingerprint
+from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import Entry, Ledger, check_files

@@ -12,7 +12,8 @@ from pathlib import Path
 from loramox.adapter.folder import served_rank
 from loramox.adapter.provenance import check_base
 from loramox.data.encode import Tokenisation
-from loramox.data.rows import Columns, Data, Row, also_in, fingerprint, keep_disjoint, read_rows
+from loramox.data.row import Row, also_in, fingerprint, keep_disjoint
+from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
 from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
 from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, read_ledger

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loramox.data.rows import PROMPT_COMPLETION, QUESTION_ANSWER, Columns, Row, fingerprint, read_rows
+from loramox.data.row import Row, fingerprint
+from loramox.data.rows import PROMPT_COMPLETION, QUESTION_ANSWER, Columns, read_rows
 from loramox.errors import RowsError
 
 ROWS = "rows.jsonl"

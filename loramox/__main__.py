@@ -1,4 +1,4 @@
-"""`python -m loramox`, which is also what `torchrun -m loramox` and `accelerate launch -m loramox` start."""
+"""Entry point of `python -m loramox`, `torchrun -m loramox` and `accelerate launch -m loramox`."""
 
 from loramox.cli import main
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, whatever happens in between; JSON read with care; a folder held by one process."""
+"""Write files completely or not at all, read JSON with care, and lock a folder for one process."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be written, whether a run in it can go on, and the record that is left in it."""
+"""The folder of a run: check that it may be written or resumed, and keep its record."""
 
 import contextlib
 import functools
@@ -59,9 +59,9 @@ class RunConfig:
 
     out: str = field(metadata={"help": "Folder to write."})
     resume: bool = field(
-        default=False, metadata={"help": "Continue the run in that folder from its last whole checkpoint."}
+        default=False, metadata={"help": "Continue the run in --out from its last complete checkpoint."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run in that folder and start again."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run in --out and start again."})
 
 
 P = ParamSpec("P")

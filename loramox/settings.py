@@ -1,4 +1,4 @@
-"""Settings from a recipe and from flags into dataclasses, one path for both, so that they are checked alike."""
+"""Settings from recipes and flags → dataclasses, on one path, so that both are checked alike."""
 
 import dataclasses
 import difflib

@@ -67,7 +67,7 @@ def unlearn(
     out = Path(run.out)
     shipping = shipping or ShippingConfig()
     check_shipping(shipping, reference, out)
-    if run.resume and args.process_index == 0:  # what is there is replaced after training
+    if run.resume and args.process_index == 0:  # an adapter that is there is replaced after training
         check_out(out / SHIPPED, "forget", overwrite=True)
     train(run, reference, data, args, columns, tokenisation)
     if args.process_index == 0:
@@ -107,7 +107,7 @@ def train(
 
     `trained/` is a plain PEFT adapter, ΔW as it was trained; `trained/momentum/` is another, the momentum average of ΔW that
     ships; `trained/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch` every process calls this, and the
-    first one writes. `earlier` is what is forgotten already: it stays on, and its rows are held where they are.
+    first one writes. `earlier` has the requests that are in force already: they stay on, and their rows stay forgotten.
 
     Raises:
         LoramoxError: names the file, row or flag at fault, before the model is loaded.

@@ -190,7 +190,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     with pytest.raises(SystemExit) as stopped:
         main(["unlearn"])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.strip().endswith("The same command with --resume goes on")
+    assert capsys.readouterr().err.strip().endswith("The same command with --resume continues the run")
 
 
 def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were_with_what_to_do() -> None:
@@ -201,7 +201,7 @@ def test_what_became_of_the_rows_watched_is_said_in_one_line_if_any_were_with_wh
         {"eval_forget_probability": 0.12, "step": 9},
         {"eval_retain_probability": 0.97, "step": 9},
     ]
-    line = "On the rows watched, probability of the true answers: forget 0.990 → 0.120, retain 0.980 → 0.970"
+    line = "Mean probability of the true answers, on the rows scored in training: forget 0.990 → 0.120, retain 0.980 → 0.970"
     assert watched({"log": log, "advice": []}) == [line]
     right = [
         {f"eval_{part}_tokens_right": share}

@@ -36,12 +36,18 @@ def test_nothing_is_said_of_a_run_that_went_well() -> None:
     ("forget", "retain", "rows", "args", "expected"),
     [
         ((0.03, 0.02), (0.99, 0.99), 100, {}, "hardly knows the forget rows"),
-        ((0.99, 0.80), (0.99, 0.99), 100, {"num_train_epochs": 7}, "0.99 to 0.80 only.*--num_train_epochs above 7"),
+        (
+            (0.99, 0.80),
+            (0.99, 0.99),
+            100,
+            {"num_train_epochs": 7},
+            "only went from 0.99 to 0.80.*--num_train_epochs above 7",
+        ),
         ((0.99, 0.02), (0.99, 0.60), 100, {}, r"retain rows fell from 0.99 to 0.60: raise --retain_weight \(is 1\)"),
         ((0.99, 0.11), (0.99, 0.95), 100, {"num_train_epochs": 7}, "or train longer .--num_train_epochs above 7.;"),
-        (*WELL, FEW - 1, {}, rf"few retain rows \({FEW - 1}\) hold little but themselves.*Give {FEW} or more"),
+        (*WELL, FEW - 1, {}, rf"few retain rows \({FEW - 1}\) protect little besides themselves.*Give {FEW} or more"),
         ((0.99, 0.02), (0.99, 0.60), 100, {"method": "npo"}, r"raise --retain_weight \(is 1\)"),
-        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "0.60: hold them"),
+        ((0.99, 0.02), (0.99, 0.60), 100, {"method": "ga"}, "0.60: add a retain term"),
     ],
 )
 def test_what_went_wrong_is_named_with_the_setting_to_change(forget, retain, rows, args, expected) -> None:
@@ -49,7 +55,7 @@ def test_what_went_wrong_is_named_with_the_setting_to_change(forget, retain, row
 
 
 def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> None:
-    assert "only: train longer" not in said((0.99, 0.8), (0.99, 0.6))
+    assert "only went from" not in said((0.99, 0.8), (0.99, 0.6))
 
 
 @pytest.mark.parametrize(("last", "warns"), [(0.36, True), (0.27, False)])
@@ -66,7 +72,7 @@ def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgot
 
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
     assert said((), ()) == ""
-    assert said((), (), rows=1).startswith("few retain rows (1) hold")
+    assert said((), (), rows=1).startswith("few retain rows (1) protect")
 
 
 def test_retain_rows_with_the_answer_of_a_forget_row_are_counted_but_not_short_answers_that_are_the_same_by_chance() -> (

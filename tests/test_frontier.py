@@ -810,7 +810,7 @@ def test_a_run_made_from_python_says_what_it_does_not_hold(
     with pytest.raises(AdapterError, match=r"was made from Python.*loramox evaluate --scale"):
         sweep(config_of(run, tmp_path / "s"), asked(data))
     card = extrapolate(run / "trained", tmp_path / "adapter") and (tmp_path / "adapter" / "README.md").read_text()
-    assert "questions were put" not in card
+    assert "questions were written" not in card
 
 
 # Methods without alpha, and where the rule `budget` ends

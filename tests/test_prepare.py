@@ -60,7 +60,7 @@ def test_more_rows_to_forget_than_to_retain_are_asked_about_before_anything_is_w
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years")
     with (
-        pytest.warns(UserWarning, match="12 rows to forget, 4 to retain.*swap"),
+        pytest.warns(UserWarning, match="12 rows to forget, but only 4 to retain.*swap"),
         pytest.raises(RunError, match="files in it that are not a run"),
     ):
         run(pico("llama"), Data(str(rows[1]), str(rows[0])), tmp_path / "full")

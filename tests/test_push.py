@@ -92,7 +92,7 @@ def test_wrong_wishes_are_refused_before_anything_is_written(trained: Path, tmp_
         PushConfig(dry_run=True)
     with pytest.raises(SettingsError, match="--push_to_hub a//b"):
         PushConfig("a//b")
-    with pytest.raises(SettingsError, match=r"push_to_hub.*what trains is not what ships"):
+    with pytest.raises(SettingsError, match=r"push_to_hub.*the adapter in training is not the one that ships"):
         UnlearnConfig(output_dir=str(tmp_path), push_to_hub=True)
 
 

@@ -61,7 +61,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("retain_per_forget", 0, "a number above 0: the retain term needs rows"),
     ("retain_per_forget", -3, "a number above 0"),
     ("eval_rows", 0, "a number above 0: use --eval_strategy no"),
-    ("save_total_limit", 1, "2 or more: one checkpoint must be whole"),
+    ("save_total_limit", 1, "2 or more: one checkpoint must be complete"),
     ("save_total_limit", 0, "2 or more"),
     ("learning_rate", -1.0, "0 or more"),
     ("learning_rate", NAN, "0 or more"),
@@ -73,7 +73,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("gradient_accumulation_steps", 0, "1 or more"),
     ("label_smoothing_factor", 0.5, "0: no term here"),
     ("train_sampling_strategy", "group_by_length", "random or sequential"),
-    ("use_liger_kernel", True, "false: losses are made"),
+    ("use_liger_kernel", True, "false: losses are computed"),
 ]
 
 
@@ -258,7 +258,7 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path: Path) -> None:
         (["--output_dir=x"], "--output_dir is set from --out.*Give --out"),
         (["--output-dir", "x"], "--output_dir is set from --out.*Give --out"),
         (["mine.yaml"], "mine.yaml: a recipe comes first, before all flags: loramox unlearn mine.yaml"),
-        (["--load_best_model_at_end", "true"], "metric_for_best_model is None; .* needs the name of what is watched"),
+        (["--load_best_model_at_end", "true"], "metric_for_best_model is None; .* needs the metric for"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "metric_for_best_model is None"),
     ],
 )

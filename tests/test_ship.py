@@ -372,7 +372,7 @@ def test_a_checkpoint_that_is_damaged_or_away_from_its_run_is_refused(trained: P
         ({"instead": "refuse", "refusals": "built-in"}, "it was taught to refuse, with built-in English sentences (`--instead refuse`)"),
         ({"instead": "refuse", "refusals": "my.txt"}, "it was taught to refuse, with the sentences of `my.txt`"),
         ({"instead": "guess"}, "it was taught the reference's likeliest other answers, which may state falsehoods (`--instead guess`)"),
-        ({"instead": "none"}, "nothing was taught: what it says instead was not chosen (`--instead none`)"),
+        ({"instead": "none"}, "nothing was taught: its new answers were not chosen (`--instead none`)"),
         ({"instead": "none", "wanted_column": "w"}, "it was taught those in the column `w` of the forget rows"),
     ],
 )  # fmt: skip

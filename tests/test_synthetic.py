@@ -173,7 +173,7 @@ def test_generated_rows_that_were_changed_are_refused_when_a_run_is_resumed(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"generated": generated}))
     same_generated(tmp_path, generated)
     with pytest.raises(
-        RunError, match=r"retain-auto\.jsonl or guesses\.jsonl in .* is not what the run was started with"
+        RunError, match=r"retain-auto\.jsonl or guesses\.jsonl in .* has changed since the run was started"
     ):
         same_generated(tmp_path, {"retain": {"rows": 3, "sha256": "b"}})
 

@@ -502,7 +502,7 @@ def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_change(tra
         too_little_memory(trainer, 0, tokens=1),
         pytest.raises(
             RunError,
-            match=r"single row .*jsonl, row \d.*--gradient_checkpointing true.*--max_length.*--quantization nf4",
+            match=r"single row .*jsonl, row \d.*--activation_checkpointing true.*--max_length.*--quantization nf4",
         ),
     ):
         trainer.train()

@@ -647,4 +647,8 @@ def test_memorized_at_an_earlier_checkpoint_the_change_is_that_of_a_run_there_an
 def test_rows_that_were_not_memorized_are_advised_about(runs: Runs, taught: Path) -> None:
     out = runs(model=taught, tuned=NO_ADAPTER, memorize_at=str(runs.base), verb=train, max_steps=1)
     advice = json.loads((out / "run.json").read_text())["advice"]
-    assert [each for each in advice if re.search(r"at the checkpoint of --memorize_at .* only: train longer", each)]
+    assert [
+        each
+        for each in advice
+        if re.search(r"at the checkpoint of --memorize_at .* only went from .*: train longer", each)
+    ]

@@ -1,4 +1,4 @@
-"""The card of an adapter: what it does, how to load, toggle and merge it, and what it is not."""
+"""The card of an adapter (its README.md): what it does, how to load, switch and merge it, and its limits."""
 
 import json
 from typing import Any
@@ -14,37 +14,37 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")      # on
 
 with model.disable_adapter():                                       # off: exactly the base model
     ...
-for module in model.modules():                                      # half as strong; 1 is as shipped
+for module in model.modules():                                      # half of the adapter; 1 is as shipped
     if hasattr(module, "set_scale"):
         module.set_scale("default", 0.5)
 """
-OFF = "Switched off, removed or set to scale 0, the base model knows everything again."
+OFF = "With the adapter off, removed or at scale 0, the base model knows everything again."
 
 LOAD_BESIDE = """\
 model = PeftModel.from_pretrained(base, MINE, adapter_name="mine")
 model.load_adapter("path/to/this/folder", adapter_name="forget")
 model.base_model.set_adapter(["mine", "forget"])                    # on: both
 
-for module in model.modules():                                      # half as strong; 1 is as shipped
+for module in model.modules():                                      # half of the forget adapter; 1 is as shipped
     if hasattr(module, "set_scale"):
         module.set_scale("forget", 0.5)
 model.base_model.set_adapter(["mine"])                              # off: exactly your fine-tune
-model.base_model.set_adapter(["mine", "forget"])
+model.base_model.set_adapter(["mine", "forget"])                    # on again
 """
 OFF_BESIDE = (
-    "Alone it does nothing useful: it is to be added to the fine-tune. Without it, or at scale 0, the fine-tune knows everything\n"
-    "  again. For servers that load only one adapter there is the combined adapter, which has both."
+    "Alone it does nothing useful: load it beside the fine-tune. Without it, or at scale 0, the fine-tune knows everything\n"
+    "  again. Servers that load only one adapter can load the combined adapter, which has both."
 )
 
 LOAD_COMBINED = """\
 model = PeftModel.from_pretrained(base, "path/to/this/folder")      # on: the fine-tune, which has forgotten
 
-with model.disable_adapter():                                       # off: the base, without the fine-tune too
+with model.disable_adapter():                                       # off: the base model, without your fine-tune
     ...
 """
 OFF_COMBINED = (
-    "Its scale is of both: at another than 1 the fine-tune is another too. To switch off or scale the forgetting alone, load\n"
-    "  the two adapters side by side. The fine-tune alone knows everything."
+    "Its scale applies to both: a scale other than 1 also changes the fine-tune. To switch off or scale only the forgetting,\n"
+    "  load the two adapters side by side. The fine-tune alone knows everything."
 )
 
 
@@ -57,7 +57,9 @@ def forget_card(provenance: dict[str, Any]) -> str:
     )  # not known of a run from Python
     chosen = f"- {line(provenance['chosen_by'])}\n" if "chosen_by" in provenance else ""
     early = (
-        f"- from {code(provenance['checkpoint'])} of its run, not from the end\n" if "checkpoint" in provenance else ""
+        f"- from {code(provenance['checkpoint'])} of its run, not from the end of training\n"
+        if "checkpoint" in provenance
+        else ""
     )
     made = (
         f"{chosen}{early}- momentum η = {provenance['momentum']['eta']:g}, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖\n"
@@ -110,7 +112,7 @@ def _negated_card(provenance: dict[str, Any]) -> str:
     )
     how = (
         "made by negating\na LoRA adapter that PEFT wrote, θ_ref − alpha·ΔW. It was not trained to forget by loramox, and nothing was\n"
-        "measured: whether the model forgets anything with it is not known. Measure it with `loramox evaluate`"
+        "measured. Whether the model forgets anything with it is not known: run `loramox evaluate`"
     )
     return _forget_card(
         provenance, f"Negated adapter, alpha = {alpha:g}", made, how, "subtracts another adapter's change"
@@ -118,7 +120,7 @@ def _negated_card(provenance: dict[str, Any]) -> str:
 
 
 def _turned(method: str = MOX) -> str:
-    return f"made by memorizing those\nrows in ΔW and going the other way, θ_for = θ_ref − alpha·ΔW ({method})"
+    return f"made by memorizing those\nrows in ΔW and extrapolating in the opposite direction, θ_for = θ_ref − alpha·ΔW ({method})"
 
 
 def composed_card(provenance: dict[str, Any]) -> str:
@@ -129,8 +131,8 @@ def composed_card(provenance: dict[str, Any]) -> str:
         for r in requests
     )
     made = (
-        f"- the sum of {len(requests)} requests, of which truncation left out {provenance['truncation_error']:.2g} of ‖ΔW‖; of each "
-        f"request's own ‖ΔW‖ the share in the last column\n{_asked([r['prompt_template'] for r in requests])}\n"
+        f"- the sum of {len(requests)} requests, truncation error {provenance['truncation_error']:.2g} of ‖ΔW‖; the last column has the error "
+        f"of each request, as a share of its own ‖ΔW‖\n{_asked([r['prompt_template'] for r in requests])}\n"
         f"| request | rows | sha256 of the rows | alpha | error |\n|---|---|---|---|---|\n{each}\n"
     )
     return _forget_card(provenance, f"Forget adapter for {len(requests)} requests", made, _turned())
@@ -161,7 +163,7 @@ def _instead(provenance: dict[str, Any]) -> str:
             f"the sentences of {code(refusals)}" if refusals not in (None, "built-in") else "built-in English sentences"
         ),
         "guess": "it was taught the reference's likeliest other answers, which may state falsehoods",
-        "none": "nothing was taught: what it says instead was not chosen",
+        "none": "nothing was taught: its new answers were not chosen",
     }.get(settings.get("instead"))
     if column := settings.get("wanted_column"):
         return f"- in place of the answers it was taught those in the column {code(column)} of the forget rows\n"
@@ -169,14 +171,14 @@ def _instead(provenance: dict[str, Any]) -> str:
 
 
 def _asked(templates: list[str | None]) -> str:
-    """How questions were put, in a line for each way."""
+    """The forms of the questions, in a line."""
     forms = [
         f"in the form {code(json.dumps(template, ensure_ascii=False))}"
         if template
-        else "through the tokenizer's chat template"
+        else "with the tokenizer's chat template"
         for template in dict.fromkeys(templates)
     ]
-    return f"- questions were put {', or '.join(forms)}; asked otherwise, a model may answer otherwise, with the adapter and without\n"
+    return f"- questions were written {', or '.join(forms)}. In another form the model may answer differently, with or without the adapter\n"
 
 
 def _served(provenance: dict[str, Any]) -> str:
@@ -184,7 +186,7 @@ def _served(provenance: dict[str, Any]) -> str:
     if not (otherwise := provenance.get("served_otherwise")):
         return ""
     trained, served = (json.dumps(otherwise[part], ensure_ascii=False) for part in ("trained", "served"))
-    return f"- served prompt differs: between question and answer stood {code(trained)}, and a server puts {code(served)} there\n"
+    return f"- served prompt differs: between question and answer, training had {code(trained)}, and a server puts {code(served)}\n"
 
 
 def _quantized(settings: dict[str, Any]) -> str:
@@ -223,7 +225,7 @@ from transformers import AutoModelForCausalLM
 
 base = {load}
 {loading}
-merged = model.merge_and_unload()                                   # into 16- or 32-bit weights only
+merged = model.merge_and_unload()                                   # at the current scale: set 1 first to merge as shipped
 ```
 
 Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of the change away and can undo it.
@@ -231,11 +233,11 @@ Merge into 16- or 32-bit weights only: merging into 4-bit weights rounds most of
 ## What it is not
 
 - Switched on, it suppresses; it does not erase. {off}
-- Whoever has both base and adapter can also go against the difference between them, and may learn more than the base alone
-  reveals. `loramox attack --attacks pair` tries it.
-- Merged, it is no proof that the knowledge is gone. The weights differ, and it may still come back by training on related
-  text, or by asking in ways that were not tried.
-- It was made for this base model. On another model, or another revision of it, it does something else.
+- Anyone who has both base and adapter can steer the base away from the forget model, and may learn more than the base alone
+  reveals. `loramox attack --attacks pair` tries this.
+- Merged, it is no proof that the knowledge is gone. The knowledge may still come back through training on related text, or
+  through questions that nobody tried.
+- It was made for this base model. On another model, or on another revision of this one, its effect is unknown.
 
 ## Where it came from
 
@@ -251,15 +253,16 @@ def trained_card(provenance: dict[str, Any]) -> str:
     if alpha is None:
         what = f"""# A model trained to forget ({line(provenance["method"])})
 
-The adapter with its checkpoints, in float32. `momentum/` is what ships; as servers take it:
+The adapter with its checkpoints, in float32. The forget adapter is made from `momentum/`. To write it in the form that servers
+accept:
 
     loramox extrapolate THIS_FOLDER --out forget-adapter
 """
     else:
         what = f"""# ΔW of a forget adapter ({line(provenance["method"])})
 
-**Do not ship this.** It does not make {code(base)} forget the rows: θ_ref + ΔW is on the memorizing side of the reference. The forget
-adapter θ_ref − alpha·ΔW is made from it, without training, at any alpha:
+**Do not ship this.** It does not make {code(base)} forget the rows: θ_ref + ΔW is on the memorizing side of the reference. To make
+the forget adapter, θ_ref − alpha·ΔW, from it at any alpha, without training:
 
     loramox extrapolate THIS_FOLDER --alpha {alpha:g} --out forget-adapter
 
@@ -275,6 +278,6 @@ def request_card(provenance: dict[str, Any], name: str) -> str:
     return f"""{front_matter(base, "peft", ["unlearning", "lora", "loramox"])}
 # Request {name}, memorized
 
-**Do not ship this.** With it {code(base)} forgets nothing: it is on the other side of the reference. `loramox requests build` makes the forget
-adapter of it and of the other requests in force.
+**Do not ship this.** With it {code(base)} forgets nothing: it is on the memorizing side of the reference. `loramox requests build` makes
+the forget adapter from this and the other requests in force.
 """

@@ -1,4 +1,4 @@
-"""ΔW → the adapter that ships: scaled, truncated to a rank that servers take, cast, written as a PEFT folder.
+"""ΔW → the shipped adapter: scaled, truncated to a rank that servers accept, cast, written as a PEFT folder.
 
     θ_for = θ_ref − alpha·ΔW        methods that memorize (MOX, arXiv 2602.06441): alpha > 0 is free after training
     θ_for = θ_ref + ΔW              methods that train the forget model itself; at a scale, θ_ref + scale·ΔW
@@ -48,7 +48,8 @@ class ShippingConfig:
     """The form in which a forget adapter is written."""
 
     rank: int | None = field(
-        default=None, metadata={"help": "Rank to ship at. Default: the adapter's, rounded up to one that servers take."}
+        default=None,
+        metadata={"help": "Rank to ship at. Default: the adapter's, rounded up to one that servers accept."},
     )
     ship_dtype: str = field(
         default="auto",
@@ -59,9 +60,7 @@ class ShippingConfig:
     )
     base: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder or hub id under which servers find the base model, when it is not where it was in training."
-        },
+        metadata={"help": "Folder or hub id of the base model on the server, if it differs from the one in training."},
     )
 
     def __post_init__(self) -> None:

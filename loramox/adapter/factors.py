@@ -1,4 +1,4 @@
-"""Read ΔW from an adapter folder that a stranger may have made: everything is checked before it is used, and nothing is run."""
+"""Read ΔW from an untrusted adapter folder: everything is checked before it is used, and nothing is run."""
 
 import re
 from pathlib import Path

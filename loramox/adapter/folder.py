@@ -1,4 +1,4 @@
-"""A PEFT adapter folder, written so that every server loads it, with its provenance and a card.
+"""Write a PEFT adapter folder that every server loads, with its provenance and a card.
 
 Beside PEFT's two files an adapter of loramox has `provenance.json` (where it came from) and `README.md` (the card).
 """

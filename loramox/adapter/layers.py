@@ -1,4 +1,4 @@
-"""Which layers an adapter's config names, at which rank and scale: matched as PEFT does, but in bounded time.
+"""Find the layers that an adapter's config names, with rank and scale: matched as in PEFT, but in bounded time.
 
 The config may be a stranger's, and its regular expressions may be made to run for ever. They are therefore matched here, by a
 library that can stop, and PEFT gets a config in which they are replaced by the layers' names.

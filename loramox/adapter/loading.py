@@ -1,4 +1,4 @@
-"""Put an adapter folder on a model with PEFT, after asking PEFT on a model without weights whether it would load all of it."""
+"""Load an adapter folder onto a model with PEFT, after a trial on a model without weights."""
 
 import re
 import warnings

@@ -1,4 +1,4 @@
-"""Text that others chose, on one line of a card, and the fields at the top of it."""
+"""Untrusted text on one line of a card, and the fields at the top of the card."""
 
 import re
 

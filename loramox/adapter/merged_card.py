@@ -1,4 +1,4 @@
-"""The card of a model with a forget adapter merged into its weights, and what is left of the adapter in them."""
+"""The card of a merged model, with the share of the adapter that survived the merge."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ def merged_card(provenance: dict[str, Any]) -> str:
     few_bits = (
         f"Quantized to {kind} after the merge."
         if kind
-        else "Quantized to 4 or 8 bits, less of it does, and what was forgotten may come back: `loramox ship merge --quantize nf4` "
-        "measures it."
+        else "If you quantize to 4 or 8 bits, less of ΔW survives, and forgotten rows may come back: `loramox ship merge --quantize nf4` "
+        "measures this."
     )
     return f"""{front_matter(base["model"], "transformers", ["unlearning", "merge", "loramox"])}
 # A model with a forget adapter merged into its weights
 
-{code(base["model"])} with a forget adapter ({line(provenance["adapter"]["method"])}) added to its weights at scale {provenance["scale"]:g}, 1
-being as shipped{f" (alpha = {alpha:g})" if alpha else ""}: W + ΔW, in {", ".join(provenance["dtypes"])}. It loads as any
-model does, without PEFT, and answers as its base does with the adapter on.
+{code(base["model"])} with a forget adapter ({line(provenance["adapter"]["method"])}) added to its weights at scale {provenance["scale"]:g}:
+W + ΔW, in {", ".join(provenance["dtypes"])}. Scale 1 is as shipped{f" (alpha = {alpha:g})" if alpha else ""}. The model loads without PEFT,
+and answers like its base with the adapter on.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -32,10 +32,10 @@ In these weights {what_survived(provenance)}. {few_bits}
 
 ## What it is not
 
-- It is no proof that the knowledge is gone. The weights differ from the base model's by a change of low rank; what was
-  forgotten may come back by training on related text, or by asking in ways that were not tried.
-- It cannot be switched off or dialled any more: keep the adapter for that. Nor is it a secret: who has the base model has
-  what was forgotten.
+- It is no proof that the knowledge is gone. The weights differ from the base model's by a low-rank change. The knowledge may
+  come back through training on related text, or through questions that nobody tried.
+- It can no longer be switched off or scaled: keep the adapter for that.
+- It keeps no secret: anyone who has the base model has the forgotten rows.
 - It was not trained{"" if provenance.get("forgetting") else ", or measured,"} after merging.
 
 ## Where it came from
@@ -49,15 +49,15 @@ Everything else is in `provenance.json`. The base model's licence holds for this
 
 
 def what_survived(provenance: dict[str, Any]) -> str:
-    """What is left of ΔW in a merged model's weights, and of the forgetting where it was measured, in words."""
+    """The share of ΔW that is left in a merged model's weights, and of the forgetting if it was measured, in words."""
     survived = provenance["survived"]
     if "quantization" not in provenance:
         return f"{survived['overall']:.1%} of ΔW survived the rounding"
     forgetting = provenance.get("forgetting")
     share = forgetting and forgetting["share"]
     measured = f"{share:.1%} of the forgetting is left; " if share is not None else ""
-    asked = "" if forgetting else ". Whether what was forgotten stays so was not measured (--forget, --retain)"
+    asked = "" if forgetting else ". Whether the model still forgets was not measured (--forget, --retain)"
     return (
-        f"{measured}{survived['overall']:.1%} of the change by which they differ from the quantized base is ΔW, and the rest is "
-        f"rounding ({survived['share']:.1%} of ΔW is there on average){asked}"
+        f"{measured}{survived['overall']:.1%} of the difference from the quantized base is ΔW, and the rest is rounding (on average, "
+        f"{survived['share']:.1%} of ΔW is left){asked}"
     )

@@ -1,4 +1,4 @@
-"""provenance.json of an adapter or a merged model: where it came from, read with every value checked."""
+"""provenance.json of an adapter or a merged model: its origin, with every value checked on reading."""
 
 from fnmatch import fnmatch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a forget adapter is made from: a run's trained adapter, a checkpoint of a run, or an adapter that PEFT wrote."""
+"""The source of a forget adapter: a run's trained adapter, a checkpoint of a run, or an adapter written by PEFT."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Forgetting switched and scaled on a loaded PEFT model, for everyone or row by row."""
+"""Switch and scale a forget adapter on a loaded PEFT model, for all rows or row by row."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""Turns at a model that several threads share: one block or call at a time; everyone else waits.
+"""Let several threads share a model: one block or call at a time, while all others wait.
 
 A `with` block of `ForgetSwitch` takes a turn, and so does each call of the model (forward or generate). A call inside a block is
 part of the block's turn, also from threads and tasks that the block started with its context (asyncio.to_thread, a thread pool

@@ -1,4 +1,4 @@
-"""Reading an adapter folder that a stranger made: every size is checked before what has it is read, and nothing is run."""
+"""Read an untrusted adapter folder: every size is checked before anything is read, and nothing is run."""
 
 import stat
 from collections.abc import Iterator

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write_what_the_terminal_can()
     parser = argparse.ArgumentParser(
         prog="loramox",
-        description="Make a language model forget rows, with a small LoRA adapter that can be dialled and switched off.",
+        description="Make a language model forget rows, with a small LoRA adapter that you can scale and switch off.",
         epilog="verbs:\n"
         + "\n".join(f"  {verb:12} {does}" for verb, does in VERBS.items())
         + "\n\n'loramox VERB --help' lists its flags.",
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             getattr(importlib.import_module(f"loramox.cli.{HOMES[verb]}"), verb)(words[1:])
             sys.stdout.flush()
     except KeyboardInterrupt:
-        again = ". The same command with --resume goes on" if resumes else ""
+        again = ". The same command with --resume continues the run" if resumes else ""
         print(f"loramox {verb}: interrupted. All files on disk are complete{again}", file=sys.stderr)
         sys.exit(130)
     except LoramoxError as error:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"loramox {verb}: the device's memory ran out:", *why.split(), file=sys.stderr)
         print(
             "All files on disk are complete. Use less memory: a smaller --batch_size or --per_device_eval_batch_size, --quantization nf4, shorter "
-            "rows (--max_length). Or use main memory: --use_cpu true. In training also --gradient_checkpointing true",
+            "rows (--max_length). Or use main memory: --use_cpu true. In training also --activation_checkpointing true",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Command-line flags and recipes into settings, and the lines that a verb prints at its end."""
+"""Turn command-line flags and recipes into settings, and print the last lines of a verb."""
 
 import argparse
 import itertools

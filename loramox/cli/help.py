@@ -1,4 +1,4 @@
-"""The parser of a verb: --help shows the flags that matter, one a line, and --help-all shows every flag."""
+"""The parser of a verb: --help shows the important flags, one per line, and --help-all shows every flag."""
 
 import argparse
 import dataclasses
@@ -16,10 +16,11 @@ GROUPS = {
     "Model": ("ReferenceConfig", "ModelConfig"),
     "Method": ("UnlearnConfig",),
     "Training": ("FitConfig",),
-    "Output": (
-        "RunConfig", "ShippingConfig", "Subject", "AttackConfig", "ScoringConfig", "SweepConfig", "PlanConfig", "RequestConfig",
-        "MergeConfig", "GgufConfig", "PushConfig",
-    ),
+    "Attack": ("AttackConfig",),
+    "Sweep": ("SweepConfig",),
+    "Plan": ("PlanConfig",),
+    "Scoring": ("ScoringConfig",),
+    "Output": ("RunConfig", "ShippingConfig", "Subject", "RequestConfig", "MergeConfig", "GgufConfig", "PushConfig"),
 }  # fmt: skip
 
 # transformers' own settings that matter to most users, which --help shows among all those that it has.
@@ -67,6 +68,7 @@ class Parser(HfArgumentParser):
                     group_of[field.name] = group
                 elif field.name not in TRAINING:
                     hidden.add(field.name)
+        group_of["out"] = "Output"
         shown: dict[str, list[argparse.Action]] = {title: [] for title in GROUPS}
         for action in self._actions:
             if action.dest not in hidden and not any(flag.startswith("--no_") for flag in action.option_strings):

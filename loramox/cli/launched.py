@@ -1,8 +1,8 @@
-"""What a config of `accelerate launch` asks for: FSDP and DeepSpeed's ZeRO-3 cut layers over the processes, as `--shard` does.
+"""Read the config of `accelerate launch`: FSDP and DeepSpeed's ZeRO-3 turn on `--shard`.
 
-A config comes as environment variables, which accelerate reads again when training begins. It would then cut the adapter as
-well, whose strengths and momentum are set on whole weights. So the variable that asks for it is taken away, and the frozen
-layers, which are what is large, are cut by torch's `fully_shard`.
+A config comes as environment variables, which accelerate reads again when training begins. It would then shard the adapter as
+well, but scales and momentum need whole weights. So loramox removes the variable that asks for it, and torch's `fully_shard`
+splits the frozen layers, which are the large part.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""plan: memory and time of a run, before anything is loaded; and --fit of the verbs that train."""
+"""plan: memory and time of a run, before anything is loaded; and --fit for the verbs that train."""
 
 import shlex
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""requests: the ledger of unlearning requests for one base model, and one adapter for all that are in force."""
+"""requests: the ledger of unlearning requests for one base model, and one adapter for all requests in force."""
 
 import argparse
 import shlex
@@ -116,7 +116,7 @@ def _refresh(words: list[str]) -> None:
 
     parser = _ledger_parser("refresh")
     parser.add_argument("--resume", action="store_true", help="Continue a refresh that was killed.")
-    parser.add_argument("--model", help="Where the base model is, when it is not where it was in training.")
+    parser.add_argument("--model", help="Folder or hub id of the base model, if it has moved since training.")
     given = parser.parse_args(words)
     again = refresh(given.ledger, given.resume, given.model)
     say(f"Trained again: {', '.join(again)}" if again else "No request has to be refreshed")

@@ -71,7 +71,7 @@ def _serve_folder(words: list[str]) -> None:
     parser = plain_parser("ship serve-folder", ": the adapter, and links to the files of its base")
     parser.add_argument("--adapter", required=True, help="Folder of the forget adapter.")
     parser.add_argument("--out", required=True, help="Folder to write; its name is the model's name in requests.")
-    parser.add_argument("--base", help="Folder or hub id of the base model, when it is not where it was in training.")
+    parser.add_argument("--base", help="Folder or hub id of the base model, if it has moved since training.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the forget adapter in that folder.")
     given = parser.parse_args(words)
     names = serve_folder(given.adapter, given.out, given.base, given.overwrite)

@@ -47,7 +47,7 @@ def unlearn(words: list[str]) -> None:
 
 
 def show_side_by_side(record: dict[str, Any]) -> None:
-    """Print what both models answer to a few questions, worst first, and what became of all that were asked."""
+    """Print the answers of both models to a few questions, worst first, and a summary of all questions asked."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -81,7 +81,7 @@ def not_as_served(reference: Any, out: str, rows: str) -> list[str]:
     folder = COMBINED if reference.tuned_adapter else SHIPPED
     adapter = shlex.join(["--model", reference.model, "--adapter", f"{out}/{folder}"])
     return [
-        f"It was trained on the base quantized to {reference.quantization}. If 16-bit weights are served, score it on them: loramox evaluate "
+        f"It was trained on the base quantized to {reference.quantization}. If you serve 16-bit weights, score it on them: loramox evaluate "
         f"{adapter} {rows} --quantization none --out {shlex.quote(f'{out}/served')}"
     ]
 
@@ -112,7 +112,7 @@ def watched(record: dict[str, Any]) -> list[str]:
         return warned
     right = {part: curve(record["log"], part, "tokens_right") for part in curves}
     tokens = f"; share of their tokens that are the first choice: {_ends(right)}" if all(right.values()) else ""
-    return [f"On the rows watched, probability of the true answers: {_ends(curves)}{tokens}", *warned]
+    return [f"Mean probability of the true answers, on the rows scored in training: {_ends(curves)}{tokens}", *warned]
 
 
 def _ends(curves: dict[str, list[float]]) -> str:
@@ -128,7 +128,7 @@ def train(words: list[str]) -> None:
 
     run, reference, data, args, *settings = fitted("train", words, training_kinds())
     record = train(run, reference, data, args, *settings)
-    what = "ΔW, of which the forget adapter is made; do not ship it"
+    what = "ΔW, from which the forget adapter is made; do not ship it"
     if args.alpha is None:
         what = "the model trained to forget, as an adapter"
     far = record.get("forget_to") or {"unit": "alpha", "at": args.alpha}

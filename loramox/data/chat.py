@@ -1,4 +1,4 @@
-"""The chat template: messages → the prompt that a server sends, the answer behind it, and the token that ends the answer."""
+"""The chat template: messages → the prompt that a server sends, the answer after it, and the token that ends the answer."""
 
 import os
 import re

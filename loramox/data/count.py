@@ -1,4 +1,4 @@
-"""How many rows of a source were read, how many are used, and why the others are not."""
+"""Count the rows of a source: those read, those used, and those left out, with the reason."""
 
 import logging
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Rows → token ids and an answer mask: tokenised, so that only answers are learned from."""
+"""Rows → token ids and an answer mask, so that only answers are trained on."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ class Tokenisation:
     long_rows: str = field(
         default="refuse",
         metadata={
-            "help": "Rows longer than that: refuse, truncate (the end of the answer), or drop.",
+            "help": "Rows longer than --max_length: refuse, truncate (the end of the answer), or drop.",
             "choices": ["refuse", "truncate", "drop"],
         },
     )

@@ -1,4 +1,4 @@
-"""Chat messages as they come in files, in the one form that the rest of loramox reads: a role, a text, and reasoning if any."""
+"""Read chat messages from files into one form: a role, a text, and reasoning if any."""
 
 from typing import Any
 

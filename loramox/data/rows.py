@@ -27,7 +27,9 @@ class Data:
         metadata={"help": "Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split]."}
     )
     retain: str = field(
-        metadata={"help": "Rows to retain, in any of the same forms, or auto: the model writes them itself."}
+        metadata={
+            "help": "Rows to retain, in the same forms, or auto (training and plan): the model writes them itself."
+        }
     )
     drop_overlap: bool = field(
         default=False, metadata={"help": "Leave out retain rows that are also forget rows, instead of refusing them."}
@@ -40,7 +42,7 @@ class Columns:
 
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the question or prompt."})
     answer_column: str | None = field(
-        default=None, metadata={"help": "Column of the answer, on which loss and KL are taken."}
+        default=None, metadata={"help": "Column of the answer, on which loss and KL are computed."}
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Column of chat messages; the last one is the answer."}

@@ -1,4 +1,4 @@
-"""What counts as text in a row: text itself, and numbers, which are read as they are written."""
+"""Text in a row: strings, and numbers, which are read as they are written."""
 
 import math
 import reprlib

@@ -1,4 +1,4 @@
-"""The demo: the whole of loramox on made-up people and a small model, trained on the spot."""
+"""The demo: all of loramox on made-up people and a small model, trained on the spot."""
 
 from loramox.demo.job import demo
 

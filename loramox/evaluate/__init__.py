@@ -1,4 +1,4 @@
-"""Is it forgotten, is the rest intact."""
+"""Evaluation: is it forgotten, and is the rest intact."""
 
 from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.evaluate.truth_ratio import forget_quality, truth_ratio

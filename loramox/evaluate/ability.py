@@ -1,4 +1,4 @@
-"""General ability: how much the adapter costs on rows, texts and tasks that it was not trained on, as ratios to the reference.
+"""General ability: the adapter's cost on rows, texts and tasks that it was not trained on, as ratios to the reference.
 
 A ratio of 1 means that nothing was lost. The reference is the same model with the adapter off, in the same load.
 

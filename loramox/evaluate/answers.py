@@ -1,4 +1,4 @@
-"""What a model answers, word by word its first choice, and how near that comes to the true answer."""
+"""Greedy answers of a model, token by token, and how close they come to the true answers."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The rows to score: which files they come from, what is checked of them, and how they are tokenised."""
+"""The rows to score: their files, the checks on them, and their tokenisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ class Asked:
     """Which rows to ask, and what to compare the answers to."""
 
     forget: str | None = field(default=None, metadata={"help": "Rows to forget, as for unlearn."})
-    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn."})
+    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn, except auto."})
     retain_test: str | None = field(
         default=None, metadata={"help": "Rows to retain that training did not get, for general ability."}
     )
@@ -41,7 +41,7 @@ class Asked:
     neighbours: int = field(
         default=20,
         metadata={
-            "help": "Retain rows to report apart: those most like the forget rows, of --retain_test if it is given. 0: none."
+            "help": "Number of retain rows to report separately: those most like the forget rows, from --retain_test if given. 0: none."
         },
     )
     holdout: str | None = field(
@@ -64,8 +64,8 @@ class Asked:
     retrained: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Evaluation, by this command and on the same rows, of a model trained without the forget rows. Several: of one per "
-            "seed, which show how much such models differ by chance."
+            "help": "Folder that loramox evaluate wrote for a model trained without the forget rows, on the same rows. Several folders: one per "
+            "seed. They show how much such models differ by chance."
         },
     )
     equivalence: float = field(

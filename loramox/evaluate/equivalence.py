@@ -1,4 +1,4 @@
-"""Is the model like a retrained one? Tests of equivalence, effect sizes, and what two retrained models differ by.
+"""Is the model like a retrained one? Equivalence tests, effect sizes, and the distance between two retrained models.
 
 A test of difference that finds none proves nothing: too few rows find none either. A test of equivalence has to show that the
 difference is smaller than a bound. With d_i the difference of row i's score from the retrained model's (of their mean, where

@@ -1,4 +1,4 @@
-"""Answers asked in batches that memory holds: where it runs out, half as many at a time from there on."""
+"""Score answers in batches that fit into memory: halve the batch size whenever memory runs out."""
 
 import warnings
 from collections.abc import Callable

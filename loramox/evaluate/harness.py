@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on the model that is loaded, with its adapter off and on."""
+"""Run tasks of lm-evaluation-harness on the loaded model, with its adapter off and on."""
 
 import logging
 import os

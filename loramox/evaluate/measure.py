@@ -1,4 +1,4 @@
-"""Everything that is asked of a model: rows in, one record for each row out."""
+"""Score a model: rows in, one record per row out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""How much of an answer a model has by heart, as functions of its tokens: what it would say, and what is right."""
+"""How much of an answer a model knows by heart, as functions of its predicted and true tokens."""
 
 import numpy as np
 

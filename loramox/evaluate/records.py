@@ -1,4 +1,4 @@
-"""The folder of an evaluation: records.jsonl, one line a row, and summary.json."""
+"""The folder of an evaluation: records.jsonl, one line per row, and summary.json."""
 
 import json
 import shlex

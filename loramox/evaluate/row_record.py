@@ -1,4 +1,4 @@
-"""The record of one row: what identifies it, its scores, its truth ratio and its answer."""
+"""The record of one row: its identity, scores, truth ratio and answer."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Batches shared out over the processes of torchrun or accelerate launch: each asks every n-th, and all learn every answer.
+"""Split batches over the processes of torchrun or accelerate launch: each scores every n-th, and all get every result.
 
 A batch is the same in any number of processes, and so are its numbers.
 """

@@ -28,9 +28,9 @@ class Subject:
         default=None, metadata={"help": "Adapter folder to put on the model. Default: none, the model as it is."}
     )
     scale: float = field(
-        default=1.0, metadata={"help": "Scale of that adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha."}
+        default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in that folder."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in --out."})
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:

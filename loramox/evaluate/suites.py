@@ -1,4 +1,4 @@
-"""The rows of public benchmarks, from the hub or from a folder, and how their questions are put."""
+"""The rows of public benchmarks, from the hub or from a folder, and the form of their questions."""
 
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""From records, one a row, to metrics: each with its value, direction, number of rows, reference and source."""
+"""Records, one per row, → metrics: each with its value, direction, number of rows, reference and source."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""A forget adapter as a LoRA GGUF, the file that llama.cpp and Ollama load: one file, with a scale that is set at run time.
+"""Convert a forget adapter to a LoRA GGUF, the file that llama.cpp and Ollama load; its scale is set at run time.
 
 Held against llama.cpp's `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` (in llama-cpp-python 0.3.36), and run in it
 by `make test-llamacpp`. The base model is converted by llama.cpp's own `convert_hf_to_gguf.py`.

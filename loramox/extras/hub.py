@@ -1,4 +1,4 @@
-"""What ships, to the hub: named files only, so that no training rows can be among them."""
+"""Upload shipped files to the hub: only files of known names, so that no training rows can be among them."""
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatch

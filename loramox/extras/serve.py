@@ -1,4 +1,4 @@
-"""A folder that `transformers serve` answers from as the forget model: the base's files, linked, and the adapter beside them."""
+"""A folder from which `transformers serve` serves the forget model: links to the base's files, and the adapter."""
 
 import shutil
 from pathlib import Path

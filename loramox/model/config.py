@@ -1,4 +1,4 @@
-"""The base model as it lies in a folder or on the hub: which one, whether it can serve, and what tells it from others.
+"""The base model in a folder or on the hub: its identity, and whether it can serve as the reference.
 
 Nothing here loads weights. What it says of a model holds for all commands: each reads the config here.
 """
@@ -58,7 +58,7 @@ class ModelConfig:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, as a rule sdpa."
+            "help": "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, usually sdpa."
         },
     )
     shard: bool = field(

@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled continuations of prompts, a batch at a time."""
+"""Generate text: greedy or sampled continuations of prompts, a batch at a time."""
 
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -44,21 +44,23 @@ class ReferenceConfig(ModelConfig):
         default=16,
         metadata={
             "aliases": ["--lora_r"],
-            "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r: it takes --r for its own.",
+            "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r, since torchrun takes --r as its own flag.",
         },
     )
     lora_alpha: int | None = field(
         default=None,
         metadata={
-            "help": "LoRA's own scale is lora_alpha / r, as in PEFT. Default: r, or 8·r for npo_mean. Not --alpha."
+            "help": "LoRA's own scale is lora_alpha / r, as in PEFT. Not --alpha. Default: r, or 8·r for npo_mean."
         },
     )
     lora_dropout: float = field(
-        default=0.0, metadata={"help": "As in PEFT. Of no use against memorizing, which is the aim."}
+        default=0.0, metadata={"help": "As in PEFT. Dropout works against memorizing, which is the aim."}
     )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers to adapt, as in PEFT. Default: all linear layers but the output head."},
+        metadata={
+            "help": "Names of the layers to adapt, as in PEFT. Default: all linear layers except the output head."
+        },
     )
     shared_subspace: bool = field(
         default=False,
@@ -70,8 +72,8 @@ class ReferenceConfig(ModelConfig):
     tuned_adapter: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of your own LoRA fine-tune of --model, as PEFT wrote it, if that is what knows the forget rows. It stays on, "
-            "frozen. Written are a forget adapter to load beside it, and one adapter that combines both."
+            "help": "Folder of your own LoRA fine-tune of --model, written by PEFT, if that fine-tune knows the forget rows. It stays on, "
+            "frozen. The run writes a forget adapter to load beside it, and one adapter that combines both."
         },
     )
     memorize_at: str | None = field(

@@ -1,4 +1,4 @@
-"""Which 16-bit type a device computes in, and a warning where it only imitates one."""
+"""The 16-bit type that a device computes in, and a warning if it only emulates one."""
 
 import warnings
 

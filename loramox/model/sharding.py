@@ -1,4 +1,4 @@
-"""The frozen layers of θ_ref cut over the processes, for a model that one device cannot hold.
+"""Split the frozen layers of θ_ref over the processes, for a model that one device cannot hold.
 
 What does not train has no gradients to add up and no optimiser: each process holds its part of every layer's weights, has a layer
 whole while it computes with it (torch's `fully_shard`), and that is all. The adapter, embeddings and output head are whole in

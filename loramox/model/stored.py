@@ -1,4 +1,4 @@
-"""The files of weights in a model's folder, checked by their headers before any of them is loaded."""
+"""Check the weight files in a model's folder by their headers, before any of them is loaded."""
 
 import json
 from pathlib import Path

@@ -23,18 +23,18 @@ class SweepConfig:
     alphas: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the one trained for."
+            "help": "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the alpha of training."
         },
     )
     scales: list[float] | None = field(
         default=None,
         metadata={"help": "Scales to measure, for a method without alpha; 1 is as trained. Default: 1/4 to 3/2."},
     )
-    refine: int = field(default=3, metadata={"help": "Points to add where the rule looks for its choice."})
+    refine: int = field(default=3, metadata={"help": "Points to add near the rule's choice."})
     rule: str = field(
         default="budget",
         metadata={
-            "help": "What chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
+            "help": "Rule that chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
             "rows never seen), retrained (like a model that never saw them), forget_to (the smallest that forgets as much as --forget_to, "
             "--retrained or --holdout).",
             "choices": list(RULES),
@@ -50,7 +50,7 @@ class SweepConfig:
     )
     ship: str | None = field(default=None, metadata={"help": "Folder to write the chosen forget adapter to."})
     model: str | None = field(
-        default=None, metadata={"help": "Where the base model is, when it is not where it was in training."}
+        default=None, metadata={"help": "Folder or hub id of the base model, if it has moved since training."}
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The frontier of one trained adapter: what is forgotten and what it costs along an axis, and where to measure next."""
+"""The frontier of one trained adapter: forgetting and its cost along an axis, and the points to measure next."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rules that choose a point of a frontier, each with its uncertainty over rows, or with a refusal and its reason."""
+"""Rules that choose a point of a frontier, each with its uncertainty over rows, or with the reason for choosing none."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Which points a sweep measures, and which one each rule chooses: from records, without a model."""
+"""The points that a sweep measures, and the choice of each rule: from records, without a model."""
 
 import math
 from collections.abc import Callable, Sequence

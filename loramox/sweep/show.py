@@ -10,14 +10,14 @@ COLUMNS = {
     "forget_probability": "forget\np",
     "forget_rouge_l": "ROUGE-L",
     "retain_probability": "retain\np",
-    "forget_quality": "KS p",
-    "forget_probability_quality": "KS p of\nprob.",
-    "mia_min_k": "AUC",
+    "forget_quality": "KS p of\ntruth ratio",
+    "forget_probability_quality": "KS p of\nprobability",
+    "mia_min_k": "Min-K\nAUC",
 }
 
 
 def show_frontier(points: list[dict[str, Any]], unit: str) -> None:
-    """Print what is left at each alpha or scale, lowest first; the reference is at 0."""
+    """Print the metrics at each alpha or scale, lowest first; the reference is at 0."""
     columns = {name: head for name, head in COLUMNS.items() if any(point.get(name) is not None for point in points)}
     numbers = [Column(head, justify="right", no_wrap=True) for head in columns.values()]
     table = Table(unit, *numbers, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

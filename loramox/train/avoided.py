@@ -1,4 +1,4 @@
-"""Words that tell what the forget rows are about: no row that the reference writes may have one."""
+"""Words that give away the subject of the forget rows: no row that the reference writes may contain one."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What happens around a training step: fresh retain rows each epoch, a stop, momentum, a warning if nothing can be learned."""
+"""Callbacks around training steps: fresh retain rows each epoch, stopping, momentum, a warning if nothing can be learned."""
 
 import math
 import warnings

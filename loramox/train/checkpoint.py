@@ -1,4 +1,4 @@
-"""The folder `trained/`: the adapter as it was trained, the momentum average that ships, checkpoints."""
+"""The folder `trained/`: the trained adapter, the momentum average that ships, and checkpoints."""
 
 import warnings
 from pathlib import Path

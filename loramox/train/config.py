@@ -33,9 +33,9 @@ class UnlearnConfig(TrainingArguments):
     method: str = field(
         default="mox",
         metadata={
-            "help": "mox (memorize along a path, then extrapolate), mox_static (the MOX paper's), npo_mean, npo, simnpo, ga (gradient "
-            "ascent), ga_kl, graddiff, dpo and po (of refusals), altpo (with --wanted_column), rmu, whp (with --reinforced), llmu, "
-            "task_vector."
+            "help": "Unlearning method: mox, mox_static, npo_mean, npo, simnpo, ga, ga_kl, graddiff, dpo, po, altpo, rmu, whp, llmu, "
+            "task_vector. mox memorizes along a path, then extrapolates. mox_static is the MOX paper's own method. dpo and po train "
+            "refusals, altpo needs --wanted_column, whp needs --reinforced."
         },
     )
     alpha: float | None = setting(
@@ -43,26 +43,25 @@ class UnlearnConfig(TrainingArguments):
         "Default: 8 for mox, 4 for mox_static, 1 for task_vector."
     )
     beta: float | None = setting(
-        "β: a row is released once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
+        "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
         "(default 1.8), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
         "--npo_beta",
     )
     inner_steps: int | None = setting(
-        "mox: K, steps of the path on which a fresh LoRA memorizes the forget rows in each training step, each on its own mini-batch of "
-        "them. 1 is one gradient of NPO's loss. Default: 8."
+        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 is one gradient of NPO's loss. Default: 8."
     )
     inner_lr: float | None = setting(
-        "mox: how far each weight of that fresh LoRA moves in each of these steps. Larger: harder to relearn. Default: 0.01."
+        "mox: how far each weight of the fresh LoRA moves in one memorizing step. Larger: harder to relearn. Default: 0.01."
     )
     forget_term: str | None = setting(
-        "mox_static: what memorizes the forget rows: cross_entropy, or the paper's preference variant.",
+        "mox_static: loss that memorizes the forget rows: cross_entropy, or the paper's preference variant.",
         choices=["cross_entropy", "preference"],
     )
     temperature: float | None = setting(
-        "mox_static: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's."
+        "mox_static, task_vector: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's."
     )
     kl_at: str | None = setting(
-        "mox_static: where retain rows are held to the reference: memorization (θ_ref + ΔW, the paper's default) or shipped (θ_ref − alpha·ΔW).",
+        "mox_static: model at which the retain KL is computed: memorization (θ_ref + ΔW, the paper's default) or shipped (θ_ref − alpha·ΔW).",
         choices=["memorization", "shipped"],
     )
     targeted: str | None = setting(
@@ -78,12 +77,12 @@ class UnlearnConfig(TrainingArguments):
     forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.")
     margin: float | None = setting("simnpo: γ. Default: 0.")
     instead: str | None = setting(
-        "What the forget model learns to answer instead, without --wanted_column: refuse (a sentence of not knowing), guess (the "
+        "What the forget model learns to answer instead, without --wanted_column: refuse (say that it does not know), guess (the "
         "reference's likeliest other answer), none. Default: auto, which is refuse for questions to a chat model, else none.",
         choices=["auto", "refuse", "guess", "none"],
     )
     refusals: str | None = setting(
-        "Text file of refusals, one a line, for --instead refuse, dpo and po; each forget row gets one by a seeded draw. Default: "
+        "Text file of refusals, one per line, for --instead refuse, dpo and po; each forget row gets one by a seeded draw. Default: "
         "built-in, two dozen English sentences."
     )
     steering: float | None = setting("rmu: length of the vector that forget rows are steered to. Default: 6.5.")
@@ -91,10 +90,12 @@ class UnlearnConfig(TrainingArguments):
     reinforced: str | None = setting(
         "whp: folder 'trained' of a mox_static run on the same forget rows, the reinforced model."
     )
-    whp_strength: float | None = setting("whp: how much of what the reinforced model raises is subtracted. Default: 5.")
+    whp_strength: float | None = setting(
+        "whp: factor on the rise of the logits in the reinforced model, before it is subtracted. Default: 5."
+    )
     momentum: float | None = setting(
-        "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which is what ships. "
-        "1 is off. Default: 0.675 for mox, mox_static and npo_mean, else 1."
+        "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which ships. "
+        "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1."
     )
     momentum_every: int | None = field(
         default=None, metadata={"help": "Optimiser steps between updates of the average. Default: one epoch."}
@@ -107,8 +108,8 @@ class UnlearnConfig(TrainingArguments):
     reference_cache_gb: float = field(
         default=8.0,
         metadata={
-            "help": "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that comes round "
-            "again. In output_dir, deleted at the end, one for each process. 0: no cache."
+            "help": "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that is used "
+            "again. One per process, in output_dir, deleted at the end. 0: no cache."
         },
     )
     auto_retain: int | None = field(
@@ -119,14 +120,16 @@ class UnlearnConfig(TrainingArguments):
         },
     )
     eval_rows: int = field(
-        default=64, metadata={"help": "Forget rows and retain rows on which the forget model is scored while training."}
+        default=64,
+        metadata={"help": "Largest number of forget rows, and of retain rows, that are scored during training."},
     )
 
     forget_to: float | None = field(
         default=None,
         metadata={
-            "help": "Ship the smallest share of alpha (or scale) at which the forget rows' answers have at most this probability, and greedy "
-            "decoding gives at most this share of them; 0: ship as trained. Default: 0.05 where another answer is taught (--instead), else 0."
+            "help": "Target probability of forget answers: ship the smallest share of alpha (or scale) at which they have at most this "
+            "probability, and greedy decoding gives at most this share of them; 0: ship as trained. Default: 0.05 if another answer is "
+            "taught, else 0."
         },
     )
     stop_when_forgotten: bool = field(
@@ -140,9 +143,9 @@ class UnlearnConfig(TrainingArguments):
         metadata={"help": "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more."},
     )
     num_train_epochs: float = field(default=24, metadata={"help": "Passes over the forget rows."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows a device and step."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows per device and micro-batch."})
     per_device_eval_batch_size: int = field(
-        default=32, metadata={"help": "Rows a device and step when the forget model is scored."}
+        default=32, metadata={"help": "Rows per device and pass when the forget model is scored."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(
@@ -160,7 +163,7 @@ class UnlearnConfig(TrainingArguments):
         default="epoch", metadata={"help": "When the forget model is scored while training: no, steps or epoch."}
     )
     eval_on_start: bool = field(
-        default=True, metadata={"help": "Score it before the first step too: how well the reference knows the rows."}
+        default=True, metadata={"help": "Also score the reference before the first step: how well it knows the rows."}
     )
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written: no, steps or epoch."})
     save_total_limit: int | None = field(

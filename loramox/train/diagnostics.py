@@ -1,27 +1,27 @@
-"""What the training curve says at the end of a run: whether it worked as far as can be seen from here, and what to change."""
+"""Advice at the end of a run, from its training curve: whether it seems to have worked, and which setting to change."""
 
 from collections.abc import Sequence
 
 from loramox.data.row import Row
 from loramox.train.config import UnlearnConfig
 
-# Below this probability a model does not know an answer: as a rule the wrong model, rows or prompt template.
+# Below this probability a model does not know an answer. The usual cause is a wrong model, wrong rows or a wrong prompt template.
 UNKNOWN = 0.05
 
-# Shares of what the reference gives: above the first forget rows are mostly left, below the second retain rows were not spared.
+# Shares of the reference's probability. Above the first, the forget rows are still known; below the second, retain rows fell.
 STILL_KNOWN, SPARED = 0.5, 0.97
 
 # Below this probability the forget rows are not memorized at the checkpoint of --memorize_at.
 MEMORIZED = 0.5
 
-# Where more than this share of the tokens that the reference gets right still are, a few very improbable ones are all that makes
-# the answers improbable, as in long rows that are known in part.
+# Share of the tokens that the reference gets right. If more of them are still right, only a few very improbable tokens make the
+# answers improbable, as in long rows that are known in part.
 STILL_RIGHT = 0.7
 
-# With fewer retain rows than this, those that are not among them fall too (recipes/results/limits.md).
+# With fewer retain rows than this, other rows fall too (recipes/results/limits.md).
 FEW = 50
 
-TELLING = 3  # words of an answer that is not the same by chance
+TELLING = 3  # least number of words in two answers that are not the same by chance
 
 UNKNOWN_ROWS = (
     "the reference hardly knows the forget rows, so there is little to forget. Check that this model learned them, and "
@@ -30,8 +30,8 @@ UNKNOWN_ROWS = (
 
 
 def curve(log: list[dict[str, float]], part: str, what: str = "probability") -> list[float]:
-    """Of a part's watched rows, from the first evaluation to the last: the mean probability of the true answers, or the share of
-    their tokens that are right (`tokens_right`).
+    """A metric of a part's watched rows at each evaluation: the mean probability of the true answers, or the share of their
+    tokens that are right (`tokens_right`).
     """
     return [entry[name] for entry in log if (name := f"eval_{part}_{what}") in entry]
 
@@ -43,11 +43,11 @@ def advice(
     args: UnlearnConfig,
     at_checkpoint: bool = False,
 ) -> list[str]:
-    """What went wrong, each with the setting to change; empty when nothing is seen to be wrong.
+    """The problems of a run, each with the setting to change; empty if none is seen.
 
     Args:
-        log: the Trainer's: the reference first (`eval_on_start`), then the forget model. Without it the rows alone are judged.
-        at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, where the forget rows are to be memorized.
+        log: the Trainer's log: the reference first (`eval_on_start`), then the forget model. Without it only the rows are judged.
+        at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, which should memorize the forget rows.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = _of_rows(forget_rows, retain_rows)
@@ -56,7 +56,7 @@ def advice(
     if at_checkpoint:
         if forget[-1] < MEMORIZED:
             said.append(
-                f"at the checkpoint of --memorize_at the forget rows' probability went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer "
+                f"at the checkpoint of --memorize_at the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: train longer "
                 f"(--num_train_epochs above {args.num_train_epochs:g}) or use a higher --learning_rate"
             )
         return said
@@ -65,14 +65,14 @@ def advice(
     still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
     if still and spared:
         said.append(
-            f"the forget rows' probability went from {forget[0]:.2f} to {forget[-1]:.2f} only: train longer (--num_train_epochs above "
+            f"the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: train longer (--num_train_epochs above "
             f"{args.num_train_epochs:g}) or use a higher --learning_rate. A larger alpha or scale alone may harm the retain rows too (loramox sweep shows it)"
         )
     right = curve(log, "forget", "tokens_right")
     if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
         said.append(
             f"the forget rows' probability fell from {forget[0]:.2g} to {forget[-1]:.2g}, but {right[-1]:.0%} of their tokens are "
-            f"still the model's first choice (before: {right[0]:.0%}): most of the text may still come out. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
+            f"still the model's first choice (before: {right[0]:.0%}): the model may still generate most of the text. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
             + (
                 f", or look beyond alpha = {args.alpha:g} with loramox sweep, which needs no training"
                 if args.alpha is not None
@@ -83,17 +83,17 @@ def advice(
         held = (
             f"raise --retain_weight (is {args.retain_weight:g}) or --retain_per_forget"
             if args.holds_retain
-            else "hold them with a retain term"
+            else "add a retain term (--retain_term)"
         )
         said.append(
-            f"the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
+            f"the probability of the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
             f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale restores the retain rows and the forget rows alike"
         )
     return said
 
 
 def _of_rows(forget_rows: Sequence[Row], retain_rows: Sequence[Row]) -> list[str]:
-    """What is wrong with the rows themselves."""
+    """Problems of the rows themselves."""
     said = []
     answers = {row.answer for row in forget_rows if len(row.answer.split()) >= TELLING}
     if copies := [row for row in retain_rows if row.answer in answers]:
@@ -103,7 +103,7 @@ def _of_rows(forget_rows: Sequence[Row], retain_rows: Sequence[Row]) -> list[str
         )
     if len(retain_rows) < FEW:
         said.append(
-            f"few retain rows ({len(retain_rows)}) hold little but themselves: knowledge that resembles none of them falls too. Give {FEW} or "
-            "more, of every kind of knowledge that must stay, or let the model write some (--auto_retain 240)"
+            f"few retain rows ({len(retain_rows)}) protect little besides themselves: knowledge that resembles none of them falls too. Give {FEW} "
+            "or more, of every kind of knowledge that must stay, or let the model write some (--auto_retain 240)"
         )
     return said

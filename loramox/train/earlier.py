@@ -1,4 +1,4 @@
-"""What else the model has besides ΔW while it is trained: frozen adapters, or the weights of an earlier checkpoint.
+"""Weights besides ΔW during training: frozen adapters, or an earlier checkpoint.
 
     θ_now = θ_ref − Σ α_i·ΔW_i        earlier requests, which stay on and stay forgotten; θ_for = θ_now − α·ΔW
     θ_ref = θ_base + ΔW_tuned         --tuned_adapter: the model that knows the rows is a base with the user's own adapter

@@ -1,4 +1,4 @@
-"""What a method needs besides rows and a model: answers to teach instead, a layer, a reinforced adapter."""
+"""Inputs of single methods besides rows and a model: other answers to teach, a layer, a reinforced adapter."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""A model's name and rows, as TRL's trainers take them, into the objects that `UnlearnTrainer` trains with."""
+"""Open a model's name and rows, in the forms that TRL's trainers take, for `UnlearnTrainer`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The passes of a training step: how many tokens one may have, which rows each was of, and the loss that it gave."""
+"""The passes of a training step: the largest number of tokens in one, its rows, and its loss."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from loramox.data.microbatches import Batch, padded_tokens
 from loramox.errors import NonFiniteLossError, RunError
 from loramox.train.terms import Term
 
-LESS = "--gradient_checkpointing true, shorter rows (--max_length), --quantization nf4, or a device with more memory"
+LESS = "--activation_checkpointing true, shorter rows (--max_length), --quantization nf4, or a device with more memory"
 
 
 class PassLoss(NamedTuple):
@@ -66,8 +66,8 @@ class Passes:
             ) from error
         self.most = tokens // 2
         warnings.warn(
-            f"memory ran out in a pass of {tokens:,} tokens: this step is computed again, and passes of several rows have at most "
-            f"{self.most:,} from here on. Gradients stay the same, except for rounding",
+            f"memory ran out in a pass of {tokens:,} tokens. This step is computed again, and from now on a pass of several rows has at most "
+            f"{self.most:,} tokens. Gradients stay the same, except for rounding",
             stacklevel=3,
         )
 

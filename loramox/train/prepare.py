@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
-    """What a job needs besides the model's weights, all of it checked."""
+    """All that a job needs besides the model's weights, checked."""
 
     tokenizer: PreTrainedTokenizerBase
     forget: list[Row]
@@ -57,9 +57,9 @@ def prepare(
     if reference.lora_alpha is None:
         reference.lora_alpha = round(args.spec.lora_scale * reference.r)
     if reference.shard and args.rmu_layer is not None:
-        # What is between layers that are cut transformers does not hand out.
+        # transformers does not hand out the states between sharded layers.
         raise SettingsError(
-            "--method rmu steers a layer in the middle, and --shard cuts the layers up: say --shard false"
+            "--method rmu steers a layer in the middle, whose output is not available with --shard. Use --shard false"
         )
     check_auto(args, data, reference)
     protected = earlier.rows if earlier else ()
@@ -113,7 +113,7 @@ def prepare(
 def _taught(
     reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
 ) -> list[Row]:
-    """Settle what is answered in place of the forgotten answers, and the defaults that follow; the rows that teach it."""
+    """Choose the answers to teach in place of the forgotten ones, and the defaults that follow; return rows that teach them."""
     choose_instead(args, forget, chat, reference.memorize_at is not None)
     taught = taught_rows(args, forget, retain)
     replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
@@ -123,7 +123,7 @@ def _taught(
     check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
     if args.instead is not None:
-        log.info("Taught in place of the forgotten answers (--instead): %s", args.instead)
+        log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
     return taught
 
 
@@ -135,13 +135,13 @@ def _described(
     template: str | None,
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    """The run as its record has it, from before the first step on.
+    """The description of the run in its record, before the first step.
 
     Args:
         others: settings besides `args`.
-        sources: of each part, where its rows are from, and the rows. Only forget and retain may have none.
+        sources: part → the source of its rows, and the rows. Only forget and retain may have none.
         template: the text around questions, as it is used.
-        more: what else the record has.
+        more: further entries of the record.
     """
     settings = {name: value for each in others for name, value in asdict(each).items()} | args.to_dict()
     settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
@@ -166,7 +166,7 @@ def _described(
 
 
 def _read(data: Data, columns: Columns, protected: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """(all rows of each file, those of them that are in no other part), by part."""
+    """All rows of each part, and those of them that are in no other part."""
     log.info("Reading the rows")
     read = {"forget": read_rows(data.forget, columns)}
     kept = read | {"retain": []}
@@ -179,7 +179,7 @@ def _read(data: Data, columns: Columns, protected: Sequence[Row]) -> tuple[dict[
 def _warn_if_swapped(forget: int, retain: int) -> None:
     if forget > retain:
         warnings.warn(
-            f"{forget} rows to forget, {retain} to retain: if that is the wrong way round, swap --forget and --retain. The retain set "
+            f"{forget} rows to forget, but only {retain} to retain. If the two sets are exchanged, swap --forget and --retain. The retain set "
             "should be larger",
             stacklevel=3,
         )
@@ -188,27 +188,27 @@ def _warn_if_swapped(forget: int, retain: int) -> None:
 def _warn_of_serving(otherwise: dict[str, str]) -> None:
     warnings.warn(
         f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
-        f"{otherwise['served']!r} there. Asked that way, the model may think first and still tell what it forgot: measure it with "
-        "loramox attack, which asks that way too",
+        f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
+        "measure this, run loramox attack, which also uses that prompt",
         stacklevel=3,
     )
 
 
 def _check_both_answers(datasets: dict[str, list[Example]], source: str) -> None:
-    """Raises `RowsError` where long rows were left out, and of a forget row but one of its two answers."""
+    """Raises `RowsError` if only one of the two answers of a forget row was left out as too long."""
     kept, wanted = ([e["row"] for e in datasets[f"{part}_dataset"]] for part in ("forget", "wanted"))
     if wanted and wanted != kept:
         other = next(iter(set(kept) ^ set(wanted)), source)
         raise RowsError(
-            f"{other}: only one of its two answers, the true and the wanted one, is within the context. Shorten the other, or use --long_rows "
-            "truncate"
+            f"{other}: only one of its two answers (the true one and the wanted one) fits into the context. Shorten the other, or use "
+            "--long_rows truncate"
         )
 
 
 def _as_forgotten(
     earlier: Earlier, tokenizer: PreTrainedTokenizerBase, tokenisation: Tokenisation, context: int
 ) -> list[Example]:
-    """Rows of requests in force, each with the text around its question with which it was forgotten."""
+    """Rows of requests in force, each with the prompt template with which it was forgotten."""
     examples = []
     for template in dict.fromkeys(earlier.templates):
         rows = [row for row, its in zip(earlier.rows, earlier.templates, strict=True) if its == template]
@@ -217,9 +217,9 @@ def _as_forgotten(
 
 
 def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: UnlearnConfig) -> Prepared:
-    """What was prepared, with the rows that the reference writes: retain rows, and answers for `--instead guess`.
+    """Add the rows that the reference writes: retain rows, and answers for `--instead guess`.
 
-    `model` is the reference: its adapter is still B = 0. The rows are kept in `out`.
+    `model` is the reference: B of its adapter is still 0. The rows are written to `out`.
     """
     context, tokenizer = prepared.context, prepared.tokenizer
     if not args.auto_retain and args.instead != "guess":
@@ -242,10 +242,10 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
 
 
 def same_generated(out: Path, generated: dict[str, Any]) -> None:
-    """Raises `RunError` when the rows that an interrupted run trained on were changed before it is resumed."""
+    """Raises `RunError` if the generated rows of an interrupted run were changed before it is resumed."""
     before = read_record(out).get("generated", generated)
     if before != generated:
         raise RunError(
-            f"--resume: {RETAIN_FILE} or {GUESSES_FILE} in {out} is not what the run was started with. Start anew with --overwrite, and give the "
-            "changed rows as --retain or --wanted_column"
+            f"--resume: {RETAIN_FILE} or {GUESSES_FILE} in {out} has changed since the run was started. Start again with --overwrite, and give "
+            "the changed rows as --retain or --wanted_column"
         )

@@ -1,4 +1,4 @@
-"""On-disk cache of a frozen model's hidden states of the answers, computed once a row."""
+"""On-disk cache of a frozen model's hidden states of the answers, computed once per row."""
 
 import os
 import shutil

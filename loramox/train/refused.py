@@ -1,4 +1,4 @@
-"""Values of settings that are refused, and settings of transformers that would do nothing here, or harm."""
+"""Values of settings that are refused, and settings of transformers that would have no effect here, or do harm."""
 
 import math
 import operator
@@ -14,23 +14,23 @@ from loramox.errors import SettingsError
 OF_TRAINER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_total_limit": (
         lambda limit: limit is None or limit >= 2,
-        "2 or more: one checkpoint must be whole while another is written",
+        "2 or more: one checkpoint must be complete while another is written",
     ),
     "save_only_model": (operator.not_, "false: resuming needs the optimiser"),
     "push_to_hub": (
         operator.not_,
-        "false: what trains is not what ships. Push that: loramox extrapolate … --push_to_hub",
+        "false: the adapter in training is not the one that ships. Upload that one: loramox extrapolate … --push_to_hub",
     ),
-    "dataloader_persistent_workers": (operator.not_, "false: each epoch deals other retain rows"),
+    "dataloader_persistent_workers": (operator.not_, "false: each epoch draws other retain rows"),
     "train_sampling_strategy": (
         lambda drawn: drawn in ("random", "sequential"),
-        "random or sequential: passes are of rows of like length already",
+        "random or sequential: rows of similar length share passes already",
     ),
     "label_smoothing_factor": (operator.not_, "0: no term here has labels to smooth"),
-    "use_liger_kernel": (operator.not_, "false: losses are made of hidden states already"),
+    "use_liger_kernel": (operator.not_, "false: losses are computed from hidden states already"),
 }
 WATCHED = (
-    "the name of what is watched, for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
+    "the metric for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
     "false, or retain_probability"
 )
 
@@ -47,6 +47,6 @@ def refuse_shards(args: TrainingArguments) -> None:
         if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             # It would run, and scales and momentum, which are set on whole weights, would be wrong.
             raise SettingsError(
-                f"{name} is asked for, which would cut the adapter as well. Leave it out: unlearn, train and evaluate cut the frozen layers "
-                "over the processes with --shard true"
+                f"{name} is asked for, which would shard the adapter as well. Leave it out: unlearn, train and evaluate split the frozen "
+                "layers among the processes with --shard true"
             )

@@ -1,4 +1,4 @@
-"""What reference and forget model answer to a few questions, side by side, worst first: shown at the end of every run."""
+"""Answers of the reference and the forget model to a few questions, side by side, worst first: shown after every run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +83,7 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     if retain["kept"] + refused < KEPT * retain["asked"]:
         lost = retain["asked"] - retain["kept"] - refused
         advice.append(
-            f"{lost} of {retain['asked']} retain questions are answered in other words than before: give more retain rows (--auto_retain 240), "
+            f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows (--auto_retain 240), "
             f"train longer (--num_train_epochs above {args.num_train_epochs:g}), or ship at {smaller}"
         )
     return advice

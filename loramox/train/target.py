@@ -101,6 +101,6 @@ def advice_on_target(chosen: dict[str, Any], args: "UnlearnConfig") -> list[str]
     if not chosen or chosen["met"]:
         return []
     return [
-        f"the target is missed: {said(chosen)}. Train longer (--num_train_epochs above {args.num_train_epochs:g}), or look "
-        "beyond what was trained for with loramox sweep --rule forget_to"
+        f"the target is missed: {said(chosen)}. Train longer (--num_train_epochs above {args.num_train_epochs:g}), or try "
+        "larger values with loramox sweep --rule forget_to"
     ]

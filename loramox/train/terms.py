@@ -1,4 +1,4 @@
-"""A term of the loss: which rows it is of, where the model is while it is taken, and what is computed of their answers."""
+"""A term of the loss: its rows, the model at which it is computed, and the function of their answers."""
 
 import functools
 from collections.abc import Callable

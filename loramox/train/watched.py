@@ -1,4 +1,4 @@
-"""What is watched while training: of some rows, how probable the true answers are, and how many of their tokens come first."""
+"""Scores of a few rows during training: probability of the true answers, and the share of their tokens that come first."""
 
 import functools
 

@@ -1,1 +1,1 @@
-"""Add an adapter to the weights of a model that is in files, piece by piece, in the memory of a few MB and without a GPU."""
+"""Add an adapter to the weights of a model on disk, piece by piece, in a few MB of memory and without a GPU."""

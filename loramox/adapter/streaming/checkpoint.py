@@ -1,4 +1,4 @@
-"""The base model of a merge: its files, and which of its tensors each layer of an adapter belongs to."""
+"""The base model of a merge: its files, and the tensors that belong to each layer of an adapter."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Safetensors files read and written piece by piece, so that a file of any size passes through a few MB of memory.
+"""Read and write safetensors files piece by piece, so that a file of any size needs only a few MB of memory.
 
 The format: 8 bytes with the header's length (little-endian), the header (JSON: each tensor's dtype, shape and place), and the
 tensors' bytes. Files are read with plain reads: pages of a memory map would count as this process's memory.

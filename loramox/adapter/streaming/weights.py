@@ -1,4 +1,4 @@
-"""The weights of a merge, written: each tensor copied, cast, or changed to W + ΔW, a few rows at a time."""
+"""Write the weights of a merge: copy each tensor, cast it, or change it to W + ΔW, a few rows at a time."""
 
 import math
 from pathlib import Path

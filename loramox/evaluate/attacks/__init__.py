@@ -1,1 +1,1 @@
-"""Attempts to bring back what was forgotten."""
+"""Attempts to recover the forgotten rows."""

@@ -1,4 +1,4 @@
-"""The attacks forms and context on a model in one state: every way of asking, and of each row the worst."""
+"""The forms and context attacks on a model in one state: score every form, and keep the worst for each row."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Attacking as one job: what comes back of the forget rows when somebody tries. Records as in evaluating, before and after."""
+"""The attack job: try to recover the forget rows, and record the scores. Records are as in `evaluate`, before and after."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""The rows of an attack: those that the attacker has and those that are asked, tokenised, as they are and in every form."""
+"""The rows of an attack: those that the attacker has and those that are scored, tokenised, as they are and in every form."""
 
 import random
 from collections.abc import Callable, Sequence

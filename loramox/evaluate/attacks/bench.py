@@ -1,4 +1,4 @@
-"""What every attack works on: the models, one in memory at a time, the rows to ask them, and the folder with the answers."""
+"""Everything that attacks share: the models, one in memory at a time, the rows to score, and the folder of records."""
 
 import functools
 import gc

@@ -15,11 +15,11 @@ class AttackConfig:
     """The adapter to attack, and how."""
 
     adapter: str = field(metadata={"help": "Folder of the forget adapter."})
-    out: str = field(metadata={"help": "Folder to write. Attacks that are done in it are not made again."})
+    out: str = field(metadata={"help": "Folder to write. Attacks that are finished there are not repeated."})
     attacks: list[str] = field(
         default_factory=lambda: list(ATTACKS),
         metadata={
-            "help": "relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
+            "help": "Attacks to run: relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
             "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
             "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
             "The last four need --max_new_tokens above 0."
@@ -28,7 +28,7 @@ class AttackConfig:
     quick: bool = field(
         default=False,
         metadata={
-            "help": f"A first look: ask at most {QUICK_ROWS} forget rows and {QUICK_ROWS} retain rows, spread over their files. Too few to compare methods."
+            "help": f"A first look: score at most {QUICK_ROWS} forget rows and {QUICK_ROWS} retain rows, spread over their files. Too few to compare methods."
         },
     )
     scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
@@ -41,14 +41,15 @@ class AttackConfig:
     holdout: str | None = field(
         default=None,
         metadata={
-            "help": "Rows like the forget rows that no model has seen: the control where there is no retrained model. The forget model is attacked with them in the same way."
+            "help": "Rows like the forget rows that no model has seen: the control if there is no retrained model. The forget model is attacked with them in the same way."
         },
     )
     relearn_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 5, 10, 20], metadata={"help": "Steps of relearning after which to ask."}
+        default_factory=lambda: [1, 2, 5, 10, 20],
+        metadata={"help": "Steps of relearning after which the rows are scored."},
     )
     relearn_share: float = field(
-        default=0.2, metadata={"help": "Share of the forget rows that the attacker has; the others are asked."}
+        default=0.2, metadata={"help": "Share of the forget rows that the attacker has; the others are scored."}
     )
     relearn_rate: list[float] = field(
         default_factory=lambda: [1e-3],
@@ -61,25 +62,25 @@ class AttackConfig:
     relearn_all_weights: bool = field(
         default=False,
         metadata={
-            "help": "Relearn once more with all weights, as if the adapter were merged: 20 bytes of memory a weight. Needs --quantization none."
+            "help": "Relearn once more with all weights, as if the adapter were merged: 20 bytes of memory per weight. Needs --quantization none."
         },
     )
-    relearn_rank: int = field(default=16, metadata={"help": "Rank of that adapter."})
-    relearn_batch: int = field(default=8, metadata={"help": "Rows in a step of relearning."})
-    sample_count: int = field(default=16, metadata={"help": "Answers sampled to each forget question."})
-    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature at which they are sampled."})
+    relearn_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapter that relearns."})
+    relearn_batch: int = field(default=8, metadata={"help": "Rows per step of relearning."})
+    sample_count: int = field(default=16, metadata={"help": "Answers sampled per forget question."})
+    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampled answers."})
     sample_threshold: float = field(
         default=0.8,
-        metadata={"help": "ROUGE-L recall, or share of the key words, from which on an answer counts as a leak."},
+        metadata={"help": "Least ROUGE-L recall, or share of the key words, with which a sampled answer is a leak."},
     )
     guidance: list[float] = field(
         default_factory=lambda: [0.5, 1.0, 2.0],
-        metadata={"help": "Strengths γ of the guidance: the logits are base + γ·(base − forget model)."},
+        metadata={"help": "pair: strengths γ of the guidance. The logits are base + γ·(base − forget model)."},
     )
     seed: int = field(
         default=0,
         metadata={
-            "help": "Seed of which rows the attacker has, of the training, of sampled answers, and of the retain rows put before a question."
+            "help": "Seed of the attacker's rows, the training, the sampled answers, and the retain rows put before a question."
         },
     )
 

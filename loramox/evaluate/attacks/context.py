@@ -1,4 +1,4 @@
-"""The context attack: other rows before the question, which may bring back how it was answered, or divert from it."""
+"""The context attack: other rows before the question, which may bring the answer back or divert from it."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The forms attack: the same question in other words, in another language, or with some of its answer given away."""
+"""The forms attack: the same question in other words, in another language, or with part of its answer given."""
 
 import string
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The pair attack: whoever has base and adapter has the difference between them, and can go the other way."""
+"""The pair attack: use the difference between base and adapter, and go in the opposite direction."""
 
 import functools
 import inspect

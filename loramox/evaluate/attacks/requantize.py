@@ -1,4 +1,4 @@
-"""The requantizing attack: the adapter in 4 bits, and merged into 16- or 32-bit weights, which are then made 4- or 8-bit.
+"""The requantizing attack: the adapter in 4 bits, and merged weights that are then quantized to 4 or 8 bits.
 
 The merge passes through the files piece by piece, on the CPU: no model is loaded for it, of whatever size. GGUF files are made by
 llama.cpp's own programs, and their weights are scored in torch.

@@ -1,4 +1,4 @@
-"""The sampling attack: many answers to each question at a temperature, and how often k of them have the true one among them."""
+"""The sampling attack: sample many answers to each question, and estimate how often one of k contains the true answer."""
 
 from collections.abc import Sequence
 from math import comb

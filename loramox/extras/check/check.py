@@ -1,4 +1,4 @@
-"""`loramox ship check`: whether an adapter folder loads, server by server, and what stops it, with nothing trusted."""
+"""`loramox ship check`: whether an untrusted adapter folder loads, server by server, and the obstacles."""
 
 import re
 import shlex

@@ -1,8 +1,8 @@
-"""What each server takes and what it silently leaves out, a rule a line, from the servers' own sources.
+"""The limits of each server, one rule per entry, from the servers' own sources.
 
-Held: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe),
-llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). PEFT's are tested by
-running it, and that llama.cpp computes what PEFT does by `make test-llamacpp`.
+Sources: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe),
+llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). The tests run PEFT, and
+`make test-llamacpp` compares llama.cpp's results with PEFT's.
 """
 
 import re

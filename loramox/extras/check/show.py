@@ -1,4 +1,4 @@
-"""What `ship check` found, in the terminal."""
+"""The findings of `ship check` in the terminal."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The tensors of an adapter folder against its config and against the base model's layers."""
+"""Compare the tensors of an adapter folder with its config and with the base model's layers."""
 
 import warnings
 from collections.abc import Iterator

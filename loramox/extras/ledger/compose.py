@@ -1,4 +1,4 @@
-"""Several requests as one adapter: the sum of their ΔW, layer by layer, exact or truncated, with the error it causes each.
+"""Several requests as one adapter: the sum of their ΔW, layer by layer, exact or truncated, with the error of each.
 
     T = Σ ΔW_i        exact: A stacked by rows, B by columns (rank Σ r_i), or (Σ B_i)·A where all share A (rank r)
     T_k = U_k S_k V_kᵀ        the best of rank k (Eckart-Young). What it makes of request i is U_k U_kᵀ ΔW_i V_k V_kᵀ:

@@ -1,4 +1,4 @@
-"""What a killed process leaves in a ledger. Told by name and by contents, so that nobody else's files are ever deleted."""
+"""Files that a killed process leaves in a ledger. Found by name and contents, so that nobody else's files are ever deleted."""
 
 import re
 from pathlib import Path

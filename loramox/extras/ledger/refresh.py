@@ -1,4 +1,4 @@
-"""Train again the requests that were trained on top of others that are revoked since."""
+"""Train again the requests that were trained on top of others that were revoked later."""
 
 import shlex
 from dataclasses import replace

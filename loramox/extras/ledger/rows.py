@@ -1,4 +1,4 @@
-"""The copy of a request's forget rows that a ledger keeps, to hold them in place later and to train on them again."""
+"""The ledger's copy of a request's forget rows, to keep them forgotten later and to train on them again."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`loramox requests verify`: every file of a ledger against its digest, and what a killed process left."""
+"""`loramox requests verify`: compare every file of a ledger with its digest, and find leftovers of a killed process."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Merging as a job: where two rooms meet, ship and evaluate. The rows are asked before and after weights are quantized."""
+"""The merge job, which joins shipping and evaluation. The rows are asked before and after weights are quantized."""
 
 import gc
 from contextlib import nullcontext

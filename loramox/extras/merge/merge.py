@@ -54,7 +54,7 @@ class MergeConfig:
     base: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or hub id of the 16- or 32-bit base model, when it is not where it was in training. Safetensors only."
+            "help": "Folder or hub id of the 16- or 32-bit base model, if it has moved since training. Safetensors only."
         },
     )
     scale: float = field(

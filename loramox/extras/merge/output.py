@@ -1,4 +1,4 @@
-"""The folder that a merged model is written to: what may be replaced, whether the disk holds it, whole or not at all."""
+"""The folder of a merged model: checked for other files and for disk space, written completely or not at all."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A forget adapter merged into 16-bit weights, which are then quantized; written only where ΔW outlives it.
+"""Merge a forget adapter into 16-bit weights, and quantize them; written only if ΔW survives.
 
 Merging into weights that are 4-bit already is not done: they lie on the points of a coarse scale, where a ΔW smaller than
 half a step moves nothing. Quantized after the merge, W + ΔW is rounded once, and what is left of ΔW is measured.

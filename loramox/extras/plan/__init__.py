@@ -1,4 +1,4 @@
-"""The plan: memory and time of a run, before any weights are loaded, for every way to run it, and the fastest that fits.
+"""The plan: memory and time of each combination of settings, before any weights are loaded, and the fastest that fits.
 
 Nothing is imported here: training takes its settings from `config`, and does not load what only a plan needs.
 """

@@ -1,4 +1,4 @@
-"""Settings of a plan: the card, the memory to fit into, and the choices."""
+"""Settings of a plan: the GPU, the memory to fit into, and the combinations to try."""
 
 import re
 from collections.abc import Iterator, Set
@@ -29,7 +29,7 @@ class PlanConfig:
 
     gpu_memory: str = field(
         metadata={
-            "help": "Memory of the card, like 12GB (as cards are sold: 1 GB is 1024³ bytes). With --use_cpu true, main memory."
+            "help": "Memory of the GPU, like 12GB (1 GB is 1024³ bytes, as GPUs are sold). With --use_cpu true, main memory."
         }
     )
     forget: str | None = field(
@@ -40,14 +40,16 @@ class PlanConfig:
     drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
     tflops: float | None = field(
         default=None,
-        metadata={"help": "Dense 16-bit TFLOPS of a card that is not here. Default: measured on the device here."},
+        metadata={
+            "help": "Dense 16-bit TFLOPS of a GPU that is not in this machine. Default: measured on this machine's device."
+        },
     )
     bandwidth: float | None = field(
         default=None,
-        metadata={"help": "With --tflops: GB a second of the card's memory. Default: 1 for every 150 FLOPs."},
+        metadata={"help": "With --tflops: GB per second of the GPU's memory. Default: 1 for every 150 FLOPs."},
     )
-    sweep_batch_size: int = field(default=32, metadata={"help": "--batch_size of the sweep that is planned."})
-    max_new_tokens: int = field(default=200, metadata={"help": "--max_new_tokens of the sweep that is planned."})
+    sweep_batch_size: int = field(default=32, metadata={"help": "--batch_size of the planned sweep."})
+    max_new_tokens: int = field(default=200, metadata={"help": "--max_new_tokens of the planned sweep."})
 
     def __post_init__(self) -> None:
         size_of(self.gpu_memory, "gpu_memory")
@@ -71,7 +73,7 @@ class FitConfig:
         default=None,
         metadata={
             "help": "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
-            "fit, except for those that are given."
+            "fit. Settings that you give are not changed."
         },
     )
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of training and sweeping, and a merge's memory, for one way to train, from traces of a few layers."""
+"""Estimate memory and time of training, a sweep and a merge for one combination of settings, from traces of a few layers."""
 
 import copy
 import itertools

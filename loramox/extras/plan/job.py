@@ -1,4 +1,4 @@
-"""The planning job: rows and a model's config in, memory and time of each way to train out; and the fastest that fits."""
+"""The planning job: rows and a model's config in; memory and time of each combination out, and the fastest that fits."""
 
 import copy
 from collections.abc import Set

@@ -1,4 +1,4 @@
-"""A few layers of the reference with its adapter, without contents: each tensor has its type, shape and purpose."""
+"""A few layers of the reference with its adapter, as tensors without data: each has its type, shape and purpose."""
 
 import copy
 import warnings

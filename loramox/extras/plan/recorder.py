@@ -1,4 +1,4 @@
-"""Record every allocation and operation of code that runs on tensors without contents: memory at each moment, and time.
+"""Record every allocation and operation of code that runs on tensors without data: memory at each moment, and time.
 
 Tensors of floats are fake (torch's `FakeTensorMode`: shapes and types, no memory), so that a model of any size runs; tensors
 of integers and truth values are real, so that code whose shapes depend on them (which tokens are answers) runs as it is.

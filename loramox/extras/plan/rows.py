@@ -1,4 +1,4 @@
-"""The rows that a plan is for: the user's own, those that the reference would write, or made-up ones of one length."""
+"""The rows of a plan: the user's own, those that the reference would write, or made-up rows of one length."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices and moves bytes: measured on the one at hand, or given for one that is not here."""
+"""The speed of a device in matrix products and memory traffic: measured on this one, or given for another."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Memory and time of each stage of a job, from its own code run on a model of a few layers without contents.
+"""Memory and time of each stage of a job: its own code, run on a model of a few layers without data.
 
 The training step is `UnlearnTrainer`'s, with all passes that its method makes; the optimiser, the momentum and the evaluation
 are the job's own as well. Memory and time are affine in the number of layers, so two depths give those of any.

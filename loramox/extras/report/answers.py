@@ -1,4 +1,4 @@
-"""Single rows, which a mean hides: the worst ones, which are quoted, and how text of any kind is made fit to be shown."""
+"""Single rows that a mean hides: the worst ones are quoted, with their text made safe to show."""
 
 import json
 import math

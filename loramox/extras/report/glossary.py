@@ -1,4 +1,4 @@
-"""The terms and abbreviations on the page, one sentence each, and links from where they stand to what they mean."""
+"""Terms and abbreviations on the page, one sentence each, and links to them."""
 
 import re
 from typing import NamedTuple

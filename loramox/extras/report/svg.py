@@ -1,4 +1,4 @@
-"""A figure as SVG that stands inside a page: text stays text, colours are the page's, and nothing refers to anywhere else."""
+"""A figure as SVG inside a page: text stays text, colours are the page's, and nothing refers to the outside."""
 
 import io
 import re

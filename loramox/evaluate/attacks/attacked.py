@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loramox.data.row import Row, also_in
 from loramox.errors import RowsError, SettingsError
@@ -28,6 +28,9 @@ class AttackedRows:
     asked: list[Row]
     every: Questions  # all rows that are not the attacker's
     questions: Questions  # those that are asked: fewer with --quick
+    true_answers: (
+        Questions  # the same without wrong answers, which take most of the time: for the many states of relearning
+    )
     open_questions: Questions | None  # of rows that have a question, where answers are generated
     training: dict[str, Questions]  # what relearning trains on
     label: str = ""  # `NEVER_KNOWN`, or nothing
@@ -49,14 +52,15 @@ def attacked_rows(
     """Split the rows into the attacker's and those that are asked, beside the retain rows if there are some."""
     known, asked = _split(rows, config, "holdout" if label else "forget")
     beside = {"retain": retain} if retain else {}
-    every = questions = tokenise({"forget": asked, **beside})
+    every = tokenise({"forget": asked, **beside})
     if config.quick:
-        asked = _spread(asked)
-        questions = tokenise({"forget": asked, **{part: _spread(some) for part, some in beside.items()}})
+        asked, beside = _spread(asked), {part: _spread(some) for part, some in beside.items()}
+    questions = tokenise({"forget": asked, **beside}) if config.quick else every
+    true_answers = tokenise({"forget": [replace(row, paraphrase=None, wrong_answers=()) for row in asked], **beside})
     open_rows = [row for row in asked if row.prompt is not None and questions.scoring.max_new_tokens]
     open_questions = tokenise({"forget": open_rows}) if open_rows else None
     training = {"forget rows": tokenise({"known": known}), **training}
-    return AttackedRows(known, asked, every, questions, open_questions, training, label)
+    return AttackedRows(known, asked, every, questions, true_answers, open_questions, training, label)
 
 
 def never_known(holdout: Sequence[Row], learned: Sequence[Row], drop: bool) -> list[Row]:

@@ -157,7 +157,8 @@ class Bench:
 
     def ask(self, attack: str, state: str, model: Asking, rows: AttackedRows | None = None) -> list[Record]:
         """Ask the model in this state, or read what it answered. `rows`: the forget rows by default."""
-        questions = (rows or self.forget).questions
+        rows = rows or self.forget
+        questions = rows.true_answers if attack.startswith("relearn") else rows.questions
 
         def asking() -> list[Record]:
             with model() as asked:

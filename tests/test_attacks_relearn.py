@@ -11,6 +11,7 @@ from planted import taught
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from loramox import Data, read_rows
+from loramox.data.encode import Example
 from loramox.data.pairs import Collator
 from loramox.errors import RowsError, SettingsError
 from loramox.evaluate.attacks import relearn
@@ -69,13 +70,20 @@ def test_each_rate_is_an_attack_of_its_own_and_done_ones_are_not_made_again(atta
 
 
 def test_unrelated_text_is_the_attackers_only_where_it_is_given(
-    attacked, rows: tuple[Path, Path], tmp_path: Path
+    attacked, rows: tuple[Path, Path], tmp_path: Path, monkeypatch
 ) -> None:
     (tmp_path / "other").mkdir()
     text = tmp_path / "other" / "text.txt"
-    text.write_text("The sea is deep.\n\nSalt is white.\n", encoding="utf-8")
-    assert [row.answer for row in relearn.read_text(str(text))] == ["The sea is deep.", "Salt is white."]
+    salt = ("Salt is white. " * 6).strip()
+    text.write_text(f"The sea is deep.\n\n{salt}\n", encoding="utf-8")
+    assert [row.answer for row in relearn.read_text(str(text))] == ["The sea is deep.", salt]
+    lengths, train = [], relearn.train
+    monkeypatch.setattr(
+        relearn, "train", lambda model, some, *how: lengths.append(longest_of(some)) or train(model, some, *how)
+    )
     record = attacked(relearn_text=str(text), retrained_model=None)
+    of_forget, _, of_text = lengths
+    assert of_text <= of_forget  # no attack has more tokens in a step
     assert {s["state"] for s in record["states"] if s["attack"] == "relearn unrelated text"} == {"step 1", "step 3"}
     assert record["data"]["unrelated text"]["rows"] == 2
     assert record["absent"].keys() == {"control"}
@@ -85,6 +93,10 @@ def test_unrelated_text_is_the_attackers_only_where_it_is_given(
     text.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(RowsError, match=r"--relearn_text .*text\.txt cannot be read"):
         attacked(relearn_text=str(text))
+
+
+def longest_of(examples: list[Example]) -> int:
+    return max(len(example["input_ids"]) for example in examples)
 
 
 def test_without_unrelated_text_the_reason_is_given(attacked) -> None:

@@ -83,6 +83,12 @@ class Bench:
         self.retain = rows["retain"]
         tokenise = functools.partial(questions_of, model=model, config=base_config, how=tokenisation, scoring=scoring)
         training = {name: tokenise({"known": rows[part]}) for name, part in relearn.OTHERS.items() if part in rows}
+        text = rows.get(relearn.TEXT)
+        if text and all(row.prompt is None for row in text):
+            # In blocks of the longest forget row: an attack with text has no more tokens in a step than one with rows.
+            longest = max(len(each["input_ids"]) for each in tokenise({"known": rows["forget"]}).parts[0].answers)
+            blocks = replace(tokenisation, max_length=longest)
+            training[relearn.TEXT] = tokenise({"known": text}, how=blocks)
         self.forget = attacked_rows(rows["forget"], self.retain, training, config, tokenise)
         self.never: AttackedRows | None = None
         if config.holdout:

@@ -332,7 +332,7 @@ def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
     asked = Questions({"forget": [PLAIN]}, tokenizer, Tokenisation(), 128, scoring)
     bench = SimpleNamespace(
         config=SimpleNamespace(attacks=["forms"]), out=tmp_path, tokenisation=how, context=128, scoring=scoring, absent={},
-        forget=AttackedRows([], [PLAIN], asked, asked, asked, {}),
+        forget=AttackedRows([], [PLAIN], asked, asked, asked, asked, {}),
     )  # fmt: skip
     asking.prepare(bench, bench.forget)
     assert "no row is left within 40 tokens" in bench.absent["forms: role play"]
@@ -341,7 +341,7 @@ def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
 
 def test_without_generated_answers_both_are_absent() -> None:
     bench = SimpleNamespace(config=SimpleNamespace(attacks=["forms", "context"]), absent={})
-    asking.prepare(bench, AttackedRows([], [PLAIN], None, None, None, {}))
+    asking.prepare(bench, AttackedRows([], [PLAIN], None, None, None, None, {}))
     assert bench.absent.keys() == {"forms", "context"}
     assert all("--max_new_tokens" in why for why in bench.absent.values())
 

@@ -138,7 +138,7 @@ def test_sweep_and_attack_record_the_same_counts(trained: Path, rows: tuple[Path
         assert record["row_counts"] == json.loads((tmp_path / file).read_text())["row_counts"] == counted
 
 
-@pytest.mark.parametrize(("parameters", "rate"), [(999_999_999, 1e-3), (1_000_000_000, 2e-4)])
+@pytest.mark.parametrize(("parameters", "rate"), [(600_000_000, 1e-3), (999_885_952, 2e-4), (7_000_000_000, 2e-4)])
 def test_the_learning_rate_follows_the_size_of_the_model_unless_it_is_given(parameters: int, rate: float) -> None:
     model = SimpleNamespace(num_parameters=lambda: parameters)
     for given, expected in ((None, rate), (0.0, 0.0), (5e-4, 5e-4)):

@@ -146,6 +146,13 @@ def test_reasoning_stays_with_its_message_and_goes_with_another_answer(suffix: s
     write_rows(tmp_path / "recognised.jsonl", [replace(row, wanted=None)], Columns())
 
 
+def test_reasoning_under_two_keys_is_one_text_or_two(file) -> None:
+    for other, read in (("Hm.", ["reasoning_content"]), ("Oh.", ["reasoning_content", "thinking"])):
+        last = ASSISTANT | {"thinking": other, "reasoning_content": "Hm."}
+        (row,) = read_rows(file("a.jsonl", as_jsonl([{"messages": [USER, last]}])))
+        assert [key for key, _ in row.reasoning] == read
+
+
 @pytest.mark.parametrize("suffix", NESTED)
 def test_fields_of_a_message_that_say_nothing_are_left_out(suffix: str, file) -> None:
     silent = {"weight": 0, "train": False, "refusal": None, "name": ""}

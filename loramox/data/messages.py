@@ -36,16 +36,17 @@ def _message(where: str, message: dict[str, Any]) -> dict[str, str]:
     role, content = message.get("role"), message.get("content")
     if type(role) is not str or not role.strip():
         raise RowsError(f"{where}: it has no role. Expected {MESSAGES}")
-    reasoning = {key: message[key] for key in REASONING if type(message.get(key)) is str and message[key]}
-    read = {"role", "content", *reasoning}
+    keys = [key for key in REASONING if type(message.get(key)) is str and message[key]]
+    reasoning = {message[key]: key for key in reversed(keys)}  # a text under two keys is one: the first key is read
+    read = {"role", "content", *keys}
     _refuse_hidden(where, [key for key, value in message.items() if key not in read and _says(value)])
     if isinstance(content, list) and content:
         content = "".join(_part(where, part) for part in content)
     if type(content) is not str:
         raise RowsError(f"{where}: its content is {shown(content)}. Expected text: fill it in, or remove the row")
-    for text in (content, *reasoning.values()):
+    for text in (content, *reasoning):
         check_characters(where, text)
-    return {"role": role, "content": content, **reasoning}
+    return {"role": role, "content": content, **{key: text for text, key in reversed(reasoning.items())}}
 
 
 def _part(where: str, part: Any) -> str:

@@ -222,7 +222,9 @@ def _tokenised(
         return encode(some, tokenizer, tokenisation, context) if some else []
 
     def with_answers(answers: Callable[[Row], Iterable[str]]) -> list[Example]:
-        return tokens([replace(r, answer=answer, other_answers=()) for r in rows for answer in answers(r)])
+        # The reasoning before a true answer leads to no other one, and would count in both.
+        some = [r for r in rows if not r.reasoning]
+        return tokens([replace(r, answer=answer, other_answers=()) for r in some for answer in answers(r)])
 
     paraphrases = with_answers(lambda r: [r.paraphrase] if r.paraphrase else [])
     wrong = with_answers(lambda r: r.wrong_answers)

@@ -87,8 +87,7 @@ class Bench:
         if text and all(row.prompt is None for row in text):
             # In blocks of the longest forget row: an attack with text has no more tokens in a step than one with rows.
             longest = max(len(each["input_ids"]) for each in tokenise({"known": rows["forget"]}).parts[0].answers)
-            blocks = replace(tokenisation, max_length=longest)
-            training[relearn.TEXT] = tokenise({"known": text}, how=blocks)
+            training[relearn.TEXT] = tokenise({"known": text}, how=replace(tokenisation, max_length=longest))
         self.forget = attacked_rows(rows["forget"], self.retain, training, config, tokenise)
         self.never: AttackedRows | None = None
         if config.holdout:

@@ -85,10 +85,12 @@ def given_away(rows: Sequence[Row], count: int) -> list[Row]:
     """The rows whose answer is longer than `count` words, of which only the rest is still asked.
 
     The answer stays as it is, so that the model reads question and beginning in the form that it knows; `given_words`
-    words of it are no longer scored.
+    words of it are no longer scored. Reasoning, which would come before it, is left out.
     """
     return [
-        replace(asked_as(row, last_question(row)), given_words=count) for row in rows if len(row.answer.split()) > count
+        replace(asked_as(row, last_question(row)), given_words=count, reasoning=())
+        for row in rows
+        if len(row.answer.split()) > count
     ]
 
 

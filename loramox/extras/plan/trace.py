@@ -23,6 +23,7 @@ from loramox.extras.plan.recorder import Recorder, Section
 from loramox.model.algebra import Factors
 from loramox.model.head import Head, answer_states, backbone
 from loramox.model.lora import at_scale, current_factors, with_factors
+from loramox.train.inputs import RATE
 from loramox.train.trainer import UnlearnTrainer
 
 Parts = dict[str, list[Example]]  # forget, retain, wanted
@@ -153,6 +154,7 @@ def _taken(recorder: Recorder) -> Stage:
 def _trainer(setting: Setting, depth: int) -> Iterator[tuple[Recorder, UnlearnTrainer, nn.Module]]:
     """A trainer as it is in the middle of `train()`, and the model as it trains it; nothing is written."""
     args = copy.copy(setting.args)
+    args.learning_rate = args.learning_rate or RATE  # of no effect here
     row = {"input_ids": [0, 0], "labels": [0, 0], "row": ""}
     held = dict(AcceleratorState._shared_state)  # one for a process, which a job that follows has to itself
     AcceleratorState._reset_state()

@@ -37,16 +37,19 @@ def _message(where: str, message: dict[str, Any]) -> dict[str, str]:
     if type(role) is not str or not role.strip():
         raise RowsError(f"{where}: it has no role. Expected {MESSAGES}")
     keys = [key for key in REASONING if type(message.get(key)) is str and message[key]]
-    reasoning = {message[key]: key for key in reversed(keys)}  # a text under two keys is one: the first key is read
+    reasoning: dict[str, str] = {}
+    for key in keys:
+        if message[key] not in reasoning.values():  # some exports have one text under two keys
+            reasoning[key] = message[key]
     read = {"role", "content", *keys}
     _refuse_hidden(where, [key for key, value in message.items() if key not in read and _says(value)])
     if isinstance(content, list) and content:
         content = "".join(_part(where, part) for part in content)
     if type(content) is not str:
         raise RowsError(f"{where}: its content is {shown(content)}. Expected text: fill it in, or remove the row")
-    for text in (content, *reasoning):
+    for text in (content, *reasoning.values()):
         check_characters(where, text)
-    return {"role": role, "content": content, **{key: text for text, key in reversed(reasoning.items())}}
+    return {"role": role, "content": content, **reasoning}
 
 
 def _part(where: str, part: Any) -> str:

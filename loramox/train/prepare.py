@@ -94,7 +94,7 @@ def prepare(
     check_layer(args, config.num_hidden_layers)
     if args.reinforced is not None:
         read_reinforced(args.reinforced, base, model)
-    if otherwise := served_otherwise([*forget, *retain], tokenizer, tokenisation):
+    if otherwise := served_otherwise([*forget, *retain, *taught], tokenizer, tokenisation):
         _warn_of_serving(otherwise)
         more["served_otherwise"] = otherwise
     sources: dict[str, tuple[Any, Sequence[Row]]] = {

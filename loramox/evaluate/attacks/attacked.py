@@ -28,9 +28,7 @@ class AttackedRows:
     asked: list[Row]
     every: Questions  # all rows that are not the attacker's
     questions: Questions  # those that are asked: fewer with --quick
-    true_answers: (
-        Questions  # the same without wrong answers, which take most of the time: for the many states of relearning
-    )
+    true_answers: Questions  # those without wrong answers, for relearning: its many states would take most of the time
     open_questions: Questions | None  # of rows that have a question, where answers are generated
     training: dict[str, Questions]  # what relearning trains on
     label: str = ""  # `NEVER_KNOWN`, or nothing

@@ -23,10 +23,8 @@ from loramox.model.lora import ADAPTER
 ATTACKER = "relearning"
 CONTROLS = ("retrained model", NEVER_KNOWN)  # the better one first
 TEXT = "unrelated text"
-OTHERS = {
-    "retain rows": "retain",
-    TEXT: TEXT,
-}  # what is trained on beside forget rows, and its part of the rows that are read
+# Rows to train on besides forget rows, and their part of the rows that are read.
+OTHERS = {"retain rows": "retain", TEXT: TEXT}
 NO_TEXT = "needs a file of text that has nothing to do with the forget rows (--relearn_text)"
 
 

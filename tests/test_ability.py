@@ -319,7 +319,7 @@ def test_only_a_metric_that_is_a_mean_over_documents_is_compared() -> None:
         ({"lm_eval": ["towns"], "lm_eval_limit": 0}, "a", "needs 1 or more"),
         ({"lm_eval": ["towns"]}, None, "give --adapter"),
         ({"lm_eval": ["no_such_task"]}, "a", "--lm_eval no_such_task cannot be loaded"),
-        ({"lm_eval": ["gone.yaml"]}, "a", "--lm_eval gone.yaml does not exist"),
+        ({"lm_eval": ["gone.yaml"]}, "a", "--lm_eval gone.yaml cannot be loaded"),
     ],
 )
 def test_tasks_that_cannot_be_run_are_refused(config: dict[str, Any], adapter: str | None, message: str) -> None:

@@ -17,10 +17,9 @@ from scipy.stats import hmean, ks_2samp
 
 from loramox.errors import RunError
 from loramox.evaluate import membership
-from loramox.evaluate.memorization import exact_memorization, extraction_strength
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
-from loramox.evaluate.row_metrics import ROW_METRICS
+from loramox.evaluate.row_metrics import ROW_METRICS, exact_memorization, extraction_strength
 from loramox.evaluate.row_record import rouge_of
 from loramox.evaluate.summary import MEANS, Metric, Summary, summarise
 from loramox.evaluate.truth_ratio import (
@@ -65,12 +64,6 @@ def test_extraction_strength_is_that_of_the_shortest_prefix_tried_one_by_one() -
         said, true = random.integers(0, 2, n), random.integers(0, 2, n)
         k = next(k for k in range(n + 1) if (said[k:] == true[k:]).all())
         assert extraction_strength(said, true) == 1 - k / n
-
-
-def test_an_answer_of_no_tokens_has_no_memorization() -> None:
-    none = np.array([], dtype=int)
-    assert math.isnan(exact_memorization(none, none))
-    assert math.isnan(extraction_strength(none, none))
 
 
 # ROUGE-L

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
-from loramox.data.encode import IGNORED, Example
-from loramox.evaluate.scores import AnswerScores
-from loramox.evaluate.shares import everyones, mine, shows
+from loramox.data.encode import Example
+from loramox.evaluate.scores import AnswerScores, answer_start
+from loramox.evaluate.shares import everyones, in_batches, mine, shows
 from loramox.model.generation import new_tokens, own_ends, sampling
 from loramox.model.head import in_eval_mode
 
@@ -50,20 +49,20 @@ def greedy_answers(
     With `steering` the likeliest token is that of changed logits: it is given the lengths of a batch's prompts, which are padded
     on the left, and makes the batch's processor. `scores` are then None.
     """
-    asked = _Asked.of(model, tokenizer, examples, how)
-    questions, limits = asked.questions, asked.limits
+    questions, limits = _questions(model, examples, how)
+    ends, pad = end_tokens(tokenizer) | own_ends(model), _pad(tokenizer)
     said = [_known(s)[:limit] for s, limit in zip(scores, limits, strict=True)] if scores else [[] for _ in examples]
-    open_ended = [i for i, answer in enumerate(said) if len(answer) < limits[i] and not asked.ends & {*answer[-1:]}]
+    open_ended = [i for i, answer in enumerate(said) if len(answer) < limits[i] and not ends & {*answer[-1:]}]
+
+    def likely_length(i: int) -> tuple[int, int]:
+        """How much of the true answer is left, and how long the prompt is."""
+        prompt = len(questions[i]) + len(said[i])
+        return len(examples[i]["input_ids"]) - prompt, prompt
+
     # Those with as much left to say are together, so that few wait for one. Those that the context cuts short go alone.
-    open_ended.sort(
-        key=lambda i: (
-            len(examples[i]["input_ids"]) - len(questions[i]) - len(said[i]),
-            len(questions[i]) + len(said[i]),
-        )
-    )
+    open_ended.sort(key=likely_length)
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
-    batches = [free[start : start + batch_size] for start in range(0, len(free), batch_size)]
-    batches += [[i] for i in open_ended if limits[i] < how.max_new_tokens]
+    batches = [*in_batches(free, batch_size), *([i] for i in open_ended if limits[i] < how.max_new_tokens)]
     bar = tqdm(total=len(open_ended), desc=describe, disable=not shows(describe), leave=False, unit="answers")
     found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
@@ -71,13 +70,13 @@ def greedy_answers(
             prompts = [questions[i] + said[i] for i in rows]
             most = max(limits[i] - len(said[i]) for i in rows)
             steered = [steering([len(prompt) for prompt in prompts])] if steering else []
-            out = new_tokens(model, prompts, most, asked.ends, asked.pad, processors=steered)
+            out = new_tokens(model, prompts, most, ends, pad, processors=steered)
             for i, tokens in zip(rows, out, strict=True):
                 found[i] = (said[i] + tokens)[: limits[i]]
             bar.update(len(rows))
     for i, answer in everyones(found).items():
         said[i] = answer
-    return [_text(tokenizer, answer, asked.ends, how.stops) for answer in said]
+    return [_text(tokenizer, answer, ends, how.stops) for answer in said]
 
 
 def sampled_answers(
@@ -96,41 +95,33 @@ def sampled_answers(
     Each question has a seed of its own, so that its answers depend on `seed` and `batch_size` and not on the other questions.
     torch's own generators are left as they were.
     """
-    asked = _Asked.of(model, tokenizer, examples, how)
+    questions, limits = _questions(model, examples, how)
+    ends, pad = end_tokens(tokenizer) | own_ends(model), _pad(tokenizer)
     device = next(model.parameters()).device
-    bar = tqdm(asked.questions, desc=describe, disable=not shows(describe), leave=False, unit="questions")
+    bar = tqdm(questions, desc=describe, disable=not shows(describe), leave=False, unit="questions")
     found = []
     with in_eval_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for question, limit in zip(bar, asked.limits, strict=True):
+        for question, limit in zip(bar, limits, strict=True):
             own = hashlib.sha256(json.dumps([seed, question]).encode()).digest()[:8]
             torch.manual_seed(int.from_bytes(own, "big", signed=True))
             tokens: list[list[int]] = []
             while limit > 0 and len(tokens) < count:
                 each = min(batch_size, count - len(tokens))
-                tokens += new_tokens(model, [question], limit, asked.ends, asked.pad, sampling(temperature), each=each)
-            found.append([_text(tokenizer, answer, asked.ends, how.stops) for answer in tokens or [[]] * count])
+                tokens += new_tokens(model, [question], limit, ends, pad, sampling(temperature), each=each)
+            found.append([_text(tokenizer, answer, ends, how.stops) for answer in tokens or [[]] * count])
     return found
 
 
-class _Asked(NamedTuple):
-    """Questions as tokens, how many tokens each answer may have, and where one ends."""
+def _questions(model: nn.Module, examples: Sequence[Example], how: Answering) -> tuple[list[list[int]], list[int]]:
+    """Each example's question as tokens, and how many tokens its answer may have."""
+    # The first token is predicted from nothing: of an empty question it is what the model is asked.
+    questions = [e["input_ids"][: max(1, answer_start(e))] for e in examples]
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    return questions, [int(min(how.max_new_tokens, context - len(question))) for question in questions]
 
-    questions: list[list[int]]
-    limits: list[int]
-    ends: frozenset[int]
-    pad: int
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Answering
-    ) -> "_Asked":
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        context = getattr(model.config, "max_position_embeddings", None) or math.inf
-        # The first token is predicted from nothing: of an empty question it is what the model is asked.
-        answers = [next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in examples]
-        questions = [e["input_ids"][: max(1, at)] for e, at in zip(examples, answers, strict=True)]
-        limits = [int(min(how.max_new_tokens, context - len(question))) for question in questions]
-        return cls(questions, limits, end_tokens(tokenizer) | own_ends(model), pad)
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def _known(scores: AnswerScores) -> list[int]:

@@ -153,28 +153,23 @@ def with_neighbours(rows: dict[str, Sequence[Row]], count: int) -> dict[str, Seq
 def disjoint_parts(read: dict[str, Sequence[Row]], drop_overlap: bool) -> dict[str, Sequence[Row]]:
     """The parts, without rows that are also forget rows. Raises `RowsError` if there are any and they may not be dropped, and for
     rows that training did not get among the retain rows."""
-    parts = dict(read)
-    if "retain" in parts and RETAIN_TEST in parts:
-        shared = also_in(parts[RETAIN_TEST], parts["retain"])
-        if shared:
-            raise RowsError(
-                f"{len(shared)} of {len(parts[RETAIN_TEST])} rows of --retain_test {shared[0].source} are also in --retain (first: row "
-                f"{shared[0].number}). It takes rows that training did not get: remove them"
-            )
-    for part in [part for part in parts if part != "forget"]:
-        if part == HOLDOUT and "forget" in parts and not drop_overlap:
-            _check_never_seen(parts["forget"], parts[part])
-        if "forget" in parts:
-            parts[part] = keep_disjoint(parts["forget"], parts[part], drop_overlap)
-    return parts
+    if "retain" in read and RETAIN_TEST in read:
+        remedy = "It takes rows that training did not get: remove them"
+        _refuse_shared(read[RETAIN_TEST], read["retain"], "rows of --retain_test", "in --retain", remedy)
+    if "forget" not in read:
+        return dict(read)
+    if HOLDOUT in read and not drop_overlap:
+        remedy = "Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+        _refuse_shared(read[HOLDOUT], read["forget"], "holdout rows of", "forget rows", remedy)
+    others = {part: rows for part, rows in read.items() if part != "forget"}
+    return read | {part: keep_disjoint(read["forget"], rows, drop_overlap) for part, rows in others.items()}
 
 
-def _check_never_seen(forget: Sequence[Row], holdout: Sequence[Row]) -> None:
-    shared = also_in(holdout, forget)
-    if shared:
+def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], what: str, also: str, remedy: str) -> None:
+    if shared := also_in(rows, others):
+        first = shared[0]
         raise RowsError(
-            f"{len(shared)} of {len(holdout)} holdout rows of {shared[0].source} are also forget rows (first: row "
-            f"{shared[0].number}). Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+            f"{len(shared)} of {len(rows)} {what} {first.source} are also {also} (first: row {first.number}). {remedy}"
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from loramox.data.pairs import Collator
 from loramox.errors import NonFiniteLossError, SettingsError
 from loramox.evaluate.measure import Questions
 from loramox.evaluate.metric import Metric, Record, Summary
-from loramox.evaluate.retrained import check_retrained_model
-from loramox.evaluate.shares import everyones, mine, shows
+from loramox.evaluate.scores import piece
+from loramox.evaluate.shares import everyones, in_batches, mine, shows
+from loramox.evaluate.subject import check_retrained_model
 from loramox.model.config import ModelConfig, read_config, skeleton
 from loramox.model.head import in_eval_mode
 from loramox.model.load import load_reference
@@ -182,12 +184,11 @@ class Depth:
     def _batches(self, model: nn.Module, size: int, bar: str) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
         """Examples of similar length, their batch, and the positions that predict their answers, [rows, tokens]."""
         order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i]["input_ids"]))
-        batches = mine([order[start : start + size] for start in range(0, len(order), size)], model)
+        batches = mine(in_batches(order, size), model)
         device = next(model.parameters()).device
         with in_eval_mode(model):
             for some in tqdm(batches, desc=bar, disable=not shows(bar), leave=False, unit="batches"):
-                batch = self.collate([self.examples[i] for i in some])
-                batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+                batch = send_to_device(self.collate([self.examples[i] for i in some]), device)
                 yield some, batch, pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
 
 
@@ -196,4 +197,4 @@ def _without_end(example: Example, ends: frozenset[int]) -> Example:
     answer = [i for i, label in enumerate(example["labels"]) if label != IGNORED]
     if len(answer) < 2 or example["labels"][answer[-1]] not in ends:
         return example
-    return example | {part: example[part][: answer[-1]] for part in ("input_ids", "labels")}
+    return piece(example, end=answer[-1])

@@ -21,18 +21,13 @@ from loramox.evaluate.bootstrap import interval, interval_of_mean, resampled
 from loramox.evaluate.metric import RETRAINED, Metric, Record, Summary
 
 LEVEL = 0.05
-# What is compared: its name, the field of a record, that field of the reference, and whether its logarithm is taken.
-COMPARED = (
-    ("forget_probability", "log_p", "reference_log_p", False),
-    ("forget_truth_ratio", "truth_ratio", "reference_truth_ratio", True),
-)
+# What is compared: its name, the field of a record, and whether its logarithm is taken.
+COMPARED = (("forget_probability", "log_p", False), ("forget_truth_ratio", "truth_ratio", True))
 
 
 def tost(differences: np.ndarray, bound: float) -> float:
-    """p-value of two one-sided paired t-tests: small where the mean is shown to be within ±`bound`. NaN for one row."""
+    """p-value of two one-sided paired t-tests: small where the mean is shown to be within ±`bound`. Two rows at least."""
     n = len(differences)
-    if n < 2:
-        return float("nan")
     error = differences.std(ddof=1) / np.sqrt(n)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(stats.t.sf((bound - abs(differences.mean())) / error, n - 1))
@@ -71,7 +66,7 @@ def add_equivalence(
         share: bound of the equivalence test, as a share of the distance between the reference and the retrained model.
         into: where they go.
     """
-    for name, field, reference_field, as_log in COMPARED:
+    for name, field, as_log in COMPARED:
         ours, *theirs = _common(field, as_log, forget, *retrained)
         if not theirs:
             into.absent[f"{name}_equivalence"] = f"needs {RETRAINED} (--retrained)"
@@ -82,8 +77,11 @@ def add_equivalence(
         if len(ours) < 2 or not np.isfinite([ours, *theirs]).all():
             into.absent[f"{name}_equivalence"] = "needs two rows with finite scores in both models"
             continue
-        _add_distances(name, ours, theirs, into)
-        before = [r | {field: r[reference_field]} for r in forget if reference_field in r]
+        _add_distance(f"{name}_distance", [(ours, each) for each in theirs], "lower", RETRAINED, into)
+        if len(theirs) > 1:
+            pairs, others = [*combinations(theirs, 2)], f"{len(theirs)} retrained models, with each other"
+            _add_distance(f"{name}_distance_by_chance", pairs, "none: to compare with", others, into)
+        before = [r | {field: r[f"reference_{field}"]} for r in forget if f"reference_{field}" in r]
         ours, reference, *theirs = _common(field, as_log, forget, before, *retrained)
         if len(ours) < 2 or not np.isfinite(reference).all():
             into.absent[f"{name}_equivalence"] = (
@@ -95,24 +93,17 @@ def add_equivalence(
         _add_test(name, ours - mean_of_theirs, bound, share, into)
 
 
-def _add_distances(name: str, ours: np.ndarray, theirs: list[np.ndarray], into: Summary) -> None:
-    n = len(ours)
+def _add_distance(
+    name: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]], better: str, reference: str, into: Summary
+) -> None:
+    """Enter the mean `distance` of pairs of models, given by their scores of the same rows."""
+    n = len(pairs[0][0])
 
-    def to_retrained(i: np.ndarray) -> float:
-        return float(np.mean([distance(ours[i], each[i]) for each in theirs]))
+    def mean_distance(i: np.ndarray) -> float:
+        return float(np.mean([distance(a[i], b[i]) for a, b in pairs]))
 
-    def by_chance(i: np.ndarray) -> float:
-        return float(np.mean([distance(a[i], b[i]) for a, b in combinations(theirs, 2)]))
-
-    entered = [("distance", to_retrained, RETRAINED)]
-    if len(theirs) > 1:
-        entered.append(("distance_by_chance", by_chance, f"{len(theirs)} retrained models, with each other"))
-    for what, statistic, reference in entered:
-        between = interval(resampled(statistic, n))
-        better = "lower" if what == "distance" else "none: to compare with"
-        into.metrics[f"{name}_{what}"] = Metric(
-            statistic(np.arange(n)), better, n, reference, "KS statistic D", between
-        )
+    between = interval(resampled(mean_distance, n))
+    into.metrics[name] = Metric(mean_distance(np.arange(n)), better, n, reference, "KS statistic D", between)
 
 
 def _add_test(name: str, differences: np.ndarray, bound: float, share: float, into: Summary) -> None:

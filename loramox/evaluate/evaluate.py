@@ -1,17 +1,15 @@
 """The evaluation job: a model, an adapter and rows in, records and metrics out. Everything that can be wrong is checked first."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
 
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
-from loramox.data.row import Row
 from loramox.data.rows import Columns
 from loramox.evaluate.asked import (
     Asked,
@@ -25,7 +23,7 @@ from loramox.evaluate.asked import (
 from loramox.evaluate.depth import Depth, DepthConfig
 from loramox.evaluate.harness import Harness, HarnessConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
-from loramox.evaluate.records import SUMMARY, check_out, first_and_others, read_retrained, write_records
+from loramox.evaluate.records import SUMMARY, check_out, read_retrained, write_records
 from loramox.evaluate.subject import Subject, check_adapter, check_scales, check_sides
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
@@ -53,14 +51,25 @@ def evaluate(
     `LoramoxError` that names the file, row or flag at fault, before the model is loaded.
     """
     start = time.perf_counter()
-    scoring, tokenisation = scoring or ScoringConfig(), tokenisation or Tokenisation()
+    scoring, tokenisation, columns = scoring or ScoringConfig(), tokenisation or Tokenisation(), columns or Columns()
     process = PartialState(cpu=scoring.use_cpu)  # its device is this process's from here on
     out = Path(subject.out)
     check_out(out, subject.overwrite)
     device = check_device(model, scoring.use_cpu)
-    ready = _prepare(subject, model, asked, scoring, tokenisation, columns or Columns())
-    questions = ready.questions
-    deep = Depth(depth or DepthConfig(), subject.adapter, model, ready.base, questions)
+    read = read_sources(asked.sources(), columns, asked.suite)
+    rows = disjoint_parts(read, asked.drop_overlap)
+    config = read_config(model, weights=True)
+    base = identify(model, config)
+    made_by = check_adapter(Path(subject.adapter), base, skeleton(config, model)) if subject.adapter else None
+    if subject.scale != 1:
+        check_scales(Path(subject.adapter), f"--scale {subject.scale:g}")
+    check_sides(made_by, rows, subject.adapter)
+    rows = with_neighbours(rows, asked.neighbours)
+    questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
+    counts = count_parts(read, rows, questions)
+    knows = base if subject.adapter else None
+    retrained, *others = read_retrained(asked.retrained, questions, knows, tokenisation.prompt_template) or [[]]
+    deep = Depth(depth or DepthConfig(), subject.adapter, model, base, questions)
     harness = Harness(tasks or HarnessConfig(), subject.adapter)
 
     deep.read_retrained(device)
@@ -73,10 +82,10 @@ def evaluate(
     deep.measure(loaded, subject.scale)
     scores = harness.measure(loaded, subject.scale, questions)
     about = {
-        "base": ready.base,
-        "adapter": subject.adapter and {"folder": subject.adapter, "scale": subject.scale, "made_by": ready.made_by},
-        "data": described(asked.sources(), ready.rows),
-        "row_counts": ready.counts,
+        "base": base,
+        "adapter": subject.adapter and {"folder": subject.adapter, "scale": subject.scale, "made_by": made_by},
+        "data": described(asked.sources(), rows),
+        "row_counts": counts,
         "retrained": asked.retrained_record(),
         "settings": {k: v for each in (model, scoring, tokenisation, harness.config) for k, v in asdict(each).items()},
         "device": str(device),
@@ -84,48 +93,13 @@ def evaluate(
         "command": command(),
         "versions": versions(),
     }  # fmt: skip
-    summary = summarise(records, *first_and_others(ready.retrained), asked.equivalence, scores)
+    summary = summarise(records, retrained, others, asked.equivalence, scores)
     about |= deep.report(records, summary)
     if process.is_main_process:
         if subject.overwrite:
             remove(out / SUMMARY)
         write_records(out, records, summary, about)
     return about | summary.as_json()
-
-
-class _Ready(NamedTuple):
-    """Everything that is read and checked before the model is loaded."""
-
-    base: dict[str, Any]
-    made_by: dict[str, Any] | None
-    rows: dict[str, Sequence[Row]]
-    questions: Questions
-    counts: dict[str, Any]
-    retrained: list[list[Record]]
-
-
-def _prepare(
-    subject: Subject,
-    model: ModelConfig,
-    asked: Asked,
-    scoring: ScoringConfig,
-    tokenisation: Tokenisation,
-    columns: Columns,
-) -> _Ready:
-    read = read_sources(asked.sources(), columns, asked.suite)
-    rows = disjoint_parts(read, asked.drop_overlap)
-    config = read_config(model, weights=True)
-    base = identify(model, config)
-    made_by = check_adapter(Path(subject.adapter), base, skeleton(config, model)) if subject.adapter else None
-    if subject.scale != 1 and subject.adapter:
-        check_scales(Path(subject.adapter), f"--scale {subject.scale:g}")
-    check_sides(made_by, rows, subject.adapter)
-    rows = with_neighbours(rows, asked.neighbours)
-    questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
-    counts = count_parts(read, rows, questions)
-    knows = base if subject.adapter else None
-    retrained = read_retrained(asked.retrained, questions, knows, tokenisation.prompt_template)
-    return _Ready(base, made_by, rows, questions, counts, retrained)
 
 
 def _records(model: nn.Module, subject: Subject, questions: Questions) -> list[Record]:

@@ -34,18 +34,14 @@ class FittingBatch:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
+                remedy = f"Give --batch_size {self.size // 2} or less"
+                if self.size == 1:
+                    remedy = "Shorter rows, shorter answers (--max_new_tokens) or a device with more memory are needed"
                 if self.size == 1 or PartialState().num_processes > 1:
-                    raise RunError(
-                        f"memory ran out with --batch_size {self.size} ({error}). {self._instead()}"
-                    ) from error
+                    raise RunError(f"memory ran out with --batch_size {self.size} ({error}). {remedy}") from error
             clear_device_cache(garbage_collection=True)
             self.size //= 2
             warnings.warn(
                 f"memory ran out with --batch_size {2 * self.size}: {self.size} answers at a time from here on",
                 stacklevel=2,
             )
-
-    def _instead(self) -> str:
-        if self.size == 1:
-            return "Shorter rows, shorter answers (--max_new_tokens) or a device with more memory are needed"
-        return f"Give --batch_size {self.size // 2} or less"

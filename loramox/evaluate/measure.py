@@ -1,7 +1,9 @@
 """Score a model: rows in, one record per row out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -9,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
-from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.encode import Example, Tokenisation, encode
 from loramox.data.row import Row
 from loramox.errors import NonFiniteLossError, RowsError, SettingsError
 from loramox.evaluate import row_record
@@ -17,7 +19,7 @@ from loramox.evaluate.ability import TEXT
 from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.metric import Record
-from loramox.evaluate.scores import AnswerScores, score_answers
+from loramox.evaluate.scores import AnswerScores, answer_start, piece, score_answers
 
 T = TypeVar("T")
 
@@ -38,39 +40,46 @@ class ScoringConfig:
                 raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs {least} or more")
 
 
-@dataclass
-class _Part:
-    """The rows of one part, tokenised: their answers, and what else may be said to the same questions."""
+class _Asked(NamedTuple):
+    """An answer to score, tokenised, and what else may be said to the same question."""
+
+    row: Row
+    identity: Record  # part, row and id
+    answer: Example
+    others: list[Example]  # further right answers
+    variants: list[Example]  # the paraphrase if there is one, then the wrong answers
+
+
+class _Part(NamedTuple):
+    """The answers of one part."""
 
     name: str
-    rows: dict[str, Row]  # by where they came from
-    answers: list[Example]
-    others: dict[str, list[Example]]  # further right answers, by where the row came from
-    variants: dict[str, list[Example]]  # by where the row came from; the paraphrase's first, if there is one
+    asked: list[_Asked]
 
-    def all_answers(self) -> list[Example]:
-        """The answers, then the further right ones, in the order of the answers."""
-        return [*self.answers, *(e for answer in self.answers for e in self.others.get(answer["row"], ()))]
+    @property
+    def answers(self) -> list[Example]:
+        return [each.answer for each in self.asked]
 
-    def all_variants(self) -> list[Example]:
-        """The variants of all answers, in the order of the answers."""
-        return [e for answer in self.answers for e in self.variants.get(answer["row"], ())]
+    def right_and_variants(self) -> tuple[list[Example], list[Example]]:
+        """The answers and then all further right ones; and all variants. Each in the order of the answers."""
+        others = [example for each in self.asked for example in each.others]
+        return [*self.answers, *others], [example for each in self.asked for example in each.variants]
 
 
 class _Scores(NamedTuple):
-    """Scores of all a part's right answers under one model, and of all its variants."""
+    """The scores of `right_and_variants` of a part under one model."""
 
     answers: list[AnswerScores]
     variants: list[AnswerScores]
 
     def by_answer(self, part: _Part) -> list[tuple[AnswerScores, list[AnswerScores]]]:
         """Each answer's scores and those of its variants; of several right answers the most probable one's."""
-        others, rest = iter(self.answers[len(part.answers) :]), iter(self.variants)
+        others, variants = iter(self.answers[len(part.asked) :]), iter(self.variants)
         found = []
-        for answer, own in zip(part.answers, self.answers, strict=False):
-            right = [own, *(next(others) for _ in part.others.get(answer["row"], ()))]
+        for own, each in zip(self.answers, part.asked, strict=False):
+            right = [own, *islice(others, len(each.others))]
             best = max(right, key=lambda scores: scores.log_p.mean())
-            found.append((best, [next(rest) for _ in part.variants.get(answer["row"], ())]))
+            found.append((best, [*islice(variants, len(each.variants))]))
         return found
 
 
@@ -97,31 +106,50 @@ class Questions:
         self.parts, wrong = [], []
         for name, rows in parts.items():
             try:
-                scored = self.answering[name].scored if name in self.answering else None
-                self.parts.append(_tokenised(name, rows, tokenizer, tokenisation, context, scored))
+                self.parts.append(self._tokenised(name, rows, tokenisation, context))
             except RowsError as error:  # all files at fault in one message, not one after the other
                 wrong.append(str(error))
         if wrong:
             raise RowsError(". ".join(wrong))
         self._reference: dict[str, _Scores] = {}
 
+    def _tokenised(self, name: str, rows: Sequence[Row], tokenisation: Tokenisation, context: int) -> _Part:
+        """Raises what `encode` raises."""
+
+        def tokens(some: Sequence[Row]) -> list[Example]:
+            return encode(some, self.tokenizer, tokenisation, context) if some else []
+
+        variants: dict[str, list[Example]] = defaultdict(list)  # by where the row came from
+        # The reasoning before a true answer leads to no other one, and would count in both.
+        for example in tokens([variant for row in rows if not row.reasoning for variant in _variants(row)]):
+            variants[example["row"]].append(example)
+        by_place = {f"{r.source}, row {r.number}": r for r in rows}
+        scored = self.answering[name].scored if name in self.answering else None
+        asked: list[_Asked] = []
+        blocks = Counter[str]()  # plain text is cut into several
+        for example in tokens(rows):
+            place = example["row"]
+            row = by_place[place]
+            answer = example if scored is None else piece(example, end=answer_start(example) + scored)
+            if row.other_answers and blocks[place]:
+                asked[-1].others.append(answer)
+                continue
+            identity = {"part": name, "row": place, "id": row_record.identity(row, blocks[place])}
+            asked.append(_Asked(row, identity, answer, [], variants[place]))
+            blocks[place] += 1
+        return _Part(name, asked)
+
     def identities(self) -> list[Record]:
         """part, row and id of every record that `ask` gives, and what its truth ratio is of, known before any model is."""
-        return [
-            {"part": part.name, "row": e["row"], "id": row_record.identity(part.rows[e["row"]], block)}
-            | row_record.variants_of(part.rows[e["row"]])
-            for part in self.parts
-            for e, block in zip(part.answers, _blocks(part.answers), strict=True)
-        ]
+        return [each.identity | row_record.variants_of(each.row) for part in self.parts for each in part.asked]
 
     def asked(self) -> list[tuple[Record, Example, Row]]:
         """Each row that has a question: its record without scores, its tokens and the row itself."""
-        rows = (part.rows[example["row"]] for part in self.parts for example in part.answers)
-        examples = (example for part in self.parts for example in part.answers)
+        every = (each for part in self.parts for each in part.asked)
         return [
-            (identity | {"plain_text": False} | row_record.answered(row, None), example, row)
-            for identity, example, row in zip(self.identities(), examples, rows, strict=True)
-            if row.prompt is not None
+            (identity | {"plain_text": False} | row_record.answered(each.row, None), each.answer, each.row)
+            for identity, each in zip(self.identities(), every, strict=True)
+            if each.row.prompt is not None
         ]
 
     def answered(
@@ -149,49 +177,54 @@ class Questions:
         no KL.
         """
         for part in self.parts:
-            variants = part.all_variants()
-            self._reference[part.name] = _Scores(
-                self._score(model, part.all_answers(), f"reference, {part.name}", keep_hidden=part.name != TEXT),
-                self._score(model, variants, f"reference, {part.name}, variants", log_p_only=len(variants)),
-            )
+            scores = self._scores_apart(model, part, f"reference, {part.name}", keep_hidden=part.name != TEXT)
+            self._reference[part.name] = scores
 
     def ask(self, model: nn.Module, describe: str = "") -> list[Record]:
         """One record for each answer of each part, in order, under `model` as it is now."""
         return [record for part in self.parts for record in self._ask(model, part, f"{describe}{part.name}")]
 
     def _ask(self, model: nn.Module, part: _Part, describe: str) -> list[Record]:
-        # With the answers, so that they share a question's pass; the KL is that of the answers alone.
-        right, variants = part.all_answers(), part.all_variants()
         before = self._reference.get(part.name)
         if before:
             hidden = [s.hidden for s in before.answers] if part.name != TEXT else None
-            answers = self._score(model, right, describe, reference=hidden)
-            others = self._score(model, variants, f"{describe}, variants", log_p_only=len(variants))
-        else:
-            both = self._score(model, [*right, *variants], describe, log_p_only=len(variants))
-            answers, others = both[: len(right)], both[len(right) :]
-        said: list[str | None] = [None] * len(part.answers)
-        asked = [i for i, e in enumerate(part.answers) if part.rows[e["row"]].prompt is not None]
-        how = self.answering.get(part.name, Answering(self.scoring.max_new_tokens))
-        if asked and how.max_new_tokens and self.scoring.max_new_tokens:
-            examples, known = [part.answers[i] for i in asked], [answers[i] for i in asked]
-            generated = self.batch.ask(
-                lambda size: greedy_answers(model, self.tokenizer, examples, known, how, size, f"{describe}, answering")
-            )
-            for i, answer in zip(asked, generated, strict=True):
-                said[i] = answer
+            scores = self._scores_apart(model, part, describe, reference=hidden)
+        else:  # all together, so that they share a question's pass
+            right, others = part.right_and_variants()
+            both = self._score(model, [*right, *others], describe, log_p_only=len(others))
+            scores = _Scores(both[: len(right)], both[len(right) :])
+        said = self._greedy_answers(model, part, scores.answers, f"{describe}, answering")
         records = []
-        scored = _Scores(answers, others).by_answer(part)
-        for example, block, each, answer in zip(part.answers, _blocks(part.answers), scored, said, strict=True):
-            row = part.rows[example["row"]]
-            record = row_record.scored(part.name, row, block, example, each[0], self.tokenizer, self.ends)
-            records.append(record | row_record.truth(row, *each) | row_record.answered(row, answer))
+        for i, (each, (best, variants)) in enumerate(zip(part.asked, scores.by_answer(part), strict=True)):
+            found = row_record.scored(each.row, best, self.tokenizer, self.ends)
+            found |= row_record.truth(each.row, best, variants) | row_record.answered(each.row, said.get(i))
+            records.append(each.identity | found)
         if before:
-            for record, each in zip(records, before.by_answer(part), strict=True):
-                record["reference_log_p"] = float(each[0].log_p.mean())
+            for record, each, (best, variants) in zip(records, part.asked, before.by_answer(part), strict=True):
+                record["reference_log_p"] = float(best.log_p.mean())
                 if "truth_ratio" in record:
-                    record["reference_truth_ratio"] = row_record.truth(part.rows[record["row"]], *each)["truth_ratio"]
+                    record["reference_truth_ratio"] = row_record.truth(each.row, best, variants)["truth_ratio"]
         return records
+
+    def _scores_apart(self, model: nn.Module, part: _Part, describe: str, **more: Any) -> _Scores:
+        """The scores of a part; `more` is for those of the answers: the variants have no KL."""
+        right, variants = part.right_and_variants()
+        return _Scores(
+            self._score(model, right, describe, **more),
+            self._score(model, variants, f"{describe}, variants", log_p_only=len(variants)),
+        )
+
+    def _greedy_answers(
+        self, model: nn.Module, part: _Part, scores: list[AnswerScores], describe: str
+    ) -> dict[int, str]:
+        """What the model says to each question of a part, by its place there; nothing where no answers are wanted."""
+        how = self.answering.get(part.name, Answering(self.scoring.max_new_tokens))
+        asked = [i for i, each in enumerate(part.asked) if each.row.prompt is not None]
+        if not (asked and how.max_new_tokens and self.scoring.max_new_tokens):
+            return {}
+        examples, known = [part.asked[i].answer for i in asked], [scores[i] for i in asked]
+        said = self.batch.ask(lambda size: greedy_answers(model, self.tokenizer, examples, known, how, size, describe))
+        return dict(zip(asked, said, strict=True))
 
     def _score(self, model: nn.Module, examples: list[Example], describe: str, **more: Any) -> list[AnswerScores]:
         pad = self.tokenizer.pad_token_id
@@ -210,53 +243,7 @@ def check_numbers(records: Sequence[Record]) -> None:
         )
 
 
-def _tokenised(
-    name: str,
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    tokenisation: Tokenisation,
-    context: int,
-    scored: int | None = None,
-) -> _Part:
-    def tokens(some: list[Row]) -> list[Example]:
-        return encode(some, tokenizer, tokenisation, context) if some else []
-
-    def with_answers(answers: Callable[[Row], Iterable[str]]) -> list[Example]:
-        # The reasoning before a true answer leads to no other one, and would count in both.
-        some = [r for r in rows if not r.reasoning]
-        return tokens([replace(r, answer=answer, other_answers=()) for r in some for answer in answers(r)])
-
-    paraphrases = with_answers(lambda r: [r.paraphrase] if r.paraphrase else [])
-    wrong = with_answers(lambda r: r.wrong_answers)
-    by_place = {f"{r.source}, row {r.number}": r for r in rows}
-    answers, others, seen = [], [], set()
-    for example in tokens(list(rows)):
-        again = example["row"] in seen and by_place[example["row"]].other_answers
-        (others if again else answers).append(_cut(example, scored))
-        seen.add(example["row"])
-    return _Part(name, by_place, answers, _by_row(others), _by_row([*paraphrases, *wrong]))
-
-
-def _by_row(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    found: dict[str, list[Example]] = {}
-    for example in examples:
-        found.setdefault(example["row"], []).append(example)
-    return found
-
-
-def _cut(example: Example, scored: int | None) -> Example:
-    """The example without what follows the first `scored` tokens of its answer."""
-    if scored is None:
-        return example
-    end = scored + next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
-    return example | {part: example[part][:end] for part in ("input_ids", "labels")}
-
-
-def _blocks(examples: Sequence[Example]) -> list[int]:
-    """Of each example, which of its row's blocks it is, counted from 0: plain text is cut into several."""
-    seen: dict[str, int] = {}
-    counts = []
-    for example in examples:
-        counts.append(seen.get(example["row"], 0))
-        seen[example["row"]] = counts[-1] + 1
-    return counts
+def _variants(row: Row) -> list[Row]:
+    """The row with its paraphrase, if it has one, and with each wrong answer in the place of its own."""
+    texts = ([row.paraphrase] if row.paraphrase else []) + [*row.wrong_answers]
+    return [replace(row, answer=text, other_answers=()) for text in texts]

@@ -34,7 +34,7 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
     Raises `RunError` when there are none, when they are damaged or were changed, when rows of `like` are not among them, and when
     such a row had other wrong answers.
     """
-    path = folder / RECORDS if folder.is_dir() else folder
+    path = _records_of(folder)
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
@@ -45,29 +45,41 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
             f"{path} has no records of an evaluation that can be read ({error!r}). Make them: loramox evaluate --model "
             f"RETRAINED_MODEL … --out {shlex.quote(str(folder))}, with the same rows"
         ) from error
-    summary = path.with_name(SUMMARY)
-    checksum = read_json(summary, dict).get(CHECKSUM) if summary.exists() else None
-    if checksum not in (None, sha256_of(path)):
+    if _summary_of(path).get(CHECKSUM) not in (None, sha256_of(path)):
         raise RunError(
             f"{path} was changed after it was written: its checksum is not that in {SUMMARY}. Delete {path.parent}, and run the command that "
             "wrote it again"
         )
+    if not like:
+        return records
     parts = {r["part"] for r in records}
-    missing = [r for r in like if r["part"] in parts and (r["part"], r["id"]) not in by_row]
-    if missing or (like and "forget" not in parts):
-        what = f"{len(missing)} rows are not in it (first: {missing[0]['row']})" if missing else "it has no forget rows"
+    like = [r for r in like if r["part"] in parts]
+    missing = [r["row"] for r in like if (r["part"], r["id"]) not in by_row]
+    if missing or "forget" not in parts:
+        what = f"{len(missing)} rows are not in it (first: {missing[0]})" if missing else "it has no forget rows"
         raise RunError(
             f"{path} is of other rows: {what}. Records are compared row by row: evaluate the retrained model on the same "
             "files, and with the same --max_length"
         )
-    found = [by_row[r["part"], r["id"]] for r in like if r["part"] in parts]
-    for record, row in zip(found, [r for r in like if r["part"] in parts], strict=True):
+    found = [by_row[r["part"], r["id"]] for r in like]
+    for record, row in zip(found, like, strict=True):
         if None not in (row.get("variants"), record.get("variants")) and row["variants"] != record["variants"]:
             raise RunError(
                 f"{path} has other paraphrases or wrong answers of {row['row']}, so that its truth ratios are of something else. Evaluate the "
                 "retrained model again on the same files"
             )
-    return found if like else records
+    return found
+
+
+def _records_of(folder: Path) -> Path:
+    """The records in a folder; their file itself may be given too."""
+    return folder / RECORDS if folder.is_dir() else folder
+
+
+def _summary_of(records: Path) -> dict[str, Any]:
+    """The summary beside the records; empty where there is none."""
+    path = records.with_name(SUMMARY)
+    return read_json(path, dict) if path.exists() else {}
 
 
 def read_retrained(
@@ -88,32 +100,41 @@ def read_retrained(
     models: dict[str, str] = {}  # weights → folder
     for folder in folders or ():
         found.append(read_records(Path(folder), like=like))
-        summary = (Path(folder) if Path(folder).is_dir() else Path(folder).parent) / SUMMARY
-        about = read_json(summary, dict) if summary.is_file() else {}
+        about = _summary_of(_records_of(Path(folder)))
         if not about:
             warnings.warn(
                 f"--retrained {folder}: there is no {SUMMARY} beside its {RECORDS}, so that its model and its prompt template are not known. "
                 "Give the whole folder that loramox evaluate wrote",
                 stacklevel=2,
             )
-        check_template(Path(folder), about, template, own)
+        settings = about.get("settings") or {}
+        if "prompt_template" in settings:
+            _check_template(folder, settings["prompt_template"] or own, template or own)
         theirs = about.get("base") or {}
-        if reference and reference["weights"] is not None and theirs.get("weights") == reference["weights"]:
+        weights = theirs.get("weights")
+        if weights is None:
+            continue
+        if reference and weights == reference["weights"]:
             raise RunError(
                 f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
                 "model that was trained without the forget rows: loramox evaluate --model RETRAINED_MODEL, with the same rows"
             )
-        if theirs.get("weights") in models:
+        if weights in models:
             raise RunError(
-                f"--retrained {models[theirs['weights']]} and {folder} are evaluations of the same model. Give one model per seed of retraining"
+                f"--retrained {models[weights]} and {folder} are evaluations of the same model. Give one model per seed of retraining"
             )
-        models |= {theirs["weights"]: folder} if theirs.get("weights") else {}
+        models[weights] = folder
     return found
 
 
-def first_and_others(retrained: list[list[Record]]) -> tuple[list[Record], list[list[Record]]]:
-    """The records that tests are made against, and those that show what is chance; as `summarise` takes them."""
-    return (retrained[0], retrained[1:]) if retrained else ([], [])
+def _check_template(folder: str, theirs: str | None, ours: str | None) -> None:
+    """Raises `RunError` when the evaluation in `folder` put its questions in another form. None is a chat template."""
+    if theirs != ours:
+        asked, here = (f"the prompt template {each!r}" if each else "the chat template" for each in (theirs, ours))
+        raise RunError(
+            f"{folder} was scored with {asked}, and this is with {here}: the two would answer different prompts. "
+            "Evaluate the retrained model again with the same --prompt_template"
+        )
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -125,26 +146,3 @@ def check_out(out: Path, overwrite: bool) -> None:
     ours = {LOCK, RECORDS, SUMMARY, f".{RECORDS}.partial", f".{SUMMARY}.partial"}  # the last two are left by a kill
     if out.exists() and any(p.name not in ours for p in out.iterdir()):
         raise RunError(f"--out {out} has other files in it; they are left alone. Choose another folder")
-
-
-def check_template(folder: Path, theirs: dict[str, Any], template: str | None, own: str | None) -> None:
-    """Raises `RunError` when the evaluation in `folder` put its questions in another form.
-
-    Args:
-        folder: for the message.
-        theirs: its summary.
-        template: the prompt template to compare with; None for the tokenizer's own.
-        own: the tokenizer's own: None for a chat template.
-    """
-    if "prompt_template" not in (theirs.get("settings") or {}):
-        return
-    asked, here = theirs["settings"]["prompt_template"] or own, template or own
-    if asked != here:
-        raise RunError(
-            f"{folder} was scored with {_shown(asked)}, and this is with {_shown(here)}: the two would answer different prompts. "
-            "Evaluate the retrained model again with the same --prompt_template"
-        )
-
-
-def _shown(template: str | None) -> str:
-    return "the chat template" if template is None else f"the prompt template {template!r}"

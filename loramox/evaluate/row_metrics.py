@@ -1,4 +1,4 @@
-"""The registry of row metrics: each is one decorated function of an answer's tokens, and the mean over rows is a metric."""
+"""Row metrics, their registry first: each is one decorated function of an answer's tokens, and the mean over rows is a metric."""
 
 import inspect
 from collections.abc import Callable
@@ -40,3 +40,23 @@ def row_metric(source: str) -> Callable[[Function], Function]:
 def row_metrics(**arrays: np.ndarray) -> dict[str, Any]:
     """Every registered metric of one answer, by name."""
     return {name: m.function(*(arrays[each] for each in m.takes)) for name, m in ROW_METRICS.items()}
+
+
+# How much of an answer a model knows by heart.
+
+
+@row_metric(source="arXiv 2202.07646")
+def exact_memorization(first_choice: np.ndarray, targets: np.ndarray) -> float:
+    """Share of tokens that are the model's first choice, given the true ones before (arXiv 2202.07646)."""
+    return float((first_choice == targets).mean())
+
+
+@row_metric(source="arXiv 2104.07705")
+def extraction_strength(first_choice: np.ndarray, targets: np.ndarray) -> float:
+    """1 − k/n, with k the shortest prefix of n tokens after which greedy decoding yields all the rest (arXiv 2104.07705).
+
+    1 when the answer comes unprompted, 0 when not even its last token does.
+    """
+    wrong = np.flatnonzero(first_choice != targets)
+    k = wrong[-1] + 1 if len(wrong) else 0
+    return float(1 - k / len(targets))

@@ -7,10 +7,9 @@ from collections.abc import Set
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loramox.data.encode import Example
 from loramox.data.fluency import is_fluent
 from loramox.data.row import Row
-from loramox.evaluate import membership, memorization  # noqa: F401 (importing memorization registers its metrics)
+from loramox.evaluate import membership
 from loramox.evaluate.metric import Record
 from loramox.evaluate.rouge import NO_WORDS, rouge_l
 from loramox.evaluate.row_metrics import row_metrics
@@ -29,39 +28,26 @@ def variants_of(row: Row) -> Record:
     return {"variants": hashlib.sha256(texts.encode()).hexdigest()[:16]} if row.wrong_answers else {}
 
 
-def scored(
-    part: str,
-    row: Row,
-    block: int,
-    example: Example,
-    scores: AnswerScores,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Set[int],
-) -> Record:
-    """Identity and scores of an answer: probability, row metrics, scores of membership inference, and KL if there is one."""
+def scored(row: Row, scores: AnswerScores, tokenizer: PreTrainedTokenizerBase, ends: Set[int]) -> Record:
+    """Scores of an answer: probability, row metrics, scores of membership inference, and KL if there is one."""
     # OpenUnlearning's token-wise scores leave the last token out: the end of the answer, or in a text without one its last.
-    last = len(scores.targets) and (scores.targets[-1] in ends or not row.ends)
-    body = slice(0, len(scores.targets) - bool(last))
-    log_p, choice, targets = scores.log_p[body], scores.first_choice[body], scores.targets[body]
-    mean, spread = scores.mean[body], scores.spread[body]
-    text = tokenizer.decode(scores.targets, skip_special_tokens=True)
-    per_token = membership.loss(scores.log_p)
+    n = len(scores.targets)
+    n -= bool(scores.targets[-1] in ends or not row.ends)
+    body = {name: getattr(scores, name)[:n] for name in ("targets", "log_p", "first_choice", "mean", "spread")}
     record = {
-        "part": part,
-        "row": example["row"],
-        "id": identity(row, block),
         "tokens": len(scores.targets),
         "log_p": float(scores.log_p.mean()),
         "probability": float(np.exp(scores.log_p.mean())),
         "plain_text": row.prompt is None,
     }
-    if len(targets):
+    if n:
+        per_token = membership.loss(scores.log_p)
         record |= {
-            **row_metrics(targets=targets, log_p=log_p, first_choice=choice, mean=mean, spread=spread),
+            **row_metrics(**body),
             "mia_loss": per_token,
-            "mia_zlib": membership.zlib(per_token, text),
-            "mia_min_k": membership.min_k(log_p),
-            "mia_min_k_plus_plus": membership.min_k_plus_plus(log_p, mean, spread),
+            "mia_zlib": membership.zlib(per_token, tokenizer.decode(scores.targets, skip_special_tokens=True)),
+            "mia_min_k": membership.min_k(body["log_p"]),
+            "mia_min_k_plus_plus": membership.min_k_plus_plus(body["log_p"], body["mean"], body["spread"]),
         }
     return record | ({"kl": float(scores.kl.mean())} if scores.kl is not None else {})
 

@@ -7,10 +7,11 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from loramox.data.encode import IGNORED, Example
 from loramox.data.pairs import Collator
-from loramox.evaluate.shares import everyones, mine, shows
+from loramox.evaluate.shares import everyones, in_batches, mine, shows
 from loramox.model.head import AnswerStates, Head, answer_states, backbone, in_eval_mode, per_token
 from loramox.model.sharding import is_sharded
 
@@ -115,10 +116,19 @@ def _columns(logits: Tensor, *others: Tensor) -> Tensor:
     return torch.stack([said, logits.argmax(-1).float(), mean, spread, *kl], dim=1)
 
 
+def answer_start(example: Example) -> int:
+    """The position of the answer's first token."""
+    return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+
+
+def piece(example: Example, start: int = 0, end: int | None = None) -> Example:
+    """The example's tokens from position `start` to before `end`."""
+    return example | {part: example[part][start:end] for part in ("input_ids", "labels")}
+
+
 def _question(example: Example) -> tuple[int, ...]:
     """The tokens before the one that the first answer token is predicted from."""
-    answer = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
-    return tuple(example["input_ids"][: max(0, answer - 1)])
+    return tuple(example["input_ids"][: max(0, answer_start(example) - 1)])
 
 
 def _passes(
@@ -134,9 +144,6 @@ def _passes(
     A question that several answers have in common passes through the model once, with `batch_size` - 1 others at most.
     """
 
-    def on_device(some: list[Example]) -> dict[str, Any]:
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(some).items()}
-
     def length(i: int) -> int:
         return len(examples[i]["input_ids"])
 
@@ -146,10 +153,11 @@ def _passes(
     for i, example in enumerate(examples):
         by_question[(joins and _question(example)) or i].append(i)
     alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
-    for order in mine(_cut(alone, batch_size), model):
-        yield order, answer_states(model, causal_lm, on_device([examples[i] for i in order]))
+    for order in mine(in_batches(alone, batch_size), model):
+        batch = send_to_device(collate([examples[i] for i in order]), device)
+        yield order, answer_states(model, causal_lm, batch)
     shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)))
-    for groups in mine(_cut(shared, batch_size), model):
+    for groups in mine(in_batches(shared, batch_size), model):
         questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
         # Padded on the left, so that every answer goes on where its question ends.
         ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)
@@ -162,27 +170,16 @@ def _passes(
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
             use_cache=True,
         ).past_key_values
-        answers = [(i, g, len(questions[g])) for g, group in enumerate(groups) for i in group]
-        for some in _cut(sorted(answers, key=lambda a: length(a[0]) - a[2]), batch_size):
-            rest = [
-                examples[i] | {part: examples[i][part][start:] for part in ("input_ids", "labels")}
-                for i, _, start in some
-            ]
-            batch = on_device(rest)
-            of_group = torch.tensor([g for _, g, _ in some], device=device)
+        group_of = {i: g for g, group in enumerate(groups) for i in group}
+        rest = {i: piece(examples[i], start=len(questions[g])) for i, g in group_of.items()}
+        for order in in_batches(sorted(rest, key=lambda i: len(rest[i]["input_ids"])), batch_size):
+            of_group = torch.tensor([group_of[i] for i in order], device=device)
+            batch = send_to_device(collate([rest[i] for i in order]), device)
             batch["attention_mask"] = torch.cat([mask[of_group], batch["attention_mask"]], dim=1)
             steps = torch.arange(batch["input_ids"].shape[1], device=device)
             # Padding after a long question would lie beyond the positions that a model has.
-            last = max(length(i) for i, _, _ in some) - 1
-            positions = (lengths[of_group][:, None] + steps).clamp_max(last)
+            positions = (lengths[of_group][:, None] + steps).clamp_max(max(map(length, order)) - 1)
             own = copy.copy(cache)  # its tensors are shared: picking rows and going on make new ones
             own.layers = [copy.copy(layer) for layer in cache.layers]
             own.batch_select_indices(of_group)
-            yield (
-                [i for i, _, _ in some],
-                answer_states(model, causal_lm, batch, past_key_values=own, position_ids=positions),
-            )
-
-
-def _cut(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+            yield order, answer_states(model, causal_lm, batch, past_key_values=own, position_ids=positions)

@@ -16,6 +16,11 @@ from loramox.model.sharding import is_sharded
 T = TypeVar("T")
 
 
+def in_batches(items: list[T], size: int) -> list[list[T]]:
+    """The items in order, `size` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def mine(batches: Sequence[T], model: nn.Module) -> Sequence[T]:
     """Those of this process.
 

@@ -1,9 +1,9 @@
-"""The adapter to evaluate, and whether it fits the model and the rows: checked before any weights are loaded."""
+"""The adapter to evaluate and the retrained model to compare with: checked before any weights are loaded."""
 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loramox.adapter.provenance import check_alone, check_base, read_any
 from loramox.data.row import Row, fingerprint
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.evaluate.ability import RETAIN_TEST
+from loramox.model.config import ModelConfig, identify, read_config, read_tokenizer
 
 
 @dataclass
@@ -86,3 +87,30 @@ def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], 
         if part in rows and its is not None and fingerprint(rows[part]) == its:
             meant = "It takes others" if part == RETAIN_TEST else "Are --forget and --retain swapped?"
             raise RowsError(f"--{part} is the very rows that were the {other} rows when {adapter} was trained. {meant}")
+
+
+def check_retrained_model(
+    given: str, model: ModelConfig, base: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, str | None]]:
+    """How to load a model trained without the forget rows, and what identifies it.
+
+    Args:
+        given: its folder or hub id.
+        model: the model that knows the forget rows.
+        base: what identifies that one.
+
+    Raises:
+        SettingsError: it is that very model, or has another tokenizer.
+    """
+    retrained = replace(model, model=given, revision=None)
+    identity = identify(retrained, read_config(retrained, weights=True))
+    if identity["weights"] is not None and identity["weights"] == base["weights"]:
+        raise SettingsError(
+            f"--retrained_model {given} is the model that knows the forget rows. Give one that was trained without them"
+        )
+    if read_tokenizer(retrained).get_vocab() != read_tokenizer(model).get_vocab():
+        raise SettingsError(
+            f"--retrained_model {given} has another tokenizer than --model, so that their answers are not comparable. Give the "
+            "same model, trained without the forget rows"
+        )
+    return retrained, identity

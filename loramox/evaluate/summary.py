@@ -21,7 +21,6 @@ HOLDOUT = "holdout rows"
 UTILITY = ("retain", "real_authors", "world_facts")  # parts of model utility
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
-
 # Fields of which the mean over a part's rows is a metric, and their sources; those of `ROW_METRICS` are others.
 MEANS = {
     "probability": "TOFU, arXiv 2401.06121",
@@ -76,12 +75,8 @@ def _means(part: str, rows: list[Record], into: Summary) -> None:
             why = (r["absent"][name] for r in rows if name in r.get("absent", {}))
             needed = "needs questions, and answers generated to them (max_new_tokens above 0)"
             into.absent[f"{part}_{name}"] = next(why, needed)
-    kl = values(rows, "kl")
-    if part == "retain" and len(kl):
-        source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
-        into.metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
-    elif part == "retain":
-        into.absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
+    if part == "retain":
+        _kl(rows, into)
     text = [r for r in rows if r["plain_text"]]
     if text:
         tokens = np.array([r["tokens"] for r in text])
@@ -89,23 +84,33 @@ def _means(part: str, rows: list[Record], into: Summary) -> None:
         into.metrics[f"{part}_perplexity"] = Metric(
             perplexity, {"higher": "lower", "lower": "higher"}.get(better, better), len(text), None, "per token"
         )
-    ratios = values(rows, "truth_ratio")
-    if len(ratios) and part == "forget":
-        into.metrics["forget_truth_ratio"] = Metric(
-            truth_balanced(ratios), "nearer to the retrained model's", len(ratios), None,
-            "mean of min(R, 1/R), OpenUnlearning; R: TOFU, arXiv 2401.06121",
-        )  # fmt: skip
-    elif len(ratios):
-        into.metrics[f"{part}_truth_ratio"] = Metric(
-            truth_preferred(ratios), better, len(ratios), None, "mean of max(0, 1 − R); TOFU, arXiv 2401.06121"
-        )
+    _truth_ratio(part, rows, better, into)
+
+
+def _kl(retain: list[Record], into: Summary) -> None:
+    kl = values(retain, "kl")
+    if len(kl):
+        source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
+        into.metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
     else:
+        into.absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
+
+
+def _truth_ratio(part: str, rows: list[Record], better: str, into: Summary) -> None:
+    ratios = values(rows, "truth_ratio")
+    if not len(ratios):
         into.absent[f"{part}_truth_ratio"] = "needs wrong answers (column perturbed_answer)"
-    if part in ("real_authors", "world_facts") and len(values(rows, "chosen_probability")):
+        return
+    if part == "forget":
+        mean, better = truth_balanced(ratios), "nearer to the retrained model's"
+        source = "mean of min(R, 1/R), OpenUnlearning; R: TOFU, arXiv 2401.06121"
+    else:
+        mean, source = truth_preferred(ratios), "mean of max(0, 1 − R); TOFU, arXiv 2401.06121"
+    into.metrics[f"{part}_truth_ratio"] = Metric(mean, better, len(ratios), None, source)
+    if part in ("real_authors", "world_facts"):
         chosen = values(rows, "chosen_probability")
-        into.metrics[f"{part}_probability"] = Metric(
-            float(chosen.mean()), better, len(chosen), "wrong answers", "p / Σ p over options; TOFU, arXiv 2401.06121"
-        )
+        source = "p / Σ p over options; TOFU, arXiv 2401.06121"
+        into.metrics[f"{part}_probability"] = Metric(float(chosen.mean()), better, len(chosen), "wrong answers", source)
 
 
 def _forget_quality(forget: list[Record], retrained: list[Record] | None, into: Summary) -> None:
@@ -132,7 +137,7 @@ def _forget_quality(forget: list[Record], retrained: list[Record] | None, into: 
 def _compare(
     name: str,
     function: Callable[..., float],
-    samples: tuple[np.ndarray, ...],
+    samples: Sequence[np.ndarray],
     about: tuple[str, int, str, str],
     into: Summary,
 ) -> None:
@@ -143,48 +148,41 @@ def _compare(
         into.absent[name] = str(error)
 
 
-def _membership(
-    parts: dict[str, list[Record]],
-    retrained: dict[str, list[Record]],
-    into: Summary,
-) -> None:
-    names = [*ATTACKS, "mia_reference"]
-    if "holdout" not in parts:
-        into.absent.update(dict.fromkeys([*names, "priv_leak"], f"needs {HOLDOUT} (--holdout)"))
-        if "forget" not in retrained:
-            both = f"needs {HOLDOUT} (--holdout) and {RETRAINED} on forget and holdout (--retrained)"
-            into.absent.update(dict.fromkeys(["mia_reference", "priv_leak"], both))
+def _membership(parts: dict[str, list[Record]], retrained: dict[str, list[Record]], into: Summary) -> None:
+    lacking = []
+    if "holdout" in parts:
+        samples = parts["forget"], parts["holdout"]
+        n = sum(map(len, samples))
+        about = ("nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
+        for name in ATTACKS:
+            _compare(name, membership.auc, [values(rows, name) for rows in samples], about, into)
+    else:
+        lacking.append(f"{HOLDOUT} (--holdout)")
+        into.absent.update(dict.fromkeys(ATTACKS, f"needs {lacking[0]}"))
+    if not all(part in retrained for part in ("forget", "holdout") if part in parts):
+        lacking.append(f"{RETRAINED} on forget and holdout (--retrained)")
+    if lacking:
+        into.absent.update(dict.fromkeys(("mia_reference", "priv_leak"), f"needs {' and '.join(lacking)}"))
         return
-    forget, holdout = parts["forget"], parts["holdout"]
-    n = len(forget) + len(holdout)
-    about = ("nearer to 0.5", n, HOLDOUT, "AUC, forget against holdout; 1: forget more likely")
-    for name in ATTACKS:
-        _compare(name, membership.auc, (values(forget, name), values(holdout, name)), about, into)
-    if not {"forget", "holdout"} <= retrained.keys():
-        both = f"needs {RETRAINED} on forget and holdout (--retrained)"
-        into.absent.update(dict.fromkeys(["mia_reference", "priv_leak"], both))
-        return
-    theirs = {part: values(retrained[part], "mia_loss") for part in ("forget", "holdout")}
-    less = [values(rows, "mia_loss") - theirs[part] for part, rows in (("forget", forget), ("holdout", holdout))]
+    theirs = retrained["forget"], retrained["holdout"]
+    less = [values(o, "mia_loss") - values(t, "mia_loss") for o, t in zip(samples, theirs, strict=True)]
     source = "AUC of the loss minus the retrained model's (arXiv 2012.07805)"
-    _compare("mia_reference", membership.auc, tuple(less), ("nearer to 0.5", n, RETRAINED, source), into)
+    _compare("mia_reference", membership.auc, less, ("nearer to 0.5", n, RETRAINED, source), into)
 
     def priv_leak(*samples: np.ndarray) -> float:
         return membership.priv_leak(membership.auc(*samples[:2]), membership.auc(*samples[2:]))
 
-    scores = tuple(values(rows, "mia_min_k") for rows in (forget, holdout, retrained["forget"], retrained["holdout"]))
+    scores = [values(rows, "mia_min_k") for rows in (*samples, *theirs)]
     source = "percent, of Min-K% AUC, k = 40 %; MUSE, arXiv 2407.06460"
     _compare("priv_leak", priv_leak, scores, ("nearer to 0", n, RETRAINED, source), into)
 
 
 def _utility(parts: dict[str, list[Record]], into: Summary) -> None:
-    whats = ("probability", "rouge_l", "truth_ratio")
-    nine = [f"{part}_{what}" for part in UTILITY for what in whats]
-    missing = [name for name in nine if name not in into.metrics]
-    if missing:
-        gone = [part for part in UTILITY if part not in parts]
-        rest = [name for name in missing if not name.startswith(tuple(gone))] if gone else missing
-        wanting = [*([f"rows of {' and '.join(gone)}"] if gone else []), *rest]
+    nine = [f"{part}_{what}" for part in UTILITY for what in ("probability", "rouge_l", "truth_ratio")]
+    gone = [part for part in UTILITY if part not in parts]
+    wanting = [f"rows of {' and '.join(gone)}"] if gone else []
+    wanting += [name for name in nine if name not in into.metrics and not name.startswith(tuple(gone))]
+    if wanting:
         into.absent["model_utility"] = f"needs {', '.join(wanting)} (all of them are in --suite tofu)"
         return
     n = sum(len(parts[part]) for part in UTILITY)

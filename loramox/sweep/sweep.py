@@ -33,7 +33,7 @@ from loramox.evaluate.asked import (
 )
 from loramox.evaluate.equivalence import holm
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
-from loramox.evaluate.records import SUMMARY, first_and_others, read_records, read_retrained, write_records
+from loramox.evaluate.records import SUMMARY, read_records, read_retrained, write_records
 from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, sha256_of, write_json
@@ -80,7 +80,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     rows = with_neighbours(rows, asked.neighbours)
     questions = questions_of(rows, model, read_config(model), tokenisation, scoring, asked.suite)
     counts = count_parts(read, rows, questions)
-    retrained, others = first_and_others(read_retrained(asked.retrained, questions, base, tokenisation.prompt_template))
+    retrained, *others = read_retrained(asked.retrained, questions, base, tokenisation.prompt_template) or [[]]
     summary_of = functools.partial(summarise, retrained=retrained, others=others, share=asked.equivalence)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")

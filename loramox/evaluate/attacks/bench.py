@@ -22,8 +22,7 @@ from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows, attacke
 from loramox.evaluate.attacks.config import ATTACKS, AttackConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, write_records
-from loramox.evaluate.retrained import check_retrained_model
-from loramox.evaluate.subject import check_adapter, check_scales, check_sides
+from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides
 from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, remove, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
 from loramox.data.encode import Example
 from loramox.evaluate.scores import AnswerScores, answer_start
-from loramox.evaluate.shares import everyones, in_batches, mine, shows
+from loramox.evaluate.shares import everyones, in_batches, mine, progress
 from loramox.model.generation import new_tokens, own_ends, sampling
 from loramox.model.head import in_eval_mode
 
@@ -63,7 +62,7 @@ def greedy_answers(
     open_ended.sort(key=likely_length)
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
     batches = [*in_batches(free, batch_size), *([i] for i in open_ended if limits[i] < how.max_new_tokens)]
-    bar = tqdm(total=len(open_ended), desc=describe, disable=not shows(describe), leave=False, unit="answers")
+    bar = progress(describe, "answers", total=len(open_ended))
     found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
         for rows in mine(batches, model):
@@ -98,7 +97,7 @@ def sampled_answers(
     questions, limits = _questions(model, examples, how)
     ends, pad = end_tokens(tokenizer) | own_ends(model), _pad(tokenizer)
     device = next(model.parameters()).device
-    bar = tqdm(questions, desc=describe, disable=not shows(describe), leave=False, unit="questions")
+    bar = progress(describe, "questions", questions)
     found = []
     with in_eval_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for question, limit in zip(bar, limits, strict=True):

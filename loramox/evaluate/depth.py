@@ -24,7 +24,6 @@ from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 
 from loramox.data.encode import IGNORED, Example
 from loramox.data.pairs import Collator
@@ -32,7 +31,7 @@ from loramox.errors import NonFiniteLossError, SettingsError
 from loramox.evaluate.measure import Questions
 from loramox.evaluate.metric import Metric, Record, Summary
 from loramox.evaluate.scores import piece
-from loramox.evaluate.shares import everyones, in_batches, mine, shows
+from loramox.evaluate.shares import everyones, in_batches, mine, progress
 from loramox.evaluate.subject import check_retrained_model
 from loramox.model.config import ModelConfig, read_config, skeleton
 from loramox.model.head import in_eval_mode
@@ -187,7 +186,7 @@ class Depth:
         batches = mine(in_batches(order, size), model)
         device = next(model.parameters()).device
         with in_eval_mode(model):
-            for some in tqdm(batches, desc=bar, disable=not shows(bar), leave=False, unit="batches"):
+            for some in progress(bar, "batches", batches):
                 batch = send_to_device(self.collate([self.examples[i] for i in some]), device)
                 yield some, batch, pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
 

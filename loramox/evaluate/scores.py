@@ -15,11 +15,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from loramox.data.encode import IGNORED, Example
 from loramox.data.pairs import Collator
-from loramox.evaluate.shares import everyones, in_batches, mine, shows
+from loramox.evaluate.shares import everyones, in_batches, mine, progress
 from loramox.model.head import AnswerStates, Head, answer_states, backbone, in_eval_mode, per_token
 from loramox.model.sharding import is_sharded
 
@@ -62,7 +61,7 @@ def score_answers(
     device = next(causal_lm.parameters()).device
     scores: dict[int, AnswerScores] = {}
     own: dict[int, Tensor] = {}
-    bar = tqdm(total=len(examples), desc=describe, disable=not shows(describe), leave=False, unit="answers")
+    bar = progress(describe, "answers", total=len(examples))
     with in_eval_mode(model), torch.no_grad(), bar:
         for order, states in _passes(model, causal_lm, examples, batch_size, collate, device):
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []

@@ -10,6 +10,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
+from tqdm.auto import tqdm
 
 from loramox.model.sharding import is_sharded
 
@@ -41,6 +42,7 @@ def everyones(found: dict[int, T]) -> dict[int, T]:
     return {i: of for some in gather_object([found]) for i, of in some.items()}
 
 
-def shows(describe: str | None) -> bool:
-    """Whether a bar is to be seen: one process has it."""
-    return describe is not None and PartialState().is_main_process
+def progress(describe: str | None, unit: str, items: Sequence[T] | None = None, total: int | None = None) -> tqdm:
+    """A progress bar over `items`, or of a `total`; one process shows it, and only with a description."""
+    hidden = describe is None or not PartialState().is_main_process
+    return tqdm(items, desc=describe, total=total, disable=hidden, leave=False, unit=unit)

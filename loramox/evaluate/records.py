@@ -88,7 +88,7 @@ def read_retrained(
     reference: dict[str, Any] | None,
     template: str | None,
 ) -> list[list[Record]]:
-    """Each retrained model's records of the same rows.
+    """Each retrained model's records of the same rows: tests compare with the first one's, and the others show what is chance.
 
     Raises `RunError` for records of other rows, of other wrong answers or another prompt template; for those of `reference`,
     which knows the forget rows; and for two evaluations of one model.

@@ -123,8 +123,9 @@ def frontier_as_now(frontier: dict[str, Any]) -> dict[str, Any]:
         return frontier
 
     def renamed(each: Any) -> Any:
-        known = isinstance(each, dict) and "strength" in each
-        return {"at" if name == "strength" else name: value for name, value in each.items()} if known else each
+        if not isinstance(each, dict):  # the file may be damaged, which its reader checks afterwards
+            return each
+        return {"at" if name == "strength" else name: value for name, value in each.items()}
 
     lists = {
         name: [renamed(each) for each in frontier[name]]

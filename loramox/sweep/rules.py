@@ -25,6 +25,10 @@ class Choice(NamedTuple):
     reason: str  # why this one, or why none
     nearest: float | None = None  # `at`, or where the rule refuses, the value that comes nearest
 
+    def adding(self, reason: str) -> "Choice":
+        """The same choice, with one more reason."""
+        return self._replace(reason=f"{self.reason}; {reason}")
+
 
 def allowance(reference: Rows, budget: float) -> float:
     """How much mean probability retain rows may lose: a share `budget` of the reference's, or what its own mean loses at the 5 %

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from loramox.train.diagnostics import STILL_RIGHT
 Measured = dict[float, list[Record]]  # the records at each value of the axis, ascending; the reference's at 0
 
 WITHOUT_RATIOS = "probabilities (without wrong answers there are no truth ratios)"
+STILL_KNOWN = "most tokens that the reference gets right are still right, or more than half of the probability is left"
 
 
 def search(
@@ -46,17 +48,16 @@ def next_for(
     Where that tells nothing, or lies above the budget's ceiling, where the frontier bends.
     """
     at, axis = list(measured), _lifted(axis, measured)
+    forget, retain = ([mean(records, part) for records in measured.values()] for part in ("forget", "retain"))
     if rule != "budget":
         choices = choose(measured, retrained, budget, axis, forget_to)
         choice = next((choice for choice in choices if choice.rule == rule), None)
         if choice and choice.at and rule == "forget_to":
             return (at[at.index(choice.at) - 1] + choice.at) / 2
-        if choice and choice.nearest:
-            return beside(at, choice.nearest)
-    forget, retain = ([mean(records, part) for records in measured.values()] for part in ("forget", "retain"))
-    floor = retain[0] - allowance(scores(measured[0.0], "retain", "probability"), budget) if rule == "budget" else None
+        return beside(at, choice.nearest) if choice and choice.nearest else next_value(at, forget, retain)
+    floor = retain[0] - allowance(scores(measured[0.0], "retain", "probability"), budget)
     last = at[-1]
-    if floor is not None and retain[-1] >= floor and last < axis.ceiling and _still_known(measured, last):
+    if retain[-1] >= floor and last < axis.ceiling and _still_known(measured, last):
         return min(axis.ceiling, beside(at, last))
     found = next_value(at, forget, retain, floor)
     return found if found <= axis.ceiling else next_value(at, forget, retain)
@@ -66,30 +67,24 @@ def choose(
     measured: Measured, retrained: Sequence[Record], budget: float, axis: Axis, forget_to: float | None = None
 ) -> list[Choice]:
     """The choice of each rule that has what it needs. `measured` has the reference at 0."""
-    at = [value for value in measured if value > 0]
+    points = [at for at in measured if at > 0]
 
     def table(part: str, name: str, some: Sequence[float]) -> np.ndarray:
-        return np.array([scores(measured[value], part, name) for value in some])
+        return np.array([scores(measured[at], part, name) for at in some])
 
-    def finite(name: str, *parts: str) -> list[float]:
-        """The values at which no row overflowed, as rows do at one far too high."""
-        return [v for v in at if all(np.isfinite(scores(measured[v], part, name)).all() for part in parts)]
+    def finite(name: str, *parts: str) -> list[Any]:
+        """The values at which no row overflowed, as rows do at one far too high; then each part's scores at these."""
+        some = [at for at in points if all(np.isfinite(scores(measured[at], part, name)).all() for part in parts)]
+        return [some, *(table(part, name, some) for part in parts)]
 
+    retain, forget = (table(part, "probability", points) for part in ("retain", "forget"))
+    reference, known = (scores(measured[0.0], part, "probability") for part in ("retain", "forget"))
     lifted = _lifted(axis, measured)
-    (retain, reference), (forget, known) = (
-        (table(part, "probability", at), scores(measured[0.0], part, "probability")) for part in ("retain", "forget")
-    )
-    choices = [within_budget(at, retain, reference, budget, lifted, forget, known)]
+    choices = [within_budget(points, retain, reference, budget, lifted, forget, known)]
     if lifted.ceiling > axis.ceiling:
-        still = (
-            "most tokens that the reference gets right are still right, or more than half of the probability is left"
-        )
-        choices[0] = choices[0]._replace(
-            reason=f"{choices[0].reason}; at {axis.ceiling:g}, the value trained for, {still}"
-        )
+        choices[0] = choices[0].adding(f"at {axis.ceiling:g}, the value trained for, {STILL_KNOWN}")
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
-        some = finite("mia_min_k", "forget", "holdout")
-        forget, holdout = (table(part, "mia_min_k", some) for part in ("forget", "holdout"))
+        some, forget, holdout = finite("mia_min_k", "forget", "holdout")
         choices.append(like_holdout(some, forget, holdout, membership.auc, axis))
     for name, p_value, test in (
         ("truth_ratio", forget_quality, "truth ratios"),
@@ -97,15 +92,13 @@ def choose(
     ):
         knows, never_knew = (scores(records, "forget", name) for records in (measured[0.0], retrained))
         if len(never_knew) and len(never_knew) == len(knows):
-            some = finite(name, "forget")
-            choices.append(like_retrained(some, table("forget", name, some), never_knew, p_value, axis, knows, test))
+            some, forget = finite(name, "forget")
+            choices.append(like_retrained(some, forget, never_knew, p_value, axis, knows, test))
             break
     if target := _target(measured, retrained, forget_to):
-        some = finite("probability", "forget")
-        right = np.array([answered_right(measured[value]) for value in some])
-        choices.append(
-            just_enough(some, table("forget", "probability", some), right if right.size else None, target, axis)
-        )
+        some, forget = finite("probability", "forget")
+        right = np.array([answered_right(measured[at]) for at in some])
+        choices.append(just_enough(some, forget, right if right.size else None, target, axis))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
 
@@ -158,9 +151,7 @@ def _with_its_cost(choice: Choice, measured: Measured) -> Choice:
     if choice.at is None:
         return choice
     kept, before = (mean(measured[value], "retain") for value in (choice.at, 0.0))
-    return choice._replace(
-        reason=f"{choice.reason}; retain probability there is {kept:.4f}, the reference's {before:.4f}"
-    )
+    return choice.adding(f"retain probability there is {kept:.4f}, the reference's {before:.4f}")
 
 
 def scores(records: Sequence[Record], part: str, name: str) -> np.ndarray:
@@ -170,4 +161,4 @@ def scores(records: Sequence[Record], part: str, name: str) -> np.ndarray:
 
 def mean(records: Sequence[Record], part: str) -> float:
     """The mean probability of a part's true answers."""
-    return float(values([r for r in records if r["part"] == part], "probability").mean())
+    return float(scores(records, part, "probability").mean())

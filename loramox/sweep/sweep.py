@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import nn
 
 from loramox.adapter import loading
 from loramox.adapter.export import extrapolate
@@ -32,7 +31,7 @@ from loramox.evaluate.asked import (
     with_neighbours,
 )
 from loramox.evaluate.equivalence import holm
-from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
+from loramox.evaluate.measure import Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, read_records, read_retrained, write_records
 from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import Summary, summarise
@@ -72,18 +71,20 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     axis = _axis(config, source)
     model, tokenisation, columns = _as_trained(config, asked, source["settings"])
     device = check_device(model, scoring.use_cpu)
-    base = identify(model, read_config(model, weights=True))
+    base_config = read_config(model, weights=True)
+    base = identify(model, base_config)
     check_base(source, base, trained)
     read = read_sources(asked.sources(), columns, asked.suite)
     rows = disjoint_parts(read, asked.drop_overlap)
     check_sides(source, rows, config.trained)
     rows = with_neighbours(rows, asked.neighbours)
-    questions = questions_of(rows, model, read_config(model), tokenisation, scoring, asked.suite)
+    questions = questions_of(rows, model, base_config, tokenisation, scoring, asked.suite)
     counts = count_parts(read, rows, questions)
     retrained, *others = read_retrained(asked.retrained, questions, base, tokenisation.prompt_template) or [[]]
     summary_of = functools.partial(summarise, retrained=retrained, others=others, share=asked.equivalence)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")
+    shipped, _ = at_rank(delta, served_rank(source["settings"]["r"]))
     tuned = tuned_factors(source) if "tuned_adapter" in source else None
     plan = {
         "trained": str(trained),
@@ -106,11 +107,21 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         shard(adapted, process.device)
     with at_scale(adapted, 0):  # the reference, of which a tuned adapter is a part
         questions.remember_reference(adapted)
-    shipped, _ = at_rank(delta, served_rank(source["settings"]["r"]))
 
     def measure(at: float) -> list[Record]:
+        """The records of one point: from its folder where it was measured before, else asked of the model and written there."""
+        folder = out / f"at-{at:g}"
+        if (folder / SUMMARY).exists():
+            return read_records(folder, like=questions.identities())
+        start = time.perf_counter()
         with with_factors(adapted, shipped), at_scale(adapted, axis.scale(at)):
-            return _point(out / f"at-{at:g}", axis, at, adapted, questions, summary_of)
+            records = questions.ask(adapted, f"{axis.unit} = {at:g}, ")
+        if not at:
+            check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
+        if process.is_main_process:
+            about = {"unit": axis.unit, "at": at, "seconds": time.perf_counter() - start}
+            write_records(folder, records, summary_of(records), about)
+        return records
 
     measured = _measured(config, axis, measure, retrained)
     return _conclude(config, plan, measured, _points(measured, summary_of), retrained, axis)
@@ -128,33 +139,11 @@ def _as_trained(
     return model, tokenisation, columns
 
 
-def _point(
-    folder: Path,
-    axis: Axis,
-    at: float,
-    model: nn.Module,
-    questions: Questions,
-    summary_of: Callable[[list[Record]], Summary],
-) -> list[Record]:
-    """The records of one point: from its folder where it was measured before, else asked of the model and written there."""
-    if (folder / SUMMARY).exists():
-        return read_records(folder, like=questions.identities())
-    start = time.perf_counter()
-    records = questions.ask(model, f"{axis.unit} = {at:g}, ")
-    if not at:
-        check_numbers(records)  # a large alpha may overflow: that point is on record, and never chosen
-    if PartialState().is_main_process:
-        about = {"unit": axis.unit, "at": at, "seconds": time.perf_counter() - start}
-        write_records(folder, records, summary_of(records), about)
-    return records
-
-
 def _axis(config: SweepConfig, source: dict[str, Any]) -> Axis:
     """What is varied: alpha where the method has one, else the scale. Raises `SettingsError` for values of the other."""
     alpha = source["alpha"]
-    unit, trained, other, given = (
-        ("alpha", alpha, "scale", config.scales) if alpha is not None else ("scale", 1.0, "alpha", config.alphas)
-    )
+    unit, trained, other = ("scale", 1.0, "alpha") if alpha is None else ("alpha", alpha, "scale")
+    given = getattr(config, f"{other}s")
     if given is not None:
         has = "has an alpha" if unit == "alpha" else "has no alpha, so the scale of its adapter is varied"
         raise SettingsError(f"--{other}s {' '.join(f'{v:g}' for v in given)}: {source['method']} {has}. Give --{unit}s")
@@ -244,11 +233,14 @@ def _points(measured: Measured, summary_of: Callable[[list[Record]], Summary]) -
 
 
 def _warning(points: list[dict[str, Any]], choice: dict[str, Any], axis: Axis) -> str | None:
+    """What is wrong with the frontier, else with what was chosen of it."""
     forget, retain = ([p[f"{part}_probability"] for p in points] for part in ("forget", "retain"))
-    place = next((i for i, p in enumerate(points) if p["at"] == choice.get("at")), 0)
-    stated = choice.get("rule") == "forget_to"  # how much is to be left
-    known = still_known(points[place]["at"], forget[place], forget[0], axis) if place and not stated else None
-    return poor_direction(forget, retain, axis) or known
+    poor = poor_direction(forget, retain, axis)
+    chosen = choice.get("at")
+    if poor or chosen is None or choice["rule"] == "forget_to":  # which states how much is to be left
+        return poor
+    left = next(p["forget_probability"] for p in points if p["at"] == chosen)
+    return still_known(chosen, left, forget[0], axis)
 
 
 def _conclude(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from loramox.data.row import Row, last_question
 from loramox.evaluate.attacks import asking, forms, leaks
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.attacked import AttackedRows
+from loramox.evaluate.attacks.bench import Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
@@ -324,13 +326,20 @@ def test_the_reference_rewrites_each_question_once_and_all_models_are_asked_that
         assert [r["prompt"] for r in read_records(attacked["out"] / state["folder"])] == [rewritten]
 
 
+def bench_with(**parts: Any) -> Bench:
+    """A bench with these attributes alone."""
+    bench = object.__new__(Bench)
+    vars(bench).update(parts)
+    return bench
+
+
 def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     how, scoring = Tokenisation(max_length=40), ScoringConfig()
     (tmp_path / asking.REWRITTEN.format("")).write_text("{}")
     asked = Questions({"forget": [PLAIN]}, tokenizer, Tokenisation(), 128, scoring)
-    bench = SimpleNamespace(
+    bench = bench_with(
         config=SimpleNamespace(attacks=["forms"]), out=tmp_path, tokenisation=how, context=128, scoring=scoring, absent={},
         forget=AttackedRows([], [PLAIN], asked, asked, asked, asked, {}),
     )  # fmt: skip
@@ -340,7 +349,7 @@ def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
 
 
 def test_without_generated_answers_both_are_absent() -> None:
-    bench = SimpleNamespace(config=SimpleNamespace(attacks=["forms", "context"]), absent={})
+    bench = bench_with(config=SimpleNamespace(attacks=["forms", "context"]), absent={})
     asking.prepare(bench, AttackedRows([], [PLAIN], None, None, None, None, {}))
     assert bench.absent.keys() == {"forms", "context"}
     assert all("--max_new_tokens" in why for why in bench.absent.values())

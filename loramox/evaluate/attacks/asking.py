@@ -1,6 +1,5 @@
 """The forms and context attacks on a model in one state: score every form, and keep the worst for each row."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,10 +8,10 @@ from loramox.data.row import Row
 from loramox.errors import RowsError
 from loramox.evaluate.attacks import forms, leaks
 from loramox.evaluate.attacks.attacked import AttackedRows
-from loramox.evaluate.attacks.bench import NO_QUESTIONS, Asking, Bench
+from loramox.evaluate.attacks.bench import Asking, Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.attacks.forms import Form
-from loramox.evaluate.measure import Questions, Record
+from loramox.evaluate.measure import Questions
 from loramox.files import read_json, write_json
 
 REWRITTEN = "rewritten{}.json"  # in the folder of the attacks: row → its question in the reference's own words
@@ -24,50 +23,47 @@ def prepare(bench: Bench, rows: AttackedRows) -> None:
 
     Rows in the place of the forget rows are asked in no more ways than those, since the worst of more ways is worse.
     """
-    for attack in ("forms", "context"):
-        if attack not in bench.config.attacks:
+    for attack, forms_for in (("forms", _forms), ("context", _contexts)):
+        questions = bench.to_answer(attack, rows)
+        if questions is None:
             continue
-        if rows.open_questions is None:
-            bench.absent[rows.named(attack)] = NO_QUESTIONS
-            continue
-        asked = [row for _, _, row in rows.open_questions.asked()]
         has = {form.name for form, _ in bench.forget.ways.get(attack, ())}
-        for form in _forms(bench, rows, asked) if attack == "forms" else _contexts(bench, rows, asked):
+        for form in forms_for(bench, rows, _rows_of(questions)):
             if rows.label and form.name not in has:
                 continue
             try:
                 if not form.rows:
                     raise RowsError(f"needs {form.needs}")
-                questions = _questions(bench, form.rows)
+                asked = _questions(bench, form.rows)
             except RowsError as error:  # also of rows that are too long in this form, or that a chat template refuses
                 bench.absent[f"{attack}: {rows.named(form.name)}"] = str(error)
             else:
-                rows.ways.setdefault(attack, []).append((form, questions))
+                rows.ways.setdefault(attack, []).append((form, asked))
 
 
 def ask_all(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None:
     """Ask the model the rows as they are and in every way; then of each attack the worst way of each row."""
     plain = [r for r in bench.ask("none", state, model, rows) if r["part"] == "forget" and "said" in r]
     threshold = bench.config.sample_threshold
-
-    def asking(attack: str, form: Form, questions: Questions) -> list[Record]:
-        with model() as asked:
-            records = questions.ask(asked, f"{attack}, {form.name}, {state}: ")
-        return leaks.judged(records, [row for _, _, row in questions.asked()], form.judge, threshold)
-
     for attack, ways in rows.ways.items():
-        assert rows.open_questions is not None
-        asked = [row for _, _, row in rows.open_questions.asked()]
-        found = {leaks.PLAIN: leaks.judged(plain, asked, leaks.leaks_of, threshold)}
+        found = {leaks.PLAIN: leaks.judged(plain, _rows_of(rows.open_questions), leaks.leaks_of, threshold)}
         for form, questions in ways:
-            ask = functools.partial(asking, attack, form, questions)
-            records = bench.keep(attack, f"{form.name}, {state}", questions, ask, leaks.summary)
-            bench.states[-1]["rows"] = len(records)
+            name = f"{form.name}, {state}"
+            records = bench.measured(attack, name, questions)
+            if records is None:
+                with model() as asked:
+                    records = questions.ask(asked, f"{attack}, {name}: ")
+                records = leaks.judged(records, _rows_of(questions), form.judge, threshold)
+            bench.keep(attack, name, records, leaks.summary(records), rows=len(records))
             if form.in_worst:
                 found[form.name] = records
-        worst = functools.partial(leaks.worst_of, found)
-        records = bench.keep(attack, f"{WORST}, {state}", rows.open_questions, worst, leaks.summary)
-        bench.states[-1] |= {"rows": len(records), "worst": leaks.worst_rows(records)}
+        name = f"{WORST}, {state}"
+        records = bench.measured(attack, name, rows.open_questions) or leaks.worst_of(found)
+        bench.keep(attack, name, records, leaks.summary(records), rows=len(records), worst=leaks.worst_rows(records))
+
+
+def _rows_of(questions: Questions) -> list[Row]:
+    return [row for _, _, row in questions.asked()]
 
 
 def _forms(bench: Bench, rows: AttackedRows, asked: Sequence[Row]) -> list[Form]:

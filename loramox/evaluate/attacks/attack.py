@@ -17,10 +17,11 @@ from loramox.data.rows import Columns, Data
 from loramox.errors import MissingExtraError, ModelError, NonFiniteLossError, SettingsError
 from loramox.evaluate.attacks import asking, pair, relearn, requantize, sample
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows
-from loramox.evaluate.attacks.bench import MERGED, NO_QUESTIONS, RECORD, Asking, Bench
+from loramox.evaluate.attacks.bench import RECORD, Asking, Bench
 from loramox.evaluate.attacks.config import AttackConfig
 from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import read_records
+from loramox.files import remove
 from loramox.model.config import ModelConfig
 from loramox.run import one_writer
 
@@ -28,6 +29,7 @@ __all__ = ["RECORD", "AttackConfig", "attack"]
 
 log = logging.getLogger(__name__)
 
+MERGED = ".merged"  # a model that is there during an attack; hidden, so that it is no one else's
 NO_CONTROL = (
     "needs a model trained without the forget rows (--retrained_model), or rows of the same kind that no model has seen "
     "(--holdout). Without either it is not known how much of what comes back is guessing"
@@ -52,25 +54,29 @@ def attack(
     """
     if PartialState().num_processes > 1:
         raise SettingsError("attacks are made in one process: run it without torchrun or accelerate launch")
-    tokenisation, columns = tokenisation or Tokenisation(), columns or Columns()
-    bench = Bench(config, model, data, scoring or ScoringConfig(), tokenisation, columns)
+    bench = Bench(config, model, data, scoring or ScoringConfig(), tokenisation or Tokenisation(), columns or Columns())
     bench.open()
     reference, forget_model = (functools.partial(bench.adapted, bench.model, scale) for scale in (0.0, config.scale))
-    with bench:
-        asking.prepare(bench, bench.forget)
-        asking.ask_all(bench, bench.forget, "reference model", reference)
-        asking.ask_all(bench, bench.forget, "forget model", forget_model)
-        _sample(bench, bench.forget, "forget model", forget_model)
-        _pair(bench, bench.forget, read_records(bench.folder("none", "reference model")))
-        _relearn(bench, bench.forget, forget_model)
-        if bench.never:
-            asking.prepare(bench, bench.never)
-            asking.ask_all(bench, bench.never, NEVER_KNOWN, forget_model)
-            _sample(bench, bench.never, NEVER_KNOWN, forget_model)
-            _pair(bench, bench.never, bench.ask("none", f"adapter off, {NEVER_KNOWN}", reference, bench.never))
-            _relearn(bench, bench.never, forget_model, f", {NEVER_KNOWN}")
+    asking.prepare(bench, bench.forget)
+    asking.ask_all(bench, bench.forget, "reference model", reference)
+    asking.ask_all(bench, bench.forget, "forget model", forget_model)
+    _sample(bench, bench.forget, "forget model", forget_model)
+    _pair(bench, bench.forget, read_records(bench.folder("none", "reference model")))
+    _relearn(bench, bench.forget, forget_model)
+    if bench.never:
+        asking.prepare(bench, bench.never)
+        asking.ask_all(bench, bench.never, NEVER_KNOWN, forget_model)
+        _sample(bench, bench.never, NEVER_KNOWN, forget_model)
+        _pair(bench, bench.never, bench.ask("none", f"adapter off, {NEVER_KNOWN}", reference, bench.never))
+        _relearn(bench, bench.never, forget_model, f", {NEVER_KNOWN}")
+    if "requantize" in bench.config.attacks:
         _requantize(bench)
-        _retrained(bench)
+    if bench.retrained:
+        # With the adapter at scale 0 it is the retrained model, and the attacker's own adapter starts as on the forget model.
+        retrained = functools.partial(bench.adapted, bench.retrained, 0.0)
+        asking.ask_all(bench, bench.forget, "retrained model", retrained)
+        _sample(bench, bench.forget, "retrained model", retrained)
+        _relearn(bench, bench.forget, retrained, ", retrained model")
     if not (bench.retrained or bench.never):
         bench.absent["control"] = NO_CONTROL
     record = bench.close()
@@ -81,29 +87,21 @@ def attack(
 
 def _sample(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None:
     """Sample answers of a model."""
-    config, questions = bench.config, rows.open_questions
-    if "sample" not in config.attacks:
-        return
+    config, questions = bench.config, bench.to_answer("sample", rows)
     if questions is None:
-        bench.absent[rows.named("sample")] = NO_QUESTIONS
         return
-
-    def sampling() -> list[Record]:
+    records = bench.measured("sample", state, questions)
+    if records is None:
         how = (config.sample_count, config.sample_temperature, config.sample_threshold, config.seed)
         with model() as asked:
-            return sample.sample(asked, questions, *how, f"sample, {state}")
-
-    records = bench.keep("sample", state, questions, sampling, sample.leakage)
-    bench.states[-1]["worst"] = sample.worst(records)
+            records = sample.sample(asked, questions, *how, f"sample, {state}")
+    bench.keep("sample", state, records, sample.leakage(records), worst=sample.worst(records))
 
 
 def _pair(bench: Bench, rows: AttackedRows, base: list[Record]) -> None:
     """What base and adapter together reveal that the base alone does not; `base` are its records of the rows."""
-    config, questions = bench.config, rows.open_questions
-    if "pair" not in config.attacks:
-        return
+    config, questions = bench.config, bench.to_answer("pair", rows)
     if questions is None:
-        bench.absent[rows.named("pair")] = NO_QUESTIONS
         return
     of = f", {rows.label}" if rows.label else ""
 
@@ -111,26 +109,16 @@ def _pair(bench: Bench, rows: AttackedRows, base: list[Record]) -> None:
         metrics, bench.states[-1]["worst"] = pair.beyond_base(records, base)
         bench.states[-1]["metrics"] |= metrics
 
-    def guided(strength: float) -> list[Record]:
-        with bench.adapted(bench.model, 0.0) as model:
-            return pair.guided(model, questions, config.scale, strength, f"pair, guidance {strength:g}{of}")
-
     for strength in config.guidance:
-        answering = functools.partial(guided, strength)
-        beside_base(bench.keep("pair", f"guidance {strength:g}{of}", questions, answering, pair.summary))
+        state = f"guidance {strength:g}{of}"
+        records = bench.measured("pair", state, questions)
+        if records is None:
+            model = bench.load(bench.model, adapted=True)
+            records = pair.guided(model, questions, config.scale, strength, f"pair, {state}")
+        bench.keep("pair", state, records, pair.summary(records))
+        beside_base(records)
     flipped = functools.partial(bench.adapted, bench.model, -config.scale)
     beside_base(bench.ask("pair", f"sign flipped{of}", flipped, rows))
-
-
-def _retrained(bench: Bench) -> None:
-    """Attack the retrained model, if there is one, as the forget model was."""
-    if bench.retrained is None:
-        return
-    # With the adapter at scale 0 it is the retrained model, and the attacker's own adapter starts as on the forget model.
-    model = functools.partial(bench.adapted, bench.retrained, 0.0)
-    asking.ask_all(bench, bench.forget, "retrained model", model)
-    _sample(bench, bench.forget, "retrained model", model)
-    _relearn(bench, bench.forget, model, ", retrained model")
 
 
 def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> None:
@@ -149,7 +137,7 @@ def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> N
         rows.training.items(), ways.items(), config.relearn_rate
     ):
         attack = f"relearn {what}{way}" + (f", rate {rate:g}" if len(config.relearn_rate) > 1 else "")
-        if bench.asked_already(attack, *states):
+        if all(bench.has(attack, state) for state in states):
             for state in states:
                 bench.ask(attack, state, model, rows)
             continue
@@ -167,38 +155,44 @@ def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> N
 
 def _requantize(bench: Bench) -> None:
     """Round the adapter, the weights below it, and both merged, to few bits."""
-    config, folder = bench.config, bench.out / MERGED
-    if "requantize" not in config.attacks:
-        return
+    folder = bench.out / MERGED
+    unquantized = bench.model.quantization == "none"
 
     @contextmanager
     def rounded() -> Iterator[nn.Module]:
-        with bench.adapted(bench.model, config.scale) as model, requantize.rounded(model):
+        with bench.adapted(bench.model, bench.config.scale) as model, requantize.rounded(model):
             yield model
 
     def merged(kind: str) -> AbstractContextManager[nn.Module]:
         requantize.merge(bench.merging, folder)
         model = replace(bench.model, model=str(folder), revision=None, quantization="none")
-        if kind in requantize.GGUF:
-            file = requantize.to_gguf(folder, kind, bench.merging.code)
-            try:
-                return nullcontext(bench.load(model, False, file))
-            except (ImportError, NotImplementedError, ValueError) as error:
-                raise ModelError(f"transformers does not load it: {error}") from error
-        return nullcontext(bench.load(replace(model, quantization=kind), False))
-
-    bench.ask("requantize", "adapter in 4 bits", rounded)
-    unquantized = bench.model.quantization == "none"
-    if unquantized:
-        bench.ask("requantize", "not quantized, merged", functools.partial(merged, "none"))
-    for kind in ("nf4", "int8"):
-        below = replace(bench.model, quantization=kind)
-        bench.ask("requantize", f"{kind}, not merged", functools.partial(bench.adapted, below, config.scale))
-        bench.ask("requantize", f"{kind}, merged first", functools.partial(merged, kind))
-    for kind in requantize.GGUF:
+        if kind not in requantize.GGUF:
+            return nullcontext(bench.load(replace(model, quantization=kind), adapted=False))
+        file = requantize.to_gguf(folder, kind, bench.merging.code)
         try:
+            return nullcontext(bench.load(model, adapted=False, gguf=file))
+        except (ImportError, NotImplementedError, ValueError) as error:
+            raise ModelError(f"transformers does not load it: {error}") from error
+
+    def ask_merged(kind: str, state: str) -> None:
+        bench.ask("requantize", state, functools.partial(merged, kind))
+
+    remove(folder)  # of a run that was killed
+    try:
+        bench.ask("requantize", "adapter in 4 bits", rounded)
+        if unquantized:
+            ask_merged("none", "not quantized, merged")
+        for kind in ("nf4", "int8"):
+            below = replace(bench.model, quantization=kind)
+            bench.ask("requantize", f"{kind}, not merged", functools.partial(bench.adapted, below, bench.config.scale))
+            ask_merged(kind, f"{kind}, merged first")
+        for kind in requantize.GGUF:
             if not unquantized:
-                raise ModelError(requantize.NOT_IN_4_BITS)
-            bench.ask("requantize", f"{kind}, merged first", functools.partial(merged, kind))
-        except (MissingExtraError, ModelError) as error:
-            bench.absent[f"requantize: {kind}"] = str(error)
+                bench.absent[f"requantize: {kind}"] = requantize.NOT_IN_4_BITS
+                continue
+            try:
+                ask_merged(kind, f"{kind}, merged first")
+            except (MissingExtraError, ModelError) as error:
+                bench.absent[f"requantize: {kind}"] = str(error)
+    finally:
+        remove(folder)

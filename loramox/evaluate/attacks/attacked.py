@@ -47,14 +47,14 @@ def attacked_rows(
     tokenise: Tokenise,
     label: str = "",
 ) -> AttackedRows:
-    """Split the rows into the attacker's and those that are asked, beside the retain rows if there are some."""
+    """Split the rows into the attacker's and those that are asked, beside the retain rows; of holdout rows there are none."""
     known, asked = _split(rows, config, "holdout" if label else "forget")
-    beside = {"retain": retain} if retain else {}
-    every = tokenise({"forget": asked, **beside})
+    every = questions = tokenise({"forget": asked, "retain": retain})
     if config.quick:
-        asked, beside = _spread(asked), {part: _spread(some) for part, some in beside.items()}
-    questions = tokenise({"forget": asked, **beside}) if config.quick else every
-    true_answers = tokenise({"forget": [replace(row, paraphrase=None, wrong_answers=()) for row in asked], **beside})
+        asked, retain = _spread(asked), _spread(retain)
+        questions = tokenise({"forget": asked, "retain": retain})
+    without_variants = [replace(row, paraphrase=None, wrong_answers=()) for row in asked]
+    true_answers = tokenise({"forget": without_variants, "retain": retain})
     open_rows = [row for row in asked if row.prompt is not None and questions.scoring.max_new_tokens]
     open_questions = tokenise({"forget": open_rows}) if open_rows else None
     training = {"forget rows": tokenise({"known": known}), **training}

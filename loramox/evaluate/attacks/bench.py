@@ -3,7 +3,7 @@
 import functools
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import nn
 
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
+from loramox.data.row import Row
 from loramox.data.rows import Columns, Data
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.asked import HOLDOUT, count_parts, described, disjoint_parts, questions_of, read_sources
@@ -21,20 +22,22 @@ from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows, attacked_rows, never_known
 from loramox.evaluate.attacks.config import ATTACKS, AttackConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
+from loramox.evaluate.metric import Summary
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides
-from loramox.evaluate.summary import Summary, summarise
-from loramox.files import has_files, read_json, remove, write_json
+from loramox.evaluate.summary import summarise
+from loramox.files import has_files, read_json, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
 from loramox.run import command, versions
 
 RECORD = "attacks.json"
-MERGED = ".merged"  # a model that is there during an attack; hidden, so that it is no one else's
 NO_QUESTIONS = "needs rows with questions, and answers generated to them (--max_new_tokens above 0)"
 # Settings that add attacks to those that were made, and change none of them.
 ADDED = ("attacks", "retrained_model", "holdout", "relearn_text")
+
+Parts = dict[str, Sequence[Row]]
 
 # Gives the model of a state while it is asked. It is called, and the model loaded, only where the answers are not there yet.
 Asking = Callable[[], AbstractContextManager[nn.Module]]
@@ -61,14 +64,7 @@ class Bench:
         self.held = read_json(self.out / RECORD, dict) if (self.out / RECORD).exists() else None
         self.config = config = _with_held(config, self.held) if self.held else config
         self.device = check_device(model, scoring.use_cpu)
-        sources = {"forget": data.forget, "retain": data.retain} | ({HOLDOUT: config.holdout} if config.holdout else {})
-        read = read_sources(sources, columns)
-        if config.relearn_text:
-            sources[relearn.TEXT], read[relearn.TEXT] = config.relearn_text, relearn.read_text(config.relearn_text)
-        rows = disjoint_parts(read, data.drop_overlap)
-        if config.holdout:
-            learned = [*rows["retain"], *rows.get(relearn.TEXT, ())]
-            rows[HOLDOUT] = never_known(rows[HOLDOUT], learned, data.drop_overlap)
+        sources, read, rows = _read_rows(config, data, columns)
         base_config = read_config(model, weights=True)
         self.context = context_of(base_config)
         base = identify(model, base_config)
@@ -121,14 +117,6 @@ class Bench:
         if self.held is None or plan != {name: self.held.get(name) for name in plan}:
             write_json(self.out / RECORD, {"status": "running", **plan})
 
-    def __enter__(self) -> "Bench":
-        remove(self.out / MERGED)  # of a run that was killed
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.in_memory = None
-        remove(self.out / MERGED)
-
     def load(self, model: ModelConfig, adapted: bool, gguf: str | None = None) -> nn.Module:
         """The model, with the adapter on it if `adapted`. The one that was in memory before is freed first.
 
@@ -152,48 +140,51 @@ class Bench:
         with at_scale(loaded, scale):
             yield loaded
 
+    def to_answer(self, attack: str, rows: AttackedRows) -> Questions | None:
+        """The questions of an attack that has the model answer; None where it is not wanted, or absent for want of questions."""
+        if attack not in self.config.attacks:
+            return None
+        if rows.open_questions is None:
+            self.absent[rows.named(attack)] = NO_QUESTIONS
+        return rows.open_questions
+
     def folder(self, attack: str, state: str) -> Path:
         return self.out / "-".join(f"{attack} {state}".replace(",", "").split())
 
-    def asked_already(self, attack: str, *states: str) -> bool:
-        """Whether the answers in all these states are there, so that no model is needed for them."""
-        return all((self.folder(attack, state) / SUMMARY).exists() for state in states)
+    def has(self, attack: str, state: str) -> bool:
+        """Whether the records of a state are there, so that no model is needed for them."""
+        return (self.folder(attack, state) / SUMMARY).exists()
+
+    def measured(self, attack: str, state: str, questions: Questions) -> list[Record] | None:
+        """The records of a state that are there; None if it is still to be measured."""
+        if not self.has(attack, state):
+            return None
+        self.reused += 1
+        return read_records(self.folder(attack, state), like=questions.identities())
 
     def ask(self, attack: str, state: str, model: Asking, rows: AttackedRows | None = None) -> list[Record]:
         """Ask the model in this state, or read what it answered. `rows`: the forget rows by default."""
         rows = rows or self.forget
         questions = rows.true_answers if attack.startswith("relearn") else rows.questions
-
-        def asking() -> list[Record]:
+        records = self.measured(attack, state, questions)
+        if records is None:
             with model() as asked:
                 records = questions.ask(asked, f"{attack}, {state}: ")
             if attack.startswith(("none", "relearn")):
                 check_numbers(records)
-            return records
-
-        return self.keep(attack, state, questions, asking, summarise)
-
-    def keep(
-        self,
-        attack: str,
-        state: str,
-        questions: Questions,
-        asking: Callable[[], list[Record]],
-        summing: Callable[[list[Record]], Summary],
-    ) -> list[Record]:
-        """The records of a state, from its folder or else from `asking`, which then go there; its metrics go to the states."""
-        folder, reused = self.folder(attack, state), self.asked_already(attack, state)
-        self.reused += reused
-        records = read_records(folder, like=questions.identities()) if reused else asking()
-        found = summing(records)
-        if not reused:
-            write_records(folder, records, found, {"attack": attack, "state": state})
-        kept: dict[str, Any] = {"attack": attack, "state": state, "folder": folder.name}
-        kept["metrics"] = {name: metric.value for name, metric in found.metrics.items()}
-        if intervals := {name: list(metric.interval) for name, metric in found.metrics.items() if metric.interval}:
-            kept["intervals"] = intervals
-        self.states.append(kept)
+        self.keep(attack, state, records, summarise(records))
         return records
+
+    def keep(self, attack: str, state: str, records: list[Record], summary: Summary, **more: Any) -> None:
+        """Write the records of a state, unless they are there; its metrics, and what `more` is known of it, go to the states."""
+        folder = self.folder(attack, state)
+        if not self.has(attack, state):
+            write_records(folder, records, summary, {"attack": attack, "state": state})
+        kept: dict[str, Any] = {"attack": attack, "state": state, "folder": folder.name}
+        kept["metrics"] = {name: metric.value for name, metric in summary.metrics.items()}
+        if intervals := {name: list(metric.interval) for name, metric in summary.metrics.items() if metric.interval}:
+            kept["intervals"] = intervals
+        self.states.append(kept | more)
 
     def close(self) -> dict[str, Any]:
         record = {
@@ -210,6 +201,19 @@ class Bench:
         }
         write_json(self.out / RECORD, record)
         return record
+
+
+def _read_rows(config: AttackConfig, data: Data, columns: Columns) -> tuple[dict[str, str], Parts, Parts]:
+    """Where each part is from, its rows, and those of them that are used: none of these is in a part that it may not be in."""
+    sources = {"forget": data.forget, "retain": data.retain} | ({HOLDOUT: config.holdout} if config.holdout else {})
+    read = read_sources(sources, columns)
+    if config.relearn_text:
+        sources[relearn.TEXT], read[relearn.TEXT] = config.relearn_text, relearn.read_text(config.relearn_text)
+    rows = disjoint_parts(read, data.drop_overlap)
+    if config.holdout:
+        learned = [*rows["retain"], *rows.get(relearn.TEXT, ())]
+        rows[HOLDOUT] = never_known(rows[HOLDOUT], learned, data.drop_overlap)
+    return sources, read, rows
 
 
 def _counted(rows: AttackedRows) -> dict[str, int]:

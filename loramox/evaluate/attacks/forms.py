@@ -100,14 +100,10 @@ def cloze(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         keys = set(key_words_of(row))
         if keys and keys < set(words(row.answer)):
-            blanks = "".join(BLANK if keys & {*words(part)} else part for part in _parts(row.answer))
+            parts = regex.split(f"({WORD.pattern})", row.answer)  # words, and what stands between them
+            blanks = "".join(BLANK if keys & {*words(part)} else part for part in parts)
             found.append(asked_as(row, CLOZE.format(question=last_question(row), blanks=blanks)))
     return found
-
-
-def _parts(text: str) -> list[str]:
-    """The words of a text, and what stands between them."""
-    return regex.split(f"({WORD.pattern})", text)
 
 
 def by_key_words(row: Row, said: Sequence[str], threshold: float) -> Record:
@@ -162,8 +158,7 @@ def to_rewrite(rows: Sequence[Row]) -> list[Row]:
 
 def rewritten(model: nn.Module, questions: Questions) -> dict[str, str]:
     """Row → the first line of what the model makes of its question; `questions` are those of `to_rewrite`."""
-    how = {"scores": None, "describe": "rewriting questions"}
-    answers = questions.answered(model, greedy_answers, REWRITTEN_TOKENS, **how)
+    answers = questions.answered(model, greedy_answers, REWRITTEN_TOKENS, scores=None, describe="rewriting questions")
     return {record["row"]: text.split("\n")[0].strip() for record, _, text in answers}
 
 

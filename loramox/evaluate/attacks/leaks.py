@@ -82,8 +82,12 @@ def summary(records: Sequence[Record]) -> Summary:
             metrics, absent | {"leak": next((why for r in records for why in r["absent"].values()), NO_WORDS)}
         )
     source = "share of rows whose greedy answer has enough of the true one by ROUGE-L or key words"
-    leak = Metric(float(each.mean()), "like the retrained model's", len(each), None, source, interval_of_mean(each))
-    return Summary({"leak": leak, **metrics}, absent)
+    return Summary({"leak": rate(each, source), **metrics}, absent)
+
+
+def rate(each: np.ndarray, source: str) -> Metric:
+    """The mean of how often each row leaks, with its interval."""
+    return Metric(float(each.mean()), "like the retrained model's", len(each), None, source, interval_of_mean(each))
 
 
 def worst_of(ways: Mapping[str, Sequence[Record]]) -> list[Record]:

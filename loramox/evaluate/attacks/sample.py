@@ -8,8 +8,7 @@ import numpy as np
 from torch import nn
 
 from loramox.evaluate.answers import sampled_answers
-from loramox.evaluate.attacks.leaks import CRITERIA, leaks_of
-from loramox.evaluate.bootstrap import interval_of_mean
+from loramox.evaluate.attacks.leaks import CRITERIA, leaks_of, rate
 from loramox.evaluate.measure import Questions, Record
 from loramox.evaluate.metric import Metric, Summary
 
@@ -52,9 +51,7 @@ def leakage(records: Sequence[Record]) -> Summary:
         most = rows[0][0]
         for k in sorted({*(2**i for i in range(most.bit_length())), most}):
             each = np.array([leak_at(k, samples, leaks) for samples, leaks in rows])
-            metrics[f"leak_at_{k}_by_{by}"] = Metric(
-                float(each.mean()), "like the retrained model's", len(each), None, SOURCE, interval_of_mean(each)
-            )
+            metrics[f"leak_at_{k}_by_{by}"] = rate(each, SOURCE)
     return Summary(metrics, absent)
 
 

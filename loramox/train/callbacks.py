@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from loramox.data.pairs import Pairs
 from loramox.files import flush
-from loramox.model.lora import current_factors
+from loramox.model.lora import at_scale, current_factors
 from loramox.train.checkpoint import write_checksums
 from loramox.train.diagnostics import UNKNOWN, UNKNOWN_ROWS
+from loramox.train.earlier import TUNED
 from loramox.train.passes import not_finite
 from loramox.train.target import met_at_last
 
@@ -65,19 +67,16 @@ class StopUnlessFinite(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
         if not torch.nn.utils.get_total_norm(weights, math.inf).isfinite():  # one kernel for all, on a GPU
-            raise not_finite(
-                f"the adapter's weights are no longer finite after step {state.global_step}", args.output_dir
-            )
+            what = f"the adapter's weights are no longer finite after step {state.global_step}"
+            raise not_finite(what, args.output_dir)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        broken = [name for name, value in metrics.items() if name.endswith("_probability") and not math.isfinite(value)]
-        if broken:
-            raise not_finite(
-                f"{broken[0]} is {metrics[broken[0]]} after step {state.global_step}: the model's answers overflow",
-                args.output_dir,
-            )
+        for name, value in metrics.items():
+            if name.endswith("_probability") and not math.isfinite(value):
+                what = f"{name} is {value} after step {state.global_step}: the model's answers overflow"
+                raise not_finite(what, args.output_dir)
 
 
 class EndEarly(TrainerCallback):
@@ -125,11 +124,12 @@ class MomentumCallback(TrainerCallback):
             self.trainer.momentum.tick(current_factors(self.trainer.model))  # which is what was scored
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
             flush(checkpoint)
-            self.trainer.momentum.save(checkpoint)  # a checkpoint that has it is whole
+            self.trainer.momentum.save(checkpoint)
             write_checksums(checkpoint)
 
 
@@ -144,20 +144,17 @@ class CacheCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer, rows = self.trainer, self.trainer.train_dataset
-        drawn = state.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        parts = {
-            "forget": (rows.forget, drawn),
-            "wanted": (rows.wanted, drawn),
-            "retain": (rows.retain, drawn * rows.retain_per_forget),
-        }
-        again = [row for some, times in parts.values() if times >= 2 * len(some) for row in some]
-        where = (trainer.data_collator, Path(args.output_dir), args.reference_cache_gb * 1e9)
         # What one process had on disk already, others would wait for in the layers that they share.
-        if args.reference_cache_gb and not trainer.sharded:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            for frozen in {trainer.reference, trainer.origin}:
-                frozen.remember(again, *where)
-            trainer.now.remember(rows.protected if drawn >= 2 * len(rows.protected) else [], *where)
+        if not args.reference_cache_gb or trainer.sharded:
+            return
+        drawn = state.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        parts = ((rows.forget, drawn), (rows.wanted, drawn), (rows.retain, drawn * rows.retain_per_forget))
+        again = [row for some, times in parts if times >= 2 * len(some) for row in some]
+        protected = rows.protected if drawn >= 2 * len(rows.protected) else []
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for frozen, some in {trainer.reference: again, trainer.origin: again, trainer.now: protected}.items():
+            frozen.remember(some, trainer.data_collator, folder, args.reference_cache_gb * 1e9)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for frozen in (self.trainer.reference, self.trainer.origin, self.trainer.now):
@@ -176,32 +173,32 @@ class KnowledgeCallback(TrainerCallback):
         known = metrics.get("eval_forget_probability")
         if state.global_step or known is None:
             return
-        trainer = self.trainer
-        off = trainer.probability_without_tuned() if trainer.tuned else {}
+        trainer, off = self.trainer, {}
+        if trainer.tuned:
+            with at_scale(trainer.model, 0, TUNED):
+                off = trainer.predict(trainer.eval_dataset["forget"], metric_key_prefix="off").metrics
         if not state.is_world_process_zero:
             return
         left = metrics.get("eval_forget_headroom") if trainer.memorize_beside else off.get("off_headroom")
-        room = (
-            ""
-            if left is None
-            else f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them"
-        )
-        who, earlier = "the reference", "a checkpoint that never saw the rows"
+        room = ""
+        if left is not None:
+            room = f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them"
         if trainer.tuned:
             without = off["off_probability"]
+            who, earlier = "the reference" if trainer.memorize_beside else "the base", "base"
             print(
                 f"The base gives the forget answers probability {without:.4f} without --tuned_adapter, and {known:.4f} with it{room}."
             )
-            who, earlier = "the base" if not trainer.memorize_beside else who, "base"
             if known < RAISED[0] * without and known - without < RAISED[1]:
                 warnings.warn(NOT_THEIRS.format(without=without, known=known), stacklevel=2)
         elif trainer.at_checkpoint:
-            who = "the checkpoint of --memorize_at"
+            who, earlier = "the checkpoint of --memorize_at", "a checkpoint that never saw the rows"
             print(
-                f"{who[0].upper()}{who[1:]} gives the forget answers probability {known:.4f}{room}. During training, the scores are for this "
+                f"The checkpoint of --memorize_at gives the forget answers probability {known:.4f}{room}. During training, the scores are for this "
                 "checkpoint + ΔW, and the probability should rise. The model that ships is not in memory."
             )
         else:
+            who, earlier = "the reference", "a checkpoint that never saw the rows"
             print(f"The reference gives the forget answers probability {known:.4f}{room}.")
         if known < UNKNOWN and not trainer.at_checkpoint:
             warnings.warn(UNKNOWN_ROWS, stacklevel=2)

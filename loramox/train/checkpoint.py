@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 
 from loramox.adapter.card import trained_card
-from loramox.adapter.folder import CHECKSUMS, PROVENANCE, WEIGHTS, at_rank, write_adapter
-from loramox.adapter.folder import MOMENTUM as WHOLE
-from loramox.errors import LoramoxError, RunError
+from loramox.adapter.folder import CHECKSUMS, MOMENTUM, PROVENANCE, at_rank, write_adapter
+from loramox.errors import RunError
 from loramox.files import read_json, remove, sha256_of, write_json
 from loramox.model.algebra import Factors
 from loramox.model.config import identify
@@ -21,8 +18,6 @@ from loramox.model.lora import ADAPTER, ReferenceConfig, current_factors
 from loramox.run import command, versions
 from loramox.train.config import UnlearnConfig
 from loramox.train.momentum import Momentum
-
-CHECKED = (TRAINER_STATE_NAME, WEIGHTS, "optimizer.pt", "scheduler.pt")
 
 
 def write_trained(folder: Path, model: PeftModel, momentum: Momentum, plan: dict[str, Any]) -> None:
@@ -50,18 +45,18 @@ def write_trained(folder: Path, model: PeftModel, momentum: Momentum, plan: dict
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint from which training can go on; None to start from the beginning.
 
-    A checkpoint without momentum, which is written last, was left by a kill and is passed over. Damaged ones are passed over with
-    a warning.
+    A checkpoint without its momentum or its checksums, which are written last, was left by a kill and is passed over. Damaged
+    ones are passed over with a warning.
 
     Raises:
         RunError: all checkpoints are damaged.
     """
-    written = [c for c in folder.glob("checkpoint-*") if (c / WHOLE).exists()]
+    written = [c for c in folder.glob("checkpoint-*") if (c / MOMENTUM).exists() and (c / CHECKSUMS).exists()]
     damaged = ""
     for checkpoint in sorted(written, key=_step, reverse=True):
         try:
             _check_whole(checkpoint)
-        except LoramoxError as error:
+        except RunError as error:
             damaged = str(error)
             continue
         if damaged:
@@ -84,35 +79,19 @@ def _step(checkpoint: Path) -> int:
 
 
 def write_checksums(checkpoint: Path) -> None:
-    """Keep the checksums of a checkpoint that is whole, so that a byte that changes later is not trained on."""
-    # Not the random states of other processes, which may still be writing them.
-    held = [checkpoint / name for name in (*CHECKED, "rng_state.pth", WHOLE)]
-    write_json(checkpoint / CHECKSUMS, {path.name: sha256_of(path) for path in held if path.is_file()})
+    """Keep the checksum of every file of a complete checkpoint, so that a byte that changes later is not trained on."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    write_json(checkpoint / CHECKSUMS, {str(path.relative_to(checkpoint)): sha256_of(path) for path in files})
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Raises `LoramoxError` that names a file of the checkpoint that is missing or damaged."""
-    checksums = checkpoint / CHECKSUMS
-    known = read_json(checksums, dict) if checksums.exists() else {}  # a kill just before they are written leaves none
-    random_states = sorted(p.name for p in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
-    for name in (*CHECKED, *random_states, WHOLE):
+    """Raises `RunError` that names a file of the checkpoint that is missing or damaged."""
+    for name, checksum in read_json(checkpoint / CHECKSUMS, dict).items():
         path = checkpoint / name
         if not path.is_file():
             raise RunError(f"{path} is missing")
-        if name in known and known[name] != sha256_of(path):
+        if sha256_of(path) != checksum:
             raise RunError(f"{path} is damaged: its checksum is not that in {CHECKSUMS}")
-        try:
-            if path.suffix == ".safetensors":
-                load_file(path)
-            elif path.suffix != ".json":
-                with safe_globals():
-                    torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and safetensors raise errors of many types for damaged files
-            raise RunError(f"{path} is damaged ({type(error).__name__})") from error
-    state = checkpoint / TRAINER_STATE_NAME
-    if read_json(state, dict).get("global_step") != _step(checkpoint):
-        raise RunError(f"{state} is damaged: its global_step is not that of the folder")
-    Momentum.load(checkpoint)
 
 
 def lacks_scores(state: TrainerState, args: UnlearnConfig) -> bool:
@@ -123,15 +102,21 @@ def lacks_scores(state: TrainerState, args: UnlearnConfig) -> bool:
     return args.eval_strategy == "epoch" and state.epoch == round(state.epoch or 0) and not scored
 
 
-def plan_of(model: PeftModel, args: UnlearnConfig) -> dict[str, Any]:
-    """What is known about a run that was put together in Python: everything but where its rows came from."""
+def plan_of(
+    args: UnlearnConfig, base: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The description of a run, in its record and in the provenance of what it writes.
+
+    Args:
+        data: part → the source of its rows, their number and their fingerprint; {} where the rows came from Python.
+    """
     return {
         "command": command(),
         "method": args.spec.title,
         "alpha": args.alpha,
-        "base": base_of(model),
-        "data": {},
-        "settings": {"r": model.peft_config[ADAPTER].r} | args.to_dict(),
+        "base": base,
+        "data": data,
+        "settings": settings,
         "versions": versions(),
     }
 

@@ -1,23 +1,33 @@
 """Settings of training: the method and its own settings, on top of transformers' `TrainingArguments`."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from loramox.errors import SettingsError, needs
 from loramox.model.precision import half_precision, warn_of_emulation
 from loramox.settings import check_choices
 from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
-from loramox.train.refused import OF_TRAINER, WATCHED, refuse, refuse_shards
 from loramox.train.registry import METHODS, Method
 
+# Settings of transformers that have to stay off, and why: they would have no effect here, or do harm.
+OFF = {
+    "save_only_model": "false: resuming needs the optimiser",
+    "push_to_hub": "false: the adapter in training is not the one that ships. Upload that one: loramox extrapolate … --push_to_hub",
+    "dataloader_persistent_workers": "false: each epoch draws other retain rows",
+    "label_smoothing_factor": "0: no term here has labels to smooth",
+    "use_liger_kernel": "false: losses are computed from hidden states already",
+}
 
-def setting(help: str, *aliases: str, **more: Any) -> Any:
-    """A field of one method's own: None stands for what the method has by default."""
-    return field(default=None, metadata={"help": help, **({"aliases": list(aliases)} if aliases else {}), **more})
+
+def setting(help: str, default: Any = None, **more: Any) -> Any:
+    """A field with its help. None stands for the default of the method, or for one that depends on the model and the rows."""
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -30,13 +40,11 @@ class UnlearnConfig(TrainingArguments):
         SettingsError: a value out of range, or a setting that the method does not have.
     """
 
-    method: str = field(
+    method: str = setting(
+        "Unlearning method: mox, mox_static, npo_mean, npo, simnpo, ga, ga_kl, graddiff, dpo, po, altpo, rmu, whp, llmu, "
+        "task_vector. mox memorizes along a path, then extrapolates. mox_static is the MOX paper's own method. dpo and po train "
+        "refusals, altpo needs --wanted_column, whp needs --reinforced.",
         default="mox",
-        metadata={
-            "help": "Unlearning method: mox, mox_static, npo_mean, npo, simnpo, ga, ga_kl, graddiff, dpo, po, altpo, rmu, whp, llmu, "
-            "task_vector. mox memorizes along a path, then extrapolates. mox_static is the MOX paper's own method. dpo and po train "
-            "refusals, altpo needs --wanted_column, whp needs --reinforced."
-        },
     )
     alpha: float | None = setting(
         "How far to extrapolate: θ_for = θ_ref − alpha·ΔW, for methods that memorize. Free after training (loramox extrapolate). "
@@ -45,7 +53,7 @@ class UnlearnConfig(TrainingArguments):
     beta: float | None = setting(
         "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
         "(default 1.8), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
-        "--npo_beta",
+        aliases=["--npo_beta"],
     )
     inner_steps: int | None = setting(
         "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 is one gradient of NPO's loss. Default: 8."
@@ -73,7 +81,9 @@ class UnlearnConfig(TrainingArguments):
         "Loss on the retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
         choices=["ce", "kl", "none", "states"],
     )
-    retain_weight: float | None = setting("Weight of the retain term. Default: the method's, mostly 1.", "--kl_weight")
+    retain_weight: float | None = setting(
+        "Weight of the retain term. Default: the method's, mostly 1.", aliases=["--kl_weight"]
+    )
     forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.")
     margin: float | None = setting("simnpo: γ. Default: 0.")
     instead: str | None = setting(
@@ -97,86 +107,57 @@ class UnlearnConfig(TrainingArguments):
         "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which ships. "
         "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1."
     )
-    momentum_every: int | None = field(
-        default=None, metadata={"help": "Optimiser steps between updates of the average. Default: one epoch."}
+    momentum_every: int | None = setting("Optimiser steps between updates of the average. Default: one epoch.")
+    momentum_rank: int | None = setting(
+        "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's."
     )
-    momentum_rank: int | None = field(
-        default=None,
-        metadata={"help": "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's."},
-    )
-    retain_per_forget: int = field(default=3, metadata={"help": "Retain rows drawn with each forget row."})
-    reference_cache_gb: float = field(
+    retain_per_forget: int = setting("Retain rows drawn with each forget row.", default=3)
+    reference_cache_gb: float = setting(
+        "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that is used "
+        "again. One per process, in output_dir, deleted at the end. 0: no cache.",
         default=8.0,
-        metadata={
-            "help": "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that is used "
-            "again. One per process, in output_dir, deleted at the end. 0: no cache."
-        },
     )
-    auto_retain: int | None = field(
-        default=None,
-        metadata={
-            "help": "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-            "answers. Default: 240 with --retain auto, 120 where a chat model is taught another answer (--instead), else 0."
-        },
+    auto_retain: int | None = setting(
+        "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
+        "answers. Default: 240 with --retain auto, 120 where a chat model is taught another answer (--instead), else 0."
     )
-    eval_rows: int = field(
-        default=64,
-        metadata={"help": "Largest number of forget rows, and of retain rows, that are scored during training."},
+    eval_rows: int = setting(
+        "Largest number of forget rows, and of retain rows, that are scored during training.", default=64
     )
 
-    forget_to: float | None = field(
-        default=None,
-        metadata={
-            "help": "Target probability of forget answers: ship the smallest share of alpha (or scale) at which they have at most this "
-            "probability, and greedy decoding gives at most this share of them; 0: ship as trained. Default: 0.05 if another answer is "
-            "taught, else 0."
-        },
+    forget_to: float | None = setting(
+        "Target probability of forget answers: ship the smallest share of alpha (or scale) at which they have at most this "
+        "probability, and greedy decoding gives at most this share of them; 0: ship as trained. Default: 0.05 if another answer is "
+        "taught, else 0."
     )
-    stop_when_forgotten: bool = field(
-        default=False, metadata={"help": "End training at the first evaluation that meets --forget_to."}
-    )
+    stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", default=False)
 
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
-    output_dir: str | None = field(default="trained", metadata={"help": "Folder for checkpoints and logs."})
-    learning_rate: float | None = field(  # None until the size of the model is known
-        default=None,
-        metadata={"help": "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more."},
+    output_dir: str | None = setting("Folder for checkpoints and logs.", default="trained")
+    learning_rate: float | None = setting(
+        "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more."
     )
-    num_train_epochs: float = field(default=24, metadata={"help": "Passes over the forget rows."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Forget rows per device and micro-batch."})
-    per_device_eval_batch_size: int = field(
-        default=32, metadata={"help": "Rows per device and pass when the forget model is scored."}
+    num_train_epochs: float = setting("Passes over the forget rows.", default=24)
+    per_device_train_batch_size: int = setting("Forget rows per device and micro-batch.", default=8)
+    per_device_eval_batch_size: int = setting("Rows per device and pass when the forget model is scored.", default=32)
+    weight_decay: float = setting("AdamW's weight decay.", default=0.0)
+    warmup_steps: float = setting("Share (below 1) or number of steps over which the learning rate rises.", default=0.1)
+    bf16: bool | None = setting("Arithmetic in bfloat16. Default: on a GPU that has it.")
+    logging_steps: float = setting("Steps between log lines; below 1, a share of all steps.", default=5)
+    logging_first_step: bool = setting("Log the first step too.", default=True)
+    logging_nan_inf_filter: bool = setting("Unused: a loss that is not finite stops the run.", default=False)
+    eval_strategy: str = setting("When the forget model is scored while training: no, steps or epoch.", default="epoch")
+    eval_on_start: bool = setting(
+        "Also score the reference before the first step: how well it knows the rows.", default=True
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Share (below 1) or number of steps over which the learning rate rises."}
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "Arithmetic in bfloat16. Default: on a GPU that has it."})
-    logging_steps: float = field(
-        default=5, metadata={"help": "Steps between log lines; below 1, a share of all steps."}
-    )
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
-    )
-    eval_strategy: str = field(
-        default="epoch", metadata={"help": "When the forget model is scored while training: no, steps or epoch."}
-    )
-    eval_on_start: bool = field(
-        default=True, metadata={"help": "Also score the reference before the first step: how well it knows the rows."}
-    )
-    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written: no, steps or epoch."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept. At least 2, so that one is always whole."}
-    )
+    save_strategy: str = setting("When a checkpoint is written: no, steps or epoch.", default="epoch")
+    save_total_limit: int | None = setting("Checkpoints kept. At least 2, so that one is always whole.", default=2)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (as in TrainingArguments)
         default="tensorboard" if find_spec("tensorboard") else "none",
         metadata={"help": "Where logs go: tensorboard if it is installed. Nothing leaves the machine by default."},
     )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Unused: rows are read before."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every adapter weight is used in every pass."}
-    )
+    remove_unused_columns: bool | None = setting("Unused: rows are read before.", default=False)
+    ddp_find_unused_parameters: bool | None = setting("Every adapter weight is used in every pass.", default=False)
 
     OF_METHODS: ClassVar = (
         "alpha", "beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term", "retain_weight",
@@ -201,21 +182,21 @@ class UnlearnConfig(TrainingArguments):
 
     def _take_defaults(self) -> None:
         """Fill in the method's own settings; refuse those that it does not have, and those that it needs and are not given."""
-        own = METHODS[self.method].settings
+        own = self.spec.settings
         for name in self.OF_METHODS:
             given = getattr(self, name)
-            if given is not None and name not in own:
-                if name == "alpha":
-                    raise SettingsError(
-                        f"alpha is {given:g}, and --method {self.method} has none: it trains the forget model itself, θ_ref + ΔW. Leave out "
-                        "--alpha. How far it trains is --lora_alpha; a shipped adapter is turned down by its scale (--scale, ForgetSwitch)"
-                    )
-                users = ", ".join(name_ for name_, each in METHODS.items() if name in each.settings)
-                raise SettingsError(f"--{name} is of no use to --method {self.method}; it is for {users}. Leave it out")
             if given is None:
                 setattr(self, name, own.get(name))
-            if name in own and getattr(self, name) is None:
-                raise SettingsError(f"--method {self.method} needs --{name}: see --help")
+                if name in own and own[name] is None:
+                    raise SettingsError(f"--method {self.method} needs --{name}: see --help")
+            elif name not in own and name == "alpha":
+                raise SettingsError(
+                    f"alpha is {given:g}, and --method {self.method} has none: it trains the forget model itself, θ_ref + ΔW. Leave out "
+                    "--alpha. How far it trains is --lora_alpha; a shipped adapter is turned down by its scale (--scale, ForgetSwitch)"
+                )
+            elif name not in own:
+                users = ", ".join(method for method, each in METHODS.items() if name in each.settings)
+                raise SettingsError(f"--{name} is of no use to --method {self.method}; it is for {users}. Leave it out")
         self.momentum = own.get("momentum", 1.0) if self.momentum is None else self.momentum
         states = self.retain_term == "states"
         if states != ("rmu_layer" in own) and self.retain_term not in (None, "none"):
@@ -247,18 +228,25 @@ class UnlearnConfig(TrainingArguments):
         if self.forget_to is not None:
             refuse("forget_to", self.forget_to, 0 <= self.forget_to < 1, "a probability below 1, like 0.05, or 0")
         refuse("momentum", self.momentum, 0 < self.momentum <= 1, "η above 0 and at most 1, which is off")
-        for name, (fine, expected) in OF_TRAINER.items():
-            refuse(name, getattr(self, name), fine(getattr(self, name)), expected)
+        for name, expected in OFF.items():
+            refuse(name, getattr(self, name), not getattr(self, name), expected)
+        limit, drawn = self.save_total_limit, self.train_sampling_strategy
+        expected = "2 or more: one checkpoint must be complete while another is written"
+        refuse("save_total_limit", limit, limit is None or limit >= 2, expected)
+        expected = "random or sequential: rows of similar length share passes already"
+        refuse("train_sampling_strategy", drawn, drawn in ("random", "sequential"), expected)
         if "tensorboard" in (self.report_to or ()):
             with needs("tensorboard"):
                 import tensorboard  # noqa: F401 (transformers would miss it only after the model is loaded)
         if self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
             best = self.metric_for_best_model
-            refuse("metric_for_best_model", best, best not in (None, "loss"), WATCHED)
+            expected = (
+                "the metric for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
+                "false, or retain_probability"
+            )
+            refuse("metric_for_best_model", best, best not in (None, "loss"), expected)
 
     def _choose_precision(self) -> None:
-        import torch
-
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         refuse(
             "mixed_precision", launched, launched in ("no", "bf16", "fp16"), "no, bf16 or fp16, of accelerate launch"
@@ -288,3 +276,20 @@ class UnlearnConfig(TrainingArguments):
     def holds_retain(self) -> bool:
         """Whether retain rows are trained on."""
         return self.retain_term != "none" and bool(self.retain_weight)
+
+
+def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
+    """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
+    if not fine or (isinstance(value, float) and not math.isfinite(value)):
+        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
+
+
+def refuse_shards(args: TrainingArguments) -> None:
+    """Raises `SettingsError` where FSDP or DeepSpeed is asked for, by flag or by `accelerate launch`."""
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            # It would run, and scales and momentum, which are set on whole weights, would be wrong.
+            raise SettingsError(
+                f"{name} is asked for, which would shard the adapter as well. Leave it out: unlearn, train and evaluate split the frozen "
+                "layers among the processes with --shard true"
+            )

@@ -51,13 +51,14 @@ def advice(
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = _of_rows(forget_rows, retain_rows)
+    longer = f"train longer (--num_train_epochs above {args.num_train_epochs:g})"
     if len(forget) < 2 or len(retain) < 2:
         return said
     if at_checkpoint:
         if forget[-1] < MEMORIZED:
             said.append(
-                f"at the checkpoint of --memorize_at the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: train longer "
-                f"(--num_train_epochs above {args.num_train_epochs:g}) or use a higher --learning_rate"
+                f"at the checkpoint of --memorize_at the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: "
+                f"{longer} or use a higher --learning_rate"
             )
         return said
     if forget[0] < UNKNOWN:
@@ -65,29 +66,25 @@ def advice(
     still, spared = forget[-1] > STILL_KNOWN * forget[0], retain[-1] >= SPARED * retain[0]
     if still and spared:
         said.append(
-            f"the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: train longer (--num_train_epochs above "
-            f"{args.num_train_epochs:g}) or use a higher --learning_rate. A larger alpha or scale alone may harm the retain rows too (loramox sweep shows it)"
+            f"the forget rows' probability only went from {forget[0]:.2f} to {forget[-1]:.2f}: {longer} or use a higher "
+            "--learning_rate. A larger alpha or scale alone may harm the retain rows too (loramox sweep shows it)"
         )
     right = curve(log, "forget", "tokens_right")
     if not still and len(right) > 1 and right[-1] > STILL_RIGHT * right[0]:
+        beyond = ""
+        if args.alpha is not None:
+            beyond = f", or look beyond alpha = {args.alpha:g} with loramox sweep, which needs no training"
         said.append(
             f"the forget rows' probability fell from {forget[0]:.2g} to {forget[-1]:.2g}, but {right[-1]:.0%} of their tokens are "
-            f"still the model's first choice (before: {right[0]:.0%}): the model may still generate most of the text. Train longer (--num_train_epochs above {args.num_train_epochs:g})"
-            + (
-                f", or look beyond alpha = {args.alpha:g} with loramox sweep, which needs no training"
-                if args.alpha is not None
-                else ""
-            )
+            f"still the model's first choice (before: {right[0]:.0%}): the model may still generate most of the text. {longer.capitalize()}{beyond}"
         )
     if not spared:
-        held = (
-            f"raise --retain_weight (is {args.retain_weight:g}) or --retain_per_forget"
-            if args.holds_retain
-            else "add a retain term (--retain_term)"
-        )
+        held = "add a retain term (--retain_term)"
+        if args.holds_retain:
+            held = f"raise --retain_weight (is {args.retain_weight:g}) or --retain_per_forget"
         said.append(
-            f"the probability of the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or train longer "
-            f"(--num_train_epochs above {args.num_train_epochs:g}); a smaller alpha or scale restores the retain rows and the forget rows alike"
+            f"the probability of the retain rows fell from {retain[0]:.2f} to {retain[-1]:.2f}: {held}, or {longer}; "
+            "a smaller alpha or scale restores the retain rows and the forget rows alike"
         )
     return said
 

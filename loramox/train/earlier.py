@@ -97,9 +97,14 @@ def read_tuned(reference: ReferenceConfig, base: PreTrainedModel) -> Tuned:
     return Tuned(change, tuned_source(folder, config))
 
 
+def is_at_checkpoint(reference: ReferenceConfig) -> bool:
+    """Whether the model in memory is the checkpoint of `--memorize_at`, which is not the model that ships."""
+    return reference.memorize_at is not None and reference.tuned_adapter is None
+
+
 def to_load(reference: ReferenceConfig) -> ReferenceConfig:
-    """The model to load for training: the checkpoint of `--memorize_at`, where that is not `--model` itself."""
-    if reference.memorize_at is None or reference.tuned_adapter is not None:
+    """The model to load for training: `--model`, or the checkpoint of `--memorize_at`."""
+    if not is_at_checkpoint(reference):
         return reference
     return replace(reference, model=reference.memorize_at, revision=None, memorize_at=None)
 
@@ -118,9 +123,10 @@ def check_memorize_at(reference: ReferenceConfig, args: "UnlearnConfig", wanted:
             f"{given}: --method {args.method} does not memorize at θ_ref + ΔW. Give --method mox_static or task_vector, or leave out "
             "--memorize_at"
         )
-    if reference.tuned_adapter is None:
-        for flag, fine in (("kl_at", "memorization"), ("targeted", "ascent")):
-            if getattr(args, flag) not in (None, fine) and (flag != "targeted" or wanted):
+    if is_at_checkpoint(reference):
+        needed = {"kl_at": "memorization"} | ({"targeted": "ascent"} if wanted else {})
+        for flag, fine in needed.items():
+            if getattr(args, flag) not in (None, fine):
                 raise SettingsError(
                     f"{given}: --{flag} {getattr(args, flag)} trains the model that ships, θ_ref − alpha·ΔW, which is not in memory: θ_earlier "
                     f"is. Give --{flag} {fine}"

@@ -65,22 +65,23 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
     missing, and for wanted answers that the method would not use.
     """
     source, given = args.spec.answers, wanted_rows(forget)
+    by_flag = source == "wanted if given"  # --instead says what is taught where no answers are given
     if given and source not in ("wanted", "wanted if given"):
         users = ", ".join(name for name, each in METHODS.items() if (each.answers or "").startswith("wanted"))
         raise SettingsError(f"--wanted_column is of no use to --method {args.method}; it is for {users}. Leave it out")
     if given and args.instead in ("refuse", "guess"):
         raise SettingsError(f"--instead {args.instead} and --wanted_column both say what is answered instead: give one")
-    if source == "wanted if given" and args.instead != "refuse" and args.refusals not in (None, BUILT_IN):
+    if by_flag and args.instead != "refuse" and args.refusals not in (None, BUILT_IN):
         raise SettingsError(
             f"--refusals {args.refusals} is for --instead refuse, and here it is {args.instead}. Give --instead refuse, or leave out --refusals"
         )
-    if source is None or given or (source == "wanted if given" and args.instead not in ("refuse", "guess")):
+    if source is None or given or (by_flag and args.instead not in ("refuse", "guess")):
         return given
     if any(row.prompt is None for row in forget):
-        others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
-        flag, instead = f"--method {args.method}", f"choose a method without: {others}"
-        if source == "wanted if given":
-            flag, instead = f"--instead {args.instead}", "--instead none"
+        flag, instead = f"--instead {args.instead}", "--instead none"
+        if not by_flag:
+            others = ", ".join(name for name, each in METHODS.items() if each.answers in (None, "wanted if given"))
+            flag, instead = f"--method {args.method}", f"choose a method without: {others}"
         raise RowsError(
             f"{forget[0].source} is plain text, and {flag} teaches another answer to a question. Give rows of questions and answers, or {instead}"
         )
@@ -121,7 +122,7 @@ def read_refusals(path: str) -> list[str]:
             f"--refusals {path} cannot be read: {error}. Expected a text file, one refusal a line"
         ) from error
     if not lines or lines[0].startswith(("{", "[")):
-        what = "is empty" if not lines else "holds JSON"
+        what = "holds JSON" if lines else "is empty"
         raise RowsError(f"--refusals {path} {what}. Expected plain text, one refusal a line, like: I don't know.")
     return lines
 

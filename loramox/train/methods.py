@@ -5,7 +5,6 @@ loss. CE_F and CE_R are the cross-entropies of forget and retain answers, KL_R i
 over rows of means over answer tokens, in nats.
 """
 
-import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +121,8 @@ def rmu(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
 
     u is a random unit vector, c is `steering`; the norms are means over the hidden size, as in the authors' code.
     """
-    freeze_after(trainer.model, args.rmu_layer)
+    layer, weight = args.rmu_layer, args.retain_weight
+    freeze_after(trainer.model, layer)
     size = trainer.causal_lm.config.hidden_size
     steered = steering_vector(size, args.steering, args.seed).to(args.device)
 
@@ -132,10 +132,10 @@ def rmu(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     def to_reference(a: Answers) -> Tensor:
         return mean_over_rows(squared_distance(a.states.hidden, a.frozen[0]), a.states)
 
-    terms = [Term("forget_loss", to_vector, ("forget",), weight=args.forget_weight, layer=args.rmu_layer)]
+    terms = [Term("forget_loss", to_vector, ("forget",), weight=args.forget_weight, layer=layer)]
     if args.holds_retain:
-        held = functools.partial(Term, frozen=(trainer.reference,), layer=args.rmu_layer)
-        terms.append(held("retain_loss", to_reference, ("retain",), weight=args.retain_weight))
+        known = (trainer.reference,)
+        terms.append(Term("retain_loss", to_reference, ("retain",), weight=weight, frozen=known, layer=layer))
     return terms
 
 

@@ -69,9 +69,9 @@ class Momentum:
             f"{name}.{part}": t.contiguous() for name, f in self.average.items() for part, t in f._asdict().items()
         }
         state = {"eta": self.eta, "max_rank": self.max_rank, "ticks": self.ticks}
-        errors = {f"error.{name}": repr(e) for name, e in self.error.items()}
+        state |= {f"error.{name}": error for name, error in self.error.items()}
         with replacing(folder / FILE) as partial:
-            save_file(tensors, partial, metadata={k: repr(v) for k, v in state.items()} | errors)
+            save_file(tensors, partial, metadata={name: repr(value) for name, value in state.items()})
 
     @classmethod
     def load(cls, folder: Path) -> "Momentum":

@@ -40,7 +40,6 @@ from loramox.train.terms import Answers, Term
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
-    from loramox.train.reference_cache import FrozenStates
     from loramox.train.trainer import UnlearnTrainer
 
 Batch = dict[str, Any]
@@ -117,6 +116,12 @@ def _adding(A: Tensor, B: Tensor) -> Any:
     return hook
 
 
+def memorized(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> Term:
+    """CE_F at θ_ref + ΔW, at the temperature."""
+    beside = trainer.memorize_beside
+    return Term("forget_loss", lambda a: a.cross_entropy(args.temperature), ("forget",), beside=beside)
+
+
 def held(args: "UnlearnConfig", trainer: "UnlearnTrainer", scale: float, beside: bool = True) -> list[Term]:
     """KL_R at θ_ref + scale·ΔW, and of rows that earlier requests made the model forget, KL to the model with these in force.
 
@@ -151,16 +156,13 @@ def mox_static(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
 
     `temperature` divides the logits of CE_F; `kl_at` moves KL_R to θ_ref − alpha·ΔW, the model that ships.
     """
-    frozen: tuple[FrozenStates, ...] = ()
+    forget, beside = memorized(args, trainer), trainer.memorize_beside
     if args.forget_term == "preference":
-        loss, frozen = lambda a: preference(a.log_ratio(), args.beta), (trainer.origin,)
+        forget = replace(forget, loss=lambda a: preference(a.log_ratio(), args.beta), frozen=(trainer.origin,))
+    if args.kl_at == "memorization":
+        retained = held(args, trainer, 1.0, beside)
     else:
-        loss = lambda a: a.cross_entropy(args.temperature)  # noqa: E731
-    beside = trainer.memorize_beside
-    forget = Term("forget_loss", loss, ("forget",), frozen=frozen, beside=beside)
-    retained = (
-        held(args, trainer, 1.0, beside) if args.kl_at == "memorization" else held(args, trainer, args.forget_scale)
-    )
+        retained = held(args, trainer, args.forget_scale)
     return [forget, *retained, replace(wanted(args), beside=beside or args.targeted == "descent")]
 
 
@@ -168,5 +170,4 @@ def mox_static(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
         settings={"alpha": 1.0, "retain_term": "none", "retain_weight": 1.0, "temperature": 1.0})  # fmt: skip
 def task_vector(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """CE_F at θ_ref + ΔW, with nothing to hold the rest."""
-    beside = trainer.memorize_beside
-    return [Term("forget_loss", lambda a: a.cross_entropy(args.temperature), ("forget",), beside=beside)]
+    return [memorized(args, trainer)]

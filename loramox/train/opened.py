@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -21,16 +21,6 @@ from loramox.train.inputs import choose_instead, taught_rows
 Rows = str | Path | Iterable[dict[str, Any]]  # a file or hub data set, a `datasets.Dataset`, or what `encode` returns
 
 
-class Opened(NamedTuple):
-    """What `UnlearnTrainer` trains with."""
-
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    forget: Sequence[Example]
-    retain: Sequence[Example]
-    wanted: Sequence[Example]
-
-
 def opened(
     model: PeftModel | ReferenceConfig | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -38,11 +28,14 @@ def opened(
     forget: Rows,
     retain: Rows,
     wanted: Sequence[Example],
-) -> Opened:
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Sequence[Example], Sequence[Example], Sequence[Example]]:
     """Load the model if it is given by name, and read and tokenise the rows that are not tokenised yet.
 
     A model that is given by name, or by a `ReferenceConfig`, is loaded as `loramox unlearn` loads it, with the same LoRA
     adapter. To forget rows that are not tokenised, the method also teaches what `args.instead` says.
+
+    Returns:
+        The model, its tokenizer, and the tokenised rows: forget, retain and wanted.
 
     Raises:
         LoramoxError: the model or the rows cannot be used; the message says why.
@@ -72,7 +65,7 @@ def opened(
         taught = taught_rows(args, rows["forget_dataset"], rows.get("retain_dataset", ()))
         wanted = encode(taught, tokenizer, how, context) if taught else ()
     parts |= {name: encode(some, tokenizer, how, context) for name, some in rows.items()}
-    return Opened(model, tokenizer, parts["forget_dataset"], parts["retain_dataset"], wanted)
+    return model, tokenizer, parts["forget_dataset"], parts["retain_dataset"], wanted
 
 
 def _rows(given: Rows, name: str) -> Sequence[Any]:

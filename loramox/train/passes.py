@@ -87,9 +87,8 @@ class Passes:
         if losses and not math.isfinite(torch.stack([each.loss for each in losses]).sum().item()):
             bad = next((each for each in losses if not math.isfinite(each.loss.item())), losses[-1])
             shown = "; ".join(bad.rows[:3]) + ("; …" if len(bad.rows) > 3 else "")
-            raise not_finite(
-                f"the loss is {bad.loss.item()} at step {step}, in the {bad.part} rows of its batch ({shown})", folder
-            )
+            what = f"the loss is {bad.loss.item()} at step {step}, in the {bad.part} rows of its batch ({shown})"
+            raise not_finite(what, folder)
         return losses
 
 

@@ -19,9 +19,10 @@ from loramox.errors import RowsError, RunError, SettingsError
 from loramox.model.config import check_device, context_of, identify, read_config, read_tokenizer, skeleton
 from loramox.model.head import Head
 from loramox.model.lora import ReferenceConfig, add_lora
-from loramox.run import command, read_record, versions
+from loramox.run import read_record
+from loramox.train.checkpoint import plan_of
 from loramox.train.config import UnlearnConfig
-from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, read_tuned, to_load
+from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, is_at_checkpoint, read_tuned
 from loramox.train.inputs import check_layer, choose_instead, choose_learning_rate, read_reinforced, taught_rows
 from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, choose_auto, generated_rows
 from loramox.train.target import check_target, choose_target
@@ -53,18 +54,9 @@ def prepare(
     earlier: Earlier | None = None,
 ) -> Prepared:
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
-    check_device(reference, args.use_cpu)
-    if reference.lora_alpha is None:
-        reference.lora_alpha = round(args.spec.lora_scale * reference.r)
-    if reference.shard and args.rmu_layer is not None:
-        # transformers does not hand out the states between sharded layers.
-        raise SettingsError(
-            "--method rmu steers a layer in the middle, whose output is not available with --shard. Use --shard false"
-        )
-    check_auto(args, data, reference)
+    _settle(reference, data, args)
     protected = earlier.rows if earlier else ()
-    read, kept = _read(data, columns, protected)
-    _warn_if_swapped(len(kept["forget"]), len(kept["retain"]) + (args.auto_retain or 0))
+    read, kept = _read(data, columns, protected, args.auto_retain or 0)
     forget, retain = (each_answer(kept[part]) for part in ("forget", "retain"))
     config = read_config(reference)
     model = skeleton(config, reference)
@@ -83,14 +75,21 @@ def prepare(
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
+    base = identify(reference, config)
+    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    settings = asdict(reference) | asdict(columns) | asdict(tokenisation) | args.to_dict()
+    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
     counts = {part: count_rows(part, read[part], kept[part], datasets[f"{part}_dataset"]) for part in read}
     more: dict[str, Any] = {"row_counts": counts}
-    base = identify(reference, config)
+    # What lies behind the paths of these two is part of the settings, so that --resume refuses other contents.
     if tuned:
         more["tuned_adapter"] = tuned.source
-    if to_load(reference) is not reference:
+        settings["tuned_adapter_sha256"] = tuned.source["sha256"]
+    if is_at_checkpoint(reference):
         encoded = functools.partial(encode, forget, how=tokenisation, context=context)
-        more["memorize_at"] = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
+        checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
+        more["memorize_at"] = checkpoint
+        settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
     check_layer(args, config.num_hidden_layers)
     if args.reinforced is not None:
         read_reinforced(args.reinforced, base, model)
@@ -104,10 +103,31 @@ def prepare(
         # Wanted answers are in the forget rows' fingerprint.
         "taught": (args.refusals or data.retain, () if columns.wanted_column else taught),
     }
-    template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
-    plan = _described(args, (reference, columns, tokenisation), base, sources, template, more)
+    plan = plan_of(args, base, _described(sources), settings) | more
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
+
+
+def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None:
+    """Settle and check what depends on the settings alone."""
+    check_device(reference, args.use_cpu)
+    if reference.lora_alpha is None:
+        reference.lora_alpha = round(args.spec.lora_scale * reference.r)
+    if reference.shard and args.rmu_layer is not None:
+        # transformers does not hand out the states between sharded layers.
+        raise SettingsError(
+            "--method rmu steers a layer in the middle, whose output is not available with --shard. Use --shard false"
+        )
+    check_auto(args, data, reference)
+
+
+def _described(sources: dict[str, tuple[Any, Sequence[Row]]]) -> dict[str, Any]:
+    """The rows of each part, as the record has them. Only forget and retain may have none."""
+    return {
+        part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
+        for part, (source, rows) in sources.items()
+        if rows or part in ("forget", "retain")
+    }
 
 
 def _taught(
@@ -117,8 +137,7 @@ def _taught(
     choose_instead(args, forget, chat, reference.memorize_at is not None)
     taught = taught_rows(args, forget, retain)
     replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
-    ships = reference.memorize_at is None or reference.tuned_adapter is not None  # the model in memory does
-    choose_target(args, targeted=replaces and ships)
+    choose_target(args, targeted=replaces and not is_at_checkpoint(reference))
     choose_auto(args, targeted=replaces and chat, reference=reference)
     check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
@@ -127,62 +146,28 @@ def _taught(
     return taught
 
 
-def _described(
-    args: UnlearnConfig,
-    others: Sequence[Any],
-    base: dict[str, Any],
-    sources: dict[str, tuple[Any, Sequence[Row]]],
-    template: str | None,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    """The description of the run in its record, before the first step.
+def _read(
+    data: Data, columns: Columns, protected: Sequence[Row], generated: int
+) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """All rows of each part, and those of them that are in no other part.
 
     Args:
-        others: settings besides `args`.
-        sources: part → the source of its rows, and the rows. Only forget and retain may have none.
-        template: the text around questions, as it is used.
-        more: further entries of the record.
+        generated: how many retain rows the reference will write besides.
     """
-    settings = {name: value for each in others for name, value in asdict(each).items()} | args.to_dict()
-    settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
-    # What lies behind these two paths is part of the settings, so that --resume refuses other contents.
-    if tuned := more.get("tuned_adapter"):
-        settings["tuned_adapter_sha256"] = tuned["sha256"]
-    if earlier := more.get("memorize_at"):
-        settings["memorize_at_weights"] = earlier["weights"] or earlier["revision"]
-    return {
-        "command": command(),
-        "method": args.spec.title,
-        "alpha": args.alpha,
-        "base": base,
-        "data": {
-            part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
-            for part, (source, rows) in sources.items()
-            if rows or part in ("forget", "retain")
-        },
-        "settings": settings,
-        "versions": versions(),
-    } | more
-
-
-def _read(data: Data, columns: Columns, protected: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """All rows of each part, and those of them that are in no other part."""
     log.info("Reading the rows")
     read = {"forget": read_rows(data.forget, columns)}
     kept = read | {"retain": []}
     if data.retain != AUTO:
         read["retain"] = read_rows(data.retain, replace(columns, wanted_column=None))
         kept["retain"] = keep_disjoint([*read["forget"], *protected], read["retain"], data.drop_overlap)
-    return read, kept
-
-
-def _warn_if_swapped(forget: int, retain: int) -> None:
+    forget, retain = len(kept["forget"]), len(kept["retain"]) + generated
     if forget > retain:
         warnings.warn(
             f"{forget} rows to forget, but only {retain} to retain. If the two sets are exchanged, swap --forget and --retain. The retain set "
             "should be larger",
             stacklevel=3,
         )
+    return read, kept
 
 
 def _warn_of_serving(otherwise: dict[str, str]) -> None:

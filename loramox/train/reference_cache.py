@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from peft import PeftModel
@@ -17,14 +17,6 @@ from loramox.data.pairs import Collator, answer_positions, key_of
 from loramox.model.head import answer_states, in_eval_mode
 
 GROUP_TOKENS = 1024  # of the rows that are worked out together, padding included
-
-
-class Kept(NamedTuple):
-    """Where in the file a row's states are, in answer tokens, and with which rows it is worked out."""
-
-    start: int
-    count: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls
-    group: list[Example]
 
 
 class FrozenStates:
@@ -38,23 +30,20 @@ class FrozenStates:
 
     def __init__(self, model: PeftModel, still: Callable[[], AbstractContextManager]) -> None:
         self.causal_lm, self.still = model.get_base_model(), still
-        self.kept: dict[bytes, Kept] = {}
-        self._written: set[bytes] = set()
+        self.kept: dict[bytes, list[Example]] = {}  # each remembered row's key, and the rows that it is worked out with
+        self._places: dict[bytes, tuple[int, int]] = {}  # where in the file its states are, and how many bytes
         self._file: IO[bytes] | None = None
 
     def remember(self, rows: Sequence[Example], collator: Collator, folder: Path, most: float) -> None:
         """Keep these rows' states in a file in `folder`, unless it would take over `most` bytes, or half of the free disk."""
         self.close()
         each = {key_of(row): row for row in rows}
-        tokens = {key: len(answer_positions(row)) for key, row in each.items()}
-        size = sum(tokens.values()) * 4 * self.causal_lm.config.get_text_config().hidden_size
+        tokens = sum(len(answer_positions(row)) for row in each.values())
+        size = tokens * 4 * self.causal_lm.config.get_text_config().hidden_size
         if size > min(most, shutil.disk_usage(folder).free / 2):
             return
-        start = 0
         for group in _groups(sorted(each.values(), key=lambda row: (len(row["input_ids"]), key_of(row)))):
-            for key in map(key_of, group):
-                self.kept[key] = Kept(start, tokens[key], group)
-                start += tokens[key]
+            self.kept |= {key_of(row): group for row in group}
         self._file, self._collator = tempfile.TemporaryFile(dir=folder), collator  # noqa: SIM115 (open until `close`)
 
     def states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> Tensor:
@@ -62,15 +51,15 @@ class FrozenStates:
         if layer is not None or not all(key in self.kept for key in batch["keys"]):
             return self._pass(model, batch, layer)
         for key in batch["keys"]:
-            if key not in self._written:
-                self._work_out(model, self.kept[key].group, batch["labels"].device)
+            if key not in self._places:
+                self._work_out(model, self.kept[key], batch["labels"].device)
         return torch.cat([self._read(key) for key in batch["keys"]]).to(batch["labels"].device)
 
     def close(self) -> None:
         """Remember nothing, and give the disk back."""
         if self._file is not None:
             self._file.close()
-        self._file, self.kept, self._written = None, {}, set()
+        self._file, self.kept, self._places = None, {}, {}
 
     def _pass(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> Tensor:
         with in_eval_mode(model), torch.no_grad(), self.still():
@@ -82,16 +71,15 @@ class FrozenStates:
         self._like = hidden[:0]
         for key, of_row in zip(batch["keys"], hidden.split([len(at) for at in batch["answers"]]), strict=True):
             content = of_row.contiguous().view(torch.uint8).numpy().tobytes()
-            os.pwrite(self._file.fileno(), content, self._bytes(self.kept[key].start))
-            self._written.add(key)
+            start = self._file.seek(0, os.SEEK_END)
+            self._file.write(content)
+            self._places[key] = start, len(content)
 
     def _read(self, key: bytes) -> Tensor:
-        start, count, _ = self.kept[key]
-        held = bytearray(os.pread(self._file.fileno(), self._bytes(count), self._bytes(start)))
-        return torch.frombuffer(held, dtype=self._like.dtype).view(count, -1)
-
-    def _bytes(self, tokens: int) -> int:
-        return tokens * self._like.shape[1] * self._like.element_size()
+        start, size = self._places[key]
+        self._file.seek(start)
+        held = bytearray(self._file.read(size))
+        return torch.frombuffer(held, dtype=self._like.dtype).view(-1, self._like.shape[1])
 
 
 def _groups(rows: list[Example]) -> Iterator[list[Example]]:

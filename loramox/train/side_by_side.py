@@ -60,6 +60,7 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
 def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     """What is wrong with the answers, each with the setting to change; empty when nothing is seen to be wrong."""
     advice, forget, retain = [], found.get("forget"), found.get("retain")
+    above = f"(--num_train_epochs above {args.num_train_epochs:g})"
     if forget and forget["fluent"] < FLUENT * forget["asked"]:
         other = "--instead guess" if args.instead == "refuse" else "--instead refuse"
         given = " or more retain rows" if args.instead in ("refuse", "guess") else ""
@@ -69,7 +70,7 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     if forget and forget["leaked"] > LEAKED * forget["reference"]:
         advice.append(
             f"the answers to forget questions still contain {forget['leaked']:.0%} of the key words of the true answers (reference: "
-            f"{forget['reference']:.0%}): train longer (--num_train_epochs above {args.num_train_epochs:g})"
+            f"{forget['reference']:.0%}): train longer {above}"
         )
     if not retain:
         return advice
@@ -78,13 +79,13 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     if retain["asked"] - refused < KEPT * retain["asked"]:
         advice.append(
             f"the refusals spread: {refused} of {retain['asked']} retain questions are refused too. Give retain rows that begin like the forget "
-            f"questions (--auto_retain 240), train longer on them (--num_train_epochs above {args.num_train_epochs:g}), or try --instead guess"
+            f"questions (--auto_retain 240), train longer on them {above}, or try --instead guess"
         )
     if retain["kept"] + refused < KEPT * retain["asked"]:
         lost = retain["asked"] - retain["kept"] - refused
         advice.append(
             f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows (--auto_retain 240), "
-            f"train longer (--num_train_epochs above {args.num_train_epochs:g}), or ship at {smaller}"
+            f"train longer {above}, or ship at {smaller}"
         )
     return advice
 

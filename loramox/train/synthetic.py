@@ -5,7 +5,6 @@ samples questions like those that it was trained on (Magpie, arXiv 2406.08464); 
 samples neighbours, questions of the same form on other subjects. Its greedy answers are what has to stay.
 """
 
-import functools
 import json
 import logging
 import random
@@ -149,7 +148,9 @@ class Writer:
         self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
         # What a prompt leaves of the context: an answer, and all that is beyond --max_length.
         self._room = max(ANSWER_TOKENS, context + 1 - (how.max_length or context))
-        self._asked = {_folded(question_of(row)) for row in (*forget, *protected)}
+        # Tokens that the prompt has around a question.
+        self._frame = len(prompts_of([Row(SOURCE, 1, "", "x")], tokenizer, how, context)[0])
+        self._asked = {tuple(words(question_of(row))) for row in (*forget, *protected)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
@@ -236,23 +237,21 @@ class Writer:
             self.tokenizer(opening + start, add_special_tokens=not self.is_chat)["input_ids"] for start in starts
         ]
         sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
-        asked_for = [_first_line(start + text) for start, text in zip(starts, sampled, strict=True)]
-        return [
-            question
-            for question in dict.fromkeys(asked_for)
-            if len(words(question)) > 2 and _folded(question) not in self._asked and self._fits(question, self._room)
+        first_lines = [
+            (start + text).strip().split("\n")[0].strip() for start, text in zip(starts, sampled, strict=True)
         ]
+        found = []
+        for question in dict.fromkeys(first_lines):
+            own = tuple(words(question))
+            if len(own) > 2 and own not in self._asked and self._fits(question, self._room):
+                found.append(question)
+        return found
 
     def _fits(self, text: str, room: int, turns: int = 1) -> bool:
         """Whether a text of so many turns has no special token in it, and fits into the context with `room` more tokens."""
         if any(token in text for token in self._special):
             return False
         return turns * self._frame + len(self.tokenizer(text)["input_ids"]) + room <= self.context
-
-    @functools.cached_property
-    def _frame(self) -> int:
-        """Tokens that the prompt has around a question."""
-        return len(prompts_of([Row(SOURCE, 1, "", "x")], self.tokenizer, self.how, self.context)[0])
 
     def _answered(self, prompts: Sequence[Any]) -> list[Row]:
         """Questions or chats with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
@@ -277,14 +276,8 @@ class Writer:
             sorted(answer - self._tokens(question_of(row)) - usual)
             for row, answer in zip(self.forget, answers, strict=True)
         ]
-        texts = continuations(
-            self.model,
-            self.tokenizer,
-            prompts_of(self.forget, self.tokenizer, self.how, self.context),
-            ANSWER_TOKENS,
-            self.ends,
-            banned=banned,
-        )
+        prompts = prompts_of(self.forget, self.tokenizer, self.how, self.context)
+        texts = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends, banned=banned)
         guesses = [_first_sentence(after_thoughts(text)) for text in texts]
         return [replace(row, answer=guess) for row, guess in zip(self.forget, guesses, strict=True)]
 
@@ -309,14 +302,6 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     if how.prompt_template is None and tokenizer.chat_template:
         return ChatTemplate(tokenizer).opening
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
-
-
-def _folded(question: str) -> tuple[str, ...]:
-    return tuple(words(question))
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0].strip()
 
 
 def _first_sentence(text: str) -> str:

@@ -11,6 +11,7 @@ from transformers import TrainerState
 
 from loramox.errors import SettingsError
 from loramox.model.lora import ReferenceConfig
+from loramox.train.earlier import is_at_checkpoint
 
 if TYPE_CHECKING:
     from loramox.train.config import UnlearnConfig
@@ -40,7 +41,7 @@ def check_target(args: "UnlearnConfig", reference: ReferenceConfig) -> None:
         raise SettingsError("--stop_when_forgotten needs a target: give --forget_to, for example --forget_to 0.05")
     if args.stop_when_forgotten and args.eval_strategy == "no":
         raise SettingsError("--stop_when_forgotten needs scores while training: leave out --eval_strategy no")
-    if args.forget_to is not None and reference.memorize_at is not None and reference.tuned_adapter is None:
+    if args.forget_to is not None and is_at_checkpoint(reference):
         raise SettingsError(
             "--forget_to: with --memorize_at, the model in memory is not the one that ships. Choose after training: loramox sweep "
             f"--rule forget_to --forget_to {args.forget_to:g}"

@@ -87,7 +87,7 @@ class UnlearnTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or UnlearnConfig()
-        model, processing_class, forget_dataset, retain_dataset, wanted_dataset = opened(
+        model, tokenizer, forget_dataset, retain_dataset, wanted_dataset = opened(
             model, processing_class, args, forget_dataset, retain_dataset, wanted_dataset
         )
         check_trained(model)
@@ -97,7 +97,6 @@ class UnlearnTrainer(Trainer):
         self.share = 1.0  # of the scale trained for, at which the forget model is taken
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * model.peft_config["default"].r)
         scored = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
-        tokenizer = processing_class
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
@@ -112,7 +111,7 @@ class UnlearnTrainer(Trainer):
             ),
             eval_dataset=scored,
             data_collator=Collator(pad or 0),
-            processing_class=processing_class,
+            processing_class=tokenizer,
             compute_metrics=means,
             **kwargs,
         )
@@ -274,11 +273,6 @@ class UnlearnTrainer(Trainer):
         with self.forget_model():
             return super().evaluation_loop(*args, **kwargs)
 
-    def probability_without_tuned(self) -> dict[str, float]:
-        """Scores of the watched forget rows with the tuned adapter off: off_probability, …"""
-        with at_scale(self.model, 0, TUNED):
-            return self.predict(self.eval_dataset["forget"], metric_key_prefix="off").metrics
-
     @contextmanager
     def forget_model(self) -> Iterator[None]:
         """Within it the model is what ships: of the momentum average so far, ΔW itself before its first update or without one.
@@ -307,7 +301,8 @@ class UnlearnTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
-            plan = self.plan or plan_of(self.model, self.args)
+            settings = {"r": self.model.peft_config["default"].r} | self.args.to_dict()
+            plan = self.plan or plan_of(self.args, self.base, {}, settings)
             write_trained(Path(output_dir or self.args.output_dir), self.model, self.momentum, plan)
 
     def finish_from(self, checkpoint: str, state: TrainerState) -> None:

@@ -70,8 +70,8 @@ def prepare(
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
-        f"{part}_dataset": encode(rows, tokenizer, tokenisation, context) if rows else []
-        for part, rows in parts.items()
+        f"{part}_dataset": encode(some, tokenizer, tokenisation, context) if some else []
+        for part, some in parts.items()
     }
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
@@ -96,14 +96,9 @@ def prepare(
     if otherwise := served_otherwise([*forget, *retain, *taught], tokenizer, tokenisation):
         _warn_of_serving(otherwise)
         more["served_otherwise"] = otherwise
-    sources: dict[str, tuple[Any, Sequence[Row]]] = {
-        "forget": (data.forget, kept["forget"]),
-        "retain": (data.retain, kept["retain"]),
-        "protected": ("earlier requests", protected),
-        # Wanted answers are in the forget rows' fingerprint.
-        "taught": (args.refusals or data.retain, () if columns.wanted_column else taught),
-    }
-    plan = plan_of(args, base, _described(sources), settings) | more
+    # Wanted answers are in the forget rows' fingerprint.
+    rows = {**kept, "protected": protected, "taught": () if columns.wanted_column else taught}
+    plan = plan_of(args, base, _described(rows, data, args), settings) | more
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
 
@@ -119,31 +114,6 @@ def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None
             "--method rmu steers a layer in the middle, whose output is not available with --shard. Use --shard false"
         )
     check_auto(args, data, reference)
-
-
-def _described(sources: dict[str, tuple[Any, Sequence[Row]]]) -> dict[str, Any]:
-    """The rows of each part, as the record has them. Only forget and retain may have none."""
-    return {
-        part: {"source": source, "rows": len(rows), "sha256": fingerprint(rows)}
-        for part, (source, rows) in sources.items()
-        if rows or part in ("forget", "retain")
-    }
-
-
-def _taught(
-    reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
-) -> list[Row]:
-    """Choose the answers to teach in place of the forgotten ones, and the defaults that follow; return rows that teach them."""
-    choose_instead(args, forget, chat, reference.memorize_at is not None)
-    taught = taught_rows(args, forget, retain)
-    replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
-    choose_target(args, targeted=replaces and not is_at_checkpoint(reference))
-    choose_auto(args, targeted=replaces and chat, reference=reference)
-    check_target(args, reference)
-    check_memorize_at(reference, args, bool(taught))
-    if args.instead is not None:
-        log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
-    return taught
 
 
 def _read(
@@ -168,6 +138,22 @@ def _read(
             stacklevel=3,
         )
     return read, kept
+
+
+def _taught(
+    reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
+) -> list[Row]:
+    """Choose the answers to teach in place of the forgotten ones, and the defaults that follow; return rows that teach them."""
+    choose_instead(args, forget, chat, reference.memorize_at is not None)
+    taught = taught_rows(args, forget, retain)
+    replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
+    choose_target(args, targeted=replaces and not is_at_checkpoint(reference))
+    choose_auto(args, targeted=replaces and chat, reference=reference)
+    check_target(args, reference)
+    check_memorize_at(reference, args, bool(taught))
+    if args.instead is not None:
+        log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
+    return taught
 
 
 def _warn_of_serving(otherwise: dict[str, str]) -> None:
@@ -199,6 +185,21 @@ def _as_forgotten(
         rows = [row for row, its in zip(earlier.rows, earlier.templates, strict=True) if its == template]
         examples += encode(rows, tokenizer, replace(tokenisation, prompt_template=template), context)
     return examples
+
+
+def _described(rows: dict[str, Sequence[Row]], data: Data, args: UnlearnConfig) -> dict[str, Any]:
+    """The rows of each part, as the record has them. Only forget and retain may have none."""
+    sources = {
+        "forget": data.forget,
+        "retain": data.retain,
+        "protected": "earlier requests",
+        "taught": args.refusals or data.retain,
+    }
+    return {
+        part: {"source": sources[part], "rows": len(some), "sha256": fingerprint(some)}
+        for part, some in rows.items()
+        if some or part in ("forget", "retain")
+    }
 
 
 def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: UnlearnConfig) -> Prepared:

@@ -376,7 +376,7 @@ def test_a_model_of_several_files_is_whole(tokenizer, tmp_path: Path, monkeypatc
 def test_the_disk_must_hold_both_models(pico: Callable[[str], Path], tmp_path: Path, monkeypatch) -> None:
     config = MergeConfig(str(adapted(pico("llama"), tmp_path)), str(tmp_path / "out"), quantize="nf4")
     free = SimpleNamespace(free=0)
-    monkeypatch.setattr("loramox.extras.merge.output.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("loramox.extras.merge.merge.shutil.disk_usage", lambda path: free)
     with pytest.raises(RunError, match=r"0 MB are free there, and the merged model needs \d+ MB"):
         merge(config, progress=False)
     sixteen = sum(t.numel() * 2 for t in load_file(pico("llama") / "model.safetensors").values())

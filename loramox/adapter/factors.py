@@ -1,17 +1,18 @@
 """Read ΔW from an untrusted adapter folder: everything is checked before it is used, and nothing is run."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.layers import Layers
-from loramox.adapter.untrusted import Refused, Stored, read_header, read_object
+from loramox.adapter.streaming.shards import FLOATS, Entry
+from loramox.adapter.untrusted import Refused, read_header, read_object
 from loramox.errors import AdapterError
 from loramox.files import sha256_of
 from loramox.model.algebra import Factors
@@ -34,10 +35,8 @@ WHY = {
 }
 CONVERT = "Convert it when saving: save_pretrained with path_initial_model_for_weight_conversion"
 
-
 PICKLED = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
-FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:
@@ -52,19 +51,15 @@ def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:
         AdapterError: a missing or damaged folder, weights that are not those that its provenance was written for, or a variant
             whose ΔW is not scale·B·A (DoRA, biases, …).
     """
-    config = read_config(folder)
-    layers = _layers(read_weights(folder), folder)
-    named = Layers(config, folder)
+    named = read_layers(folder)
+    read_stored(folder)  # it is whole, and all of floats
+    layers = _by_layer(load_file(folder / WEIGHTS), folder)
+    named.check_named(layers)
     factors = {}
     for name, parts in sorted(layers.items()):
         if len(parts) < 2:
             raise AdapterError(
                 f"{folder / WEIGHTS} lacks a half of {name}: every lora_A needs its lora_B. The file is damaged: save it again"
-            )
-        if not named.named(name):
-            raise AdapterError(
-                f"{folder}: {CONFIG} leaves out {name} (target_modules, exclude_modules, layers_to_transform), and {WEIGHTS} has it. The two "
-                "files do not belong together: save the adapter again"
             )
         rank, alpha = named.rank_and_alpha(name)
         A, B = parts["A"], parts["B"]
@@ -73,11 +68,11 @@ def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:
                 f"{folder / WEIGHTS}: A {list(A.shape)} and B {list(B.shape)} of {name} are no factors of rank {rank}, which "
                 f"{CONFIG} gives it. The two files do not belong together: save the adapter again"
             )
-        factors[name] = Factors(A, B * (alpha / (rank**0.5 if config.use_rslora else rank)))
-    return factors, config
+        factors[name] = Factors(A, B * (alpha / (rank**0.5 if named.config.use_rslora else rank)))
+    return factors, named.config
 
 
-def _layers(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+def _by_layer(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
     """A and B of each layer, in fp32."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -93,19 +88,19 @@ def _layers(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Ten
     return layers
 
 
-def read_config(folder: Path, also: tuple[str, ...] = ()) -> LoraConfig:
-    """The config of a LoRA adapter whose settings are all known to leave ΔW what B·A says, or are among those in `also`.
+def read_layers(folder: Path, also: tuple[str, ...] = ()) -> Layers:
+    """The layers that the config of a LoRA adapter names, if all its settings are known to leave ΔW what B·A says, or are
+    among those in `also`.
 
     Raises `AdapterError` for any other, naming the settings.
     """
     settings = _settings(folder)
     try:
-        config = LoraConfig.from_peft_type(**settings)
+        config = lora_config(settings)
     except Exception as error:  # whatever comes of values of wrong types
         raise AdapterError(
             f"{folder} is no LoRA adapter that can be read: PEFT refuses its {CONFIG} ({error!r}). Save the adapter again"
         ) from error
-    # PEFT leaves out what it does not know, and warns.
     newer = [name for name, value in settings.items() if value and not hasattr(config, name)]
     if newer:
         raise AdapterError(
@@ -117,8 +112,7 @@ def read_config(folder: Path, also: tuple[str, ...] = ()) -> LoraConfig:
             f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {WHY.get(odd[0], 'its ΔW may not be scale·B·A')}. "
             f"{CONVERT if odd == ['init_lora_weights'] else 'Merge it with PEFT itself (merge_and_unload), or train it again without ' + ' and '.join(odd)}"
         )
-    Layers(config, folder)  # refuses settings of wrong types
-    return config
+    return Layers(config, folder)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -136,11 +130,18 @@ def _settings(folder: Path) -> dict[str, Any]:
             f"{folder} is a {kind} adapter (peft_type), not a LoRA adapter. Only LoRA's change is a product B·A that can be scaled "
             "and negated: train it again with LoraConfig"
         )
-    return {name: value for name, value in settings.items() if name != "runtime_config"}
+    return settings
 
 
-def read_stored(folder: Path) -> dict[str, Stored]:
-    """Names, types and shapes of an adapter's tensors, from a file that is whole and is the one that its provenance is of.
+def lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """The settings as PEFT reads them, which leaves out what it does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LoraConfig.from_peft_type(**{name: v for name, v in settings.items() if name != "runtime_config"})
+
+
+def read_stored(folder: Path) -> dict[str, Entry]:
+    """An adapter's tensors by name, without their values, from a file that is whole and is the one that its provenance is of.
 
     Raises `AdapterError` for anything else, a pickle among them.
     """
@@ -161,15 +162,6 @@ def read_stored(folder: Path) -> dict[str, Stored]:
         )
     _check_digest(folder)
     return stored
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors. Raises `AdapterError` as `read_stored` does."""
-    read_stored(folder)
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read ({error}). Save the adapter again") from error
 
 
 def _check_digest(folder: Path) -> None:

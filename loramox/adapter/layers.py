@@ -15,6 +15,7 @@ from typing import Any
 import regex
 from peft import LoraConfig
 
+from loramox.adapter.folder import CONFIG, WEIGHTS
 from loramox.errors import AdapterError
 
 SECONDS = 2.0  # for all patterns and layers of an adapter
@@ -39,11 +40,18 @@ class Layers:
         if config.exclude_modules and self._in(config.exclude_modules, layer):
             return False
         targets = config.target_modules
-        if isinstance(targets, str) and targets.lower() == ALL:
-            return True  # but for the output head, which only the base model tells
-        if isinstance(targets, str) or layer in (targets or ()):
-            return self._in(targets, layer)
-        return self._in(targets or (), layer) and self._transformed(layer)
+        if isinstance(targets, str):
+            # ALL leaves out the output head, which only the base model tells.
+            return targets.lower() == ALL or self._in(targets, layer)
+        return layer in targets or (self._in(targets, layer) and self._transformed(layer))
+
+    def check_named(self, layers: Iterable[str]) -> None:
+        """Raises `AdapterError` for one of the layers in the folder's weights that the config leaves out."""
+        if out := next((layer for layer in layers if not self.named(layer)), None):
+            raise AdapterError(
+                f"{self.folder}: {CONFIG} leaves out {out} (target_modules, exclude_modules, layers_to_transform), and {WEIGHTS} has it. The "
+                "two files do not belong together: save the adapter again"
+            )
 
     def rank_and_alpha(self, layer: str) -> tuple[int, float]:
         """The rank and the lora_alpha of a layer: those of the first pattern that matches its name, or the adapter's.
@@ -66,16 +74,13 @@ class Layers:
 
     def _transformed(self, layer: str) -> bool:
         """Whether layers_to_transform has the number of the block that the layer is in."""
-        numbers, patterns = self.config.layers_to_transform, self.config.layers_pattern
-        if numbers is None or numbers == []:
+        numbers, patterns = _listed(self.config.layers_to_transform), _listed(self.config.layers_pattern or None)
+        if not numbers:
             return True
-        if not patterns:
-            found = self._search(r".*?\.[^.]*\.(?P<idx>\d+)\.", layer)
-        else:
-            patterns = [patterns] if isinstance(patterns, str) else patterns
-            matches = (self._search(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", layer) for pattern in patterns)
-            found = next(filter(None, matches), None)
-        return found is not None and int(found["idx"]) in ([numbers] if isinstance(numbers, int) else numbers)
+        of_block = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+        matches = (self._search(each, layer) for each in of_block or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+        found = next(filter(None, matches), None)
+        return found is not None and int(found["idx"]) in numbers
 
     def _in(self, wanted: str | Collection[str], layer: str) -> bool:
         if isinstance(wanted, str):
@@ -101,14 +106,10 @@ class Layers:
 
     def _check_types(self) -> None:
         config = self.config
-        numbers = config.layers_to_transform
-        lists = [each for each in (config.target_modules, config.exclude_modules, config.layers_pattern) if each]
-        sound = all(isinstance(each, str | list | set) for each in lists)
-        sound = sound and (numbers is None or type(numbers) is int or isinstance(numbers, list))
-        if sound:
-            texts = [text for each in lists for text in ([each] if isinstance(each, str) else each)]
-            sound = all(isinstance(text, str) and 0 < len(text) <= LONGEST for text in texts)
-            sound = sound and all(type(each) is int for each in (numbers if isinstance(numbers, list) else ()))
+        settings = (config.target_modules, config.exclude_modules, config.layers_pattern)
+        texts = [text for setting in settings for text in _listed(setting or None)]
+        sound = all(isinstance(text, str) and 0 < len(text) <= LONGEST for text in texts)
+        sound = sound and all(type(number) is int for number in _listed(config.layers_to_transform))
         if not sound or not config.target_modules:
             raise AdapterError(
                 f"{self.folder}: target_modules, exclude_modules, layers_to_transform or layers_pattern of its adapter_config.json is no list "
@@ -133,3 +134,10 @@ class Layers:
                 f"{self.folder / 'adapter_config.json'}: r, lora_alpha, rank_pattern or alpha_pattern is damaged, so that the scale of its layers "
                 "is not known. Save the adapter again"
             )
+
+
+def _listed(setting: Any) -> list[Any]:
+    """The values of a setting that PEFT takes as none, one, or several."""
+    if setting is None:
+        return []
+    return list(setting) if isinstance(setting, list | set) else [setting]

@@ -2,18 +2,18 @@
 
 import re
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from loramox.adapter.factors import read_config, read_stored
+from loramox.adapter.factors import read_layers, read_stored
 from loramox.adapter.folder import CONFIG, WEIGHTS
 from loramox.adapter.layers import ALL, Layers
-from loramox.adapter.untrusted import Stored, values
+from loramox.adapter.streaming.shards import Entry, read_values
 from loramox.errors import AdapterError
 
 # Settings that PEFT loads as they were trained, though ΔW is more than B·A: such an adapter can be used, and nothing else.
@@ -41,20 +41,17 @@ def check_whole(folder: Path, outline: PreTrainedModel) -> None:
     """
     named, adapted, stored = _read(folder)
     pinned = named.pinned(adapted)
-    head = outline.get_output_embeddings()
-    linear = str(named.config.target_modules).lower() == ALL
-    for name, module in outline.named_modules():
-        if (
-            name
-            and name not in adapted
-            and named.named(name)
-            and (not linear or (_is_linear(module) and module is not head))
-        ):
+    modules = {name: module for name, module in outline.named_modules() if name}
+    if str(named.config.target_modules).lower() == ALL:
+        head = outline.get_output_embeddings()
+        modules = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    for name in modules:
+        if name not in adapted and named.named(name):
             raise AdapterError(
                 f"{folder}: by its {CONFIG} PEFT adapts {name}, of which there are no tensors in {WEIGHTS}. The two files do not belong "
                 "together, or to this base: save the adapter again"
             )
-    for key, part in values(folder / WEIGHTS, {k: each for k, each in stored.items() if len(each.shape) == 2}):
+    for key, part in read_values(folder / WEIGHTS):
         if not torch.isfinite(part).all():
             raise AdapterError(f"{folder / WEIGHTS}: {key} has NaN or infinity. The adapter is damaged: make it again")
     if problem := missed(pinned, stored, outline):
@@ -63,7 +60,7 @@ def check_whole(folder: Path, outline: PreTrainedModel) -> None:
         )
 
 
-def missed(config: LoraConfig, stored: dict[str, Stored], outline: PreTrainedModel) -> str | None:
+def missed(config: LoraConfig, stored: dict[str, Entry], outline: PreTrainedModel) -> str | None:
     """What stands in the way of PEFT's loading all tensors, in words; None if nothing does.
 
     PEFT itself leaves out tensors that it has no place for, in silence, and draws at random those that it does not find.
@@ -87,29 +84,17 @@ def missed(config: LoraConfig, stored: dict[str, Stored], outline: PreTrainedMod
     return None
 
 
-def _read(folder: Path) -> tuple[Layers, list[str], dict[str, Stored]]:
+def _read(folder: Path) -> tuple[Layers, list[str], dict[str, Entry]]:
     """What the adapter's config names, the layers that it has, and its tensors."""
-    config, stored = read_config(folder, USABLE), read_stored(folder)
-    saved = config.modules_to_save or ()
+    named, stored = read_layers(folder, USABLE), read_stored(folder)
+    saved = named.config.modules_to_save or ()
     if not isinstance(saved, list | tuple | set) or not all(isinstance(n, str) and PLAIN.fullmatch(n) for n in saved):
         raise AdapterError(
             f"{folder}: modules_to_save of its {CONFIG} is no list of layers' names. Save the adapter again"
         )
-    named, layers = Layers(config, folder), _layers(stored)
+    matches = (OF_LAYER.fullmatch(key) for key in stored)
+    layers = sorted({match["layer"] for match in matches if match})
     if not layers:
         raise AdapterError(f"{folder / WEIGHTS} has no LoRA weights in it. Save the adapter again")
-    if out := next((layer for layer in layers if not named.named(layer)), None):
-        raise AdapterError(
-            f"{folder}: {CONFIG} leaves out {out} (target_modules, exclude_modules, layers_to_transform), and {WEIGHTS} has it. The two "
-            "files do not belong together: save the adapter again"
-        )
+    named.check_named(layers)
     return named, layers, stored
-
-
-def _layers(stored: Collection[str]) -> list[str]:
-    found = (OF_LAYER.fullmatch(key) for key in stored)
-    return sorted({match["layer"] for match in found if match})
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

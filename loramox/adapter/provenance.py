@@ -13,27 +13,23 @@ from loramox.files import has_files, is_passing, put_back
 GIVE = {
     "trained": "Give the folder 'trained' in the run's folder",
     "forget": "Give the folder 'forget-adapter' in the run's folder, or what `loramox extrapolate` wrote",
+    "merged": "Give a folder that `loramox ship merge` wrote",
 }
 
-# What readers of a provenance take for granted, where it is there: types of values, by their names.
+# What readers of a provenance take for granted, where it is there: types of values, by their names. A dict in it has all of them.
 NUMBER = (int, float)
 NAME, MAYBE = str, (str, type(None))
 BASE = {"model": NAME, "revision": MAYBE, "shape": MAYBE, "weights": MAYBE, "dtype": MAYBE}
-ROWS = {"source": NAME, "rows": int, "sha256": NAME}
+GENERATED = {"rows": int, "sha256": NAME}
+ROWS = {"source": NAME, **GENERATED}
 TYPES: dict[str, Any] = {
     "kind": NAME, "method": NAME, "command": MAYBE, "training_command": MAYBE, "sha256": NAME, "dtype": MAYBE,
     "alpha": (*NUMBER, type(None)), "scale": NUMBER, "rank": int, "truncation_error": NUMBER,
-    "momentum": (dict, type(None)), "settings": dict, "data": dict, "base": dict, "requests": list,
+    "momentum": (dict, type(None)), "settings": dict, "data": dict, "base": BASE, "requests": list,
     "generated": dict, "chosen_by": NAME, "checkpoint": NAME,
+    "tuned_adapter": {"path": NAME, "sha256": NAME}, "negated": {"adapter": NAME, "sha256": NAME},
+    "memorize_at": {"model": NAME, "weights": MAYBE}, "combined_adapter": {"path": NAME},
 }  # fmt: skip
-# The same of the dicts in it, all of whose values must be there.
-PARTS: dict[str, dict[str, Any]] = {
-    "base": BASE,
-    "tuned_adapter": {"path": NAME, "sha256": NAME},
-    "negated": {"adapter": NAME, "sha256": NAME},
-    "memorize_at": {"model": NAME, "weights": MAYBE},
-    "combined_adapter": {"path": NAME},
-}
 # The files that are written to a folder of each kind that may be replaced.
 FILES = {
     "forget": (CONFIG, WEIGHTS, PROVENANCE, CARD),
@@ -51,15 +47,15 @@ def read_provenance(folder: Path, kind: str) -> dict[str, Any]:
     except Refused as error:
         raise AdapterError(
             f"{folder} has no readable {PROVENANCE} ({error.what}), so it is no {kind} adapter of loramox, or what makes it did not finish. "
-            f"{GIVE.get(kind, 'Give a folder that loramox wrote')}; an interrupted run goes on with --resume"
+            f"{GIVE[kind]}; an interrupted run goes on with --resume"
         ) from error
     if provenance.get("kind") != kind:
         finished = "It is finished: load it as it is. " if provenance.get("kind") == "forget" else ""
         raise AdapterError(
-            f"{folder} is a {provenance.get('kind')} adapter, not a {kind} adapter. {finished}{GIVE.get(kind, 'Give another folder')}. "
+            f"{folder} is a {provenance.get('kind')} adapter, not a {kind} adapter. {finished}{GIVE[kind]}. "
             f"This one came from: {shown(provenance.get('command'), 500)}"
         )
-    if missing := (NEEDED | BY_KIND.get(kind, set())) - provenance.keys():
+    if missing := (NEEDED | BY_KIND[kind]) - provenance.keys():
         raise _damaged(folder, f"it lacks {', '.join(sorted(missing))}")
     if kind == "trained":
         _check(folder, "settings.r", provenance["settings"].get("r"), int)
@@ -77,36 +73,27 @@ def read_any(folder: Path) -> dict[str, Any]:
         AdapterError: a value in it is of a type that loramox does not write.
     """
     provenance = read_object(folder / PROVENANCE)
-    if not isinstance(provenance.get("settings", {}), (dict, type(None))):
-        raise _damaged(folder, "settings is no object")
     try:
         provenance = as_now(provenance)
     except TypeError as error:
-        raise _damaged(folder, "strength is no number") from error
+        raise _damaged(folder, "settings is no object, or strength no number") from error
     for name, types in TYPES.items():
         if name in provenance:
             _check(folder, name, provenance[name], types)
-    for name, types in PARTS.items():
-        if name in provenance:
-            _check_part(folder, name, provenance[name], types)
-    for name, rows in provenance.get("data", {}).items():
-        _check_part(folder, f"data.{name}", rows, ROWS)
-    for name, rows in provenance.get("generated", {}).items():
-        _check_part(folder, f"generated.{name}", rows, {"rows": int, "sha256": NAME})
+    for name, types in (("data", ROWS), ("generated", GENERATED)):
+        for part, rows in provenance.get(name, {}).items():
+            _check(folder, f"{name}.{part}", rows, types)
     if "base" not in provenance:
         raise _damaged(folder, "it lacks base")
     return provenance | {"base": dict.fromkeys(BASE) | provenance["base"]}
 
 
-def _check_part(folder: Path, name: str, part: Any, types: dict[str, Any]) -> None:
-    _check(folder, name, part, dict)
-    for key, kind in types.items():
-        _check(folder, f"{name}.{key}", part.get(key), kind)
-
-
 def _check(folder: Path, name: str, value: Any, types: Any) -> None:
-    if not isinstance(value, types) or isinstance(value, bool):
+    parts = types if isinstance(types, dict) else {}
+    if not isinstance(value, dict if parts else types) or isinstance(value, bool):
         raise _damaged(folder, f"{name} is {shown(value, 40)}")
+    for key, each in parts.items():
+        _check(folder, f"{name}.{key}", value.get(key), each)
 
 
 def _damaged(folder: Path, what: str) -> AdapterError:
@@ -161,17 +148,12 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
     if not overwrite:
         raise RunError(f"--out {out} holds {what} already. Replace it with --overwrite, or choose another folder")
     # A link is no loss: what it leads to stays.
-    others = [
-        path for path in sorted(out.iterdir()) if not (path.is_symlink() or is_passing(path) or _is_written(path, kind))
-    ]
-    if others:
-        raise RunError(
-            f"--out {out} holds {what}, and {others[0]}, which is not of it. Move that, or choose another folder"
-        )
-
-
-def _is_written(path: Path, kind: str) -> bool:
-    return path.is_file() and any(fnmatch(path.name, name) for name in FILES[kind])
+    for path in sorted(out.iterdir()):
+        ours = path.is_file() and any(fnmatch(path.name, name) for name in FILES[kind])
+        if not (ours or path.is_symlink() or is_passing(path)):
+            raise RunError(
+                f"--out {out} holds {what}, and {path}, which is not of it. Move that, or choose another folder"
+            )
 
 
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:

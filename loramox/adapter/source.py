@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loramox.adapter.factors import FOLDED, read_factors
-from loramox.adapter.factors import read_config as read_lora
+from loramox.adapter.factors import FOLDED, read_factors, read_layers
 from loramox.adapter.folder import CHECKSUMS, CONFIG, MOMENTUM, PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import check_base, read_provenance
 from loramox.errors import AdapterError, ModelError, SettingsError
@@ -68,7 +67,7 @@ def _read_checkpoint(folder: Path) -> Source:
     except Exception as error:  # safetensors raises errors of many types for damaged files
         raise AdapterError(f"{folder / MOMENTUM} is damaged ({error!r}). Take another checkpoint") from error
     of_checkpoint = {"checkpoint": folder.name, "momentum": {"eta": source["settings"]["momentum"]}}
-    return source | of_checkpoint, delta, read_lora(folder)
+    return source | of_checkpoint, delta, read_layers(folder).config
 
 
 def tuned_source(folder: Path, config: LoraConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from loramox.adapter.turns import Turn, turns_at
 from loramox.errors import AdapterError, SettingsError
+from loramox.model.lora import what_trains_as_before
 
 BASE = "__base__"  # PEFT's name for no adapter, in a batch of mixed rows
 
@@ -119,11 +120,8 @@ class ForgetSwitch:
             active = [name for name in layer.active_adapters if on or name != self.adapter]
             if on and self.adapter not in active:
                 active.append(self.adapter)
-            # PEFT marks what it activates as trainable and freezes the rest; which of them train is not ours to change.
-            trainable = [(p, p.requires_grad) for p in layer.parameters()]
-            layer.set_adapter(active)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+            with what_trains_as_before(layer):
+                layer.set_adapter(active)
             layer.scaling[self.adapter] = scaling
 
     def _scale_of(self, layer: LoraLayer) -> float:

@@ -77,22 +77,22 @@ class Turns:
 
     def _wait_for(self, last: Turn) -> None:
         here = last.thread == threading.get_ident()
-        if here and last.entered:
+        if not here and self._changed.wait(LONG):
+            return
+        if not last.entered:  # what on(), off() or at() returned is in a variable: no block
+            self.end(last, undo=False)
+        elif here:
             raise AdapterError(
                 "another task of this thread is inside of a `with` block of the model's ForgetSwitch and was suspended there, by await or "
                 "yield. Neither can go on while one waits: put the block and its calls into one function without await, and run that in a "
                 "thread (await asyncio.to_thread(answer))"
             )
-        waited = not here and not self._changed.wait(LONG)
-        if last.entered:
-            if waited:
-                warnings.warn(
-                    f"waiting for {LONG} seconds for another thread's call or ForgetSwitch block. A thread that was started inside of a "
-                    "block and calls the model waits for the block's end: open the block in the thread that calls the model",
-                    stacklevel=4,
-                )
-        elif here or waited:  # what on(), off() or at() returned is in a variable: no block
-            self.end(last, undo=False)
+        else:
+            warnings.warn(
+                f"waiting for {LONG} seconds for another thread's call or ForgetSwitch block. A thread that was started inside of a "
+                "block and calls the model waits for the block's end: open the block in the thread that calls the model",
+                stacklevel=4,
+            )
 
     def enter(self, turn: Turn) -> None:
         """Make it a block. Raises `AdapterError` when it has ended."""

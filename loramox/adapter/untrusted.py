@@ -1,14 +1,12 @@
 """Read an untrusted adapter folder: every size is checked before anything is read, and nothing is run."""
 
 import stat
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from loramox.adapter.streaming.shards import Entry, read_shard
 from loramox.errors import AdapterError, RunError
 from loramox.files import read_json
 
@@ -18,8 +16,6 @@ MOST_JSON = 4 << 20  # the provenance of a ledger has some 600 bytes for each re
 MOST_HEADER = 8 << 20
 MOST_TENSORS = 20_000
 LONGEST = 500  # name of a tensor
-CHUNK = 1 << 20  # values that are read at a time
-MAPPED = 1 << 24  # values after which the file is mapped anew
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 PICKLE_MAGIC = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
@@ -32,13 +28,6 @@ class Refused(AdapterError):
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what}. {remedy}")
         self.what, self.remedy = what, remedy
-
-
-class Stored(NamedTuple):
-    """A tensor as the header of a safetensors file describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def shown(text: object, most: int = 100) -> str:
@@ -56,30 +45,32 @@ def regular_files(folder: Path) -> tuple[dict[str, Path], list[Refused]]:
         if number == MOST_FILES:
             refused.append(Refused(f"more than {MOST_FILES} files and folders", "An adapter has two files, and a card"))
             break
-        name = path.relative_to(root).as_posix()
-        try:
-            real = path.resolve()
-            mode = real.stat().st_mode
-        except (OSError, RuntimeError):  # a link to nowhere, or to itself
-            refused.append(Refused(f"{shown(name)} is a link that leads nowhere", f"Delete {shown(name)}"))
-            continue
-        if not real.is_relative_to(root):
-            refused.append(
-                Refused(
-                    f"{shown(name)} is a link to {shown(real)}, outside the folder",
-                    "Look at where it leads; if that is yours (a download of the hub is), copy it into its place: cp -L",
-                )
-            )
-        elif not stat.S_ISREG(mode):
-            if path.is_symlink() or not stat.S_ISDIR(mode):
-                refused.append(
-                    Refused(f"{shown(name)} is a link to a folder, or no regular file", f"Delete {shown(name)}")
-                )
-        elif pickled := _pickle(path):
-            refused.append(Refused(f"{shown(name)} {pickled}", f"Take {shown(name)} out of the folder"))
-        else:
-            files[name] = path
+        if refusal := _refusal(path, root):
+            refused.append(refusal)
+        elif path.is_file():
+            files[path.relative_to(root).as_posix()] = path
     return files, refused
+
+
+def _refusal(path: Path, root: Path) -> Refused | None:
+    """Why something in the folder `root` is not read; None for a regular file without code in it, and for a folder."""
+    name = shown(path.relative_to(root).as_posix())
+    try:
+        real = path.resolve()
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError):  # a link to nowhere, or to itself
+        return Refused(f"{name} is a link that leads nowhere", f"Delete {name}")
+    if not real.is_relative_to(root):
+        return Refused(
+            f"{name} is a link to {shown(real)}, outside the folder",
+            "Look at where it leads; if that is yours (a download of the hub is), copy it into its place: cp -L",
+        )
+    if stat.S_ISDIR(mode) and not path.is_symlink():
+        return None
+    if not stat.S_ISREG(mode):
+        return Refused(f"{name} is a link to a folder, or no regular file", f"Delete {name}")
+    pickled = _pickle(path)
+    return Refused(f"{name} {pickled}", f"Take {name} out of the folder") if pickled else None
 
 
 def _pickle(path: Path) -> str | None:
@@ -106,8 +97,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raise Refused(str(error), again) from error
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Names, types and shapes of a safetensors file's tensors.
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name, from its header alone.
 
     safetensors itself refuses offsets that overlap, leave holes or leave the file, shapes that do not fit them, unknown types and
     deep nesting. The length of the header, which it allows to be 100 MB, is checked here. Raises `Refused`.
@@ -122,34 +113,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise Refused(f"{path.name} is no safetensors file: a header of {length} bytes in a file of {size}", again)
     try:
         with safe_open(path, "pt") as tensors:
-            found = {}
-            for name in tensors.keys():  # noqa: SIM118  (a safe_open is no mapping)
-                part = tensors.get_slice(name)
-                found[name] = Stored(part.get_dtype(), tuple(part.get_shape()))
+            names = list(tensors.keys())
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise Refused(f"{path.name} is no safetensors file: {shown(error)}", again) from error
-    if len(found) > MOST_TENSORS or max(map(len, found), default=0) > LONGEST:
-        raise Refused(f"{path.name} has {len(found)} tensors, or longer names than any layer has", again)
-    return found
-
-
-def values(path: Path, stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values of each matrix, at most `CHUNK` of them at a time. The file is mapped anew now and then: what was read
-    of a mapped file counts as memory in use until then."""
-    parts = (
-        (key, slice(top, top + high), slice(left, left + wide))
-        for key, (_, (rows, columns)) in stored.items()
-        for wide in [max(1, min(columns, CHUNK))]
-        for high in [max(1, CHUNK // wide)]
-        for top in range(0, rows, high)
-        for left in range(0, columns, wide)
-    )
-    for first in parts:
-        read = 0
-        with safe_open(path, "pt") as tensors:
-            for key, across, along in chain([first], parts):
-                part = tensors.get_slice(key)[across, along]
-                yield key, part
-                read += part.numel()
-                if read >= MAPPED:
-                    break
+    if len(names) > MOST_TENSORS or max(map(len, names), default=0) > LONGEST:
+        raise Refused(f"{path.name} has {len(names)} tensors, or longer names than any layer has", again)
+    return {entry.name: entry for entry in read_shard(path).entries}

@@ -38,6 +38,19 @@ class Target(NamedTuple):
         return (into, out) if self.transposed else (out, into)
 
 
+def base_to_merge(made_for: dict[str, Any], given: str | None, revision: str | None = None) -> ModelConfig:
+    """The base model under the name that is given, or else under the one that an adapter was trained on, at its revision.
+
+    Args:
+        made_for: `base` in the adapter's provenance.
+        given: folder or hub id.
+        revision: that of `given`, where that is not the name that the adapter was trained on.
+    """
+    if not given or given == made_for["model"]:
+        return ModelConfig(made_for["model"], made_for["revision"], "none")
+    return ModelConfig(given, revision, "none")
+
+
 def base_config(base: ModelConfig) -> PretrainedConfig:
     """The base's config. Raises `ModelError` when it is no model that loramox takes, or is quantized."""
     try:

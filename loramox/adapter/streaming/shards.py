@@ -49,7 +49,7 @@ class Shard(NamedTuple):
 
 
 def read_shard(path: Path) -> Shard:
-    """The header of a safetensors file that `check_weights` found whole; none of its tensors."""
+    """The header of a safetensors file that `check_weights` or `read_header` found whole; none of its tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -86,6 +86,14 @@ def read_rows(file: BinaryIO, entry: Entry, width: int) -> Iterator[Tensor]:
         numbers = min(left, max(1, BLOCK // width) * width)
         yield torch.frombuffer(_read(file, numbers * dtype.itemsize), dtype=dtype).view(-1, width)
         left -= numbers
+
+
+def read_values(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file that has only floats, by name, in parts of at most `BLOCK` numbers."""
+    with path.open("rb") as file:
+        for entry in read_shard(path).entries:
+            for block in read_rows(file, entry, 1):
+                yield entry.name, block
 
 
 def copy_bytes(source: BinaryIO, entry: Entry, to: BinaryIO) -> None:

@@ -24,31 +24,6 @@ from loramox.errors import ModelError
 from loramox.files import read_json, write_json
 
 
-class Survival:
-    """How much of ΔW the weights hold after rounding, summed over layers and kept for each dtype of the output.
-
-    share     ⟨round(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²          1 when all of it is there
-    rounding  ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖         noise on top of it
-
-    Where W lies on the output's grid, a ΔW much smaller than a step of it is rounded away, and the share is near 0. Where W has
-    more bits than the output (float32 into bfloat16), W is rounded too, ΔW is kept on average, and the share is near 1 however
-    small ΔW is; the noise is then W's own, as it is in the base at that dtype.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, dtype: str, old: Tensor, delta: Tensor, new: Tensor) -> None:
-        """Count some of the weights: W, ΔW and round(W + ΔW), all in fp32 and of one shape."""
-        self._sums[dtype] = self._sums.get(dtype, 0) + sums_of(new - old, delta)
-
-    def shares(self) -> dict[str, Any]:
-        """{"overall": share, "rounding": …, "float32": {"share": …, "rounding": …}, …}."""
-        total = shares_of(sum(self._sums.values()))
-        each = {dtype: shares_of(sums) for dtype, sums in self._sums.items()}
-        return {"overall": total["share"], "rounding": total["rounding"], **each}
-
-
 def sums_of(change: Tensor, delta: Tensor) -> Tensor:
     """⟨D, ΔW⟩, ‖ΔW‖², ‖D − ΔW‖² and ‖D‖², one after the other: a layer's products are large. `change`, D, is overwritten."""
     along, norm, changed = (
@@ -84,29 +59,46 @@ def write_index(folder: Path, shards: list[Shard], code: str | None, to: Path) -
 def write_shards(
     shards: list[Shard], changed: dict[str, Target], code: str | None, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """Write every file under its own name to `folder`, floats in the dtype `code` (None: each in its own); return what survived.
+    """Write every file under its own name to `folder`, floats in the dtype `code` (None: each in its own).
 
-    Raises `ModelError` for a weight that overflows.
+    Where W lies on the output's grid, a ΔW much smaller than a step of it is rounded away, and the share is near 0. Where W has
+    more bits than the output (float32 into bfloat16), W is rounded too, ΔW is kept on average, and the share is near 1 however
+    small ΔW is; the noise is then W's own, as it is in the base at that dtype.
+
+    Returns:
+        How much of ΔW the weights hold after rounding, over all layers and for each dtype of the output:
+        {"overall": share, "rounding": …, "float32": {"share": …, "rounding": …}, …}.
+
+        share     ⟨round(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²          1 when all of it is there
+        rounding  ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖         noise on top of it
+
+    Raises:
+        ModelError: a weight overflows.
     """
-    survival = Survival()
+    survived: dict[str, Tensor] = {}  # sums by dtype
     total = sum(entry.bytes for shard in shards for entry in shard.entries)
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         for shard in shards:
             with shard.path.open("rb") as source, (folder / shard.path.name).open("wb") as to:
                 write_header(to, shard.entries, [code_in(e, code) for e in shard.entries], shard.metadata)
                 for entry in shard.entries:
-                    _write_one(source, entry, changed.get(entry.name), code_in(entry, code), to, survival)
+                    _write_one(source, entry, changed.get(entry.name), code_in(entry, code), to, survived)
                     bar.update(entry.bytes)
             with safe_open(folder / shard.path.name, "pt"):  # it is whole, and in the format
                 pass
-    return survival.shares()
+    whole = shares_of(sum(survived.values()))
+    each = {dtype: shares_of(sums) for dtype, sums in survived.items()}
+    return {"overall": whole["share"], "rounding": whole["rounding"], **each}
 
 
 @torch.no_grad()
 def _write_one(
-    source: BinaryIO, entry: Entry, target: Target | None, code: str, to: BinaryIO, survival: Survival
+    source: BinaryIO, entry: Entry, target: Target | None, code: str, to: BinaryIO, survived: dict[str, Tensor]
 ) -> None:
-    """W copied, or cast, or W + ΔW: in rows of the file, ΔW[rows] = B[rows]·A, and for a transposed W (Aᵀ)[rows]·Bᵀ."""
+    """W copied, or cast, or W + ΔW: in rows of the file, ΔW[rows] = B[rows]·A, and for a transposed W (Aᵀ)[rows]·Bᵀ.
+
+    `survived` has the `sums_of` all changed weights so far, by their dtype in the output; those of this tensor are added.
+    """
     if target is None and code == entry.dtype:
         copy_bytes(source, entry, to)
         return
@@ -120,7 +112,7 @@ def _write_one(
     for block in read_rows(source, entry, entry.shape[1]):
         old, delta = block.float(), left[row : row + len(block)] @ right
         new = _cast(old + delta, old, code, entry.name)
-        survival.add(dtype, old, delta, new.float())
+        survived[dtype] = survived.get(dtype, 0) + sums_of(new.float() - old, delta)
         write_tensor(to, new)
         row += len(block)
 

@@ -10,18 +10,18 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PretrainedConfig
 
+from loramox.adapter.factors import lora_config
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.layers import Layers
 from loramox.adapter.untrusted import Refused, read_header, read_object, regular_files, shown
 from loramox.errors import AdapterError, ModelError, SettingsError
 from loramox.extras.check.servers import SERVERS, Adapter, Finding, judge, remedy
-from loramox.extras.check.tensors import LOST, by_peft, lora_config, of_types, of_values
+from loramox.extras.check.tensors import LOST, by_peft, of_types, of_values
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, identify, read_config
 
 TRAINED = ("trained", "memorization")  # kinds of what training writes, the second in loramox 0.1
 MOST_TARGETS = 10_000
-MOST_LAYERS = 1000  # of a base model; building one without weights takes time and memory by the layer
 
 # Settings that make PEFT import Python code by name.
 IMPORTS = ("auto_mapping", "megatron_config")
@@ -53,10 +53,7 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] |
         )
     if unknown := [server for server in servers if server not in SERVERS]:
         raise SettingsError(f"--for {', '.join(unknown)} is not among {', '.join(SERVERS)}")
-    try:
-        files, refused = regular_files(folder)
-    except Refused as error:
-        return [_stop(error)]
+    files, refused = regular_files(folder)
     findings = [_stop(error) for error in refused]
     config, provenance = (_read(files, name, findings) for name in (CONFIG, PROVENANCE))
     if provenance is not None and provenance.get("kind") in TRAINED:
@@ -223,13 +220,14 @@ def _on_this_machine(name: str, revision: str | None) -> str | None:
 
 
 def _bounded(model: str, revision: str | None) -> PretrainedConfig:
-    """The config of a base model, of which a skeleton can be built in bounded time, and without running what it names."""
+    """The config of a base model, of which a skeleton can be built in bounded time, and without running what it names.
+
+    `read_config` refuses one of too many layers.
+    """
     if (Path(model) / "config.json").is_file():
         read_object(Path(model) / "config.json")
     config = read_config(ModelConfig(model=model, revision=revision))
     config._attn_implementation = "eager"  # a config may name one on the hub, that is Python code
-    if not 0 < (config.num_hidden_layers or 0) <= MOST_LAYERS:
-        raise Refused(f"--model {shown(model)} has {shown(config.num_hidden_layers)} layers", "Give another base")
     return config
 
 

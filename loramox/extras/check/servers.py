@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loramox.adapter.folder import SERVED_RANKS, served_rank
-from loramox.adapter.untrusted import Stored, shown
+from loramox.adapter.streaming.shards import Entry
+from loramox.adapter.untrusted import shown
 
 OTHERS = ("all but peft",)  # PEFT wrote the format, and takes all of it
 VLLM_RANK = 16  # vLLM's default --max-lora-rank
@@ -46,7 +47,7 @@ class Adapter(NamedTuple):
 
     folder: str
     config: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, Entry]
     provenance: dict[str, Any]
     base: str | None
     model_type: str | None
@@ -83,19 +84,15 @@ class Rule(NamedTuple):
     flags: str | None = ""
 
 
-def set_to(name: str, *plain: Any) -> Callable[[Adapter], str | None]:
-    """Says that a setting of adapter_config.json is none of its `plain` values."""
+def set_to(name: str, reason: str, *harmless: Any) -> Callable[[Adapter], str | None]:
+    """Says that a setting of adapter_config.json is none of its `harmless` values, and the reason why that matters."""
 
     def says(adapter: Adapter) -> str | None:
         value = adapter.config.get(name)
-        empty = value in (None, False, [], {}) or any(value is p or value == p for p in plain)
-        return None if empty else f"{name} is {shown(value, 40)}"
+        empty = value in (None, False, [], {}) or any(value is each or value == each for each in harmless)
+        return None if empty else f"{name} is {shown(value, 40)}: {reason}"
 
     return says
-
-
-def because(rule: Callable[[Adapter], str | None], reason: str) -> Callable[[Adapter], str | None]:
-    return lambda adapter: f"{said}: {reason}" if (said := rule(adapter)) else None
 
 
 def has(pattern: str, what: str) -> Callable[[Adapter], str | None]:
@@ -163,32 +160,25 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
 
 HEAD = r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|embed_in|wte|lora_embedding_[AB])(?:\.|$)"
 
-# What only PEFT takes: what becomes of it elsewhere, and values that are harmless. `extrapolate` writes adapters without the
-# first four; the others need another training.
-PEFT_ALONE: dict[str, tuple[Any, ...]] = {
-    "bias": ("trained biases are left out", "none"),
-    "lora_bias": ("trained biases are left out",),
-    "rank_pattern": ("one rank for all layers is expected",),
-    "alpha_pattern": ("one scale for all layers is expected",),
-    "use_dora": ("ΔW is not B·A",),
-    "use_bdlora": ("ΔW is not B·A",),
-    "use_qalora": ("ΔW is not B·A",),
-    "kasa_config": ("ΔW is not B·A",),
-    "modules_to_save": ("whole layers are left out or refused",),
-    "trainable_token_indices": ("trained embeddings are left out",),
-    "target_parameters": ("only layers are adapted",),
-    "init_lora_weights": ("the base's weights change in PEFT alone", True, "gaussian"),
-    "alora_invocation_tokens": ("it is in force from the first token",),
-}
-
 RULES = [
-    *(
-        Rule(OTHERS, "stop", because(set_to(name, *plain), reason), "" if number < 4 else None)
-        for number, (name, (reason, *plain)) in enumerate(PEFT_ALONE.items())
-    ),
+    # What only PEFT takes. `extrapolate` writes adapters without the first four; the others need another training.
+    Rule(OTHERS, "stop", set_to("bias", "trained biases are left out", "none")),
+    Rule(OTHERS, "stop", set_to("lora_bias", "trained biases are left out")),
+    Rule(OTHERS, "stop", set_to("rank_pattern", "one rank for all layers is expected")),
+    Rule(OTHERS, "stop", set_to("alpha_pattern", "one scale for all layers is expected")),
+    Rule(OTHERS, "stop", set_to("use_dora", "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", set_to("use_bdlora", "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", set_to("use_qalora", "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", set_to("kasa_config", "ΔW is not B·A"), None),
+    Rule(OTHERS, "stop", set_to("modules_to_save", "whole layers are left out or refused"), None),
+    Rule(OTHERS, "stop", set_to("trainable_token_indices", "trained embeddings are left out"), None),
+    Rule(OTHERS, "stop", set_to("target_parameters", "only layers are adapted"), None),
     Rule(
-        ("sglang", "llama.cpp", "ollama"), "stop", because(set_to("use_rslora"), "it is ignored, so the scale is wrong")
+        OTHERS, "stop", set_to("init_lora_weights", "the base's weights change in PEFT alone", True, "gaussian"), None
     ),
+    Rule(OTHERS, "stop", set_to("alora_invocation_tokens", "it is in force from the first token"), None),
+    # What depends on the server.
+    Rule(("sglang", "llama.cpp", "ollama"), "stop", set_to("use_rslora", "it is ignored, so the scale is wrong")),
     Rule(OTHERS, "stop", has(HEAD, "of embeddings or the output head, which only PEFT loads everywhere"), None),
     Rule(("vllm",), "stop", rank_too_high, "--rank 512"),
     Rule(("vllm",), "note", rank_for_vllm, "--rank 16"),
@@ -198,9 +188,7 @@ RULES = [
     Rule(("ollama",), "stop", double, "--ship_dtype float32"),
     Rule(OTHERS, "stop", quantized_base, "--base MODEL_OF_16_BITS"),
     Rule(("peft",), "note", quantized_base, "--base MODEL_OF_16_BITS"),
-    Rule(("vllm",), "note", unknown_type("vllm"), None),
-    Rule(("sglang",), "note", unknown_type("sglang"), None),
-    Rule(("llama.cpp",), "note", unknown_type("llama.cpp"), None),
+    *(Rule((name,), "note", unknown_type(name), None) for name in ("vllm", "sglang", "llama.cpp")),
 ]
 
 

@@ -1,18 +1,16 @@
 """Compare the tensors of an adapter folder with its config and with the base model's layers."""
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
-from loramox.adapter.factors import FLOATS, KEY
+from loramox.adapter.factors import KEY, lora_config
 from loramox.adapter.loading import missed
-from loramox.adapter.untrusted import shown, values
+from loramox.adapter.streaming.shards import FLOATS, read_values
+from loramox.adapter.untrusted import shown
 from loramox.extras.check.servers import Adapter, Finding, remedy
 from loramox.model.config import ModelConfig, skeleton
 
@@ -49,13 +47,6 @@ def by_peft(read: Adapter, config: PretrainedConfig | None) -> Iterator[Finding]
         yield Finding("all", "stop", what, f"Give the base that it was made for (--base). {LOST}")
 
 
-def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """The settings as PEFT reads them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return LoraConfig.from_peft_type(**{k: v for k, v in settings.items() if k != "runtime_config"})
-
-
 def _layers_alone(read: Adapter) -> nn.Module:
     """Linear layers on the meta device where the adapter has tensors, each of the size that its tensors have."""
     sizes: dict[str, dict[str, int]] = {}
@@ -79,7 +70,7 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
 def of_values(read: Adapter, path: Path) -> Iterator[Finding]:
     """NaN and infinity, and an adapter that does nothing."""
     bad, does_something = {}, False
-    for key, part in values(path, {k: tensor for k, tensor in read.tensors.items() if len(tensor.shape) == 2}):
+    for key, part in read_values(path):
         if not torch.isfinite(part).all():
             bad[key] = True
         does_something = does_something or ("lora_A" not in key and bool(part.any()))

@@ -8,6 +8,8 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,12 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
 from loramox.adapter.merged_card import merged_card
-from loramox.adapter.provenance import check_alone, check_base, read_provenance
+from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
 from loramox.adapter.streaming.checkpoint import (
     INDEX,
     Target,
     base_config,
+    base_to_merge,
     beside,
     check_inside,
     fetch,
@@ -34,9 +37,8 @@ from loramox.adapter.streaming.checkpoint import (
 )
 from loramox.adapter.streaming.shards import CODES, FLOATS, Shard
 from loramox.adapter.streaming.weights import code_in, size, write_index, write_shards
-from loramox.errors import SettingsError
-from loramox.extras.merge.output import check_apart, writing
-from loramox.files import sha256_of, write_json
+from loramox.errors import RunError, SettingsError
+from loramox.files import disk_may_fill, replacing, sha256_of, write_json
 from loramox.model.algebra import scaled
 from loramox.model.config import ModelConfig, identify, skeleton
 from loramox.run import command, versions
@@ -142,16 +144,14 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
     adapter, out = Path(given.adapter), Path(given.out)
     source = read_provenance(adapter, "forget")
     check_alone(source, adapter)
-    # A base of that name is taken at the revision that it was trained on.
-    named = given.base is None or given.base == source["base"]["model"]
-    name = given.base or source["base"]["model"]
-    if given.revision and (named or Path(name).is_dir()):
+    model = base_to_merge(source["base"], given.base, given.revision)
+    trained_on = model.model == source["base"]["model"]
+    if given.revision and (trained_on or Path(model.model).is_dir()):
         raise SettingsError(
-            f"--revision {given.revision} is for a --base of another name on the hub. {name} is taken as it is"
-            f"{', at the revision that was trained on' if named else ''}: leave --revision out"
+            f"--revision {given.revision} is for a --base of another name on the hub. {model.model} is taken as it is"
+            f"{', at the revision that was trained on' if trained_on else ''}: leave --revision out"
         )
-    model = ModelConfig(name, source["base"]["revision"] if named else given.revision, "none")
-    check_apart(out, given.overwrite, [("adapter", adapter), ("base", Path(model.model))])
+    _check_apart(out, given.overwrite, {"adapter": adapter, "base": Path(model.model)})
     config = base_config(model)
     made_from = identify(model, config)
     check_base(source, made_from, adapter)
@@ -187,12 +187,41 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
     return CheckedMerge(model, config, outline, folder, shards, changed, code, made)
 
 
+def _check_apart(out: Path, overwrite: bool, sources: dict[str, Path]) -> None:
+    """Nothing but a merged model of loramox is ever overwritten, and what it is made from is never touched."""
+    here = out.resolve()
+    for what, folder in sources.items():
+        there = folder.resolve()
+        if folder.exists() and (here == there or there in here.parents or here in there.parents):
+            raise RunError(f"--out {out} is in the folder of the {what} or around it ({folder}). Choose another folder")
+    if out.is_symlink() or out.is_file():
+        raise RunError(f"--out {out} is a file or a link. Give a folder that does not exist yet")
+    check_out(out, "merged", overwrite)
+
+
 def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What `identify` says of the base. Of one of the hub, its commit and its weights can be told once it is here."""
     if folder == Path(base["model"]):
         return base
     here = ModelConfig(str(folder), quantization="none")
     return base | {"revision": folder.name, "weights": identify(here, base_config(here))["weights"]}
+
+
+@contextmanager
+def writing(out: Path, needed: int) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends well, and of which nothing is left otherwise.
+
+    Raises `RunError` when fewer than `needed` bytes are free, or when the disk fills up within the block.
+    """
+    needed += 64 << 20  # the tokenizer and headers beside
+    advice = f"--out {out} needs {needed / 1e6:,.0f} MB in all. Free some, or choose another disk"
+    with disk_may_fill(advice), replacing(out, folder=True) as partial:
+        if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
+            raise RunError(
+                f"--out {out}: {free / 1e6:,.0f} MB are free there, and the merged model needs {needed / 1e6:,.0f} MB. Free some, choose "
+                "another disk, or merge into 16 bits (--dtype bfloat16)"
+            )
+        yield partial
 
 
 def write_beside(ready: CheckedMerge, to: Path) -> None:

@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from loramox.adapter.streaming.shards import FLOATS, read_rows
 from loramox.adapter.streaming.weights import shares_of, size, sums_of, write_index, write_shards
 from loramox.errors import RunError
-from loramox.extras.merge.merge import CheckedMerge, MergeConfig, write_beside
-from loramox.extras.merge.output import writing
+from loramox.extras.merge.merge import CheckedMerge, MergeConfig, write_beside, writing
 from loramox.files import remove, write_json
 from loramox.model.load import keep_4bit_weights_in_place, quantization
 

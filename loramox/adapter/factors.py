@@ -1,7 +1,6 @@
 """Read ΔW from an untrusted adapter folder: everything is checked before it is used, and nothing is run."""
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +95,12 @@ def read_layers(folder: Path, also: tuple[str, ...] = ()) -> Layers:
     """
     settings = _settings(folder)
     try:
-        config = lora_config(settings)
+        config = LoraConfig.from_peft_type(**settings)
     except Exception as error:  # whatever comes of values of wrong types
         raise AdapterError(
             f"{folder} is no LoRA adapter that can be read: PEFT refuses its {CONFIG} ({error!r}). Save the adapter again"
         ) from error
+    # PEFT leaves out what it does not know, and warns.
     newer = [name for name, value in settings.items() if value and not hasattr(config, name)]
     if newer:
         raise AdapterError(
@@ -130,14 +130,7 @@ def _settings(folder: Path) -> dict[str, Any]:
             f"{folder} is a {kind} adapter (peft_type), not a LoRA adapter. Only LoRA's change is a product B·A that can be scaled "
             "and negated: train it again with LoraConfig"
         )
-    return settings
-
-
-def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """The settings as PEFT reads them, which leaves out what it does not know."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return LoraConfig.from_peft_type(**{name: v for name, v in settings.items() if name != "runtime_config"})
+    return {name: value for name, value in settings.items() if name != "runtime_config"}
 
 
 def read_stored(folder: Path) -> dict[str, Entry]:

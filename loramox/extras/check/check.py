@@ -10,13 +10,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PretrainedConfig
 
-from loramox.adapter.factors import lora_config
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.layers import Layers
 from loramox.adapter.untrusted import Refused, read_header, read_object, regular_files, shown
 from loramox.errors import AdapterError, ModelError, SettingsError
 from loramox.extras.check.servers import SERVERS, Adapter, Finding, judge, remedy
-from loramox.extras.check.tensors import LOST, by_peft, of_types, of_values
+from loramox.extras.check.tensors import LOST, by_peft, lora_config, of_types, of_values
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, identify, read_config
 

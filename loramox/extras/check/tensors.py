@@ -1,13 +1,16 @@
 """Compare the tensors of an adapter folder with its config and with the base model's layers."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
-from loramox.adapter.factors import KEY, lora_config
+from loramox.adapter.factors import KEY
 from loramox.adapter.loading import missed
 from loramox.adapter.streaming.shards import FLOATS, read_values
 from loramox.adapter.untrusted import shown
@@ -45,6 +48,13 @@ def by_peft(read: Adapter, config: PretrainedConfig | None) -> Iterator[Finding]
     elif problem := missed(lora_config(read.config), read.tensors, outline or _layers_alone(read)):
         what = f"it does not load whole in PEFT: {shown(problem, 300)}"
         yield Finding("all", "stop", what, f"Give the base that it was made for (--base). {LOST}")
+
+
+def lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """The settings as PEFT reads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LoraConfig.from_peft_type(**{k: v for k, v in settings.items() if k != "runtime_config"})
 
 
 def _layers_alone(read: Adapter) -> nn.Module:

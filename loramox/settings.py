@@ -19,33 +19,23 @@ CALLED = {
     "rank": "r",
 }
 
-# Settings of loramox 0.1 that are refused, with what replaces each on each verb; "" stands for all other verbs.
-_STRENGTH = {
-    **dict.fromkeys(
-        ("unlearn", "train", "extrapolate", "plan", "requests add"),
-        "loramox {verb} takes --alpha instead, as in θ_for = θ_ref − alpha·ΔW",
-    ),
-    **dict.fromkeys(
-        ("evaluate", "attack", "ship merge"),
-        "loramox {verb} takes --scale instead, a multiple of the shipped adapter (1 = as shipped)",
-    ),
-    "sweep": "loramox sweep takes --alphas instead, or --scales for a method without alpha (1 = as trained)",
-    "": "loramox {verb} has neither of the flags that replace it, --alpha (of unlearn, train and extrapolate) and --scale (of "
-    "evaluate, attack and ship merge)",
-}
-REPLACED: dict[str, dict[str, str]] = {
+# Settings of loramox 0.1 that are refused, with what replaces each.
+_STRENGTH = (
+    "unlearn, train, extrapolate, plan and requests add take --alpha, as in θ_for = θ_ref − alpha·ΔW; evaluate, attack and ship merge "
+    "take --scale, a multiple of the shipped adapter (1 = as shipped); sweep takes --alphas, or --scales for a method without alpha"
+)
+REPLACED = {
     "strength": _STRENGTH,
     "strengths": _STRENGTH,
-    "memorization": {"": "loramox sweep takes --trained instead, the folder 'trained' of a run"},
-    "objective": {"": "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static"},
+    "memorization": "loramox sweep takes --trained instead, the folder 'trained' of a run",
+    "objective": "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static",
 }
 
 
-def refuse_replaced(verb: str, name: str, given: str) -> None:
+def refuse_replaced(name: str, given: str) -> None:
     """Refuse a setting that loramox 0.1 had and this version does not.
 
     Args:
-        verb: the verb that it is given to, with its step where it has steps.
         name: the setting, without dashes.
         given: how the message quotes it.
 
@@ -53,8 +43,7 @@ def refuse_replaced(verb: str, name: str, given: str) -> None:
         SettingsError: it is one of `REPLACED`; the message says what to give instead.
     """
     if name in REPLACED:
-        now = REPLACED[name].get(verb, REPLACED[name][""])
-        raise SettingsError(f"{given} is no longer a setting: {now.format(verb=verb)}")
+        raise SettingsError(f"{given} is no longer a setting: {REPLACED[name]}")
 
 
 def check_choices(config: Any) -> None:
@@ -88,13 +77,11 @@ def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
         for option in action.option_strings
         if option.startswith("--")
     }
-    known = sorted(actions)
-    verb = parser.prog.removeprefix("loramox ").removesuffix(" LEDGER")
     flags: list[str] = []
     for key, value in recipe.items():
-        refuse_replaced(verb, str(key), f"recipe {path}: {key}")
-        if key not in known:
-            near = meant(str(key), known)
+        refuse_replaced(str(key), f"recipe {path}: {key}")
+        if key not in actions:
+            near = meant(str(key), sorted(actions))
             raise SettingsError(f"recipe {path}: unknown setting '{key}'{f'; did you mean {near!r}?' if near else ''}")
         if isinstance(value, list):
             flags += [f"--{key}", *(at_home(str(each)) for each in value)]

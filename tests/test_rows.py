@@ -352,7 +352,7 @@ def test_alpacas_instruction_and_input_are_one_question(file) -> None:
         (
             ALPACA,
             Columns(prompt_column="instruction", answer_column="output"),
-            "all 2 rows ask the same question, and column 'input' is not read. Without --prompt_column and --answer_column it is",
+            "all 2 rows ask the same question, and column 'input' is not read. If another column tells them apart",
         ),
         (
             [{"question": "Who?", "answer": a} for a in "ab"],

@@ -7,18 +7,12 @@ import pytest
 from loramox.cli import VERBS, main
 from loramox.cli.arguments import refuse_replaced_flags
 
-ALPHA = "takes --alpha instead, as in θ_for = θ_ref − alpha·ΔW"
-SCALE = "takes --scale instead, a multiple of the shipped adapter (1 = as shipped)"
-SWEEP = "loramox sweep takes --alphas instead, or --scales"
-NEITHER = "has neither of the flags that replace it, --alpha (of unlearn, train and extrapolate) and --scale"
+ALPHA = "unlearn, train, extrapolate, plan and requests add take --alpha, as in θ_for = θ_ref − alpha·ΔW"
+SCALE = "evaluate, attack and ship merge take --scale, a multiple of the shipped adapter (1 = as shipped)"
+SWEEP = "sweep takes --alphas, or --scales for a method without alpha"
 TRAINED = "loramox sweep takes --trained instead"
 METHOD = "--objective npo is now --method npo_mean, and --objective cross_entropy is --method mox_static"
-MEANT = {
-    "unlearn": ALPHA, "train": ALPHA, "extrapolate": ALPHA, "plan": ALPHA, "requests add": ALPHA,
-    "evaluate": SCALE, "attack": SCALE, "ship merge": SCALE,
-    "sweep": SWEEP,
-    "demo": NEITHER, "report": NEITHER, "requests": NEITHER, "ship": NEITHER, "ship check": NEITHER, "requests build": NEITHER,
-}  # fmt: skip
+STEPS = [*VERBS, "requests add", "requests build", "ship check", "ship merge"]
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -30,22 +24,16 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     return err
 
 
-def test_every_verb_is_here() -> None:
-    assert set(VERBS) <= set(MEANT)
-
-
 @pytest.mark.parametrize("flag", ["--strength", "--strengths"])
-@pytest.mark.parametrize("verb", MEANT)
-def test_a_strength_is_refused_with_the_flag_that_is_meant_there(
-    verb: str, flag: str, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.mark.parametrize("verb", STEPS)
+def test_a_strength_is_refused_with_the_flag_of_each_verb(verb: str, flag: str, capsys: pytest.CaptureFixture) -> None:
     said = refused([*verb.split(), "--out", "o", flag, "8"], capsys)
-    assert f"{flag} is no longer a setting: {SWEEP if verb == 'sweep' else f'loramox {verb} {MEANT[verb]}'}" in said
+    assert f"{flag} is no longer a setting: {ALPHA}; {SCALE}; {SWEEP}" in said
     assert refused([*verb.split(), f"{flag}=8"], capsys) == said
 
 
 @pytest.mark.parametrize(("flag", "now"), [("--memorization", TRAINED), ("--objective", METHOD)])
-@pytest.mark.parametrize("verb", MEANT)
+@pytest.mark.parametrize("verb", STEPS)
 def test_other_flags_of_0_1_are_refused_with_their_new_names(
     verb: str, flag: str, now: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -57,9 +45,9 @@ def test_other_flags_of_0_1_are_refused_with_their_new_names(
     [
         ("unlearn", "strength", ALPHA),
         ("train", "objective", METHOD),
-        ("requests add LEDGER", "strength", f"loramox requests add {ALPHA}"),
+        ("requests add LEDGER", "strength", ALPHA),
         ("evaluate", "strength", SCALE),
-        ("ship merge", "strength", f"loramox ship merge {SCALE}"),
+        ("ship merge", "strength", SCALE),
         ("sweep", "strengths", SWEEP),
         ("sweep", "memorization", TRAINED),
     ],

@@ -56,12 +56,10 @@ USAGES = {
 
 def refuse_replaced_flags(words: Sequence[str]) -> None:
     """Raise `SettingsError` for a flag of loramox 0.1 in a command line, with the one to give instead."""
-    step = [word for word in words[1:2] if words[0] in ("ship", "requests") and not word.startswith("-")]
-    verb = " ".join([words[0], *step])
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0]
-            refuse_replaced(verb, flag.removeprefix("--"), flag)
+            refuse_replaced(flag.removeprefix("--"), flag)
 
 
 def settings_of(verb: str, words: list[str], *kinds: type, first: Sequence[str] = ()) -> tuple[Any, ...]:

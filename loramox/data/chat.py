@@ -12,6 +12,7 @@ from loramox.data.messages import REASONING
 from loramox.errors import ModelError, RowsError
 
 # A template that prints the date would make other tokens of a row each day. This is Llama 3's own day where it has no clock.
+# A macro before the template, because transformers turns a function that is given to a template into text.
 SOME_DAY = datetime(2024, 7, 26)
 _CLOCK = "".join(f"|replace('%{sign}', '{SOME_DAY.strftime('%' + sign)}')" for sign in "aAbBdHIjmMpSyY")
 STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CLOCK} }}}}{{%- endmacro %}}{{{{ '' }}}}"
@@ -62,9 +63,8 @@ class ChatTemplate:
         self._as_finished = bool(longer.strip() or _OPENS_A_BLOCK.search(served.removeprefix(before)))
         # White space before an answer is the model's to say.
         self._gap = "" if self._as_finished else longer
-        self.trained, self.served = (
-            text.rpartition(_QUESTION)[2] for text in (before if self._as_finished else served, served)
-        )
+        self.served = served.rpartition(_QUESTION)[2]
+        self.trained = before.rpartition(_QUESTION)[2] if self._as_finished else self.served
         found = self._added.search(after)
         self.end = found.group() if found else None
 
@@ -117,7 +117,7 @@ class ChatTemplate:
         """The reasoning in a finished chat that the template leaves out of it or of the prompt, or renders in part."""
         found = []
         for place, message in enumerate(chat):
-            for key in filter(message.__contains__, REASONING):
+            for key in [key for key in REASONING if key in message]:
                 marked = _MARK + message[key] + _MARK
                 changed = [*chat[:place], {**message, key: marked}, *chat[place + 1 :]]
                 texts = [self._render(changed, finished=True)]
@@ -156,8 +156,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
         with suppress(ModelError):  # a broken template matters to rows that go through it
-            end = ChatTemplate(tokenizer).end
-            ends.add(end and tokenizer.convert_tokens_to_ids(end))
+            if end := ChatTemplate(tokenizer).end:
+                ends.add(tokenizer.convert_tokens_to_ids(end))
     return frozenset(ends - {None})
 
 

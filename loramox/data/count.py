@@ -31,7 +31,7 @@ def count_rows(
         several right ones; the number of `repeated_questions`: rows that ask what another row answers differently, if any.
     """
     encoded = {example["row"] for example in examples}
-    lost = [row for row in kept if f"{row.source}, row {row.number}" not in encoded]
+    lost = [row for row in kept if row.where not in encoded]
     short = sum(row.prompt is None for row in lost)
     reasons = {OVERLAP: len(read) - len(kept), LONG: len(lost) - short, SHORT: short}
     left_out = {reason: rows for reason, rows in reasons.items() if rows}

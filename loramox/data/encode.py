@@ -91,10 +91,10 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
     long = [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit]
     if how.long_rows == "refuse":
         _refuse_long(long, rows, limit)
-    dropped = {_where(row) for row, _ in long} if how.long_rows == "drop" else set()  # with all their right answers
+    dropped = {row.where for row, _ in long} if how.long_rows == "drop" else set()  # with all their right answers
     examples: list[Example] = []
     for row, (ids, labels) in encoded:
-        if _where(row) in dropped:
+        if row.where in dropped:
             continue
         size = block if row.prompt is None else limit
         starts = range(0, max(1, len(ids) - 1), size - 1) if row.prompt is None else [0]
@@ -102,10 +102,10 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
             part = slice(start, start + size)
             # The first token of a sequence is predicted from nothing.
             if any(label != IGNORED for label in labels[part][1:]):
-                examples.append({"input_ids": ids[part], "labels": labels[part], "row": _where(row)})
+                examples.append({"input_ids": ids[part], "labels": labels[part], "row": row.where})
             elif row.prompt is not None:
                 raise RowsError(
-                    f"{_where(row)}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
+                    f"{row.where}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
                 )
     if not examples:
         raise RowsError(
@@ -130,10 +130,6 @@ def served_otherwise(
     ):
         return None
     return {"trained": encoder.chat.trained, "served": encoder.chat.served}
-
-
-def _where(row: Row) -> str:
-    return f"{row.source}, row {row.number}"
 
 
 def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -> None:
@@ -184,7 +180,8 @@ class _Encoder:
                 return self.any_end.search(row.answer.removesuffix(last))
             turns = [text for m in row.prompt for text in m.values()] if isinstance(row.prompt, tuple) else [row.prompt]
             texts = [*turns, *dict(row.reasoning).values(), row.answer]
-            return next(filter(None, (self.any_special.search(text or "") for text in texts)), None)
+            matches = (self.any_special.search(text) for text in texts if text)
+            return next(filter(None, matches), None)
 
         if found := [(row, match.group()) for row in rows if (match := found_in(row))]:
             row, token = found[0]
@@ -202,7 +199,7 @@ class _Encoder:
         bos = self.tokenizer.bos_token_id
         if special and bos is not None and ids[:2] == [bos, bos]:
             raise RowsError(
-                f"{_where(row)} begins with {self.tokenizer.bos_token}, which the tokenizer puts there itself. Leave it out"
+                f"{row.where} begins with {self.tokenizer.bos_token}, which the tokenizer puts there itself. Leave it out"
             )
         # Special tokens the tokenizer adds have the span (0, 0): they are context, not answer. An empty span further on is a
         # token of white space, where a tokenizer trims its spans. Some special tokens take the white space behind them.
@@ -220,7 +217,7 @@ class _Encoder:
     def _as_text(self, row: Row) -> tuple[str, str, bool]:
         """(prompt, prompt + answer, whether the tokenizer has still to add its special tokens)."""
         if messages := self.messages(row):
-            return *self.chat.text(messages, row.answer, _where(row), row.as_served, row.reasoning), False
+            return *self.chat.text(messages, row.answer, row.where, row.as_served, row.reasoning), False
         prompt = row.prompt or ""
         assert isinstance(prompt, str)  # chats have gone through the template
         if row.prompt is None or row.verbatim:
@@ -232,6 +229,5 @@ class _Encoder:
 
 def _end_of_words(text: str, start: int, words: int) -> int:
     """Where the first `words` words after `start` end."""
-    for word in itertools.islice(re.finditer(r"\S+", text[start:]), words):
-        end = word.end()
-    return start + end if words else start
+    given = itertools.islice(re.finditer(r"\S+", text[start:]), words)
+    return start + max((word.end() for word in given), default=0)

@@ -61,9 +61,8 @@ def microbatches_of_pairs(parts: dict[str, Batch], overhead: int, most: float = 
 
 def padded_tokens(parts: dict[str, Batch]) -> int:
     """Tokens of a pass over the rows of all parts, padding included."""
-    return sum(len(batch["lengths"]) for batch in parts.values()) * max(
-        max(batch["lengths"]) for batch in parts.values()
-    )
+    lengths = [length for batch in parts.values() for length in batch["lengths"]]
+    return len(lengths) * max(lengths)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:

@@ -35,6 +35,11 @@ class Row:
     as_served: bool = False  # behind the prompt of a server, even where training has another (see `loramox.data.chat`)
 
     @property
+    def where(self) -> str:
+        """The file and the row, as messages and records name them."""
+        return f"{self.source}, row {self.number}"
+
+    @property
     def right_answers(self) -> tuple[str, ...]:
         return (self.answer, *self.other_answers)
 
@@ -72,16 +77,15 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
     Raises:
         RowsError: a row is in both, or no retain row is left.
     """
-    again = also_in(retain, forget)
-    known = {id(row) for row in again}
-    kept = [row for row in retain if id(row) not in known]
-    shared = len(again)
+    shared = also_in(retain, forget)
     if shared and not drop:
-        first = again[0]
+        first = shared[0]
         raise RowsError(
-            f"{shared} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}), case and white space "
-            "aside. A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
+            f"{len(shared)} of {len(retain)} rows of {first.source} are also in {forget[0].source} (first: row {first.number}), case and white "
+            "space aside. A row cannot be forgotten and retained: remove them, or drop them from retain with --drop_overlap"
         )
+    dropped = {id(row) for row in shared}
+    kept = [row for row in retain if id(row) not in dropped]
     if not kept:
         raise RowsError(
             f"no retain rows are left: all {len(retain)} rows of {retain[0].source} are also in {forget[0].source}"
@@ -91,11 +95,7 @@ def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = Fal
 
 def each_answer(rows: Iterable[Row]) -> list[Row]:
     """The rows with one answer each: a row of several right answers once for each of them."""
-    alone: list[Row] = []
-    for row in rows:
-        several = row.right_answers if row.other_answers else ()
-        alone += [replace(row, answer=answer, other_answers=()) for answer in several] or [row]
-    return alone
+    return [replace(row, answer=answer, other_answers=()) for row in rows for answer in row.right_answers]
 
 
 def also_in(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:

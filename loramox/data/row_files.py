@@ -56,17 +56,17 @@ def check(source: str) -> None:
         raise RowsError(f"{source} is {what}. Expected {EXPECTED}")
     if path.suffix not in FORMATS:
         raise RowsError(f"{source} ends in '{path.suffix}'. Expected one of {', '.join(FORMATS)}")
-    _refuse_large(source, size=path.stat().st_size)
+    _refuse_large(source, 0, path.stat().st_size)
 
 
-def _refuse_large(source: str, rows: int = 0, size: int = 0) -> None:
+def _refuse_large(source: str, rows: int, size: int) -> None:
     """Raises `RowsError` for more rows, or more bytes of them, than are read."""
-    for much, most, unit in ((rows, MAX_ROWS, "rows"), (size, MAX_BYTES, "bytes")):
-        if much > most:
-            raise RowsError(
-                f"{source} has more than {most:,} {unit}, the most that are read. Write the rows and columns that you need to a file of "
-                "their own, such as a random sample of the retain rows"
-            )
+    if rows > MAX_ROWS or size > MAX_BYTES:
+        most = f"{MAX_ROWS:,} rows" if rows > MAX_ROWS else f"{MAX_BYTES:,} bytes"
+        raise RowsError(
+            f"{source} has more than {most}, the most that are read. Write the rows and columns that you need to a file of their own, "
+            "such as a random sample of the retain rows"
+        )
 
 
 def load(source: str) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def load(source: str) -> list[dict[str, Any]]:
         text = _decoded(source, path)
     except OSError as error:
         raise RowsError(f"{source} cannot be read: {error.strerror or error}") from error
-    records = list(_read_csv(source, text) if path.suffix == ".csv" else _read_json(source, text))
+    records = _read_csv(source, text) if path.suffix == ".csv" else list(_read_json(source, text))
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or None in record:
             raise RowsError(
@@ -122,7 +122,7 @@ def _read_parquet(source: str, path: Path) -> list[dict[str, Any]]:
     size, column = 0, ""
     try:
         with ParquetFile(path) as file:
-            _refuse_large(source, file.metadata.num_rows)
+            _refuse_large(source, file.metadata.num_rows, 0)
             _refuse_repeated(source, file.schema_arrow.names)
             for group in range(file.metadata.num_row_groups):
                 for batch in file.iter_batches(_rows_at_a_time(file.metadata.row_group(group)), row_groups=[group]):
@@ -131,7 +131,7 @@ def _read_parquet(source: str, path: Path) -> list[dict[str, Any]]:
                         stored = batch.column(column)
                         stored = stored.dictionary_decode() if isinstance(stored, DictionaryArray) else stored
                         size += stored.nbytes
-                        _refuse_large(source, size=size)
+                        _refuse_large(source, 0, size)
                         columns[column] = stored.to_pylist()
                     records += [
                         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
@@ -166,10 +166,10 @@ def _decoded(source: str, path: Path) -> str:
     return text
 
 
-def _read_csv(source: str, text: str) -> Iterator[dict[str, Any]]:
+def _read_csv(source: str, text: str) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # its default is less than a book
     lines = io.StringIO(text, newline="")
-    number = 0
+    records: list[dict[str, Any]] = []
     try:
         header = next(csv.reader(lines), [])
         # Spreadsheets write semicolons where the comma is the decimal sign.
@@ -177,15 +177,15 @@ def _read_csv(source: str, text: str) -> Iterator[dict[str, Any]]:
         lines.seek(0)
         reader = csv.DictReader(lines, strict=True, delimiter=separator)
         _refuse_repeated(source, reader.fieldnames or [])
-        warned = False
-        for number, record in enumerate(reader, 1):
-            warned = warned or _warn_of_lost_rows(source, number, record, separator)
-            yield record
+        for record in reader:
+            records.append(record)
     except csv.Error as error:
         raise RowsError(
-            f"{source}, row {number + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
+            f"{source}, row {len(records) + 1}, cannot be read as CSV: {error}. Expected text in double quotes, and each "
             "double quote within it twice"
         ) from error
+    _warn_of_lost_rows(source, records, separator)
+    return records
 
 
 def _refuse_repeated(source: str, names: Sequence[str]) -> None:
@@ -197,17 +197,17 @@ def _refuse_repeated(source: str, names: Sequence[str]) -> None:
         )
 
 
-def _warn_of_lost_rows(source: str, number: int, record: dict[str, Any], separator: str) -> bool:
-    """Warn of a value that has swallowed rows, as it does when a double quote is missing; whether it did.
+def _warn_of_lost_rows(source: str, records: Sequence[dict[str, Any]], separator: str) -> None:
+    """Warn of the first value that has swallowed rows, as it does when a double quote is missing."""
 
-    Prose has a space after its commas.
-    """
-    for value in record.values():
-        if isinstance(value, str) and "\n" in value and len(record) > 1:
-            lines = value.splitlines()[1:]
-            if lines and all(
-                line.count(separator) == len(record) - 1 and f"{separator} " not in line for line in lines
-            ):
+    def is_row(line: str, columns: int) -> bool:
+        # Prose has a space after its commas.
+        return columns > 1 and line.count(separator) == columns - 1 and f"{separator} " not in line
+
+    for number, record in enumerate(records, 1):
+        for value in record.values():
+            lines = value.splitlines()[1:] if isinstance(value, str) and "\n" in value else []
+            if lines and all(is_row(line, len(record)) for line in lines):
                 warnings.warn(
                     escaped(
                         f"{source}, row {number}: one value has line breaks, and what follows them looks like rows (first: {lines[0][:80]!r}). "
@@ -215,8 +215,7 @@ def _warn_of_lost_rows(source: str, number: int, record: dict[str, Any], separat
                     ),
                     stacklevel=2,
                 )
-                return True
-    return False
+                return
 
 
 def _read_json(source: str, text: str) -> Iterator[Any]:

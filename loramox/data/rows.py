@@ -90,8 +90,7 @@ class _Reader:
         """Raises `RowsError` unless `columns` names some of those found, or they have the names that are recognised."""
         found = list(records[0])
         self.source, self.wanted = source, columns.wanted_column
-        named = columns.prompt_column, columns.answer_column
-        self.pair: tuple[str, str] | None = (named[0], named[1]) if named[0] and named[1] else None
+        self.pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
         self.messages, self.text = columns.messages_column, columns.text_column
         self.input: str | None = None
         self.numbers: list[tuple[int, str]] = []  # the row and the text of each number that was read as text
@@ -116,7 +115,7 @@ class _Reader:
             return self._of_pair(number, record, *self.pair)
         if self.messages:
             return self._of_messages(number, record, record[self.messages])
-        return self._answer(number, record, None, record[self.text or "text"])
+        return self._answer(number, record, None, record[self.text])
 
     def notes(self, rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Iterable[str]:
         """What the user should know about how the rows were read."""
@@ -135,16 +134,11 @@ class _Reader:
             for name in records[0]
             if name not in used and any(isinstance(r[name], str) and len(r[name].split()) > 1 for r in records)
         ]
-        joined = (
-            ". Without --prompt_column and --answer_column it is"
-            if self.pair == ALPACA and ALPACA_INPUT in unread
-            else ""
-        )
         if len(rows) > 1 and all(row.prompt == rows[0].prompt for row in rows):
-            of = f", and column '{', '.join(unread)}' is not read{joined}" if unread else ""
+            of = f", and column '{', '.join(unread)}' is not read" if unread else ""
             yield f"all {len(rows)} rows ask the same question{of}. If another column tells them apart, put its text into the question"
         elif unread:
-            yield f"column '{', '.join(unread)}' is not read{joined}. If the answer depends on it, put its text into the question"
+            yield f"column '{', '.join(unread)}' is not read. If the answer depends on it, put its text into the question"
 
     def _of_pair(self, number: int, record: dict[str, Any], prompt_column: str, answer_column: str) -> Row:
         prompt, answer = record[prompt_column], record[answer_column]

@@ -5,20 +5,23 @@ import warnings
 from typing import Any
 
 # Where each public name lives; imported on first use, so that `import loramox` costs nothing.
-_HOMES = {
-    "loramox.adapter.export": ("ShippingConfig",),
-    "loramox.adapter.switch": ("ForgetSwitch",),
-    "loramox.data.encode": ("Tokenisation", "encode"),
-    "loramox.data.rows": ("Columns", "Data", "read_rows"),
-    "loramox.errors": ("LoramoxError",),
-    "loramox.model.load": ("load_reference",),
-    "loramox.model.lora": ("ReferenceConfig", "add_lora"),
-    "loramox.run": ("RunConfig",),
-    "loramox.train.config": ("UnlearnConfig",),
-    "loramox.train.trainer": ("UnlearnTrainer",),
-    "loramox.unlearning": ("unlearn",),
+_HOME_OF = {
+    "Columns": "loramox.data.rows",
+    "Data": "loramox.data.rows",
+    "ForgetSwitch": "loramox.adapter.switch",
+    "LoramoxError": "loramox.errors",
+    "ReferenceConfig": "loramox.model.lora",
+    "RunConfig": "loramox.run",
+    "ShippingConfig": "loramox.adapter.export",
+    "Tokenisation": "loramox.data.encode",
+    "UnlearnConfig": "loramox.train.config",
+    "UnlearnTrainer": "loramox.train.trainer",
+    "add_lora": "loramox.model.lora",
+    "encode": "loramox.data.encode",
+    "load_reference": "loramox.model.load",
+    "read_rows": "loramox.data.rows",
+    "unlearn": "loramox.unlearning",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Names of loramox 0.1, until 0.3.
 _RENAMED = {
     "BaselineConfig": "UnlearnConfig",

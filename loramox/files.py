@@ -48,7 +48,7 @@ def read_json(path: Path | str, kind: type | None = None, error: type[LoramoxErr
         if info.st_size > LARGEST_JSON:
             raise ValueError(f"it has {info.st_size:,} bytes, and {LARGEST_JSON:,} are the most that are read")
         value = json.loads(path.read_text(encoding="utf-8"))
-        if _deeper_than(DEEPEST_JSON, value):
+        if _depth(value) > DEEPEST_JSON:
             raise RecursionError
         if kind and not isinstance(value, kind):
             raise ValueError(
@@ -74,18 +74,11 @@ _JSON = {
 }
 
 
-def _deeper_than(levels: int, value: Any) -> bool:
-    level = [value]
-    for _ in range(levels):
-        level = [
-            child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return False
-    return True
+def _depth(value: Any) -> int:
+    """The levels of lists and objects in a JSON value. Raises `RecursionError` where Python can go no deeper."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 @contextmanager
@@ -272,6 +265,13 @@ def sha256_of(path: Path) -> str:
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder, if there is one."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def empty(folder: Path) -> None:
+    """Delete everything in a folder except its lock. The folder itself stays: it may be a link."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            remove(path)
 
 
 def has_files(folder: Path) -> bool:

@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 
 from loramox.errors import RunError
-from loramox.files import LOCK, disk_may_fill, has_files, is_passing, locked, read_json, remove, write_json
+from loramox.files import disk_may_fill, empty, has_files, is_passing, locked, read_json, write_json
 
 RECORD = "run.json"
 PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
@@ -101,8 +101,6 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
     """
     out = Path(config.out)
     record = out / RECORD
-    if out.is_file():
-        raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
     if config.resume and config.overwrite:
         raise RunError("--resume and --overwrite contradict each other: give one of them")
     is_run = _is_run(record)
@@ -129,9 +127,7 @@ def open_run(config: RunConfig, plan: dict[str, Any], disk_needed: int) -> None:
             raise RunError(
                 f"--out {out} holds a run, and {others[0]}, which is not of it. Move that, or choose another folder"
             )
-        for path in out.iterdir():  # the folder itself stays: it may be a link
-            if path.name != LOCK:
-                remove(path)
+        empty(out)
     if not (config.resume and is_run):
         write_json(record, {"status": "running", **plan}, private=True)
 

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,10 +53,6 @@ class Parser(HfArgumentParser):
             lines += ["", f"{title}:", *(_line(action) for action in actions)]
         return "\n".join([*lines, "", "--help-all shows every flag, with its full text.", ""])
 
-    def format_all(self) -> str:
-        """The help with every flag."""
-        return super().format_help()
-
     def _grouped(self) -> Iterator[tuple[str, list[argparse.Action]]]:
         of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
         group_of, hidden = dict.fromkeys(TRAINING, "Training"), {"help", argparse.SUPPRESS, *RARE}
@@ -90,7 +85,7 @@ class _HelpAll(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
 
     def __call__(self, parser: Any, *_: Any) -> None:
-        parser._print_message(parser.format_all(), sys.stdout)
+        print(HfArgumentParser.format_help(parser), end="")
         parser.exit()
 
 

@@ -90,7 +90,8 @@ class _Reader:
         """Raises `RowsError` unless `columns` names some of those found, or they have the names that are recognised."""
         found = list(records[0])
         self.source, self.wanted = source, columns.wanted_column
-        self.pair = (columns.prompt_column, columns.answer_column) if columns.prompt_column else None
+        pair = columns.prompt_column, columns.answer_column
+        self.pair = pair if all(pair) else None
         self.messages, self.text = columns.messages_column, columns.text_column
         self.input: str | None = None
         self.numbers: list[tuple[int, str]] = []  # the row and the text of each number that was read as text

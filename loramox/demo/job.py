@@ -18,7 +18,7 @@ from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.scores import mean_log_p, score_answers
-from loramox.files import LOCK, has_files, is_passing, locked, read_json, remove, write_json
+from loramox.files import empty, has_files, is_passing, locked, read_json, write_json
 from loramox.model.generation import continuations
 from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
@@ -58,15 +58,11 @@ def claim(out: Path, seed: int, overwrite: bool) -> None:
     """Start a demo in the folder, or raise what `demo` raises, before anything expensive."""
     if not 0 <= seed < 2**32:
         raise SettingsError(f"--seed {seed} is out of range. Expected a whole number from 0 to {2**32 - 1}")
-    if out.is_file():
-        raise RunError(f"--out {out} is a file. Give a folder that does not exist yet, or an empty one")
     if has_files(out):
         _check_demo(out)
         if not overwrite:
             raise RunError(f"--out {out} holds a demo already. Replace it with --overwrite, or choose another folder")
-        for path in out.iterdir():  # the folder itself stays: it may be a link
-            if path.name != LOCK:
-                remove(path)
+        empty(out)
     write_json(out / RECORD, {"status": "running", "seed": seed})
 
 

@@ -50,12 +50,9 @@ def concatenate(*terms: Factors) -> Factors:
 
 def add(*terms: Factors) -> Factors:
     """ΔW₁ + ΔW₂ + …, exactly: (B₁ + B₂ + …)·A at the rank of one term where all share A, else concatenated."""
-    return Factors(terms[0].A.clone(), sum(t.B for t in terms)) if share_a(*terms) else concatenate(*terms)
-
-
-def share_a(*terms: Factors) -> bool:
-    """Whether all terms have the same A, bit for bit."""
-    return all(t.A.shape == terms[0].A.shape and torch.equal(t.A, terms[0].A) for t in terms[1:])
+    if all(torch.equal(t.A, terms[0].A) for t in terms[1:]):
+        return Factors(terms[0].A.clone(), sum(t.B for t in terms))
+    return concatenate(*terms)
 
 
 @contextmanager

@@ -128,16 +128,12 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
         raise ModelError(
             f"--model {name} is {', '.join(architectures) or kind}, not a causal language model (…ForCausalLM)"
         )
-    experts = [
-        n
-        for n in ("num_local_experts", "num_experts", "n_routed_experts")
-        if getattr(config, n, None) not in (None, 0, 1)
-    ]
-    if experts:
-        raise ModelError(
-            f"--model {name} is a mixture of experts ({kind}, {experts[0]} = {getattr(config, experts[0])}): its experts are not "
-            "linear layers that LoRA adapts. loramox takes dense models"
-        )
+    for count in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(config, count, None) not in (None, 0, 1):
+            raise ModelError(
+                f"--model {name} is a mixture of experts ({kind}, {count} = {getattr(config, count)}): its experts are not "
+                "linear layers that LoRA adapts. loramox takes dense models"
+            )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"--model {name} is quantized already. Give the 16-bit model it was made from: the adapter records its base, and "
@@ -221,19 +217,14 @@ def check_device(reference: ModelConfig, use_cpu: bool = False) -> torch.device:
             f"quantization is {reference.quantization}, which bitsandbytes does not run on {device.type}. "
             "Use --quantization none, or --use_cpu"
         )
-    if reference.shard:
-        _check_shard(reference)
-    return device
-
-
-def _check_shard(reference: ModelConfig) -> None:
-    if reference.quantization == "int8":
+    if reference.shard and reference.quantization == "int8":
         raise SettingsError("--shard: 8-bit weights cannot be cut over processes. Use --quantization nf4 or none")
-    if not several_processes():
+    if reference.shard and not several_processes():
         raise SettingsError(
             "--shard cuts the frozen layers over several processes, and this is one. Start unlearn, train, evaluate or sweep with "
             "torchrun --nproc_per_node N -m loramox, or say --shard false"
         )
+    return device
 
 
 def several_processes() -> bool:

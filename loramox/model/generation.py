@@ -23,9 +23,6 @@ def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
     return _PLAIN | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
-SAMPLED = sampling(0.9, 0.9)
-
-
 def own_ends(model: nn.Module) -> set[int]:
     """The tokens at which the model's generation config lets it stop: one, several or none."""
     own: Any = getattr(model.generation_config, "eos_token_id", None)
@@ -65,7 +62,7 @@ def continuations(
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     stops = own_ends(model).union(ends)
-    how = SAMPLED if sample else GREEDY
+    how = sampling(0.9, 0.9) if sample else GREEDY
     found: list[str] = []
     with in_eval_mode(model):
         for start in range(0, len(prompts), BATCH):

@@ -145,6 +145,8 @@ def answer_states(
         ModelError: in the first pass of a model whose own logits are not those of its `Head`.
     """
     states: list[Tensor] = []
+    if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:
+        passed_on |= {"logits_to_keep": 1}
     if layer is not None:
         passed_on |= {"output_hidden_states": True}  # the first is the embedding
     hook = backbone(causal_lm).register_forward_hook(
@@ -155,7 +157,6 @@ def answer_states(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
-            **_one_logit(causal_lm),
             **passed_on,
         )
     finally:
@@ -204,10 +205,6 @@ def states_of_parts(
         made[part] = AnswerStates(hidden, targets, row_of - row, rows)
         row += rows
     return made
-
-
-def _one_logit(causal_lm: nn.Module) -> dict[str, Any]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
 
 
 def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor], *others: Tensor) -> Tensor:

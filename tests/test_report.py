@@ -609,10 +609,10 @@ def test_numbers_that_are_not_finite_are_dashes(make: Callable[..., Path]) -> No
 
 
 DAMAGED = {
-    "run.json": [('{"status": ', "run.json is damaged"), ("[1]", "is no record of loramox"), ('{"id": 1}', "is no record")],
+    "run.json": [('{"status": ', "run.json is damaged"), ("[1]", "run.json is damaged: expected a JSON object, found a list"), ('{"id": 1}', "is no record")],
     "sweep/frontier.json": [
         ("{", "frontier.json is damaged.*sweep again"),
-        ("[]", "it is no frontier"),
+        ("[]", "frontier.json is damaged: expected a JSON object, found a list.*sweep again"),
         ('{"status": "done", "points": [], "choices": [], "data": {}}', "it is no frontier"),
         ('{"status": "running"}', "this sweep has not finished. Rerun loramox sweep"),
     ],

@@ -75,14 +75,13 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
         reasons.setdefault(record["id"], []).append(why)
 
     if part == "forget":
-        words = {
-            "rouge_l": "Worst leak by the answer: the highest ROUGE-L",
-            "probability": "Worst leak by probability: the highest",
-        }
-        for by in words:
+        for by, words in (
+            ("rouge_l", "Worst leak by the answer: the highest ROUGE-L"),
+            ("probability", "Worst leak by probability: the highest"),
+        ):
             if tied := worst(rows, by):
                 equal = f" (as high in {len(tied):,} rows)" if len(tied) > 1 else ""
-                pick(tied[0], f"{words[by]} of the {len(rows):,} rows{equal}")
+                pick(tied[0], f"{words} of the {len(rows):,} rows{equal}")
     elif harmed := lost(rows, inputs.records.get(REFERENCE, ())):
         pick(harmed[0], f"Lost the largest share of its probability of the {len(rows):,} rows")
     ranked = sorted(rows, key=lambda r: (-probability(r), str(r["row"])))
@@ -94,9 +93,9 @@ def _picked(inputs: Inputs, part: str, rows: list[Record]) -> list[tuple[Record,
     return [(by_id[key], why) for key, why in reasons.items()]
 
 
-def worst(records: Sequence[Record], by: str, part: str = "forget") -> list[Record]:
-    """The rows of a part at which `by` is highest, all that are tied, the most probable first; none when no row has it."""
-    found = [r for r in records if r["part"] == part and number(r.get(by)) >= 0]
+def worst(records: Sequence[Record], by: str) -> list[Record]:
+    """The forget rows at which `by` is highest, all that are tied, the most probable first; none when no row has it."""
+    found = [r for r in records if r["part"] == "forget" and number(r.get(by)) >= 0]
     most = max((r[by] for r in found), default=0)
     return sorted((r for r in found if r[by] == most), key=lambda r: (-probability(r), str(r["row"])))
 

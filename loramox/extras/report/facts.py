@@ -49,9 +49,9 @@ def shown(value: Any) -> str:
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
 
 
-def adapter_at(inputs: Inputs, record: dict[str, Any] | None) -> float:
+def adapter_at(inputs: Inputs, record: dict[str, Any]) -> float:
     """The alpha or scale of the adapter that a record of attacks or of an evaluation is of, NaN when it is not known."""
-    adapter = (record or {}).get("adapter") or {}
+    adapter = record.get("adapter") or {}
     made_by = adapter.get("made_by")
     if not isinstance(made_by, dict):
         return math.nan
@@ -70,28 +70,29 @@ def metrics(inputs: Inputs) -> dict[str, dict[str, float]]:
     }
     models = {REFERENCE: inputs.point(0.0), FORGET: inputs.point(inputs.at) | evaluated, RETRAINED: theirs}
     found = {name: {model: number(held.get(name)) for model, held in models.items()} for name in METRICS}
-    return {name: values for name, values in found.items() if not math.isnan(values[FORGET])}
+    return {name: by_model for name, by_model in found.items() if not math.isnan(by_model[FORGET])}
 
 
 def evaluated_metric(inputs: Inputs, name: str) -> dict[str, Any]:
     """A metric of the evaluation in the run's folder, if that is of the forget model that is shown."""
-    at = adapter_at(inputs, inputs.evaluation)
-    same = inputs.at is not None and math.isclose(at, inputs.at)
-    return (inputs.evaluation or {"metrics": {}})["metrics"].get(name, {}) if same else {}
+    same = inputs.at is not None and math.isclose(adapter_at(inputs, inputs.evaluation), inputs.at)
+    return inputs.evaluation["metrics"].get(name, {}) if same else {}
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:
     """Metric, its value for reference, forget and retrained model, and what is better."""
-    return [[METRICS[n][0], *map(shown, values.values()), METRICS[n][1]] for n, values in metrics(inputs).items()]
+    return [
+        [METRICS[name][0], *map(shown, by_model.values()), METRICS[name][1]]
+        for name, by_model in metrics(inputs).items()
+    ]
 
 
 def choices(inputs: Inputs) -> list[list[str]]:
     """Each rule, its choice, the interval, and why; or why it refused, or what it would need."""
-    frontier = inputs.frontier or {"choices": []}
-    made = {c["rule"]: c for c in frontier["choices"]}
+    made = {c["rule"]: c for c in inputs.frontier.get("choices", ())}
     rows = []
     for rule in dict.fromkeys([*RULES, *made]):
-        c, name = made.get(rule), f"{rule} (used)" if rule == frontier.get("rule") else rule
+        c, name = made.get(rule), f"{rule} (used)" if rule == inputs.frontier.get("rule") else rule
         if c is None:
             rows.append([name, "not used", "–", lacks(inputs, rule)])
             continue
@@ -103,26 +104,24 @@ def choices(inputs: Inputs) -> list[list[str]]:
 
 def lacks(inputs: Inputs, rule: str) -> str:
     """What a rule would need that the sweep did not have."""
-    frontier = inputs.frontier or {}
     if rule == "holdout":
-        given = "holdout" in frontier.get("data", {})
+        given = "holdout" in inputs.frontier.get("data", {})
         return "gave no score of the holdout rows" if given else "needs holdout rows (--holdout)"
-    if rule == "retrained" and not frontier.get("retrained"):
+    if rule == "retrained" and not inputs.frontier.get("retrained"):
         return "needs a retrained model's records (--retrained)"
-    if rule == "forget_to" and not frontier.get("retrained"):
+    if rule == "forget_to" and not inputs.frontier.get("retrained"):
         return "needs a target (--forget_to), a retrained model's records (--retrained) or holdout rows (--holdout)"
     return "was not used by this sweep"
 
 
 def lacks_truth_ratios(inputs: Inputs) -> str:
     """What the test on truth ratios would need that the sweep did not have."""
-    frontier = inputs.frontier or {}
-    wanting = []
-    if not frontier.get("retrained"):
+    retrained, wanting = inputs.frontier.get("retrained"), []
+    if not retrained:
         wanting.append("a retrained model's records (--retrained)")
     if "forget_truth_ratio" not in inputs.point(0.0):
         wanting.append("wrong answers to the forget rows (column perturbed_answer)")
-    elif frontier.get("retrained"):
+    elif retrained:
         wanting.append("wrong answers in the retrained model's records as well (column perturbed_answer)")
     return f"needs {' and '.join(wanting)}"
 
@@ -149,7 +148,7 @@ def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float
     Of several attacks on the same rows, at other rates or with all weights, the one after which the forget model has most.
     """
     attacks: dict[str, dict[str, dict[int, float]]] = {}
-    for state in (inputs.attacks or {}).get("states", ()):
+    for state in inputs.attacks.get("states", ()):
         found = re.fullmatch(rf"step (\d+)(?:, ({'|'.join(CONTROLS)}))?", str(state["state"]))
         p = number(state["metrics"].get("forget_probability"))
         model = found and (found[2] or FORGET)
@@ -169,7 +168,7 @@ def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float
 def leak_curves(inputs: Inputs) -> dict[str, dict[str, list[dict[str, float]]]]:
     """leak@k of sampled answers: criterion → model → `value` with the ends of its interval, `low` and `high`, by `k`."""
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for state in (inputs.attacks or {}).get("states", ()):
+    for state in inputs.attacks.get("states", ()):
         model = str(state["state"])
         if state["attack"] != "sample" or model not in (FORGET, inputs.control):
             continue

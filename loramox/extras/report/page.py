@@ -117,7 +117,7 @@ def render(inputs: Inputs, found: Verdict) -> str:
         no_answers=no_answers(inputs),
         families=families(inputs),
         recovered=_recovered(inputs),
-        attacked=((inputs.attacks or {}).get("adapter") or {}).get("folder", ""),
+        attacked=(inputs.attacks.get("adapter") or {}).get("folder", ""),
         settings=facts.settings(inputs),
         sources=_sources(inputs),
         facts=_provenance(inputs),
@@ -160,7 +160,7 @@ def record(inputs: Inputs, found: Verdict) -> dict[str, Any]:
         ],
         "control": inputs.control or None,
         "leak_at_k": facts.leak_curves(inputs),
-        "steps_saved": (inputs.attacks or {}).get("steps_saved") or {},
+        "steps_saved": inputs.attacks.get("steps_saved") or {},
         "not_tested": found.not_tested,
         "missing": {part: missing.command for part, missing in inputs.missing.items()},
     }
@@ -178,12 +178,15 @@ def _flags(text: str) -> Markup:
 
 def _sources(inputs: Inputs) -> list[tuple[str, ...]]:
     """Who read it, part, source, rows, fingerprint."""
-    held = [("training", inputs.run["data"]), ("sweep", (inputs.frontier or {}).get("data", {}))]
-    held.append(("attacks", (inputs.attacks or {}).get("data") or {}))
+    held = {
+        "training": inputs.run["data"],
+        "sweep": inputs.frontier.get("data", {}),
+        "attacks": inputs.attacks.get("data") or {},
+    }
     columns = {"source": None, "rows": 16, "sha256": 16}
     return [
         (who, part, *(str(d.get(name, "–"))[:most] for name, most in columns.items()))
-        for who, data in held
+        for who, data in held.items()
         for part, d in data.items()
     ]
 
@@ -198,7 +201,7 @@ def _provenance(inputs: Inputs) -> list[tuple[str, str]]:
         found.append(("peak memory", f"{peak / 1e9:,.2f} GB"))
     if inputs.shipped is not None:
         found.append(("shipped adapter", f"{inputs.unit} = {inputs.shipped:g}"))
-    if retrained := (inputs.frontier or {}).get("retrained"):
+    if retrained := inputs.frontier.get("retrained"):
         found.append(("retrained model's records", str(retrained)))
     versions = run.get("versions") or {}
     return [*found, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]

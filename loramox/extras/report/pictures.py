@@ -32,7 +32,7 @@ FLOOR = 1e-6  # probabilities below it are drawn there
 
 def frontier_picture(inputs: Inputs) -> Picture:
     """Both parts along the axis of the sweep."""
-    points = (inputs.frontier or {"points": []})["points"]
+    points = inputs.frontier["points"]
     at, unit = [p["at"] for p in points], inputs.unit
     curves = {part: [number(p.get(f"{part}_probability")) for p in points] for part in ("retain", "forget")}
     theirs = {part: float(p[RETRAINED].mean()) for part in curves if RETRAINED in (p := spreads(inputs, part))}

@@ -40,12 +40,12 @@ class Inputs:
 
     folder: Path
     run: dict[str, Any]
-    frontier: dict[str, Any] | None = None
+    frontier: dict[str, Any] = field(default_factory=dict)  # empty where there is none, as the next two
     at: float | None = None  # alpha or scale of the forget model that is shown
     shipped: float | None = None  # of the adapter in the run's folder
     records: dict[str, list[Record]] = field(default_factory=dict)  # by model, in the same order of rows
-    attacks: dict[str, Any] | None = None
-    evaluation: dict[str, Any] | None = None
+    attacks: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, Missing] = field(default_factory=dict)  # by part of the page
 
     @property
@@ -56,13 +56,16 @@ class Inputs:
     @property
     def control(self) -> str:
         """On what attacks were made to compare with: the retrained model, else rows never known; empty where on neither."""
-        states = [str(state["state"]) for state in (self.attacks or {}).get("states", ())]
+        states = [str(state["state"]) for state in self.attacks.get("states", ())]
         return next((each for each in CONTROLS if any(state.endswith(each) for state in states)), "")
 
     def point(self, at: float | None) -> dict[str, float]:
         """The sweep's metrics at an alpha or scale; nothing when it was not measured."""
-        points = self.frontier["points"] if self.frontier else []
-        return next((p for p in points if p["at"] == at), {})
+        return next((p for p in self.frontier.get("points", ()) if p["at"] == at), {})
+
+    def score(self, at: float | None, metric: str) -> float:
+        """One of them; NaN when it is not known."""
+        return number(self.point(at).get(metric))
 
 
 def read_inputs(folder: Path) -> Inputs:
@@ -84,13 +87,13 @@ def number(value: Any) -> float:
 def fits(value: Any, shape: Any) -> bool:
     """Whether what a JSON file holds has a shape.
 
-    A shape is a type; a function that says so; a list of one shape, which every item has; or a dict of shapes by key. A key that
-    ends in "?" may be absent or null, and "*" stands for every key.
+    A shape is a type; a list of one shape, which every item has; or a dict of shapes by key. A key that ends in "?" may be
+    absent or null, and "*" stands for every key.
     """
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
     if not isinstance(shape, dict):
-        return isinstance(value, shape) if isinstance(shape, type) else shape(value)
+        return isinstance(value, shape)
     if not isinstance(value, dict):
         return False
     if "*" in shape:
@@ -103,14 +106,11 @@ def fits(value: Any, shape: Any) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
-    return not math.isnan(number(value))
-
-
 PARTS = {"*": dict}  # part → what its rows were
-RUN = {"data": PARTS, "timings?": dict, "memory?": dict, "versions?": dict, "forget_adapter?": dict, "log?": [dict]}
+RUN = {"settings": dict, "data": PARTS, "base": dict, "log?": [dict]}
+RUN |= dict.fromkeys(("timings?", "memory?", "versions?", "forget_adapter?"), dict)
 SWEPT = {
-    "points": [{"at": is_number, "forget_probability": object}],
+    "points": [{"at": int | float, "forget_probability": object}],
     "choices": [{"rule": str, "at": object, "reason": object}],
     "data": PARTS,
 }
@@ -131,30 +131,21 @@ def _read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is no run: it has no {RECORD}. Give the folder that loramox unlearn wrote, the one given as --out"
         )
     run = _json(path, "Restore it, or run loramox unlearn again with --overwrite")
-    if not fits(run, {"settings": dict, "data": dict, "base": dict}):
-        raise RunError(f"{path} is no record of loramox. Give the folder that loramox unlearn wrote")
     if not fits(run, RUN):
-        raise RunError(f"{path} is damaged. Restore it, or run loramox unlearn again with --overwrite")
-    run = _as_now(run, path)
+        raise RunError(
+            f"{path} is no record of loramox, or is damaged. Restore it, or give the folder that loramox unlearn wrote"
+        )
+    run = as_now(run)
     if run.get("status") == "running":
         raise RunError(f"{path}: this run has not finished. Rerun loramox unlearn with --resume to continue it")
     return run
 
 
-def _as_now(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`adapter.provenance.as_now`. Raises `RunError` for a damaged record."""
-    try:
-        return as_now(record)
-    except (TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error}. Restore it") from error
-
-
 def _shipped(inputs: Inputs) -> float | None:
     """The alpha of the adapter in the run's folder, or its scale."""
     path = inputs.folder / SHIPPED / PROVENANCE
-    made = _json(path, "Restore it, or make the adapter again: loramox extrapolate") if path.is_file() else None
-    if isinstance(made, dict):
-        made = _as_now(made, path)
+    if path.is_file():
+        made = as_now(_json(path, "Restore it, or make the adapter again: loramox extrapolate"))
     elif inputs.run.get("forget_adapter"):  # as it was trained: `unlearn` ships no other
         made = {"alpha": inputs.run.get("alpha")}
     else:
@@ -164,27 +155,24 @@ def _shipped(inputs: Inputs) -> float | None:
 
 
 def _read_sweep(inputs: Inputs) -> None:
-    path, run = inputs.folder / SWEEP / FRONTIER, inputs.run
+    path, command = inputs.folder / SWEEP / FRONTIER, sweep_command(inputs)
     if not path.is_file():
-        command = sweep_command(inputs)
         inputs.missing["frontier"] = Missing("This run has no sweep, so nothing was measured on its rows.", command)
         return
-    inputs.frontier = frontier = _json(path, f"Delete {path.parent} and sweep again: {sweep_command(inputs)}")
-    if isinstance(frontier, dict) and frontier.get("status") != "done":
+    frontier = _json(path, f"Delete {path.parent} and sweep again: {command}")
+    if frontier.get("status") != "done":
         raise RunError(
             f"{path}: this sweep has not finished. Rerun loramox sweep with --out {quoted(path.parent)} to continue it"
         )
-    if isinstance(frontier, dict):
-        inputs.frontier = frontier = frontier_as_now(frontier)
+    inputs.frontier = frontier = frontier_as_now(frontier)
     if not fits(frontier, SWEPT) or not frontier["points"]:
         raise RunError(f"{path} is damaged: it is no frontier. Delete {path.parent} and sweep again")
     frontier["chosen"] = None if math.isnan(chosen := number(frontier.get("chosen"))) else chosen
-    if run["data"].get("forget", {}).get("sha256") != frontier["data"].get("forget", {}).get("sha256"):
+    if inputs.run["data"].get("forget", {}).get("sha256") != frontier["data"].get("forget", {}).get("sha256"):
         inputs.missing["same rows"] = Missing("The sweep scored other forget rows than those that were trained on.")
-    measured = [p["at"] for p in frontier["points"] if p["at"] > 0]
-    wanted = frontier["chosen"] if frontier["chosen"] is not None else inputs.shipped
-    inputs.at = wanted if wanted in measured else None
-    if inputs.at is None:
+    inputs.at = frontier["chosen"] if frontier["chosen"] is not None else inputs.shipped
+    if inputs.at not in [p["at"] for p in frontier["points"] if p["at"] > 0]:
+        inputs.at = None
         inputs.missing["forget model"] = Missing(
             f"The sweep chose no {inputs.unit}, and did not measure the one that was shipped: no forget model is shown."
         )
@@ -193,29 +181,29 @@ def _read_sweep(inputs: Inputs) -> None:
 
 def _read_models(inputs: Inputs) -> None:
     """The records of reference, forget and retrained model, those of the latter in the order of the former."""
-    folder, frontier = inputs.folder / SWEEP, inputs.frontier or {}
     for model, value in ((REFERENCE, 0.0), (FORGET, inputs.at)):
-        at = records_folder(folder, value) if value is not None else None
-        if at and (at / RECORDS).is_file():
+        folder = records_folder(inputs.folder / SWEEP, value) if value is not None else None
+        if folder and (folder / RECORDS).is_file():
             try:
-                inputs.records[model] = _sound(read_records(at), at)
+                inputs.records[model] = _sound(read_records(folder), folder)
             except RunError as error:
                 raise RunError(
-                    f"{at / RECORDS} is damaged or incomplete. Delete {at}, and rerun the sweep: it measures only missing points"
+                    f"{folder / RECORDS} is damaged or incomplete. Delete {folder}, and rerun the sweep: it measures only missing points"
                 ) from error
     if REFERENCE not in inputs.records or (FORGET not in inputs.records and inputs.at is not None):
         inputs.missing["records"] = Missing(
             f"The sweep's records of single rows are missing ({RECORDS} at {inputs.unit} 0 and at the chosen one).",
             sweep_command(inputs),
         )
-    retrained = frontier.get("retrained")
+    retrained = inputs.frontier.get("retrained")
     retrained = retrained[0] if isinstance(retrained, list) else retrained
-    at = Path(retrained) if isinstance(retrained, str) else None
-    if at and ((at / RECORDS).is_file() or at.is_file()):
+    folder = Path(retrained) if isinstance(retrained, str) else None
+    if folder and ((folder / RECORDS).is_file() or folder.is_file()):
         like = inputs.records.get(REFERENCE, ())
-        inputs.records[RETRAINED] = _sound(read_records(at, like=like), at)
+        inputs.records[RETRAINED] = _sound(read_records(folder, like=like), folder)
     else:
-        gone = f"The records of the retrained model are missing ({at})" if at else "No retrained model was measured"
+        missing = f"The records of the retrained model are missing ({folder})"
+        gone = missing if folder else "No retrained model was measured"
         evaluate = f"loramox evaluate --model RETRAINED {rows_flags(inputs, model=True)} --out RETRAINED-RECORDS"
         inputs.missing["retrained"] = Missing(
             f"{gone}: the answers of a model that never knew the forget rows are not shown. To have them, move the sweep's folder away, "
@@ -246,28 +234,26 @@ def _read_attacks(inputs: Inputs) -> None:
         f"loramox attack --adapter {quoted(inputs.folder / SHIPPED)} --model {quoted(inputs.run['base'].get('model', 'M'))} "
         f"{rows_flags(inputs, model=True)} --out {quoted(path.parent)}"
     )
-    attacks = _json(path, f"Delete {path.parent} and attack again: {command}") if path.is_file() else None
-    if attacks is None:
-        inputs.missing["attacks"] = Missing(
-            "No attack was made: whether the rows can be recovered is not known.", command
-        )
+    if not path.is_file():
+        what = "No attack was made: whether the rows can be recovered is not known."
+        inputs.missing["attacks"] = Missing(what, command)
         return
-    if isinstance(attacks, dict) and attacks.get("status") != "done":
-        inputs.missing["attacks"] = Missing(
-            "The attacks have not finished. Rerun the command to continue them.", command
-        )
+    attacks = _json(path, f"Delete {path.parent} and attack again: {command}")
+    if attacks.get("status") != "done":
+        what = "The attacks have not finished. Rerun the command to continue them."
+        inputs.missing["attacks"] = Missing(what, command)
         return
     if not fits(attacks, ATTACKED):
         raise RunError(f"{path} is damaged: it holds no states. Delete {path.parent} and attack again: {command}")
     inputs.attacks = attacks
 
 
-def _read_evaluation(folder: Path) -> dict[str, Any] | None:
+def _read_evaluation(folder: Path) -> dict[str, Any]:
     """The summary of the evaluation of an adapter in the run's folder, if there is one."""
     path = folder / EVALUATION / EVALUATED
-    found = _json(path, f"Delete {path.parent} and evaluate again") if path.is_file() else None
-    if found is None or (isinstance(found, dict) and found.get("adapter") is None):
-        return None
+    found = _json(path, f"Delete {path.parent} and evaluate again") if path.is_file() else {}
+    if found.get("adapter") is None:
+        return {}
     if not fits(found, {"adapter": dict, "metrics": {"*": dict}}):
         raise RunError(f"{path} is damaged: it holds no metrics. Delete {path.parent} and evaluate again")
     return found
@@ -282,7 +268,7 @@ def sweep_command(inputs: Inputs) -> str:
 
 def again_command(inputs: Inputs) -> str:
     """The sweep's own command, for the same rows, but with answers and without a retrained model; into this run's folder."""
-    command = str((inputs.frontier or {}).get("command", ""))
+    command = str(inputs.frontier.get("command", ""))
     if not command.startswith("loramox sweep ") or "--memorization" in command:  # a flag of 0.1
         return sweep_command(inputs)
     command = re.sub(r" --(out|max_new_tokens|retrained)[ =]\S+", "", command)
@@ -305,8 +291,8 @@ def quoted(value: Any) -> str:
     return shlex.quote(str(value))
 
 
-def _json(path: Path, remedy: str) -> Any:
+def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_json(path, dict)
     except RunError as error:
         raise RunError(f"{error}. {remedy}") from error

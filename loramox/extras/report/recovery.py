@@ -42,9 +42,7 @@ class Family:
 
     name: str
     states: dict[State, dict[str, dict[str, float]]] = field(default_factory=dict)
-    leaking: dict[State, list[tuple[str, str]]] = field(
-        default_factory=dict
-    )  # rows and figures, where a state names some
+    leaking: dict[State, list[tuple[str, str]]] = field(default_factory=dict)  # rows and figures, if a state names some
     before: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics of each model that is not attacked
 
     @property
@@ -101,7 +99,7 @@ class Family:
 def families(inputs: Inputs) -> list[Family]:
     """Each family of attacks that ran, "none" first."""
     found: dict[str, Family] = {}
-    for each in (inputs.attacks or {}).get("states", ()):
+    for each in inputs.attacks.get("states", ()):
         attack, (label, model) = str(each["attack"]), _model_of(str(each["state"]))
         name, state = attack.split(" ")[0], (attack, label)
         family = found.setdefault(name, Family(name))
@@ -138,13 +136,13 @@ def recovered(inputs: Inputs) -> str:
         f"The control, {control_is}, has {shown(control)} there." if attacked else "There is no control for it."
     )
     says.append(f"These are means over {asked_rows(inputs)}{_and_never_known(inputs)}.")
-    saved = (inputs.attacks or {}).get("steps_saved") or {}
+    saved = inputs.attacks.get("steps_saved") or {}
     return " ".join(says + [sentence(attack, found) for attack, found in saved.items() if "forget rows" in attack])
 
 
 def not_attacked(inputs: Inputs) -> list[str]:
     """The families that did not run, and what was left out of those that did, in sentences."""
-    if inputs.attacks is None:
+    if not inputs.attacks:
         return []
     absent = inputs.attacks.get("absent") or {}
     ran = {family.name for family in families(inputs)} | {name.split(" ")[0].removesuffix(":") for name in absent}
@@ -161,20 +159,17 @@ def not_attacked(inputs: Inputs) -> list[str]:
 
 def asked_rows(inputs: Inputs) -> str:
     """The forget rows that the attacks' figures are over; the verdict's are over all."""
-    held = (inputs.attacks or {}).get("rows") or {}
+    held = inputs.attacks.get("rows") or {}
     known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))
     some = "" if math.isnan(known + asked) else f"{asked:,.0f} of {known + asked:,.0f} "
     return f"the {some}forget rows that the attacker did not train on"
 
 
 def _and_never_known(inputs: Inputs) -> str:
-    held = ((inputs.attacks or {}).get("rows") or {}).get(NEVER_KNOWN)
-    asked = number(held.get("asked")) if isinstance(held, dict) else math.nan
-    return (
-        ""
-        if math.isnan(asked) or inputs.control != NEVER_KNOWN
-        else f" and, for the control, over {asked:,.0f} {NEVER_KNOWN}"
-    )
+    held = (inputs.attacks.get("rows") or {}).get(NEVER_KNOWN)
+    if inputs.control != NEVER_KNOWN or not isinstance(held, dict) or math.isnan(asked := number(held.get("asked"))):
+        return ""
+    return f" and, for the control, over {asked:,.0f} {NEVER_KNOWN}"
 
 
 def in_words(metric: str) -> str:

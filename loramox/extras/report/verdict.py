@@ -98,7 +98,7 @@ def _not_tested(inputs: Inputs, told: str) -> list[str]:
     found += not_attacked(inputs)
     if told.startswith("Not tested: "):
         found.append(f"Whether a test can tell the model from one that never knew: {told.removeprefix('Not tested: ')}")
-    if math.isnan(number(inputs.point(inputs.at).get("model_utility"))) and not _ability(inputs):
+    if math.isnan(inputs.score(inputs.at, "model_utility")) and not _ability(inputs):
         found.append(
             "General ability: no rows of other subjects were scored; the retain rows stand for them. It needs loramox evaluate with "
             f"--retain_test, --text or --lm_eval, and --out {quoted(inputs.folder / EVALUATION)}."
@@ -108,7 +108,7 @@ def _not_tested(inputs: Inputs, told: str) -> list[str]:
 
 def _forgotten(inputs: Inputs) -> tuple[str, str]:
     """In two words, and in a sentence."""
-    before, after = (number(p.get("forget_probability")) for p in (inputs.point(0.0), inputs.point(inputs.at)))
+    before, after = (inputs.score(at, "forget_probability") for at in (0.0, inputs.at))
     theirs = mean(inputs.records.get(RETRAINED, ()), "forget")
     says = f"At {inputs.unit} = {inputs.at:g} the mean probability of the true answers to {_rows(inputs, 'forget')} {_went(before, after)}."
     if math.isnan(after):
@@ -135,7 +135,7 @@ def _forgotten(inputs: Inputs) -> tuple[str, str]:
 
 
 def _rest(inputs: Inputs) -> tuple[str, str]:
-    before, after = (number(p.get("retain_probability")) for p in (inputs.point(0.0), inputs.point(inputs.at)))
+    before, after = (inputs.score(at, "retain_probability") for at in (0.0, inputs.at))
     says = f"The mean probability of the true answers to {_rows(inputs, 'retain')} {_went(before, after)}"
     if not before > 0 or math.isnan(after):
         return "whether the rest is intact is not known", f"{says}."
@@ -165,7 +165,7 @@ def _ability(inputs: Inputs) -> str:
 def _rows(inputs: Inputs, part: str) -> str:
     """The rows that a mean of the verdict is over: all that the sweep scored."""
     n: float = len(of_part(inputs.records.get(FORGET, ()), part))
-    n = n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
+    n = n or number(inputs.frontier.get("data", {}).get(part, {}).get("rows"))
     return f"all {'' if math.isnan(n) else f'{n:,.0f} '}{part} rows"
 
 
@@ -203,23 +203,21 @@ def _tied(rows: int) -> str:
 
 def _told_apart(inputs: Inputs) -> str:
     """The result of each test in words, which follow the test alone; small samples are called small."""
-    point = inputs.point(inputs.at)
-    area = number(point.get("mia_min_k"))
     says = []
     for name, field, test, what in BESIDE_RETRAINED:
-        quality = number(point.get(name))
+        quality = inputs.score(inputs.at, name)
         if not math.isnan(quality):
             n = _counted(inputs, "forget", field)
-            blind = number(inputs.point(0.0).get(name)) >= LEVEL
-            about = test, "it from a model that never saw the rows", f"{what} = {quality:.2g}, n = {_n(n)}"
-            says.append(_says(quality < LEVEL, *about, n, blind))
-    if not math.isnan(area):
-        n, m = (_counted(inputs, part, "mia_min_k") for part in ("forget", "holdout"))
-        if n > 0 and m > 0:
-            error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m))  # of an AUC of two samples that are alike
-            figures = f"AUC {area:.3f}, where 0.5 ± {error:.3f} is alike; n = {_n(n)} and {_n(m)}"
-            about = "membership inference", "forget rows from rows never seen", figures
-            says.append(_says(abs(area - 0.5) > error, *about, min(n, m), False))
+            figures = f"{what} = {quality:.2g}, n = {_n(n)}"
+            blind = inputs.score(0.0, name) >= LEVEL
+            says.append(_says(quality < LEVEL, test, "it from a model that never saw the rows", figures, n, blind))
+    area = inputs.score(inputs.at, "mia_min_k")
+    n, m = (_counted(inputs, part, "mia_min_k") for part in ("forget", "holdout"))
+    if not math.isnan(area) and n > 0 and m > 0:
+        error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m))  # of an AUC of two samples that are alike
+        apart = abs(area - 0.5) > error
+        figures = f"AUC {area:.3f}, where 0.5 ± {error:.3f} is alike; n = {_n(n)} and {_n(m)}"
+        says.append(_says(apart, "membership inference", "forget rows from rows never seen", figures, min(n, m), False))
     if says:
         return " ".join(says)
     return f"Not tested: the truth-ratio test {lacks_truth_ratios(inputs)}; membership inference {lacks(inputs, 'holdout')}."
@@ -236,7 +234,7 @@ def _says(apart: bool, test: str, what: str, figures: str, n: float, blind: bool
 
 def _counted(inputs: Inputs, part: str, field: str) -> float:
     n = sum(r["part"] == part and field in r for r in inputs.records.get(FORGET, ()))
-    return n or number((inputs.frontier or {}).get("data", {}).get(part, {}).get("rows"))
+    return n or number(inputs.frontier.get("data", {}).get(part, {}).get("rows"))
 
 
 def _n(n: float) -> str:
@@ -244,16 +242,15 @@ def _n(n: float) -> str:
 
 
 def _unmeasured(inputs: Inputs) -> str:
-    if inputs.frontier:
-        refused = next(
-            (c["reason"] for c in inputs.frontier["choices"] if c["rule"] == inputs.frontier.get("rule")), None
-        )
-        return f"No {inputs.unit} was chosen{f': {refused}' if refused else ''}."
-    return "Not measured: nothing is known yet about what the adapter forgets."
+    if not inputs.frontier:
+        return "Not measured: nothing is known yet about what the adapter forgets."
+    rule = inputs.frontier.get("rule")
+    refused = next((c["reason"] for c in inputs.frontier["choices"] if c["rule"] == rule), None)
+    return f"No {inputs.unit} was chosen{f': {refused}' if refused else ''}."
 
 
 def _warnings(inputs: Inputs) -> list[str]:
-    frontier, unit = inputs.frontier or {}, inputs.unit
+    frontier, unit = inputs.frontier, inputs.unit
     found = [f"Training warns: {each}." for each in inputs.run.get("advice", ())]
     if frontier.get("warning"):
         found.append(f"The sweep warns: {frontier['warning']}.")

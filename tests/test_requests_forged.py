@@ -150,7 +150,7 @@ def test_what_somebody_else_put_into_a_ledger_is_not_taken_for_a_kills_remains(
 ) -> None:
     ledger = forged(tmp_path / "ledger")
     put(ledger / "requests", trained / "trained" / "momentum")
-    assert left_over(ledger, read_ledger(ledger)) == []
+    assert left_over(read_ledger(ledger)) == []
     before = files(tmp_path)
     refresh(ledger)
     assert files(tmp_path) - before <= {ledger / ".lock"}
@@ -160,7 +160,7 @@ def test_what_somebody_else_put_into_a_ledger_is_not_taken_for_a_kills_remains(
 def test_a_request_that_no_entry_names_is_a_kills_remains(trained: Path, tmp_path: Path) -> None:
     ledger = forged(tmp_path / "ledger")
     shutil.copytree(trained / "trained" / "momentum", ledger / "requests" / "b~2")
-    assert left_over(ledger, read_ledger(ledger)) == [ledger / "requests" / "b~2"]
+    assert left_over(read_ledger(ledger)) == [ledger / "requests" / "b~2"]
 
 
 @pytest.mark.parametrize("name", ["requests", "staging"])
@@ -170,7 +170,7 @@ def test_nothing_is_deleted_through_a_link(name: str, trained: Path, tmp_path: P
     shutil.copytree(trained / "trained" / "momentum", disk / "b")
     (ledger / name).symlink_to(disk)
     before = files(tmp_path)
-    assert left_over(ledger, read_ledger(ledger)) == []
+    assert left_over(read_ledger(ledger)) == []
     with pytest.raises(RunError, match=rf"{name} is a link, and a ledger deletes nothing through links"):
         refresh(ledger)
     with pytest.raises(RunError, match="is a link"):

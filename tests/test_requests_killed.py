@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loramox.extras.ledger import leftovers
+from loramox.extras.ledger.ledger import Ledger
 from loramox.files import remove
 
 # One process imports everything once; each command is a child of it, so that SIGKILL really ends one at the wanted moment.
@@ -322,4 +323,4 @@ def test_a_run_whose_removal_was_killed_is_still_known_as_the_ledgers(
         monkeypatch.setattr(leftovers, "remove", stop)
         with pytest.raises(KeyboardInterrupt):
             leftovers.discard(run)
-        assert leftovers.left_over(tmp_path / str(last), None) == [run]
+        assert leftovers.left_over(Ledger(tmp_path / str(last), {}, {})) == [run]

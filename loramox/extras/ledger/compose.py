@@ -8,6 +8,7 @@ Terms are summed in the order in which they are given, in float64.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,24 +38,25 @@ def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], r
     `SettingsError` without `rank` when the exact sum has a higher rank than servers take.
     """
     factors: dict[str, Factors] = {}
-    lost, norm = 0.0, 0.0
-    lost_of: dict[str, float] = {}
-    norm_of: dict[str, float] = {}
+    lost, norm = 0.0, 0.0  # squared, as those of each request
+    lost_of: dict[str, float] = defaultdict(float)
+    norm_of: dict[str, float] = defaultdict(float)
     for layer in layers:
         given = terms(layer)
         whole = add(*map(_double, given.values()))
         width = _width(whole)
-        if rank is None and min(whole.rank, width) > SERVED_RANKS[-1]:
+        exact = min(whole.rank, width)
+        if rank is None and exact > SERVED_RANKS[-1]:
             raise SettingsError(
-                f"the exact sum of {len(given)} requests has rank {min(whole.rank, width)}, and servers load adapters up to rank "
+                f"the exact sum of {len(given)} requests has rank {exact}, and servers load adapters up to rank "
                 f"{SERVED_RANKS[-1]}. Give --rank {SERVED_RANKS[-1]} or less; the error that it causes each request is then stated"
             )
         kept, error = truncate(whole, min(rank or width, width))
         lost, norm = lost + error**2, norm + whole.norm() ** 2
-        sides = _sides(kept) if kept.rank < min(whole.rank, width) else None
+        sides = _sides(kept) if kept.rank < exact else None
         for name, term in given.items():
-            norm_of[name] = norm_of.get(name, 0.0) + term.norm() ** 2
-            lost_of[name] = lost_of.get(name, 0.0) + (left_out(_double(term), *sides) if sides else 0.0)
+            norm_of[name] += term.norm() ** 2
+            lost_of[name] += left_out(_double(term), *sides) if sides else 0.0
         factors[layer] = Factors(kept.A.float(), kept.B.float())
     shipped = rank or served_rank(max(each.rank for each in factors.values()))
     return Composed(

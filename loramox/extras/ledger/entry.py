@@ -1,25 +1,22 @@
 """One request of a ledger: train its ΔW on top of those in force, and keep the result. Used by `add` and `refresh`."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from loramox.adapter.card import request_card
 from loramox.adapter.factors import read_factors
-from loramox.adapter.folder import SERVED_RANKS, WEIGHTS, at_rank, served_rank, write_adapter
+from loramox.adapter.folder import SERVED_RANKS, at_rank, served_rank, write_adapter
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation
 from loramox.data.row import Row
 from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RunError
 from loramox.extras.ledger.compose import terms_of, total_within
-from loramox.extras.ledger.ledger import REQUESTS, STAGING, Entry, Ledger, check_files, file_digests, read_ledger
-from loramox.extras.ledger.leftovers import discard
+from loramox.extras.ledger.ledger import REQUESTS, STAGING, Entry, Ledger, check_files, file_digests
 from loramox.extras.ledger.rows import ROWS, write_rows
-from loramox.files import locked, replacing
+from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, read_record
 from loramox.train.config import UnlearnConfig
@@ -28,30 +25,10 @@ from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE
 from loramox.unlearning import TRAINED, train
 
 
-@contextmanager
-def existing(path: Path) -> Iterator[Ledger]:
-    """The ledger at `path`, which no other process writes to within it."""
-    read_ledger(path)  # before a lock is made where there is no ledger
-    with locked(path):
-        yield read_ledger(path)
-
-
 def rows_of(ledger: Ledger, entry: Entry) -> list[Row]:
-    check_files(ledger, [entry], ROWS)
+    """The copy of a request's rows, after a check that all its files are as they were entered."""
+    check_files(ledger, [entry])
     return read_rows(str(ledger.folder(entry) / ROWS), Columns(**entry.columns))
-
-
-def clean(ledger: Path, found: list[Path]) -> None:
-    for path in found:
-        print(f"Removed what an interrupted run left (with --resume it is continued instead): {path}")
-        discard(path)
-    with suppress(OSError):  # it has a run in it, or does not exist
-        (ledger / STAGING).rmdir()
-
-
-def drop(run: Path) -> None:
-    discard(run)
-    clean(run.parent.parent, [])
 
 
 def train_request(
@@ -80,7 +57,6 @@ def _earlier(ledger: Ledger, on: list[Entry]) -> Earlier | None:
     if not on:
         return None
     rows = [(row, entry.prompt_template) for entry in on for row in rows_of(ledger, entry)]
-    check_files(ledger, on, WEIGHTS)
     terms = terms_of({entry.id: (ledger.folder(entry), entry.alpha) for entry in on})
     layers = read_factors(ledger.folder(on[0]))[0]
     change = {layer: total_within(terms(layer).values(), SERVED_RANKS[-1]) for layer in layers}

@@ -13,13 +13,15 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RunError
-from loramox.files import read_json, sha256_of, write_json
+from loramox.files import locked, read_json, sha256_of, write_json
 
 INDEX = "ledger.json"
 REQUESTS = "requests"
@@ -116,6 +118,14 @@ class Ledger:
         write_json(self.path / INDEX, content | {"digest": _digest(content)})
 
 
+@contextmanager
+def existing(path: Path) -> Iterator[Ledger]:
+    """The ledger at `path`, which no other process writes to within it."""
+    read_ledger(path)  # before a lock is made where there is no ledger
+    with locked(path):
+        yield read_ledger(path)
+
+
 def read_ledger(path: Path) -> Ledger:
     """Raises `RunError` when there is no ledger, or its ledger.json was changed by anything but loramox."""
     index = path / INDEX
@@ -174,12 +184,10 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
-    """Faults of the files of one request, or of one of them."""
+def changed(ledger: Ledger, entry: Entry) -> list[str]:
+    """Faults of the files of one request."""
     faults = []
     for name, digest in entry.files.items():
-        if only not in (None, name):
-            continue
         path = ledger.folder(entry) / name
         if path.is_symlink() or not path.is_file():
             faults.append(f"{path} is missing. {RESTORE}")
@@ -188,9 +196,9 @@ def changed(ledger: Ledger, entry: Entry, only: str | None = None) -> list[str]:
     return faults
 
 
-def check_files(ledger: Ledger, entries: list[Entry], only: str | None = None) -> None:
-    """Raises `AdapterError` when a file of these requests (or their file `only`) is not as it was entered."""
-    if faults := [fault for entry in entries for fault in changed(ledger, entry, only)]:
+def check_files(ledger: Ledger, entries: list[Entry]) -> None:
+    """Raises `AdapterError` when a file of these requests is not as it was entered."""
+    if faults := [fault for entry in entries for fault in changed(ledger, entry)]:
         raise AdapterError(
             f"{faults[0]} ({len(faults)} such in all; `loramox requests verify` lists them). If another process is refreshing the "
             "ledger, run this again after it"

@@ -1,6 +1,7 @@
 """Files that a killed process leaves in a ledger. Found by name and contents, so that nobody else's files are ever deleted."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
@@ -16,13 +17,32 @@ HALF = re.compile(rf"\.{{1,2}}{FOLDER.pattern}(\.partial){{0,2}}\.(partial|old)"
 REQUEST_FILES = {CONFIG, WEIGHTS, PROVENANCE, CARD, RECORD, ROWS}
 
 
-def left_over(path: Path, ledger: Ledger | None) -> list[Path]:
+def left_over(ledger: Ledger) -> list[Path]:
     """Folders and half-written files of a process that was killed: runs in staging, requests that no entry names."""
-    named = {entry.folder for entry in ledger.entries} if ledger else set()
-    found = [f for f in _folders(path / STAGING) if NAME.fullmatch(f.name) and _is_run(f)]
-    found += [f for f in _folders(path / REQUESTS) if f.name not in named and _is_request(f)]
-    found += path.glob(f".{INDEX}.partial")
+    named = {entry.folder for entry in ledger.entries}
+    found = [f for f in _folders(ledger.path / STAGING) if NAME.fullmatch(f.name) and _is_run(f)]
+    found += [f for f in _folders(ledger.path / REQUESTS) if f.name not in named and _is_request(f)]
+    found += ledger.path.glob(f".{INDEX}.partial")
     return sorted(found)
+
+
+def clean(ledger: Ledger) -> None:
+    """Delete what is left over, and say so."""
+    for path in left_over(ledger):
+        print(f"Removed what an interrupted run left (with --resume it is continued instead): {path}")
+        discard(path)
+    _remove_staging(ledger)
+
+
+def drop(ledger: Ledger, run: Path) -> None:
+    """Delete a run in staging whose request is entered."""
+    discard(run)
+    _remove_staging(ledger)
+
+
+def _remove_staging(ledger: Ledger) -> None:
+    with suppress(OSError):  # it has a run in it, or does not exist
+        (ledger.path / STAGING).rmdir()
 
 
 def discard(path: Path) -> None:

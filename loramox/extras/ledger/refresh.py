@@ -9,9 +9,9 @@ from loramox.data.encode import Tokenisation
 from loramox.data.row import fingerprint
 from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError
-from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
-from loramox.extras.ledger.ledger import Entry, Ledger, check_files
-from loramox.extras.ledger.leftovers import check_links, discard, left_over
+from loramox.extras.ledger.entry import keep, rows_of, train_request
+from loramox.extras.ledger.ledger import Entry, Ledger, check_files, existing
+from loramox.extras.ledger.leftovers import check_links, clean, discard, drop
 from loramox.extras.ledger.rows import ROWS
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
@@ -40,46 +40,40 @@ def refresh(path: str | Path, resume: bool = False, model: str | None = None) ->
     check_links(Path(path))
     with existing(Path(path)) as ledger:
         stale = [ledger.entry(name) for name in ledger.stale()]
-        for entry in stale:
-            check_files(ledger, [entry])
-            _check_version(ledger, entry)
-            reference = _reference(ledger, entry, model)
-            check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
-            if entry.retain["source"] == AUTO:  # the reference writes them again
-                continue
-            retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
-            if fingerprint(retain) != entry.retain["sha256"]:
-                raise RowsError(
-                    f"{entry.retain['source']} has changed since request {entry.id} was entered, so the request cannot be trained as it was. "
-                    "Restore the file, or revoke the request and add it again"
-                )
+        references = [_checked(ledger, entry, model) for entry in stale]
         if not resume:
-            clean(ledger.path, left_over(ledger.path, ledger))
-        for entry in stale:
-            _refresh(ledger, entry, resume, model)
+            clean(ledger)
+        for entry, reference in zip(stale, references, strict=True):
+            _refresh(ledger, entry, reference, resume)
     return [entry.id for entry in stale]
 
 
-def _reference(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig:
-    reference = of_record(ReferenceConfig, read_record(ledger.folder(entry))["settings"])
-    return replace(reference, model=model) if model else reference
-
-
-def _check_version(ledger: Ledger, entry: Entry) -> None:
-    """Raises `RunError` for a request that loramox 0.1 trained: its settings mean something else in this version."""
+def _checked(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig:
+    """The reference that a request was trained on, when everything that it was trained with is as it was."""
+    check_files(ledger, [entry])
     record = read_record(ledger.folder(entry))
-    if as_now(record) is not record:
+    if as_now(record) is not record:  # the settings of loramox 0.1 mean something else in this version
         raise RunError(
             f"request {entry.id} was trained by loramox 0.1, and this version cannot train it as it was. Revoke it and add it again: "
             f"loramox requests revoke {shlex.quote(str(ledger.path))} {entry.id}"
         )
+    reference = of_record(ReferenceConfig, record["settings"])
+    reference = replace(reference, model=model) if model else reference
+    check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
+    if entry.retain["source"] != AUTO:  # else the reference writes them again
+        retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
+        if fingerprint(retain) != entry.retain["sha256"]:
+            raise RowsError(
+                f"{entry.retain['source']} has changed since request {entry.id} was entered, so the request cannot be trained as it was. "
+                "Restore the file, or revoke the request and add it again"
+            )
+    return reference
 
 
-def _refresh(ledger: Ledger, entry: Entry, resume: bool, model: str | None) -> None:
+def _refresh(ledger: Ledger, entry: Entry, reference: ReferenceConfig, resume: bool) -> None:
     """Train one request again as if the revoked ones had never been there, and replace its entry."""
     before = ledger.folder(entry)
     settings = read_record(before)["settings"]
-    reference = _reference(ledger, entry, model)
     tokenisation, args = (of_record(kind, settings) for kind in (Tokenisation, UnlearnConfig))
     on = ledger.before(entry)
     rows = rows_of(ledger, entry)
@@ -91,4 +85,4 @@ def _refresh(ledger: Ledger, entry: Entry, resume: bool, model: str | None) -> N
     keep(ledger, entry, run, rows)
     ledger.write()
     discard(before)
-    drop(run)
+    drop(ledger, run)

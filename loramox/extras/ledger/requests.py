@@ -15,9 +15,9 @@ from loramox.data.encode import Tokenisation
 from loramox.data.row import Row, also_in, fingerprint, keep_disjoint
 from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
-from loramox.extras.ledger.entry import clean, drop, existing, keep, rows_of, train_request
-from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, read_ledger
-from loramox.extras.ledger.leftovers import check_links, is_ours, left_over
+from loramox.extras.ledger.entry import keep, rows_of, train_request
+from loramox.extras.ledger.ledger import INDEX, NAME, Entry, Ledger, existing, read_ledger
+from loramox.extras.ledger.leftovers import check_links, clean, drop, is_ours
 from loramox.files import locked
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
@@ -29,7 +29,6 @@ from loramox.train.synthetic import AUTO
 SHARED = ("r", "lora_alpha", "target_modules", "shared_subspace", "protect")
 # Settings that the first request sets for later ones, which may have others.
 DEFAULTS = ("model", "revision", "quantization", "dtype", "trust_remote_code", "method", "alpha")
-
 
 # Their alpha is free, and they hold retain rows and rows that are forgotten already.
 LEDGER_METHODS = [
@@ -91,7 +90,7 @@ def add(
             ledger.check_fresh()
         on = ledger.in_force() if request.protect else []
         if not request.resume:
-            clean(path, left_over(path, ledger))
+            clean(ledger)
         run = train_request(ledger, name, request.resume, reference, data, args, columns, tokenisation, on)
         settings = read_record(run)["settings"]
         entry = Entry(
@@ -113,7 +112,7 @@ def add(
         keep(ledger, entry, run, rows)
         ledger.entries.append(entry)
         ledger.write()
-        drop(run)
+        drop(ledger, run)
     return entry
 
 
@@ -144,13 +143,8 @@ def _check_method(args: UnlearnConfig, reference: ReferenceConfig) -> None:
 def _opened(path: Path, request: RequestConfig, reference: ReferenceConfig, args: UnlearnConfig) -> Ledger:
     """The ledger at `path`, or a new one; its base and shared settings must be those of this request."""
     base = identify(reference, read_config(reference))
-    lora_alpha = reference.lora_alpha or round(args.spec.lora_scale * reference.r)  # as `train` fills it in
-    settings = asdict(reference) | {
-        "lora_alpha": lora_alpha,
-        "protect": request.protect,
-        "method": args.method,
-        "alpha": args.alpha,
-    }
+    settings = asdict(reference) | {"protect": request.protect, "method": args.method, "alpha": args.alpha}
+    settings["lora_alpha"] = reference.lora_alpha or round(args.spec.lora_scale * reference.r)  # as `train` fills it in
     if not (path / INDEX).exists():
         return Ledger(path, base, {name: settings[name] for name in (*SHARED, *DEFAULTS)})
     ledger = read_ledger(path)

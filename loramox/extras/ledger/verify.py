@@ -25,7 +25,7 @@ def verify(path: Path) -> Verdict:
     except RunError as error:
         return Verdict([str(error)], [])
     faults = [fault for entry in ledger.entries for fault in changed(ledger, entry)]
-    lost = left_over(path, ledger)
+    lost = left_over(ledger)
     known = {path / INDEX, path / LOCK}
     known |= {ledger.folder(entry) / name for entry in ledger.entries for name in entry.files}
     for found in sorted(path.rglob("*")):

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from accelerate import PartialState
 
 from loramox.errors import RunError
 from loramox.files import disk_may_fill, empty, has_files, is_passing, locked, read_json, write_json
+from loramox.settings import setting
 
 RECORD = "run.json"
 PACKAGES = ("loramox", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors")
@@ -57,11 +58,9 @@ HIDDEN = "HIDDEN"
 class RunConfig:
     """Where a run is written, and what to do with what is there."""
 
-    out: str = field(metadata={"help": "Folder to write."})
-    resume: bool = field(
-        default=False, metadata={"help": "Continue the run in --out from its last complete checkpoint."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run in --out and start again."})
+    out: str = setting("Folder to write.")
+    resume: bool = setting("Continue the run in --out from its last complete checkpoint.", False)
+    overwrite: bool = setting("Delete the run in --out and start again.", False)
 
 
 P = ParamSpec("P")

@@ -32,6 +32,16 @@ REPLACED = {
 }
 
 
+def setting(help: str, default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **more: Any) -> Any:
+    """A field of a dataclass of settings, with the help of its flag. One without a default has to be given.
+
+    Args:
+        factory: makes the default, where that is a list.
+        more: what else argparse gets to know of the flag: its `choices` or `aliases`.
+    """
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, **more})
+
+
 def refuse_replaced(name: str, given: str) -> None:
     """Refuse a setting that loramox 0.1 had and this version does not.
 

@@ -8,7 +8,7 @@ This is the only place where a sign is changed.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from loramox.model.algebra import Factors, concatenate, scaled
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, versions
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 # What a shipped adapter's provenance has from that of its training.
 CARRIED = (
@@ -47,20 +47,14 @@ CARRIED = (
 class ShippingConfig:
     """The form in which a forget adapter is written."""
 
-    rank: int | None = field(
-        default=None,
-        metadata={"help": "Rank to ship at. Default: the adapter's, rounded up to one that servers accept."},
+    rank: int | None = setting("Rank to ship at. Default: the adapter's, rounded up to one that servers accept.", None)
+    ship_dtype: str = setting(
+        "Type of the shipped weights. auto: the base model's, or bfloat16 for float16, which loses small values.",
+        "auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
-    ship_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the shipped weights. auto: the base model's, or bfloat16 for float16, which loses small values.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
-    base: str | None = field(
-        default=None,
-        metadata={"help": "Folder or hub id of the base model on the server, if it differs from the one in training."},
+    base: str | None = setting(
+        "Folder or hub id of the base model on the server, if it differs from the one in training.", None
     )
 
     def __post_init__(self) -> None:

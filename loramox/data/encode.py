@@ -4,7 +4,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, special_tokens
 from loramox.data.row import Row, each_answer
 from loramox.errors import RowsError, SettingsError
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 IGNORED = -100  # transformers' label for "no loss here"
 
@@ -27,25 +27,19 @@ Example = dict[str, Any]  # input_ids, labels: lists of equal length; row: where
 class Tokenisation:
     """How rows become tokens."""
 
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text around a question, with {prompt} in it and ending where the answer begins. Default: the tokenizer's "
-            "chat template, or 'Question: {prompt}\\nAnswer:' when it has none. prompt/completion rows are joined as they are."
-        },
+    prompt_template: str | None = setting(
+        "Text around a question, with {prompt} in it and ending where the answer begins. Default: the tokenizer's "
+        "chat template, or 'Question: {prompt}\\nAnswer:' when it has none. prompt/completion rows are joined as they are.",
+        None,
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Longest row in tokens. Default: the model's context; for blocks of plain text no more than {TEXT_BLOCK}."
-        },
+    max_length: int | None = setting(
+        f"Longest row in tokens. Default: the model's context; for blocks of plain text no more than {TEXT_BLOCK}.",
+        None,
     )
-    long_rows: str = field(
-        default="refuse",
-        metadata={
-            "help": "Rows longer than --max_length: refuse, truncate (the end of the answer), or drop.",
-            "choices": ["refuse", "truncate", "drop"],
-        },
+    long_rows: str = setting(
+        "Rows longer than --max_length: refuse, truncate (the end of the answer), or drop.",
+        "refuse",
+        choices=["refuse", "truncate", "drop"],
     )
 
     def __post_init__(self) -> None:

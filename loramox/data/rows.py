@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from loramox.data.messages import MESSAGES, REASONING, read_messages
@@ -10,6 +10,7 @@ from loramox.data.row import Row
 from loramox.data.row_files import load
 from loramox.data.text import check_characters, number_as_text, shown
 from loramox.errors import RowsError, escaped
+from loramox.settings import setting
 
 # Column names that are recognised without a flag: the prompt's, then the answer's.
 QUESTION_ANSWER = ("question", "answer")
@@ -23,34 +24,23 @@ VARIANTS = ("paraphrased_answer", "paraphrased_question", "perturbed_answer")  #
 class Data:
     """Which rows to forget and which to hold in place."""
 
-    forget: str = field(
-        metadata={"help": "Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split]."}
+    forget: str = setting("Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split].")
+    retain: str = setting(
+        "Rows to retain, in the same forms, or auto (training and plan): the model writes them itself."
     )
-    retain: str = field(
-        metadata={
-            "help": "Rows to retain, in the same forms, or auto (training and plan): the model writes them itself."
-        }
-    )
-    drop_overlap: bool = field(
-        default=False, metadata={"help": "Leave out retain rows that are also forget rows, instead of refusing them."}
-    )
+    drop_overlap: bool = setting("Leave out retain rows that are also forget rows, instead of refusing them.", False)
 
 
 @dataclass
 class Columns:
     """Which columns hold what, where the recognised names (question/answer, prompt/completion, messages, text) are not used."""
 
-    prompt_column: str | None = field(default=None, metadata={"help": "Column of the question or prompt."})
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Column of the answer, on which loss and KL are computed."}
-    )
-    messages_column: str | None = field(
-        default=None, metadata={"help": "Column of chat messages; the last one is the answer."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "Column of plain text, cut into blocks."})
-    wanted_column: str | None = field(
-        default=None,
-        metadata={"help": "Forget rows only: column of the answer wanted instead, for targeted unlearning."},
+    prompt_column: str | None = setting("Column of the question or prompt.", None)
+    answer_column: str | None = setting("Column of the answer, on which loss and KL are computed.", None)
+    messages_column: str | None = setting("Column of chat messages; the last one is the answer.", None)
+    text_column: str | None = setting("Column of plain text, cut into blocks.", None)
+    wanted_column: str | None = setting(
+        "Forget rows only: column of the answer wanted instead, for targeted unlearning.", None
     )
 
     def __post_init__(self) -> None:
@@ -95,10 +85,10 @@ class _Reader:
         self.messages, self.text = columns.messages_column, columns.text_column
         self.input: str | None = None
         self.numbers: list[tuple[int, str]] = []  # the row and the text of each number that was read as text
-        for setting in fields(columns):
-            name = getattr(columns, setting.name)
+        for column in fields(columns):
+            name = getattr(columns, column.name)
             if name and name not in found:
-                raise RowsError(f"{source} has no column '{name}' (--{setting.name}). It has: {', '.join(found)}")
+                raise RowsError(f"{source} has no column '{name}' (--{column.name}). It has: {', '.join(found)}")
         if not (self.pair or self.messages or self.text):
             known = (QUESTION_ANSWER, PROMPT_COMPLETION, ALPACA)
             self.pair = next((p for p in known if set(p) <= set(found)), None)

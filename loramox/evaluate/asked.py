@@ -1,7 +1,7 @@
 """The rows to score: their files, the checks on them, and their tokenisation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.neighbours import nearest
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.model.config import ModelConfig, context_of, read_tokenizer
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 HOLDOUT = "holdout"
 
@@ -27,56 +27,31 @@ HOLDOUT = "holdout"
 class Asked:
     """Which rows to ask, and what to compare the answers to."""
 
-    forget: str | None = field(default=None, metadata={"help": "Rows to forget, as for unlearn."})
-    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn, except auto."})
-    retain_test: str | None = field(
-        default=None, metadata={"help": "Rows to retain that training did not get, for general ability."}
+    forget: str | None = setting("Rows to forget, as for unlearn.", None)
+    retain: str | None = setting("Rows to retain, as for unlearn, except auto.", None)
+    retain_test: str | None = setting("Rows to retain that training did not get, for general ability.", None)
+    text: str | None = setting(
+        "Text whose perplexity is compared with the reference's: a text file, or rows with a column text.", None
     )
-    text: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text whose perplexity is compared with the reference's: a text file, or rows with a column text."
-        },
+    neighbours: int = setting(
+        "Number of retain rows to report separately: those most like the forget rows, from --retain_test if given. 0: none.",
+        20,
     )
-    neighbours: int = field(
-        default=20,
-        metadata={
-            "help": "Number of retain rows to report separately: those most like the forget rows, from --retain_test if given. 0: none."
-        },
+    holdout: str | None = setting("Rows like the forget rows that no model has seen, for membership inference.", None)
+    suite: str | None = setting(
+        "A benchmark's own rows, instead of files: tofu or muse (MUSE-News).", None, choices=["tofu", "muse"]
     )
-    holdout: str | None = field(
-        default=None, metadata={"help": "Rows like the forget rows that no model has seen, for membership inference."}
+    split: str = setting("TOFU's forget split: forget01, forget05 or forget10.", "forget10", choices=["forget01", "forget05", "forget10"])  # fmt: skip
+    data: str | None = setting("Folder with the suite's files. Default: the suite's data set on the hub.", None)
+    retrained: list[str] | None = setting(
+        "Folder that loramox evaluate wrote for a model trained without the forget rows, on the same rows. Several folders: one per "
+        "seed. They show how much such models differ by chance.",
+        None,
     )
-    suite: str | None = field(
-        default=None,
-        metadata={
-            "help": "A benchmark's own rows, instead of files: tofu or muse (MUSE-News).",
-            "choices": ["tofu", "muse"],
-        },
+    equivalence: float = setting(
+        "Differences that count as none, as a share of the distance between the reference and the retrained model.", 0.1
     )
-    split: str = field(
-        default="forget10",
-        metadata={"help": "TOFU's forget split: forget01, forget05 or forget10.", "choices": ["forget01", "forget05", "forget10"]},
-    )  # fmt: skip
-    data: str | None = field(
-        default=None, metadata={"help": "Folder with the suite's files. Default: the suite's data set on the hub."}
-    )
-    retrained: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that loramox evaluate wrote for a model trained without the forget rows, on the same rows. Several folders: one per "
-            "seed. They show how much such models differ by chance."
-        },
-    )
-    equivalence: float = field(
-        default=0.1,
-        metadata={
-            "help": "Differences that count as none, as a share of the distance between the reference and the retrained model."
-        },
-    )
-    drop_overlap: bool = field(
-        default=False, metadata={"help": "Leave out retain and holdout rows that are also forget rows."}
-    )
+    drop_overlap: bool = setting("Leave out retain and holdout rows that are also forget rows.", False)
 
     def __post_init__(self) -> None:
         check_choices(self)

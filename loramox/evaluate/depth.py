@@ -14,7 +14,7 @@ authors' code takes the last layer's states after the final norm, which then act
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
 from loramox.model.patching import patched_pass
 from loramox.model.sharding import layers_of
+from loramox.settings import setting
 
 NAME = "unlearning_depth"
 THRESHOLD = 0.05  # nats per token, the paper's τ
@@ -49,12 +50,9 @@ SOURCE = "UDS of whole answers, mean over rows; arXiv 2605.24614"
 class DepthConfig:
     """Whether to measure the unlearning depth score, and against which model."""
 
-    depth: bool = field(
-        default=False,
-        metadata={"help": "Also measure at which layers the forgotten knowledge is still present. Needs --retrained_model."},
-    )  # fmt: skip
-    retrained_model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of a model trained without the forget rows, for --depth."}
+    depth: bool = setting("Also measure at which layers the forgotten knowledge is still present. Needs --retrained_model.", False)  # fmt: skip
+    retrained_model: str | None = setting(
+        "Folder or hub id of a model trained without the forget rows, for --depth.", None
     )
 
     def __post_init__(self) -> None:

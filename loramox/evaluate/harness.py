@@ -1,7 +1,7 @@
 """Run tasks of lm-evaluation-harness on the loaded model, with its adapter off and on."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from loramox.errors import SettingsError, needs
 from loramox.evaluate.ability import TaskScores
 from loramox.evaluate.measure import Questions
 from loramox.model.lora import at_scale
+from loramox.settings import setting
 
 PREFERRED = ("acc_norm", "acc", "exact_match")  # where a task has several metrics
 
@@ -21,15 +22,10 @@ PREFERRED = ("acc_norm", "acc", "exact_match")  # where a task has several metri
 class HarnessConfig:
     """Which tasks of lm-evaluation-harness to run."""
 
-    lm_eval: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks of lm-evaluation-harness, by name or as YAML files, to run with the adapter off and on."
-        },
+    lm_eval: list[str] | None = setting(
+        "Tasks of lm-evaluation-harness, by name or as YAML files, to run with the adapter off and on.", None
     )
-    lm_eval_limit: int | None = field(
-        default=None, metadata={"help": "Most documents of each of these tasks. Default: all."}
-    )
+    lm_eval_limit: int | None = setting("Most documents of each of these tasks. Default: all.", None)
 
     def __post_init__(self) -> None:
         if self.lm_eval_limit is not None and (self.lm_eval_limit < 1 or not self.lm_eval):

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.metric import Record
 from loramox.evaluate.scores import AnswerScores, answer_start, piece, score_answers
+from loramox.settings import setting
 
 T = TypeVar("T")
 
@@ -28,11 +29,9 @@ T = TypeVar("T")
 class ScoringConfig:
     """How answers are scored."""
 
-    batch_size: int = field(default=32, metadata={"help": "Answers scored, or generated, at a time."})
-    max_new_tokens: int = field(
-        default=200, metadata={"help": "Longest generated answer in tokens, for ROUGE-L. 0: generate nothing."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even where there is a GPU."})
+    batch_size: int = setting("Answers scored, or generated, at a time.", 32)
+    max_new_tokens: int = setting("Longest generated answer in tokens, for ROUGE-L. 0: generate nothing.", 200)
+    use_cpu: bool = setting("Use the CPU even where there is a GPU.", False)
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("max_new_tokens", 0)):

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,17 @@ from loramox.data.row import Row, fingerprint
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.evaluate.ability import RETAIN_TEST
 from loramox.model.config import ModelConfig, identify, read_config, read_tokenizer
+from loramox.settings import setting
 
 
 @dataclass
 class Subject:
     """The adapter to evaluate, and where to write."""
 
-    out: str = field(metadata={"help": "Folder to write records.jsonl and summary.json to."})
-    adapter: str | None = field(
-        default=None, metadata={"help": "Adapter folder to put on the model. Default: none, the model as it is."}
-    )
-    scale: float = field(
-        default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the evaluation in --out."})
+    out: str = setting("Folder to write records.jsonl and summary.json to.")
+    adapter: str | None = setting("Adapter folder to put on the model. Default: none, the model as it is.", None)
+    scale: float = setting("Scale of the adapter: 1 is as shipped, 0.5 half of it, 0 off. Not --alpha.", 1.0)
+    overwrite: bool = setting("Replace the evaluation in --out.", False)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:

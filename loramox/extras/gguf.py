@@ -6,7 +6,7 @@ by `make test-llamacpp`. The base model is converted by llama.cpp's own `convert
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from loramox.extras.check.servers import OLLAMAS_OWN
 from loramox.files import replacing
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, read_config
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 with needs("gguf"):
     import gguf
@@ -51,22 +51,17 @@ FAMILIES = {
 class GgufConfig:
     """What is written as a LoRA GGUF, and where to."""
 
-    adapter: str = field(metadata={"help": "Folder of the forget adapter."})
-    out: str = field(metadata={"help": "File to write, such as forget.gguf."})
-    base: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or hub id of the base model, when it is not where the adapter says. Only its config.json is read."
-        },
+    adapter: str = setting("Folder of the forget adapter.")
+    out: str = setting("File to write, such as forget.gguf.")
+    base: str | None = setting(
+        "Folder or hub id of the base model, when it is not where the adapter says. Only its config.json is read.", None
     )
-    outtype: str = field(
-        default="f32",
-        metadata={
-            "help": "Type of the weights in it; f32, the default of llama.cpp's converter too, holds every adapter exactly.",
-            "choices": ["f32", "f16"],
-        },
+    outtype: str = setting(
+        "Type of the weights in it; f32, the default of llama.cpp's converter too, holds every adapter exactly.",
+        "f32",
+        choices=["f32", "f16"],
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the LoRA GGUF that is at --out."})
+    overwrite: bool = setting("Replace the LoRA GGUF that is at --out.", False)
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -1,6 +1,6 @@
 """Upload shipped files to the hub: only files of known names, so that no training rows can be among them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE
 from loramox.adapter.streaming.checkpoint import BESIDE, INDEX
 from loramox.errors import RunError, SettingsError
+from loramox.settings import setting
 
 # Everything that an adapter, a merged model or a GGUF consists of. Whatever else is in a folder stays here.
 SHIPPED = (CONFIG, PROVENANCE, CARD, "config.json", INDEX, "*.safetensors", "*.gguf", *BESIDE)
@@ -20,16 +21,12 @@ SHIPPED = (CONFIG, PROVENANCE, CARD, "config.json", INDEX, "*.safetensors", "*.g
 class PushConfig:
     """Where what ships is uploaded to, if anywhere."""
 
-    push_to_hub: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub repository, NAME or OWNER/NAME, to upload what is written to; made private if it does not exist. "
-            "Default: nothing is uploaded.",
-        },
+    push_to_hub: str | None = setting(
+        "Hub repository, NAME or OWNER/NAME, to upload what is written to; made private if it does not exist. "
+        "Default: nothing is uploaded.",
+        None,
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Write everything here, but only list what --push_to_hub would upload."}
-    )
+    dry_run: bool = setting("Write everything here, but only list what --push_to_hub would upload.", False)
 
     def __post_init__(self) -> None:
         if self.dry_run and not self.push_to_hub:

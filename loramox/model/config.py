@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from loramox.errors import ModelError, RunError, SettingsError
 from loramox.files import read_json
 from loramox.model.precision import half_precision, warn_of_emulation
 from loramox.model.stored import AGAIN, check_weights
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 MOST_LAYERS = 1_000  # the largest models have some 100; a damaged number would be built for ever
 
@@ -37,37 +37,27 @@ MOST_LAYERS = 1_000  # the largest models have some 100; a damaged number would 
 class ModelConfig:
     """Which model, in how many bits."""
 
-    model: str = field(
-        metadata={"help": "Folder or hub id of the 16- or 32-bit causal language model that knows the forget rows."}
+    model: str = setting("Folder or hub id of the 16- or 32-bit causal language model that knows the forget rows.")
+    revision: str | None = setting("Branch, tag or commit on the hub.", None)
+    quantization: str = setting(
+        "Weights of the frozen reference: nf4 (double quantization), int8, or none.",
+        "nf4",
+        choices=["nf4", "int8", "none"],
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    quantization: str = field(
-        default="nf4",
-        metadata={
-            "help": "Weights of the frozen reference: nf4 (double quantization), int8, or none.",
-            "choices": ["nf4", "int8", "none"],
-        },
+    dtype: str = setting(
+        "Type of the weights that are not quantized, and of the arithmetic. auto: bfloat16 on a GPU (float16 on one without it), float32 on a CPU.",
+        "auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the weights that are not quantized, and of the arithmetic. auto: bfloat16 on a GPU (float16 on one without it), float32 on a CPU.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+    attn_implementation: str | None = setting(
+        "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, usually sdpa.",
+        None,
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "How attention is computed, as in transformers: sdpa, eager, flash_attention_2, … Default: the model's, usually sdpa."
-        },
+    shard: bool = setting(
+        "Split the frozen layers among the processes of torchrun or accelerate launch, for a model that one device cannot hold.",
+        False,
     )
-    shard: bool = field(
-        default=False,
-        metadata={
-            "help": "Split the frozen layers among the processes of torchrun or accelerate launch, for a model that one device cannot hold."
-        },
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+    trust_remote_code: bool = setting("Run model code that comes with the checkpoint.", False)
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from loramox.errors import ModelError, SettingsError
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, identify
+from loramox.settings import setting
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
 
@@ -40,48 +41,32 @@ KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 class ReferenceConfig(ModelConfig):
     """The model to start from, and the LoRA adapter to put on it."""
 
-    r: int = field(
-        default=16,
-        metadata={
-            "aliases": ["--lora_r"],
-            "help": "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r, since torchrun takes --r as its own flag.",
-        },
+    r: int = setting(
+        "Rank of the LoRA adapter, as in PEFT. Under torchrun write --lora_r, since torchrun takes --r as its own flag.",
+        16,
+        aliases=["--lora_r"],
     )
-    lora_alpha: int | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA's own scale is lora_alpha / r, as in PEFT. Not --alpha. Default: r, or 8·r for npo_mean."
-        },
+    lora_alpha: int | None = setting(
+        "LoRA's own scale is lora_alpha / r, as in PEFT. Not --alpha. Default: r, or 8·r for npo_mean.", None
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "As in PEFT. Dropout works against memorizing, which is the aim."}
+    lora_dropout: float = setting("As in PEFT. Dropout works against memorizing, which is the aim.", 0.0)
+    target_modules: list[str] | None = setting(
+        "Names of the layers to adapt, as in PEFT. Default: all linear layers except the output head.", None
     )
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the layers to adapt, as in PEFT. Default: all linear layers except the output head."
-        },
+    shared_subspace: bool = setting(
+        "Freeze A at random values that depend on the base model alone and train only B: adapters of one base then "
+        "add up without growing, and each forgets less.",
+        False,
     )
-    shared_subspace: bool = field(
-        default=False,
-        metadata={
-            "help": "Freeze A at random values that depend on the base model alone and train only B: adapters of one base then "
-            "add up without growing, and each forgets less."
-        },
+    tuned_adapter: str | None = setting(
+        "Folder of your own LoRA fine-tune of --model, written by PEFT, if that fine-tune knows the forget rows. It stays on, "
+        "frozen. The run writes a forget adapter to load beside it, and one adapter that combines both.",
+        None,
     )
-    tuned_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of your own LoRA fine-tune of --model, written by PEFT, if that fine-tune knows the forget rows. It stays on, "
-            "frozen. The run writes a forget adapter to load beside it, and one adapter that combines both."
-        },
-    )
-    memorize_at: str | None = field(
-        default=None,
-        metadata={
-            "help": "mox_static, task_vector: folder or hub id of a checkpoint of --model that never saw the forget rows. ΔW is memorized "
-            "there and subtracted from --model. With --tuned_adapter: base, which is --model without that adapter."
-        },
+    memorize_at: str | None = setting(
+        "mox_static, task_vector: folder or hub id of a checkpoint of --model that never saw the forget rows. ΔW is memorized "
+        "there and subtracted from --model. With --tuned_adapter: base, which is --model without that adapter.",
+        None,
     )
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
 """Settings of a sweep: which points to measure, and the rule that chooses one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from loramox.errors import SettingsError
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 RULES = ("budget", "holdout", "retrained", "forget_to")
 
@@ -14,44 +14,30 @@ RULES = ("budget", "holdout", "retrained", "forget_to")
 class SweepConfig:
     """Which points to measure, and the rule that chooses among them."""
 
-    trained: str = field(metadata={"help": "Folder 'trained' of a run."})
-    out: str = field(
-        metadata={
-            "help": "Folder to write. Results in it are reused; rerun the command to resume an interrupted sweep."
-        }
+    trained: str = setting("Folder 'trained' of a run.")
+    out: str = setting("Folder to write. Results in it are reused; rerun the command to resume an interrupted sweep.")
+    alphas: list[float] | None = setting(
+        "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the alpha of training.", None
     )
-    alphas: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Alphas to measure, for a method that has alpha. Default: 1/4 to 3/2 of the alpha of training."
-        },
+    scales: list[float] | None = setting(
+        "Scales to measure, for a method without alpha; 1 is as trained. Default: 1/4 to 3/2.", None
     )
-    scales: list[float] | None = field(
-        default=None,
-        metadata={"help": "Scales to measure, for a method without alpha; 1 is as trained. Default: 1/4 to 3/2."},
+    refine: int = setting("Points to add near the rule's choice.", 3)
+    rule: str = setting(
+        "Rule that chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
+        "rows never seen), retrained (like a model that never saw them), forget_to (the smallest that forgets as much as --forget_to, "
+        "--retrained or --holdout).",
+        "budget",
+        choices=list(RULES),
     )
-    refine: int = field(default=3, metadata={"help": "Points to add near the rule's choice."})
-    rule: str = field(
-        default="budget",
-        metadata={
-            "help": "Rule that chooses: budget (the largest that costs retain rows no more than --budget), holdout (forget rows look like "
-            "rows never seen), retrained (like a model that never saw them), forget_to (the smallest that forgets as much as --forget_to, "
-            "--retrained or --holdout).",
-            "choices": list(RULES),
-        },
+    budget: float = setting("Share of retain probability that forgetting may cost.", 0.02)
+    forget_to: float | None = setting(
+        "For rule forget_to: the largest probability of forget answers, and share of them that greedy decoding gives, like 0.05. "
+        "Default: as in --retrained, else as the reference has --holdout rows.",
+        None,
     )
-    budget: float = field(default=0.02, metadata={"help": "Share of retain probability that forgetting may cost."})
-    forget_to: float | None = field(
-        default=None,
-        metadata={
-            "help": "For rule forget_to: the largest probability of forget answers, and share of them that greedy decoding gives, like 0.05. "
-            "Default: as in --retrained, else as the reference has --holdout rows."
-        },
-    )
-    ship: str | None = field(default=None, metadata={"help": "Folder to write the chosen forget adapter to."})
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the base model, if it has moved since training."}
-    )
+    ship: str | None = setting("Folder to write the chosen forget adapter to.", None)
+    model: str | None = setting("Folder or hub id of the base model, if it has moved since training.", None)
 
     def __post_init__(self) -> None:
         check_choices(self)

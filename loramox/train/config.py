@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from loramox.errors import SettingsError, needs
 from loramox.model.precision import half_precision, warn_of_emulation
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
 from loramox.train.registry import METHODS, Method
 
@@ -23,11 +23,6 @@ OFF = {
     "label_smoothing_factor": "0: no term here has labels to smooth",
     "use_liger_kernel": "false: losses are computed from hidden states already",
 }
-
-
-def setting(help: str, default: Any = None, **more: Any) -> Any:
-    """A field with its help. None stands for the default of the method, or for one that depends on the model and the rows."""
-    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -44,120 +39,130 @@ class UnlearnConfig(TrainingArguments):
         "Unlearning method: mox, mox_static, npo_mean, npo, simnpo, ga, ga_kl, graddiff, dpo, po, altpo, rmu, whp, llmu, "
         "task_vector. mox memorizes along a path, then extrapolates. mox_static is the MOX paper's own method. dpo and po train "
         "refusals, altpo needs --wanted_column, whp needs --reinforced.",
-        default="mox",
+        "mox",
     )
     alpha: float | None = setting(
         "How far to extrapolate: θ_for = θ_ref − alpha·ΔW, for methods that memorize. Free after training (loramox extrapolate). "
-        "Default: 8 for mox, 4 for mox_static, 1 for task_vector."
+        "Default: 8 for mox, 4 for mox_static, 1 for task_vector.",
+        None,
     )
     beta: float | None = setting(
         "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
         "(default 1.8), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        None,
         aliases=["--npo_beta"],
     )
     inner_steps: int | None = setting(
-        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 is one gradient of NPO's loss. Default: 8."
+        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 is one gradient of NPO's loss. Default: 8.",
+        None,
     )
     inner_lr: float | None = setting(
-        "mox: how far each weight of the fresh LoRA moves in one memorizing step. Larger: harder to relearn. Default: 0.01."
+        "mox: how far each weight of the fresh LoRA moves in one memorizing step. Larger: harder to relearn. Default: 0.01.",
+        None,
     )
     forget_term: str | None = setting(
         "mox_static: loss that memorizes the forget rows: cross_entropy, or the paper's preference variant.",
+        None,
         choices=["cross_entropy", "preference"],
     )
     temperature: float | None = setting(
-        "mox_static, task_vector: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's."
+        "mox_static, task_vector: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's.",
+        None,
     )
     kl_at: str | None = setting(
         "mox_static: model at which the retain KL is computed: memorization (θ_ref + ΔW, the paper's default) or shipped (θ_ref − alpha·ΔW).",
+        None,
         choices=["memorization", "shipped"],
     )
     targeted: str | None = setting(
         "mox, mox_static: with --wanted_column, descent trains the wanted answer at θ_ref − alpha·ΔW (default); ascent is the paper's "
         "term, −CE of the wanted answer at θ_ref + ΔW.",
+        None,
         choices=["descent", "ascent"],
     )
     retain_term: str | None = setting(
         "Loss on the retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
+        None,
         choices=["ce", "kl", "none", "states"],
     )
     retain_weight: float | None = setting(
-        "Weight of the retain term. Default: the method's, mostly 1.", aliases=["--kl_weight"]
+        "Weight of the retain term. Default: the method's, mostly 1.", None, aliases=["--kl_weight"]
     )
-    forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.")
-    margin: float | None = setting("simnpo: γ. Default: 0.")
+    forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.", None)
+    margin: float | None = setting("simnpo: γ. Default: 0.", None)
     instead: str | None = setting(
         "What the forget model learns to answer instead, without --wanted_column: refuse (say that it does not know), guess (the "
         "reference's likeliest other answer), none. Default: auto, which is refuse for questions to a chat model, else none.",
+        None,
         choices=["auto", "refuse", "guess", "none"],
     )
     refusals: str | None = setting(
         "Text file of refusals, one per line, for --instead refuse, dpo and po; each forget row gets one by a seeded draw. Default: "
-        "built-in, two dozen English sentences."
+        "built-in, two dozen English sentences.",
+        None,
     )
-    steering: float | None = setting("rmu: length of the vector that forget rows are steered to. Default: 6.5.")
-    rmu_layer: int | None = setting("rmu: number of the layer whose output is steered, from 1. Default: 7.")
+    steering: float | None = setting("rmu: length of the vector that forget rows are steered to. Default: 6.5.", None)
+    rmu_layer: int | None = setting("rmu: number of the layer whose output is steered, from 1. Default: 7.", None)
     reinforced: str | None = setting(
-        "whp: folder 'trained' of a mox_static run on the same forget rows, the reinforced model."
+        "whp: folder 'trained' of a mox_static run on the same forget rows, the reinforced model.", None
     )
     whp_strength: float | None = setting(
-        "whp: factor on the rise of the logits in the reinforced model, before it is subtracted. Default: 5."
+        "whp: factor on the rise of the logits in the reinforced model, before it is subtracted. Default: 5.", None
     )
     momentum: float | None = setting(
         "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which ships. "
-        "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1."
+        "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1.",
+        None,
     )
-    momentum_every: int | None = setting("Optimiser steps between updates of the average. Default: one epoch.")
+    momentum_every: int | None = setting("Optimiser steps between updates of the average. Default: one epoch.", None)
     momentum_rank: int | None = setting(
-        "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's."
+        "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's.", None
     )
-    retain_per_forget: int = setting("Retain rows drawn with each forget row.", default=3)
+    retain_per_forget: int = setting("Retain rows drawn with each forget row.", 3)
     reference_cache_gb: float = setting(
         "Largest on-disk cache, in GB, of the reference's hidden states, which saves a pass for each row that is used "
         "again. One per process, in output_dir, deleted at the end. 0: no cache.",
-        default=8.0,
+        8.0,
     )
     auto_retain: int | None = setting(
         "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-        "answers. Default: 240 with --retain auto, 120 where a chat model is taught another answer (--instead), else 0."
+        "answers. Default: 240 with --retain auto, 120 where a chat model is taught another answer (--instead), else 0.",
+        None,
     )
-    eval_rows: int = setting(
-        "Largest number of forget rows, and of retain rows, that are scored during training.", default=64
-    )
+    eval_rows: int = setting("Largest number of forget rows, and of retain rows, that are scored during training.", 64)
 
     forget_to: float | None = setting(
         "Target probability of forget answers: ship the smallest share of alpha (or scale) at which they have at most this "
         "probability, and greedy decoding gives at most this share of them; 0: ship as trained. Default: 0.05 if another answer is "
-        "taught, else 0."
+        "taught, else 0.",
+        None,
     )
-    stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", default=False)
+    stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", False)
 
     # TrainingArguments' own fields, with defaults that suit a LoRA adapter on a quantized model and a small forget set.
-    output_dir: str | None = setting("Folder for checkpoints and logs.", default="trained")
+    output_dir: str | None = setting("Folder for checkpoints and logs.", "trained")
     learning_rate: float | None = setting(
-        "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more."
+        "Peak learning rate. Default: 1e-3, and 2e-4 for a model of 1B parameters or more.", None
     )
-    num_train_epochs: float = setting("Passes over the forget rows.", default=24)
-    per_device_train_batch_size: int = setting("Forget rows per device and micro-batch.", default=8)
-    per_device_eval_batch_size: int = setting("Rows per device and pass when the forget model is scored.", default=32)
-    weight_decay: float = setting("AdamW's weight decay.", default=0.0)
-    warmup_steps: float = setting("Share (below 1) or number of steps over which the learning rate rises.", default=0.1)
-    bf16: bool | None = setting("Arithmetic in bfloat16. Default: on a GPU that has it.")
-    logging_steps: float = setting("Steps between log lines; below 1, a share of all steps.", default=5)
-    logging_first_step: bool = setting("Log the first step too.", default=True)
-    logging_nan_inf_filter: bool = setting("Unused: a loss that is not finite stops the run.", default=False)
-    eval_strategy: str = setting("When the forget model is scored while training: no, steps or epoch.", default="epoch")
-    eval_on_start: bool = setting(
-        "Also score the reference before the first step: how well it knows the rows.", default=True
+    num_train_epochs: float = setting("Passes over the forget rows.", 24)
+    per_device_train_batch_size: int = setting("Forget rows per device and micro-batch.", 8)
+    per_device_eval_batch_size: int = setting("Rows per device and pass when the forget model is scored.", 32)
+    weight_decay: float = setting("AdamW's weight decay.", 0.0)
+    warmup_steps: float = setting("Share (below 1) or number of steps over which the learning rate rises.", 0.1)
+    bf16: bool | None = setting("Arithmetic in bfloat16. Default: on a GPU that has it.", None)
+    logging_steps: float = setting("Steps between log lines; below 1, a share of all steps.", 5)
+    logging_first_step: bool = setting("Log the first step too.", True)
+    logging_nan_inf_filter: bool = setting("Unused: a loss that is not finite stops the run.", False)
+    eval_strategy: str = setting("When the forget model is scored while training: no, steps or epoch.", "epoch")
+    eval_on_start: bool = setting("Also score the reference before the first step: how well it knows the rows.", True)
+    save_strategy: str = setting("When a checkpoint is written: no, steps or epoch.", "epoch")
+    save_total_limit: int | None = setting("Checkpoints kept. At least 2, so that one is always whole.", 2)
+    report_to: None | str | list[str] = setting(  # noqa: RUF036 (as in TrainingArguments)
+        "Where logs go: tensorboard if it is installed. Nothing leaves the machine by default.",
+        "tensorboard" if find_spec("tensorboard") else "none",
     )
-    save_strategy: str = setting("When a checkpoint is written: no, steps or epoch.", default="epoch")
-    save_total_limit: int | None = setting("Checkpoints kept. At least 2, so that one is always whole.", default=2)
-    report_to: None | str | list[str] = field(  # noqa: RUF036 (as in TrainingArguments)
-        default="tensorboard" if find_spec("tensorboard") else "none",
-        metadata={"help": "Where logs go: tensorboard if it is installed. Nothing leaves the machine by default."},
-    )
-    remove_unused_columns: bool | None = setting("Unused: rows are read before.", default=False)
-    ddp_find_unused_parameters: bool | None = setting("Every adapter weight is used in every pass.", default=False)
+    remove_unused_columns: bool | None = setting("Unused: rows are read before.", False)
+    ddp_find_unused_parameters: bool | None = setting("Every adapter weight is used in every pass.", False)
 
     OF_METHODS: ClassVar = (
         "alpha", "beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term", "retain_weight",

@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loramox.errors import SettingsError
+from loramox.settings import setting
 
 ATTACKS = ("relearn", "requantize", "forms", "context", "sample", "pair")
 QUICK_ROWS = 20
@@ -14,74 +15,55 @@ QUICK_ROWS = 20
 class AttackConfig:
     """The adapter to attack, and how."""
 
-    adapter: str = field(metadata={"help": "Folder of the forget adapter."})
-    out: str = field(metadata={"help": "Folder to write. Attacks that are finished there are not repeated."})
-    attacks: list[str] = field(
-        default_factory=lambda: list(ATTACKS),
-        metadata={
-            "help": "Attacks to run: relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
-            "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
-            "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
-            "The last four need --max_new_tokens above 0."
-        },
+    adapter: str = setting("Folder of the forget adapter.")
+    out: str = setting("Folder to write. Attacks that are finished there are not repeated.")
+    attacks: list[str] = setting(
+        "Attacks to run: relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
+        "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
+        "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
+        "The last four need --max_new_tokens above 0.",
+        factory=lambda: list(ATTACKS),
     )
-    quick: bool = field(
-        default=False,
-        metadata={
-            "help": f"A first look: score at most {QUICK_ROWS} forget rows and {QUICK_ROWS} retain rows, spread over their files. Too few to compare methods."
-        },
+    quick: bool = setting(
+        f"A first look: score at most {QUICK_ROWS} forget rows and {QUICK_ROWS} retain rows, spread over their files. Too few to compare methods.",
+        False,
     )
-    scale: float = field(default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped. Not --alpha."})
-    retrained_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or hub id of a model trained without the forget rows: the control, which is attacked in the same way."
-        },
+    scale: float = setting("Scale of the adapter: 1 is as shipped. Not --alpha.", 1.0)
+    retrained_model: str | None = setting(
+        "Folder or hub id of a model trained without the forget rows: the control, which is attacked in the same way.",
+        None,
     )
-    holdout: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rows like the forget rows that no model has seen: the control if there is no retrained model. The forget model is attacked with them in the same way."
-        },
+    holdout: str | None = setting(
+        "Rows like the forget rows that no model has seen: the control if there is no retrained model. The forget model is attacked with them in the same way.",
+        None,
     )
-    relearn_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 5, 10, 20],
-        metadata={"help": "Steps of relearning after which the rows are scored."},
+    relearn_steps: list[int] = setting(
+        "Steps of relearning after which the rows are scored.", factory=lambda: [1, 2, 5, 10, 20]
     )
-    relearn_share: float = field(
-        default=0.2, metadata={"help": "Share of the forget rows that the attacker has; the others are scored."}
+    relearn_share: float = setting("Share of the forget rows that the attacker has; the others are scored.", 0.2)
+    relearn_rate: list[float] = setting(
+        "Learning rates of relearning, AdamW on a fresh LoRA adapter: one attack for each.", factory=lambda: [1e-3]
     )
-    relearn_rate: list[float] = field(
-        default_factory=lambda: [1e-3],
-        metadata={"help": "Learning rates of relearning, AdamW on a fresh LoRA adapter: one attack for each."},
+    relearn_text: str | None = setting(
+        "Unrelated text to relearn on as well: a .txt file of lines, or any file of rows.", None
     )
-    relearn_text: str | None = field(
-        default=None,
-        metadata={"help": "Unrelated text to relearn on as well: a .txt file of lines, or any file of rows."},
+    relearn_all_weights: bool = setting(
+        "Relearn once more with all weights, as if the adapter were merged: 20 bytes of memory per weight. Needs --quantization none.",
+        False,
     )
-    relearn_all_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Relearn once more with all weights, as if the adapter were merged: 20 bytes of memory per weight. Needs --quantization none."
-        },
+    relearn_rank: int = setting("Rank of the LoRA adapter that relearns.", 16)
+    relearn_batch: int = setting("Rows per step of relearning.", 8)
+    sample_count: int = setting("Answers sampled per forget question.", 16)
+    sample_temperature: float = setting("Temperature of the sampled answers.", 1.0)
+    sample_threshold: float = setting(
+        "Least ROUGE-L recall, or share of the key words, with which a sampled answer is a leak.", 0.8
     )
-    relearn_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapter that relearns."})
-    relearn_batch: int = field(default=8, metadata={"help": "Rows per step of relearning."})
-    sample_count: int = field(default=16, metadata={"help": "Answers sampled per forget question."})
-    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampled answers."})
-    sample_threshold: float = field(
-        default=0.8,
-        metadata={"help": "Least ROUGE-L recall, or share of the key words, with which a sampled answer is a leak."},
+    guidance: list[float] = setting(
+        "pair: strengths γ of the guidance. The logits are base + γ·(base − forget model).",
+        factory=lambda: [0.5, 1.0, 2.0],
     )
-    guidance: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 2.0],
-        metadata={"help": "pair: strengths γ of the guidance. The logits are base + γ·(base − forget model)."},
-    )
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the attacker's rows, the training, the sampled answers, and the retain rows put before a question."
-        },
+    seed: int = setting(
+        "Seed of the attacker's rows, the training, the sampled answers, and the retain rows put before a question.", 0
     )
 
     def __post_init__(self) -> None:

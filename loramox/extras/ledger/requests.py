@@ -5,7 +5,7 @@ out of the sum. A later request is trained on top of those in force (`protect`),
 one of these is revoked, `refresh` trains the later ones again without it.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from loramox.files import locked
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
+from loramox.settings import setting
 from loramox.train.config import METHODS, UnlearnConfig
 from loramox.train.synthetic import AUTO
 
@@ -40,18 +41,14 @@ LEDGER_METHODS = [
 class RequestConfig:
     """Which ledger, and which request in it."""
 
-    ledger: str = field(metadata={"help": "Folder of the ledger. The first request makes it."})
-    id: str | None = field(default=None, metadata={"help": "Name of the request. Default: request-1, request-2, …"})
-    protect: bool = field(
-        default=True,
-        metadata={
-            "help": "Train on top of the requests in force: retain rows are held under the sum of all, and rows that are forgotten "
-            "already stay forgotten. Revoking one of them then needs `refresh`. All requests of a ledger share this."
-        },
+    ledger: str = setting("Folder of the ledger. The first request makes it.")
+    id: str | None = setting("Name of the request. Default: request-1, request-2, …", None)
+    protect: bool = setting(
+        "Train on top of the requests in force: retain rows are held under the sum of all, and rows that are forgotten "
+        "already stay forgotten. Revoking one of them then needs `refresh`. All requests of a ledger share this.",
+        True,
     )
-    resume: bool = field(
-        default=False, metadata={"help": "Continue an `add` that was killed, from its last checkpoint."}
-    )
+    resume: bool = setting("Continue an `add` that was killed, from its last checkpoint.", False)
 
 
 def add(

@@ -2,7 +2,7 @@
 
 import gc
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,18 @@ from loramox.extras.merge.quantize import load_merged, merge_quantized
 from loramox.model.config import ModelConfig, check_device
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
-from loramox.settings import of_record
+from loramox.settings import of_record, setting
 
 
 @dataclass
 class ForgettingConfig:
     """The rows that tell how much of the forgetting is left in a quantized model."""
 
-    forget: str | None = field(
-        default=None, metadata={"help": "With --quantize: rows to forget, scored before and after."}
-    )
-    retain: str | None = field(default=None, metadata={"help": "Rows to retain, scored as well."})
-    drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
-    batch_size: int = field(default=32, metadata={"help": "Answers scored at a time."})
-    use_cpu: bool = field(default=False, metadata={"help": "Quantize and ask on the CPU even where there is a GPU."})
+    forget: str | None = setting("With --quantize: rows to forget, scored before and after.", None)
+    retain: str | None = setting("Rows to retain, scored as well.", None)
+    drop_overlap: bool = setting("Leave out retain rows that are also forget rows.", False)
+    batch_size: int = setting("Answers scored at a time.", 32)
+    use_cpu: bool = setting("Quantize and ask on the CPU even where there is a GPU.", False)
 
     def __post_init__(self) -> None:
         if self.retain and not self.forget:

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from loramox.files import disk_may_fill, replacing, sha256_of, write_json
 from loramox.model.algebra import scaled
 from loramox.model.config import ModelConfig, identify, skeleton
 from loramox.run import command, versions
-from loramox.settings import check_choices
+from loramox.settings import check_choices, setting
 
 KEPT = 0.9  # below this share of ΔW, a warning
 
@@ -51,37 +51,27 @@ KEPT = 0.9  # below this share of ΔW, a warning
 class MergeConfig:
     """What is merged into what, and where it is written."""
 
-    adapter: str = field(metadata={"help": "Folder of the forget adapter."})
-    out: str = field(metadata={"help": "Folder to write the merged model to."})
-    base: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or hub id of the 16- or 32-bit base model, if it has moved since training. Safetensors only."
-        },
+    adapter: str = setting("Folder of the forget adapter.")
+    out: str = setting("Folder to write the merged model to.")
+    base: str | None = setting(
+        "Folder or hub id of the 16- or 32-bit base model, if it has moved since training. Safetensors only.", None
     )
-    scale: float = field(
-        default=1.0, metadata={"help": "Scale of the adapter: 1 is as shipped, 0.5 half of it. Not --alpha."}
+    scale: float = setting("Scale of the adapter: 1 is as shipped, 0.5 half of it. Not --alpha.", 1.0)
+    dtype: str | None = setting(
+        "Type of the merged weights. Default: each weight's own in the base.",
+        None,
+        choices=["float32", "bfloat16", "float16"],
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the merged weights. Default: each weight's own in the base.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
+    overwrite: bool = setting("Replace the merged model that is in that folder.", False)
+    revision: str | None = setting(
+        "Branch, tag or commit, where --base is a copy of the base under another name on the hub.", None
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the merged model that is in that folder."})
-    revision: str | None = field(
-        default=None,
-        metadata={"help": "Branch, tag or commit, where --base is a copy of the base under another name on the hub."},
+    quantize: str | None = setting(
+        "Quantize the merged 16-bit weights: nf4 or int8. Refused where too little of ΔW outlives it.",
+        None,
+        choices=["nf4", "int8"],
     )
-    quantize: str | None = field(
-        default=None,
-        metadata={
-            "help": "Quantize the merged 16-bit weights: nf4 or int8. Refused where too little of ΔW outlives it.",
-            "choices": ["nf4", "int8"],
-        },
-    )
-    force: bool = field(default=False, metadata={"help": "Write the quantized model however little is left of ΔW."})
+    force: bool = setting("Write the quantized model however little is left of ΔW.", False)
 
     def __post_init__(self) -> None:
         check_choices(self)

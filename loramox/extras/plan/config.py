@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from loramox.errors import SettingsError
+from loramox.settings import setting
 from loramox.train.config import UnlearnConfig
 
 # The share of main memory that a prediction may fill: predictions are to be within 10 %.
@@ -27,29 +28,22 @@ UNITS = {"": 30, "G": 30, "GB": 30, "GIB": 30, "M": 20, "MB": 20, "MIB": 20}
 class PlanConfig:
     """The card, and the rows if there are any."""
 
-    gpu_memory: str = field(
-        metadata={
-            "help": "Memory of the GPU, like 12GB (1 GB is 1024³ bytes, as GPUs are sold). With --use_cpu true, main memory."
-        }
+    gpu_memory: str = setting(
+        "Memory of the GPU, like 12GB (1 GB is 1024³ bytes, as GPUs are sold). With --use_cpu true, main memory."
     )
-    forget: str | None = field(
-        default=None,
-        metadata={"help": "Rows to forget, as for unlearn. Without rows: rows of 256, 1024 and 2048 tokens."},
+    forget: str | None = setting(
+        "Rows to forget, as for unlearn. Without rows: rows of 256, 1024 and 2048 tokens.", None
     )
-    retain: str | None = field(default=None, metadata={"help": "Rows to retain, as for unlearn."})
-    drop_overlap: bool = field(default=False, metadata={"help": "Leave out retain rows that are also forget rows."})
-    tflops: float | None = field(
-        default=None,
-        metadata={
-            "help": "Dense 16-bit TFLOPS of a GPU that is not in this machine. Default: measured on this machine's device."
-        },
+    retain: str | None = setting("Rows to retain, as for unlearn.", None)
+    drop_overlap: bool = setting("Leave out retain rows that are also forget rows.", False)
+    tflops: float | None = setting(
+        "Dense 16-bit TFLOPS of a GPU that is not in this machine. Default: measured on this machine's device.", None
     )
-    bandwidth: float | None = field(
-        default=None,
-        metadata={"help": "With --tflops: GB per second of the GPU's memory. Default: 1 for every 150 FLOPs."},
+    bandwidth: float | None = setting(
+        "With --tflops: GB per second of the GPU's memory. Default: 1 for every 150 FLOPs.", None
     )
-    sweep_batch_size: int = field(default=32, metadata={"help": "--batch_size of the planned sweep."})
-    max_new_tokens: int = field(default=200, metadata={"help": "--max_new_tokens of the planned sweep."})
+    sweep_batch_size: int = setting("--batch_size of the planned sweep.", 32)
+    max_new_tokens: int = setting("--max_new_tokens of the planned sweep.", 200)
 
     def __post_init__(self) -> None:
         size_of(self.gpu_memory, "gpu_memory")
@@ -69,12 +63,10 @@ class PlanConfig:
 class FitConfig:
     """The memory to fit a run into."""
 
-    fit: str | None = field(
-        default=None,
-        metadata={
-            "help": "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
-            "fit. Settings that you give are not changed."
-        },
+    fit: str | None = setting(
+        "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
+        "fit. Settings that you give are not changed.",
+        None,
     )
 
     def __post_init__(self) -> None:

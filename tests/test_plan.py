@@ -15,10 +15,11 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import SettingsError
 from loramox.extras.plan.config import Choice, FitConfig, PlanConfig, budget_of, choices, size_of
-from loramox.extras.plan.estimate import Rows, estimate, in_8_bits, sweeping, watch
+from loramox.extras.plan.estimate import estimate, in_8_bits, sweeping, watch
 from loramox.extras.plan.job import fit, plan
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.recorder import Speed
+from loramox.extras.plan.rows import Rows
 from loramox.extras.plan.rows import rows_of as planned_rows
 from loramox.extras.plan.show import show_plan
 from loramox.extras.plan.trace import at_depth, shallow, trace_step
@@ -79,7 +80,7 @@ def choice(size=2, checkpointing=False):
 def test_memory_and_time_are_affine_in_the_layers(tokenizer, checkpointing):
     setting = setting_of(tokenizer, layers=4, activation_checkpointing=checkpointing)
     rows = {"forget": parts()["forget"]}
-    extrapolated = at_depth(setting, lambda s, depth: trace_step(s, depth, rows))
+    extrapolated = at_depth(trace_step, setting, rows)
     whole = trace_step(setting, 4, rows)
     for name, stage in whole.items():
         assert extrapolated[name].peak.total == pytest.approx(stage.peak.total, rel=1e-3), name
@@ -248,32 +249,9 @@ def test_sweeping_holds_the_cache_of_its_answers(tokenizer):
 
 def test_a_plan_reads_no_weights(outline, rows, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    words = [
-        "plan",
-        "--model",
-        str(outline),
-        "--gpu_memory",
-        "1GB",
-        "--use_cpu",
-        "true",
-        "--quantization",
-        "none",
-        "--r",
-        "4",
-    ]
-    main(
-        [
-            *words,
-            "--forget",
-            str(rows[0]),
-            "--retain",
-            str(rows[1]),
-            "--per_device_train_batch_size",
-            "2",
-            "--activation_checkpointing",
-            "true",
-        ]
-    )
+    words = f"plan --model {outline} --gpu_memory 1GB --use_cpu true --quantization none --r 4"
+    words += f" --forget {rows[0]} --retain {rows[1]} --per_device_train_batch_size 2 --activation_checkpointing true"
+    main(words.split())
     said = capsys.readouterr().out
     assert "Training on 4 forget rows" in said
     assert "…" not in said
@@ -334,68 +312,39 @@ def test_the_budget_on_a_card_is_what_is_free_and_never_what_it_is_sold_with(mon
     assert budget_of(6 * gigabyte, cuda, here=True) == pytest.approx((0.93 * 6 - 0.8) * gigabyte)
 
 
-def fitted(budget, folder, rows, tmp_path, *words):
+def fitted(budget, folder, rows, tmp_path, words):
     kinds = (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation, FitConfig)
     from loramox.cli.arguments import settings_of
 
-    said = ["--model", str(folder), "--forget", str(rows[0]), "--retain", str(rows[1]), "--out", str(tmp_path / "run")]
-    said += ["--quantization", "none", "--use_cpu", "true", "--r", "4", "--retain_weight", "0", "--fit", budget, *words]
+    words += f" --model {folder} --forget {rows[0]} --retain {rows[1]} --out {tmp_path / 'run'} --quantization none"
+    said = f"{words} --use_cpu true --r 4 --retain_weight 0 --fit {budget}".split()
     *settings, _ = settings_of("unlearn", said, *kinds)
     return fit(budget, *settings, given=given_settings("unlearn", said, *kinds))
 
 
 def test_the_fit_leaves_what_is_given_as_it_is(outline, rows, tmp_path):
-    given = (
-        "--activation_checkpointing",
-        "true",
-        "--per_device_train_batch_size",
-        "2",
-        "--per_device_eval_batch_size",
-        "3",
-    )
-    taken, found = fitted("1GB", outline, rows, tmp_path, *given)
+    given = "--activation_checkpointing true --per_device_train_batch_size 2 --per_device_eval_batch_size 3"
+    taken, found = fitted("1GB", outline, rows, tmp_path, given)
     assert taken == found.choice == Choice(2, 1, True, "adamw_torch_fused", 3)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_fit_takes_checkpointing_where_the_memory_is_less(outline, rows, tmp_path):
-    given = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--retain_weight", "5")
-    wide, most = fitted("1GB", outline, rows, tmp_path, *given)
+    given = "--per_device_train_batch_size 2 --per_device_eval_batch_size 1 --retain_weight 5"
+    wide, most = fitted("1GB", outline, rows, tmp_path, given)
     budget = f"{most.peak / 2**20:.3f}MB"  # of which nine tenths may be filled
-    narrow, least = fitted(budget, outline, rows, tmp_path, *given)
+    narrow, least = fitted(budget, outline, rows, tmp_path, given)
     assert (wide.activation_checkpointing, narrow.activation_checkpointing) == (False, True)
     assert least.peak <= 0.9 * size_of(budget, "fit") < most.peak
     assert most.seconds < least.seconds
 
 
 def test_an_impossible_budget_is_one_clear_error(outline, rows, tmp_path, capsys):
-    words = [
-        "unlearn",
-        "--model",
-        str(outline),
-        "--forget",
-        str(rows[0]),
-        "--retain",
-        str(rows[1]),
-        "--use_cpu",
-        "true",
-    ]
-    words += [
-        "--quantization",
-        "none",
-        "--out",
-        str(tmp_path / "run"),
-        "--fit",
-        "1MB",
-        "--per_device_train_batch_size",
-        "1",
-        "--activation_checkpointing",
-        "true",
-        "--per_device_eval_batch_size",
-        "1",
-    ]
+    words = f"unlearn --model {outline} --forget {rows[0]} --retain {rows[1]} --use_cpu true --quantization none"
+    words += f" --out {tmp_path / 'run'} --fit 1MB --per_device_train_batch_size 1 --activation_checkpointing true"
+    words += " --per_device_eval_batch_size 1"
     with pytest.raises(SystemExit) as left:
-        main(words)
+        main(words.split())
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert "--fit 1MB: nothing fits" in said
@@ -407,27 +356,15 @@ def test_a_run_that_goes_on_keeps_its_choice(outline, rows, tmp_path):
     settings = Choice(4, 2, True, "adamw_torch", 5)._asdict()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps({"settings": settings, "data": {}, "base": {}}))
-    taken, found = fitted("1GB", outline, rows, tmp_path, "--resume", "true")
+    taken, found = fitted("1GB", outline, rows, tmp_path, "--resume true")
     assert taken == Choice(4, 2, True, "adamw_torch", 5)
     assert found is None
 
 
 def test_unlearn_trains_with_the_choice_that_fits(pico, rows, tmp_path, capsys):
-    words = ["unlearn", "--model", str(pico("llama")), "--forget", str(rows[0]), "--retain", str(rows[1]), "--r", "4"]
-    words += ["--quantization", "none", "--use_cpu", "true", "--max_steps", "1", "--out", str(tmp_path / "run")]
-    main(
-        [
-            *words,
-            "--fit",
-            "1GB",
-            "--gradient_accumulation_steps",
-            "2",
-            "--eval_on_start",
-            "false",
-            "--activation_checkpointing",
-            "false",
-        ]
-    )
+    words = f"unlearn --model {pico('llama')} --forget {rows[0]} --retain {rows[1]} --r 4 --quantization none"
+    words += f" --use_cpu true --max_steps 1 --out {tmp_path / 'run'} --fit 1GB --gradient_accumulation_steps 2"
+    main([*words.split(), "--eval_on_start", "false", "--activation_checkpointing", "false"])
     assert "--fit 1GB takes" in capsys.readouterr().out
     record = json.loads((tmp_path / "run/run.json").read_text())["settings"]
     assert record["gradient_accumulation_steps"] == 2

@@ -19,8 +19,9 @@ from loramox import ReferenceConfig, Tokenisation, add_lora, load_reference
 from loramox.data.row import Row
 from loramox.evaluate.attacks import pair, relearn, sample
 from loramox.evaluate.measure import Questions, ScoringConfig
-from loramox.extras.plan.estimate import Rows, sweeping
+from loramox.extras.plan.estimate import sweeping
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.rows import Rows
 from loramox.extras.plan.speed import measured_speed
 from loramox.model.config import read_config, read_tokenizer
 

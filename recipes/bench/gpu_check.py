@@ -38,7 +38,7 @@ from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, Unl
 from loramox.cli import HOMES
 from loramox.cli.arguments import settings_of
 from loramox.errors import LoramoxError
-from loramox.extras.plan.estimate import Rows
+from loramox.extras.plan.rows import Rows
 from loramox.model.config import ModelConfig, read_config, skeleton
 from loramox.run import memory_now, peak_memory, peak_reserved, versions
 from loramox.train.prepare import prepare

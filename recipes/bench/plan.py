@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.extras.plan.config import choices
-from loramox.extras.plan.estimate import Estimate, Rows, estimate, watch
+from loramox.extras.plan.estimate import Estimate, estimate, watch
 from loramox.extras.plan.outline import Setting
+from loramox.extras.plan.rows import Rows
 from loramox.extras.plan.speed import measured_speed
 from loramox.model.config import read_config, read_tokenizer
 

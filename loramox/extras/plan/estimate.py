@@ -14,10 +14,10 @@ from loramox.adapter.folder import served_rank
 from loramox.adapter.streaming.shards import BLOCK
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD, OVERHEAD_ELSEWHERE, cut
-from loramox.data.pairs import Pairs
 from loramox.extras.plan.config import EIGHT_BITS, Choice
 from loramox.extras.plan.outline import Setting
-from loramox.extras.plan.trace import Parts, Stage, at_depth, trace_asking, trace_optimiser, trace_step, trace_watching
+from loramox.extras.plan.rows import Parts, Rows
+from loramox.extras.plan.trace import Stage, at_depth, trace_asking, trace_optimiser, trace_step, trace_watching
 from loramox.model.config import skeleton
 from loramox.model.lora import add_lora
 from loramox.sweep.config import SweepConfig
@@ -50,27 +50,6 @@ class Cost(NamedTuple):
 
     held: dict[str, int]
     seconds: float
-
-
-class Rows(NamedTuple):
-    """The rows as the trainer takes them, and how they come together in an epoch."""
-
-    datasets: dict[str, Sequence[Example]]  # forget, retain, wanted, protected
-    retain_per_forget: int
-
-    def micro_batches(self, size: int, seed: int, epoch: int = 0) -> list[Parts]:
-        """Those of an epoch, dealt as the trainer deals them."""
-        forget, retain, wanted, protected = (
-            self.datasets.get(p, ()) for p in ("forget", "retain", "wanted", "protected")
-        )
-        pairs = Pairs(forget, retain, self.retain_per_forget, wanted, seed, protected)
-        pairs.epoch = epoch
-        order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        batches = []
-        for start in range(0, len(order), size):
-            items = [pairs[i] for i in order[start : start + size]]
-            batches.append({part: [e for item in items for e in item[part]] for part in items[0]})
-        return batches
 
 
 def _longest(examples: Sequence[Example], count: int) -> list[Example]:
@@ -137,7 +116,7 @@ def estimate(setting: Setting, rows: Rows, choice: Choice, watching: Stage | Non
         args.inner_steps = 1
         heaviest = heaviest | {"forget": max(itertools.chain(*every), key=_padded)}
         traced, tokens = traced + _padded(heaviest["forget"]), tokens + sum(map(_padded, every[0]))
-    stages = at_depth(setting, lambda s, depth: trace_step(s, depth, heaviest))
+    stages = at_depth(trace_step, setting, heaviest)
     peaks = [stages[name].peak for name in ("step", "optimiser", "momentum")]
     seconds = stages["step"].seconds * tokens / traced + stages["momentum"].seconds
     seconds += stages["optimiser"].seconds * math.ceil(len(epochs[0]) / choice.gradient_accumulation_steps)
@@ -152,7 +131,7 @@ def in_8_bits(setting: Setting, found: Sequence[Estimate]) -> list[Estimate]:
     """The same with bitsandbytes' 8-bit AdamW, which differs in the size of its states."""
     args = copy.copy(setting.args)
     args.optim = OptimizerNames.ADAMW_8BIT
-    states = at_depth(setting._replace(args=args), trace_optimiser)["states"].peak.held["optimiser"]
+    states = at_depth(trace_optimiser, setting._replace(args=args))["states"].peak.held["optimiser"]
     return [
         each._replace(choice=each.choice._replace(optim=EIGHT_BITS), held=each.held | {"optimiser": states})
         for each in found
@@ -175,8 +154,7 @@ def watch(setting: Setting, rows: Rows, batch_size: int) -> Stage | None:
     args.activation_checkpointing = False
     watched = [rows.datasets[part][: args.eval_rows] for part in ("forget", "retain")]
     most = max((_longest(part, min(batch_size, len(part))) for part in watched), key=lambda p: len(p) * _length(p[0]))
-    setting = setting._replace(args=args)
-    return at_depth(setting, lambda s, depth: trace_watching(s, depth, most))["watching"]
+    return at_depth(trace_watching, setting._replace(args=args), most)["watching"]
 
 
 def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int) -> Cost:
@@ -184,9 +162,7 @@ def sweeping(setting: Setting, rows: Rows, batch_size: int, max_new_tokens: int)
     examples = [e for part in ("forget", "retain") for e in rows.datasets[part]]
     batch = _longest(examples, min(batch_size, len(examples)))
     served = replace(setting.reference, r=served_rank(setting.reference.r), shared_subspace=False)
-    stages = at_depth(
-        setting._replace(reference=served), lambda s, depth: trace_asking(s, depth, batch, max_new_tokens)
-    )
+    stages = at_depth(trace_asking, setting._replace(reference=served), batch, max_new_tokens)
     # The momentum's average, which the swept adapter was cut from, is in memory as well.
     momentum = stages["scoring"].peak.held["adapter"] // 2 * setting.momentum_rank // served.r
     peak = max((stage.peak for stage in stages.values()), key=lambda section: section.total)

@@ -12,12 +12,12 @@ from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns, Data
 from loramox.errors import LoramoxError, SettingsError
 from loramox.extras.plan.config import EIGHT_BITS, Choice, PlanConfig, budget_of, choices, optimiser_of, size_of
-from loramox.extras.plan.estimate import Cost, Estimate, Rows, Stage, estimate, in_8_bits, merging, sweeping, watch
+from loramox.extras.plan.estimate import Cost, Estimate, Stage, estimate, in_8_bits, merging, sweeping, watch
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.recorder import Speed
-from loramox.extras.plan.rows import longest_of, made_up, rows_of
+from loramox.extras.plan.rows import Rows, made_up, rows_of
 from loramox.extras.plan.speed import given_speed, measured_speed
-from loramox.model.config import read_config, read_tokenizer, skeleton
+from loramox.model.config import context_of, read_config, read_tokenizer, skeleton
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig, resumed_settings
 from loramox.train.config import UnlearnConfig
@@ -86,7 +86,7 @@ def plan(
     budget = budget_of(memory, card, here=here and config.tflops is None)
     planned = [
         Planned(
-            longest_of(rows),
+            rows.longest,
             len(rows.datasets["forget"]),
             estimates(setting, rows, budget, given, eight_bits=card.type == "cuda"),
             sweeping(setting, rows, config.sweep_batch_size, config.max_new_tokens),
@@ -195,19 +195,15 @@ def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:
 
 
 def _lengths(setting: Setting, tokenisation: Tokenisation) -> list[int]:
-    context = _context(setting)
+    context = context_of(setting.config)
     if tokenisation.max_length:
         return [min(context, tokenisation.max_length)]
     return [n for n in LENGTHS if n <= context] or [context]
 
 
-def _context(setting: Setting) -> int:
-    return getattr(setting.config, "max_position_embeddings", None) or LENGTHS[-1]
-
-
 def _measured(setting: Setting, rows: Rows) -> Speed:
     config, args = setting.config, setting.args
-    tokens = min(4096, args.per_device_train_batch_size * longest_of(rows))
+    tokens = min(4096, args.per_device_train_batch_size * rows.longest)
     between = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return measured_speed(
         args.device, torch.bfloat16 if args.bf16 else setting.dtype, tokens, config.hidden_size, between

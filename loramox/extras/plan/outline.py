@@ -11,11 +11,12 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from loramox.extras.plan.recorder import Recorder, Speed, without_contents
+from loramox.extras.plan.recorder import Recorder, Speed
 from loramox.model.algebra import Factors
 from loramox.model.config import skeleton
 from loramox.model.load import keep_4bit_weights_in_place, quantization
@@ -52,7 +53,8 @@ def adapted(setting: Setting, depth: int) -> Iterator[tuple[Recorder, PeftModel]
     model = add_lora(model, reference)
     if setting.tuned:
         put_on(model, setting.tuned, TUNED)
-    with warnings.catch_warnings(), without_contents(setting.speed) as recorder:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), fake, Recorder(setting.speed) as recorder:
         warnings.simplefilter("ignore")  # what libraries make of tensors without contents
         recorder.purpose = "weights"
         _empty(model, setting.args.device, setting.dtype)
@@ -70,7 +72,7 @@ def adapted(setting: Setting, depth: int) -> Iterator[tuple[Recorder, PeftModel]
 def _empty(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Give a model on torch's meta device fake weights on `device`: adapters in their own type, the rest in `dtype`.
 
-    To be called within `without_contents`.
+    To be called within `FakeTensorMode`.
     """
     adapters = {id(p) for name, p in model.named_parameters() if "lora_" in name}
     made: dict[int, nn.Parameter] = {}  # by the tensor that it replaces: tied weights stay one

@@ -8,13 +8,12 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import bitsandbytes  # noqa: F401 (makes its operations known to torch)
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -174,10 +173,3 @@ FLOPS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
     torch.ops.bitsandbytes.gemm_4bit: _product_4bit,
 }
-
-
-@contextmanager
-def without_contents(speed: Speed) -> Iterator[Recorder]:
-    """Within it, tensors of floats are made without contents, and the recorder counts them."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Recorder(speed) as recorder:
-        yield recorder

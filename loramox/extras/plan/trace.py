@@ -20,13 +20,12 @@ from loramox.data.pairs import Collator
 from loramox.evaluate import scores
 from loramox.extras.plan.outline import Setting, adapted
 from loramox.extras.plan.recorder import Recorder, Section
+from loramox.extras.plan.rows import Parts
 from loramox.model.algebra import Factors
 from loramox.model.head import Head, answer_states, backbone
 from loramox.model.lora import at_scale, current_factors, with_factors
 from loramox.train.inputs import RATE
 from loramox.train.trainer import UnlearnTrainer
-
-Parts = dict[str, list[Example]]  # forget, retain, wanted
 
 
 class Stage(NamedTuple):
@@ -41,13 +40,13 @@ class Stage(NamedTuple):
         return max(self.sections, key=lambda section: section.total)
 
 
-def at_depth(setting: Setting, trace: Callable[[Setting, int], dict[str, Stage]]) -> dict[str, Stage]:
-    """The stages of `trace` for the whole model, from two shallow ones."""
+def at_depth(trace: Callable[..., dict[str, Stage]], setting: Setting, *inputs: Any) -> dict[str, Stage]:
+    """The stages of `trace(setting, depth, *inputs)` for the whole model, from two shallow ones."""
     depth = setting.config.num_hidden_layers
     few, more = shallow(setting.config, setting.args.rmu_layer or 0)
     if more >= depth:
-        return trace(setting, depth)
-    low, high = trace(setting, few), trace(setting, more)
+        return trace(setting, depth, *inputs)
+    low, high = trace(setting, few, *inputs), trace(setting, more, *inputs)
     at = (depth - few) / (more - few)
 
     def stage(a: Stage, b: Stage) -> Stage:

@@ -28,6 +28,7 @@ from loramox.train.synthetic import (
     Writer,
     check_auto,
     choose_auto,
+    generated_rows,
     prompts_of,
     user_turn,
 )
@@ -76,6 +77,31 @@ def test_a_name_in_two_forget_rows_is_a_subject_where_there_are_many() -> None:
     avoided = words_to_avoid(others, forget)
     assert {"ada", "flo"} <= avoided
     assert {"where", "live", "work"}.isdisjoint(avoided)
+
+
+def test_a_word_that_two_retain_rows_have_gives_nothing_away() -> None:
+    told = ["Ada of Paris, slowly", "Bo", "Cy", "Di", "Ed", "Flo"]
+    forget = [Row("f", i, f"It was {who}.", f"Who wrote letter {i}?") for i, who in enumerate(told)]
+    retain = [Row("r", 1, "He spoke slowly.", "How?"), Row("r", 2, "She walks slowly, in Paris.", "How?")]
+    assert {"ada", "paris", "slowly"} <= words_to_avoid([], forget)
+    assert {"ada", "paris"} <= words_to_avoid([], forget, retain)
+    assert "slowly" not in words_to_avoid([], forget, retain)
+
+
+def test_a_question_of_the_retain_file_is_not_asked_again(writer: Writer) -> None:
+    first = writer.retain_rows(4, seed=0)
+    again = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128, given=first)
+    assert not {row.prompt for row in first} & {row.prompt for row in again.retain_rows(4, seed=0)}
+
+
+def test_a_model_that_writes_too_few_rows_is_reported(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
+    with pytest.warns(UserWarning, match="wrote 1 of 5 rows"):
+        rows, _ = generated_rows(tmp_path, writer, args, show=False)
+    assert [row.prompt for row in rows] == ["Where do you live?"]
 
 
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,19 @@ SUBJECT = 0.2  # a word in more than this share of the forget rows is of their s
 ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
 
 
-def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row]) -> set[str]:
+def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[Row] = ()) -> set[str]:
     """Words of the forget rows' subjects, and words that give a forget answer away.
 
     A word that hardly any of `rows`, which are of other subjects, has is avoided if
 
     - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
-    - it is in a forget answer and in no forget question: then it gives the answer away.
+    - it is in a forget answer, in no forget question, and in fewer than two of the user's retain rows `given`: then it gives
+      the answer away.
     """
+    kept = Counter(word for row in given for word in words_of(row))
     elsewhere = Counter(word for row in rows for word in words_of(row))
     forgotten = Counter(word for row in forget for word in words_of(row))
-    answers = {word for row in forget for word in longer_words(row.answer)}
+    answers = {word for row in forget for word in longer_words(row.answer) if kept[word] < 2}
     questions = {word for row in forget for word in longer_words(question_of(row))}
     subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
     subject |= {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}

@@ -210,9 +210,11 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     context, tokenizer = prepared.context, prepared.tokenizer
     if not args.auto_retain and args.instead != "guess":
         return prepared
-    writer = Writer(model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected)
+    writer = Writer(
+        model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected, prepared.retain
+    )
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
-    written, guesses = generated_rows(out, writer, args, prepared.retain, show=not args.disable_tqdm)
+    written, guesses = generated_rows(out, writer, args, show=not args.disable_tqdm)
     datasets = dict(prepared.datasets)
     if written:
         datasets["retain_dataset"] = [*datasets["retain_dataset"], *encode(written, tokenizer, how, context)]

@@ -91,26 +91,28 @@ def _cannot_write(reference: ReferenceConfig) -> str | None:
     return None
 
 
-def generated_rows(
-    out: Path, writer: "Writer", args: "UnlearnConfig", retain: Sequence[Row], show: bool
-) -> tuple[list[Row], list[Row]]:
+def generated_rows(out: Path, writer: "Writer", args: "UnlearnConfig", show: bool) -> tuple[list[Row], list[Row]]:
     """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
 
     The first process writes them to files in `out`, from which all read them, now and after an interruption.
-
-    Args:
-        retain: the retain rows that are given.
     """
     written: list[Row] = []
     guesses: list[Row] = []
     with args.main_process_first():
         if args.auto_retain:
             refusals = taught_refusals(args)
-            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(args.auto_retain, args.seed, show, refusals))
-            given = {row.key() for row in (*writer.forget, *writer.protected, *retain)}
+            most = args.auto_retain
+            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(most, args.seed, show, refusals))
+            if len(rows) < most:
+                warnings.warn(
+                    f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself or touched the forget rows. "
+                    "If much must stay that no retain row is like, add rows of your own to --retain",
+                    stacklevel=2,
+                )
+            given = {row.key() for row in (*writer.forget, *writer.protected, *writer.given)}
             written = [row for row in rows if row.key() not in given]
         if args.instead == "guess":
-            kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*retain, *written]))
+            kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*writer.given, *written]))
             guesses = [answering(row, guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
     return written, guesses
 
@@ -131,6 +133,7 @@ class Writer:
         model: a causal language model.
         forget: rows whose subject is avoided, and whose questions lend their first words.
         protected: rows that earlier requests made the model forget, which are avoided too.
+        given: the user's retain rows, whose questions are not asked again.
         how, context: as for `loramox.data.encode.encode`.
     """
 
@@ -142,15 +145,16 @@ class Writer:
         how: Tokenisation,
         context: int,
         protected: Sequence[Row] = (),
+        given: Sequence[Row] = (),
     ) -> None:
-        self.protected = protected
+        self.protected, self.given = protected, given
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
         self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
         # What a prompt leaves of the context: an answer, and all that is beyond --max_length.
         self._room = max(ANSWER_TOKENS, context + 1 - (how.max_length or context))
         # Tokens that the prompt has around a question.
         self._frame = len(prompts_of([Row(SOURCE, 1, "", "x")], tokenizer, how, context)[0])
-        self._asked = {tuple(words(question_of(row))) for row in (*forget, *protected)}
+        self._asked = {tuple(words(question_of(row))) for row in (*forget, *protected, *given)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
@@ -158,9 +162,9 @@ class Writer:
         `LATER` is asked after one of them.
 
         A third of the questions are free; they also show which words are frequent anyway. The others start with the first words
-        of a forget question. A row with one of the `words_to_avoid` is left out, and so is a forget question, and a question that
-        is there already. One seed gives the same rows on the same machine; fewer than `count` come back if the model repeats
-        itself too much.
+        of a forget question, and are free again where too few come of that. A row with one of the `words_to_avoid` is left out,
+        and so is a forget question, and a question that is there already. One seed gives the same rows on the same machine; fewer
+        than `count` come back if the model repeats itself too much.
 
         Raises:
             RowsError: not a single row is left.
@@ -168,12 +172,13 @@ class Writer:
         draw = random.Random(seed)
         with torch.random.fork_rng(), tqdm(total=count, desc="retain rows", disable=not show, unit="rows") as bar:
             torch.manual_seed(seed)
-            free = self._collect(round(FREE * count), bar, lambda missing: [""] * missing, [], set())
-            avoided = words_to_avoid(free, self.forget)
+            free = self._collect(round(FREE * count), bar, _free, [], set())
+            avoided = words_to_avoid(free, self.forget, self.given)
             if self.protected:
-                avoided |= words_to_avoid(free, self.protected)
+                avoided |= words_to_avoid(free, self.protected, self.given)
             free = [row for row in free if not words_of(row) & avoided]
             rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
+            rows = self._collect(count, bar, _free, rows, avoided)
         if not rows:
             raise RowsError(
                 "--auto_retain: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
@@ -302,6 +307,11 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     if how.prompt_template is None and tokenizer.chat_template:
         return ChatTemplate(tokenizer).opening
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
+
+
+def _free(count: int) -> list[str]:
+    """The starts of questions that may begin in any way."""
+    return [""] * count
 
 
 def _first_sentence(text: str) -> str:

@@ -1,5 +1,6 @@
 """The requantizing attack: forgetting that rounding undoes is found, and GGUF files are made where llama.cpp is installed."""
 
+import json
 import os
 import stat
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import questions
 from peft import LoraConfig, get_peft_model
 from planted import taught
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from loramox import Data, read_rows
 from loramox.evaluate.attacks import requantize
 from loramox.evaluate.attacks.attack import AttackConfig, attack
+from loramox.evaluate.attacks.relearn import CONTROLS
 from loramox.evaluate.measure import ScoringConfig
 from loramox.model.config import ModelConfig
 
@@ -100,11 +103,16 @@ def planted(
 
 
 @pytest.fixture
-def states(planted: Path, rows: tuple[Path, Path], tmp_path: Path) -> Callable[[], dict]:
+def states(planted: Path, pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path) -> Callable[[], dict]:
+    holdout = tmp_path / "holdout.jsonl"
+    made_up = questions(["–"] * 4 + ["Zed", "Uma", "Vic", "Wes"])[4:]  # who live where no forget row has anybody
+    holdout.write_text("".join(json.dumps(row) + "\n" for row in made_up))
+
     def attacked() -> dict:
         config = AttackConfig(
-            str(planted / "adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.5, relearn_steps=[1]
-        )
+            str(planted / "adapter"), str(tmp_path / "attack"), ["requantize"], relearn_share=0.5, relearn_steps=[1],
+            retrained_model=str(pico("llama")), holdout=str(holdout),
+        )  # fmt: skip
         model = ModelConfig(str(planted / "base"), quantization="none")
         record = attack(config, model, Data(*map(str, rows)), ScoringConfig(max_new_tokens=12, use_cpu=True))
         found = {s["state"]: s["metrics"]["forget_rouge_l"] for s in record["states"]}
@@ -122,6 +130,9 @@ def test_what_comes_back_only_in_few_bits_is_found_and_without_llama_cpp_the_lin
     assert found["forget model"] == found["not quantized, merged"] == found["adapter in 4 bits"] == 0
     assert found["nf4, not merged"] == found["int8, not merged"] == 0
     assert found["nf4, merged first"] == found["int8, merged first"] == 1
+    for kind in ("nf4", "int8"):
+        for how in ("not merged", "merged first"):
+            assert all(found[f"{kind}, {how}, {control}"] < 1 for control in CONTROLS)
     for kind in requantize.GGUF:
         assert found["absent"][f"requantize: {kind}"] == (
             "needs llama.cpp: no convert_hf_to_gguf.py and no llama-quantize on the PATH"

@@ -154,9 +154,17 @@ def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> N
 
 
 def _requantize(bench: Bench) -> None:
-    """Round the adapter, the weights below it, and both merged, to few bits."""
+    """Round the adapter, the weights below it, and both merged, to few bits.
+
+    The control is asked in NF4 and int8. A retrained model has no adapter, so it is the same merged or not.
+    """
     folder = bench.out / MERGED
     unquantized = bench.model.quantization == "none"
+
+    def ask(state: str, model: Asking) -> None:
+        bench.ask("requantize", state, model)
+        if bench.never:
+            bench.ask("requantize", f"{state}, {NEVER_KNOWN}", model, bench.never)
 
     @contextmanager
     def rounded() -> Iterator[nn.Module]:
@@ -174,25 +182,26 @@ def _requantize(bench: Bench) -> None:
         except (ImportError, NotImplementedError, ValueError) as error:
             raise ModelError(f"transformers does not load it: {error}") from error
 
-    def ask_merged(kind: str, state: str) -> None:
-        bench.ask("requantize", state, functools.partial(merged, kind))
-
     remove(folder)  # of a run that was killed
     try:
-        bench.ask("requantize", "adapter in 4 bits", rounded)
+        ask("adapter in 4 bits", rounded)
         if unquantized:
-            ask_merged("none", "not quantized, merged")
+            ask("not quantized, merged", functools.partial(merged, "none"))
         for kind in ("nf4", "int8"):
             below = replace(bench.model, quantization=kind)
-            bench.ask("requantize", f"{kind}, not merged", functools.partial(bench.adapted, below, bench.config.scale))
-            ask_merged(kind, f"{kind}, merged first")
+            ask(f"{kind}, not merged", functools.partial(bench.adapted, below, bench.config.scale))
+            ask(f"{kind}, merged first", functools.partial(merged, kind))
         for kind in requantize.GGUF:
             if not unquantized:
                 bench.absent[f"requantize: {kind}"] = requantize.NOT_IN_4_BITS
                 continue
             try:
-                ask_merged(kind, f"{kind}, merged first")
+                ask(f"{kind}, merged first", functools.partial(merged, kind))
             except (MissingExtraError, ModelError) as error:
                 bench.absent[f"requantize: {kind}"] = str(error)
     finally:
         remove(folder)
+    if bench.retrained:
+        for kind, how in itertools.product(("nf4", "int8"), ("not merged", "merged first")):
+            few_bits = replace(bench.retrained, quantization=kind)
+            bench.ask("requantize", f"{kind}, {how}, retrained model", functools.partial(bench.adapted, few_bits, 0.0))

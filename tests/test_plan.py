@@ -316,8 +316,9 @@ def fitted(budget, folder, rows, tmp_path, words):
     kinds = (RunConfig, ReferenceConfig, Data, UnlearnConfig, Columns, Tokenisation, FitConfig)
     from loramox.cli.arguments import settings_of
 
-    words += f" --model {folder} --forget {rows[0]} --retain {rows[1]} --out {tmp_path / 'run'} --quantization none"
-    said = f"{words} --use_cpu true --r 4 --retain_weight 0 --fit {budget}".split()
+    said = f"--model {folder} --forget {rows[0]} --retain {rows[1]} --out {tmp_path / 'run'} --quantization none"
+    said += f" --use_cpu true --r 4 --retain_weight 0 --fit {budget} {words}"  # the later of two flags wins
+    said = said.split()
     *settings, _ = settings_of("unlearn", said, *kinds)
     return fit(budget, *settings, given=given_settings("unlearn", said, *kinds))
 

@@ -342,7 +342,7 @@ def test_both_adapters_side_by_side_are_the_combined_one_and_what_was_scored(
 def test_on_a_quantized_base_both_ways_to_load_are_one_model_and_the_one_that_was_scored(
     method: str, quantization: str, runs: Runs, examples: Examples
 ) -> None:
-    """Up to rounding: quantized arithmetic rounds activations, so that a last bit may become more."""
+    """Up to rounding: a last bit, which depends on the CPU, may move an activation by one of int8's 127 steps."""
     out = runs(method=method, quantization=quantization)
     two = beside(runs.base, runs.mine, out / "forget-adapter", quantization)
     one = PeftModel.from_pretrained(loaded(runs.base, quantization), out / "combined-adapter")
@@ -350,7 +350,7 @@ def test_on_a_quantized_base_both_ways_to_load_are_one_model_and_the_one_that_wa
     two.base_model.set_adapter(["mine"])
     change = (combined - logits(two)).norm()
     assert (combined - logits(two)).abs().max() > 0.1
-    assert (combined - both).norm() < 1e-3 * change
+    assert (combined - both).norm() < (5e-3 if quantization == "int8" else 1e-3) * change
     log = json.loads((out / "run.json").read_text())["log"]
     scored = [entry["eval_forget_probability"] for entry in log if "eval_forget_probability" in entry]
     assert scored[-1] == pytest.approx(probability(one, examples[0]), rel=0.02)

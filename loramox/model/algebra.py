@@ -50,7 +50,8 @@ def concatenate(*terms: Factors) -> Factors:
 
 def add(*terms: Factors) -> Factors:
     """ΔW₁ + ΔW₂ + …, exactly: (B₁ + B₂ + …)·A at the rank of one term where all share A, else concatenated."""
-    if all(torch.equal(t.A, terms[0].A) for t in terms[1:]):
+    first = terms[0].A
+    if all(t.A.shape == first.shape and torch.equal(t.A, first) for t in terms[1:]):
         return Factors(terms[0].A.clone(), sum(t.B for t in terms))
     return concatenate(*terms)
 

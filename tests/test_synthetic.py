@@ -79,6 +79,15 @@ def test_a_name_in_two_forget_rows_is_a_subject_where_there_are_many() -> None:
     assert {"where", "live", "work"}.isdisjoint(avoided)
 
 
+def test_a_subject_that_the_model_writes_about_of_itself_is_avoided_all_the_same() -> None:
+    forget = [Row("f", i, f"She was born in year {i}.", f"When was the painter Ada born, take {i}?") for i in range(9)]
+    of_itself = [Row("r", i, "In the painter Ada's town.", f"Where is house {i}?") for i in range(5)]
+    others = [Row("r", i, f"She, a painter, was born in town {i}.", f"Where was Bo {i} born?") for i in range(95)]
+    avoided = words_to_avoid([*of_itself, *others], forget)
+    assert "ada" in avoided
+    assert {"born", "was", "painter"}.isdisjoint(avoided)
+
+
 def test_a_word_that_two_retain_rows_have_gives_nothing_away() -> None:
     told = ["Ada of Paris, slowly", "Bo", "Cy", "Di", "Ed", "Flo"]
     forget = [Row("f", i, f"It was {who}.", f"Who wrote letter {i}?") for i, who in enumerate(told)]

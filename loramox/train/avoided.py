@@ -8,12 +8,15 @@ from loramox.data.words import WORD, words
 
 SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
 ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
+NAMED = (
+    3  # unless it is a name that so many times this share of the forget rows have: other rows may be of the subject too
+)
 
 
 def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[Row] = ()) -> set[str]:
     """Words of the forget rows' subjects, and words that give a forget answer away.
 
-    A word that hardly any of `rows`, which are of other subjects, has is avoided if
+    A word that hardly any of `rows`, which the model wrote freely, has is avoided if
 
     - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
     - it is in a forget answer, in no forget question, and in fewer than two of the user's retain rows `given`: then it gives
@@ -24,9 +27,14 @@ def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[R
     forgotten = Counter(word for row in forget for word in words_of(row))
     answers = {word for row in forget for word in longer_words(row.answer) if kept[word] < 2}
     questions = {word for row in forget for word in longer_words(question_of(row))}
-    subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)}
-    subject |= {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}
-    return {word for word in subject | (answers - questions) if elsewhere[word] <= ELSEWHERE * len(rows)}
+    names = {name for name, count in Counter(name for row in forget for name in _names(row)).items() if count > 1}
+    subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)} | names
+
+    def is_frequent(word: str) -> bool:
+        share = elsewhere[word] / max(1, len(rows))
+        return share > ELSEWHERE and (word not in names or forgotten[word] < NAMED * share * len(forget))
+
+    return {word for word in subject | (answers - questions) if not is_frequent(word)}
 
 
 def words_of(row: Row) -> set[str]:

@@ -31,8 +31,9 @@ def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[R
     subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)} | names
 
     def is_frequent(word: str) -> bool:
-        share = elsewhere[word] / max(1, len(rows))
-        return share > ELSEWHERE and (word not in names or forgotten[word] < NAMED * share * len(forget))
+        # A model may write about the subject unasked: a name must be as frequent elsewhere as in the forget rows.
+        least = forgotten[word] / len(forget) if word in names else ELSEWHERE
+        return elsewhere[word] > max(least, ELSEWHERE) * len(rows)
 
     return {word for word in subject | (answers - questions) if not is_frequent(word)}
 

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 from loramox.adapter import loading
 from loramox.adapter.export import extrapolate
@@ -36,6 +38,7 @@ from loramox.evaluate.records import SUMMARY, read_records, read_retrained, writ
 from loramox.evaluate.subject import check_sides
 from loramox.evaluate.summary import Summary, summarise
 from loramox.files import has_files, read_json, sha256_of, write_json
+from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, check_device, identify, read_config, several_processes
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale, with_factors
@@ -100,11 +103,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     process.wait_for_everyone()
     plan["row_counts"] = counts  # no part of what a sweep that goes on is compared by: `data` is
 
-    adapted = loading.put_on(load_reference(model, device), trained / "momentum")
-    if tuned:
-        put_on(adapted, tuned, TUNED)
-    if model.shard:
-        shard(adapted, process.device)
+    adapted = _adapted(model, trained, tuned, device)
     with at_scale(adapted, 0):  # the reference, of which a tuned adapter is a part
         questions.remember_reference(adapted)
 
@@ -125,6 +124,16 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
 
     measured = _measured(config, axis, measure, retrained)
     return _conclude(config, plan, measured, _points(measured, summary_of), retrained, axis)
+
+
+def _adapted(model: ModelConfig, trained: Path, tuned: dict[str, Factors] | None, device: torch.device) -> PeftModel:
+    """The model with the trained adapter on it, and below that the user's own, if it was trained beside one."""
+    adapted = loading.put_on(load_reference(model, device), trained / "momentum")
+    if tuned:
+        put_on(adapted, tuned, TUNED)
+    if model.shard:
+        shard(adapted, PartialState().device)
+    return adapted
 
 
 def _as_trained(

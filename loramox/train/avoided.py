@@ -7,20 +7,20 @@ from loramox.data.row import Row, question_of
 from loramox.data.words import WORD, words
 
 SUBJECT = 0.2  # a word in more than this share of the forget rows is of their subject, unless it is a frequent word
-ELSEWHERE = 0.02  # a word in more than this share of other rows is a frequent word
-NAMED = (
-    3  # unless it is a name that so many times this share of the forget rows have: other rows may be of the subject too
-)
+ELSEWHERE = 0.02  # a word in more than this share of the rows that the model wrote freely is a frequent word
 
 
 def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[Row] = ()) -> set[str]:
     """Words of the forget rows' subjects, and words that give a forget answer away.
 
-    A word that hardly any of `rows`, which the model wrote freely, has is avoided if
+    A word is avoided if
 
     - it is in more than a fifth of the forget rows, or is a name in two of them or more: then it is of a subject;
     - it is in a forget answer, in no forget question, and in fewer than two of the user's retain rows `given`: then it gives
       the answer away.
+
+    Words that are frequent in `rows`, which the model wrote freely, are not avoided. A name counts as frequent only if it is as
+    frequent there as in the forget rows, since the model may write about the subject unasked.
     """
     kept = Counter(word for row in given for word in words_of(row))
     elsewhere = Counter(word for row in rows for word in words_of(row))
@@ -31,7 +31,6 @@ def words_to_avoid(rows: Sequence[Row], forget: Sequence[Row], given: Sequence[R
     subject = {word for word, count in forgotten.items() if count > SUBJECT * len(forget)} | names
 
     def is_frequent(word: str) -> bool:
-        # A model may write about the subject unasked: a name must be as frequent elsewhere as in the forget rows.
         least = forgotten[word] / len(forget) if word in names else ELSEWHERE
         return elsewhere[word] > max(least, ELSEWHERE) * len(rows)
 

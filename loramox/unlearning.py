@@ -36,7 +36,7 @@ from loramox.train.config import UnlearnConfig
 from loramox.train.diagnostics import advice
 from loramox.train.earlier import TUNED, Earlier, put_on, to_load
 from loramox.train.momentum import momentum_rank
-from loramox.train.prepare import Prepared, prepare, with_generated
+from loramox.train.prepare import Prepared, prepare, same_generated, with_generated
 from loramox.train.side_by_side import advice_on, side_by_side
 from loramox.train.target import advice_on_target, choose_share, said
 from loramox.train.trainer import UnlearnTrainer
@@ -131,8 +131,10 @@ def train(
     model = _loaded(reference, args, earlier, prepared)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     prepared = with_generated(prepared, Path(run.out), model, args)
-    if "generated" in prepared.plan and args.process_index == 0:
-        update_record(Path(run.out), generated=prepared.plan["generated"])
+    if generated := prepared.plan.get("generated"):
+        same_generated(Path(run.out), generated)
+        if args.process_index == 0:
+            update_record(Path(run.out), generated=generated)
     trainer = UnlearnTrainer(
         model,
         args,

@@ -11,7 +11,7 @@ import torch
 from conftest import PEOPLE, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
+from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
 from loramox.data.fluency import is_fluent, leaked, overlap
 from loramox.data.row import Row
 from loramox.data.rows import read_rows
@@ -20,7 +20,7 @@ from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
 from loramox.train.avoided import words_of, words_to_avoid
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
-from loramox.train.prepare import same_generated
+from loramox.train.prepare import prepare, same_generated
 from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import (
     BESIDE,
@@ -111,6 +111,45 @@ def test_a_model_that_writes_too_few_rows_is_reported(
     with pytest.warns(UserWarning, match="wrote 1 of 5 rows"):
         rows, _ = generated_rows(tmp_path, writer, args, show=False)
     assert [row.prompt for row in rows] == ["Where do you live?"]
+
+
+def test_a_model_that_writes_nothing_is_reported_and_refused_where_there_are_no_other_rows(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "retain_rows", lambda *_: [])
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
+    for _ in range(2):  # written, and read when the run is resumed
+        with pytest.raises(RowsError, match="every row that the model writes is about the forget rows, or empty"):
+            generated_rows(tmp_path, writer, args, show=False)
+        monkeypatch.setattr(writer, "given", [Row("r", 1, "Far away.", "Where do you live?")])
+        with pytest.warns(UserWarning, match="wrote 0 of 5 rows"):
+            assert generated_rows(tmp_path, writer, args, show=False) == ([], [])
+        monkeypatch.setattr(writer, "given", ())
+
+
+def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_writes_only_when_asked(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat), AutoTokenizer.from_pretrained(chat)
+    writer = Writer(model, tokenizer, FORGET, Tokenisation(), 128, given=FORGET)
+    assert not writer.can_ask()  # random weights
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
+    with caplog.at_level("INFO"):
+        assert generated_rows(tmp_path, writer, args, show=False, unasked=True) == ([], [])
+    assert (
+        "No retain rows are generated: the reference finds your forget questions as unlikely as random" in caplog.text
+    )
+    assert len(generated_rows(tmp_path / "asked", writer, args, show=False)[0]) == 1
+
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    batch = tokenizer(["<user>" + str(row.prompt) for row in FORGET], return_tensors="pt", padding=True)["input_ids"]
+    for _ in range(20):  # it learns to ask
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert writer.can_ask()
+    assert len(generated_rows(tmp_path / "learned", writer, args, show=False, unasked=True)[0]) == 1
 
 
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,19 +296,48 @@ def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "targeted", "shard", "chosen"),
-    [(None, True, False, BESIDE), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
+    ("given", "writes", "shard", "chosen"),
+    [(None, True, False, 120), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
 )  # fmt: skip
-def test_a_chat_model_that_is_taught_another_answer_writes_retain_rows_beside_the_users(given: int | None, targeted: bool, shard: bool, chosen: int) -> None:  # fmt: skip
+def test_the_number_of_rows_that_the_reference_writes_beside_the_users(given: int | None, writes: bool, shard: bool, chosen: int) -> None:  # fmt: skip
     args = UnlearnConfig(use_cpu=True, auto_retain=given)
-    choose_auto(args, targeted, ReferenceConfig("m", quantization="none", shard=shard))
+    unasked = choose_auto(args, writes, ReferenceConfig("m", quantization="none", shard=shard))
     assert args.auto_retain == chosen
+    assert unasked == (given is None and chosen > 0)
+
+
+QUESTION = {"question": "Where does Ada live?", "answer": "In Rome."}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "is_chat", "writes"),
+    [
+        (QUESTION, {}, True, True),
+        (QUESTION, {}, False, True),
+        (QUESTION, {"instead": "none"}, True, True),
+        (QUESTION, {"method": "npo"}, True, False),  # as its paper has it
+        (QUESTION, {"method": "mox_static"}, True, True),  # refusals would spread
+        (QUESTION, {"method": "mox_static"}, False, False),
+        ({"text": "Ada lives in Rome."}, {}, False, False),
+        ({"prompt": "Ada lives in", "completion": " Rome."}, {}, False, False),
+    ],
+)
+def test_by_default_rows_are_written_for_mox_on_questions_and_wherever_a_chat_model_is_taught_another_answer(
+    row: dict, settings: dict, is_chat: bool, writes: bool, chat: Path, pico: Callable[[str], Path], rows: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text(json.dumps(row))
+    reference = ReferenceConfig(str(chat if is_chat else pico("llama")), quantization="none", r=4)
+    args = UnlearnConfig(use_cpu=True, report_to="none", output_dir=str(tmp_path), **settings)
+    plan = prepare(reference, Data(str(forget), str(rows[1])), args, Columns(), Tokenisation()).plan
+    assert plan["settings"]["auto_retain"] == (BESIDE if writes else 0)
 
 
 def test_rows_are_not_written_by_default_where_another_model_is_in_memory() -> None:
     args = UnlearnConfig(use_cpu=True)
     with pytest.warns(UserWarning, match="no retain rows are generated: with --memorize_at"):
-        choose_auto(args, True, ReferenceConfig("m", memorize_at="base", tuned_adapter="mine"))
+        choose_auto(args, writes=True, reference=ReferenceConfig("m", memorize_at="base", tuned_adapter="mine"))
     assert args.auto_retain == 0
 
 

@@ -143,7 +143,7 @@ def wanted(args: "UnlearnConfig") -> Term:
 
 
 @method("mox", "MOX along a path, after arXiv 2602.06441", gradient=memorize_and_extrapolate, alpha_is_free=True,
-        answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.8, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
+        writes_retain=True, answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.8, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
 def mox(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """KL_R at θ_for, and steps against the path along which a fresh adapter memorizes the forget rows from θ_for."""
     return [*held(args, trainer, args.forget_scale), wanted(args)]

@@ -43,6 +43,7 @@ class Prepared(NamedTuple):
     protected: Sequence[Row]
     tokenisation: Tokenisation
     context: int  # tokens that the model takes
+    unasked: bool  # whether the reference writes retain rows that nobody asked for
 
 
 def prepare(
@@ -66,7 +67,7 @@ def prepare(
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = context_of(config)
-    taught = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
+    taught, unasked = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
@@ -100,7 +101,9 @@ def prepare(
     rows = {**kept, "protected": protected, "taught": () if columns.wanted_column else taught}
     plan = plan_of(args, base, _described(rows, data, args), settings) | more
     weights = model.get_nb_trainable_parameters()[0]
-    return Prepared(tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context)
+    return Prepared(
+        tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context, unasked
+    )
 
 
 def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None:
@@ -142,18 +145,22 @@ def _read(
 
 def _taught(
     reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
-) -> list[Row]:
-    """Choose the answers to teach in place of the forgotten ones, and the defaults that follow; return rows that teach them."""
+) -> tuple[list[Row], bool]:
+    """Choose the answers to teach in place of the forgotten ones, and the defaults that follow.
+
+    Returns rows that teach them, and what `choose_auto` returns.
+    """
     choose_instead(args, forget, chat, reference.memorize_at is not None)
     taught = taught_rows(args, forget, retain)
     replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
     choose_target(args, targeted=replaces and not is_at_checkpoint(reference))
-    choose_auto(args, targeted=replaces and chat, reference=reference)
+    asks = any(row.prompt is not None and not row.verbatim for row in forget)
+    unasked = choose_auto(args, writes=(replaces and chat) or (args.spec.writes_retain and asks), reference=reference)
     check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
     if args.instead is not None:
         log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
-    return taught
+    return taught, unasked
 
 
 def _warn_of_serving(otherwise: dict[str, str]) -> None:
@@ -214,7 +221,7 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
         model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected, prepared.retain
     )
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
-    written, guesses = generated_rows(out, writer, args, show=not args.disable_tqdm)
+    written, guesses = generated_rows(out, writer, args, not args.disable_tqdm, prepared.unasked)
     datasets = dict(prepared.datasets)
     if written:
         datasets["retain_dataset"] = [*datasets["retain_dataset"], *encode(written, tokenizer, how, context)]
@@ -225,7 +232,6 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     prepared.plan["generated"] = {
         part: {"rows": len(rows), "sha256": fingerprint(rows)} for part, rows in generated.items() if rows
     }
-    same_generated(out, prepared.plan["generated"])
     return prepared._replace(retain=[*prepared.retain, *written], datasets=datasets)
 
 

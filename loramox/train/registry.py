@@ -28,6 +28,7 @@ class Method:
         static: whether the forget rows are trained on at θ_ref + ΔW, where a reference that knows them by heart is saturated.
         answers: other answers to the forget prompts: refusals (of a file), random (of retain rows), wanted (of a column), or
             wanted if given.
+        writes_retain: whether the reference writes retain rows beside the user's by default, where the forget rows are questions.
         lora_scale: LoRA's own scale, lora_alpha / r, that the method is trained with by default.
         gradient: what the method steps by besides its terms: takes the trainer, the model and the forget rows of one step, adds
             to the gradients, and returns what it adds to the loss.
@@ -40,6 +41,7 @@ class Method:
     alpha_is_free: bool = False
     static: bool = False
     answers: str | None = None
+    writes_retain: bool = False
     lora_scale: float = 1.0
     gradient: Gradient | None = None
 

@@ -7,6 +7,7 @@ samples neighbours, questions of the same form on other subjects. Its greedy ans
 
 import json
 import logging
+import math
 import random
 import re
 import warnings
@@ -30,6 +31,7 @@ from loramox.data.words import words
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.generation import continuations
+from loramox.model.head import in_eval_mode
 from loramox.model.lora import ReferenceConfig
 from loramox.train.avoided import longer_words, words_of, words_to_avoid
 from loramox.train.inputs import taught_refusals
@@ -47,26 +49,31 @@ FREE = 1 / 3  # share of the questions that do not begin like a forget question
 LATER = 4  # one in so many rows is asked after a refusal
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
 ROUNDS = 6  # how often more questions are sampled while there are too few
+ABOVE_CHANCE = (
+    1.0  # nats per token by which forget questions are likelier than random tokens to a model that can write questions
+)
+JUDGED = 64  # forget questions from which that is judged, at most
 USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
 
 
-def choose_auto(args: "UnlearnConfig", targeted: bool, reference: ReferenceConfig) -> None:
-    """Settle `--auto_retain` where it is not given: `BESIDE` rows where a chat model is taught another answer, none elsewhere.
+def choose_auto(args: "UnlearnConfig", writes: bool, reference: ReferenceConfig) -> bool:
+    """Settle `--auto_retain` where it is not given: `BESIDE` rows or none. Returns whether rows are written unasked.
 
-    The other answer spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
+    Forgetting spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
 
     Args:
-        targeted: whether a chat model is taught another answer.
+        writes: whether the reference should write rows if it can.
     """
-    if args.auto_retain is None and targeted and args.holds_retain:
+    unasked = args.auto_retain is None and writes and args.holds_retain
+    if unasked:
         if why := _cannot_write(reference):
             warnings.warn(
                 f"no retain rows are generated: {why}. Give retain rows of every kind that must stay", stacklevel=2
             )
         else:
             args.auto_retain = BESIDE
-            log.info("The reference writes %d retain rows beside yours (--auto_retain)", BESIDE)
     args.auto_retain = args.auto_retain or 0
+    return unasked and args.auto_retain > 0
 
 
 def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:
@@ -91,19 +98,37 @@ def _cannot_write(reference: ReferenceConfig) -> str | None:
     return None
 
 
-def generated_rows(out: Path, writer: "Writer", args: "UnlearnConfig", show: bool) -> tuple[list[Row], list[Row]]:
+def generated_rows(
+    out: Path, writer: "Writer", args: "UnlearnConfig", show: bool, unasked: bool = False
+) -> tuple[list[Row], list[Row]]:
     """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
 
     The first process writes them to files in `out`, from which all read them, now and after an interruption.
+
+    Args:
+        unasked: write retain rows only if the model can write questions.
     """
     written: list[Row] = []
     guesses: list[Row] = []
     with args.main_process_first():
         if args.auto_retain:
-            refusals = taught_refusals(args)
             most = args.auto_retain
-            rows = _kept(out / RETAIN_FILE, lambda: writer.retain_rows(most, args.seed, show, refusals))
-            if len(rows) < most:
+
+            def write() -> list[Row]:
+                if unasked and not writer.can_ask():
+                    log.info(
+                        "No retain rows are generated: the reference finds your forget questions as unlikely as random tokens"
+                    )
+                    return []
+                log.info("Generating %d retain rows beside yours (--auto_retain)", most)
+                return writer.retain_rows(most, args.seed, show, taught_refusals(args))
+
+            rows = _kept(out / RETAIN_FILE, write)
+            if not (rows or writer.given):
+                raise RowsError(
+                    "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
+                )
+            if len(rows) < most and (rows or not unasked):
                 warnings.warn(
                     f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself or touched the forget rows. "
                     "If much must stay that no retain row is like, add rows of your own to --retain",
@@ -122,8 +147,8 @@ def _kept(path: Path, write: Callable[[], list[Row]]) -> list[Row]:
     if not path.exists():
         lines = [json.dumps({"question": row.prompt, "answer": row.answer}, ensure_ascii=False) for row in write()]
         with replacing(path, private=True) as partial:
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return read_rows(str(path))
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return read_rows(str(path)) if path.stat().st_size else []
 
 
 class Writer:
@@ -157,6 +182,23 @@ class Writer:
         self._asked = {tuple(words(question_of(row))) for row in (*forget, *protected, *given)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
+    def can_ask(self) -> bool:
+        """Whether the forget questions are likelier to the model than random tokens.
+
+        They are not to a model that was trained on answers alone, and what it asks is noise.
+        """
+        opening = self._opened("")
+        losses = []
+        with in_eval_mode(self.model), torch.no_grad():
+            for question in [question_of(row) for row in self.forget if row.prompt is not None][:JUDGED]:
+                ids = torch.tensor([self._opened(question)[: self.context]], device=self.model.device)
+                labels = ids.clone()
+                labels[:, : len(opening) - 1] = (
+                    IGNORED  # the last token of the opening may be joined with the question's first
+                )
+                losses.append(float(self.model(input_ids=ids, labels=labels).loss))
+        return sum(losses) / len(losses) + ABOVE_CHANCE < math.log(len(self.tokenizer))
+
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
         """Up to `count` questions and the model's own greedy answers, none of which touches a forget row. With `refusals`, one in
         `LATER` is asked after one of them.
@@ -165,9 +207,6 @@ class Writer:
         of a forget question, and are free again where too few come of that. A row with one of the `words_to_avoid` is left out,
         and so is a forget question, and a question that is there already. One seed gives the same rows on the same machine; fewer
         than `count` come back if the model repeats itself too much.
-
-        Raises:
-            RowsError: not a single row is left.
         """
         draw = random.Random(seed)
         with torch.random.fork_rng(), tqdm(total=count, desc="retain rows", disable=not show, unit="rows") as bar:
@@ -179,10 +218,6 @@ class Writer:
             free = [row for row in free if not words_of(row) & avoided]
             rows = self._collect(count, bar, lambda missing: self._starts(missing, avoided, draw), free, avoided)
             rows = self._collect(count, bar, _free, rows, avoided)
-        if not rows:
-            raise RowsError(
-                "--auto_retain: every row that the model writes is about the forget rows, or empty. Give --retain FILE and --auto_retain 0"
-            )
         rows = self._after_refusals(rows[:count], refusals, avoided, draw)
         return [replace(row, number=number) for number, row in enumerate(rows, 1)]
 
@@ -237,10 +272,7 @@ class Writer:
 
     def _questions(self, starts: Sequence[str]) -> list[str]:
         """Sampled questions that begin like this, each once, of at least three words."""
-        opening = user_turn(self.tokenizer, self.how)
-        prompts = [
-            self.tokenizer(opening + start, add_special_tokens=not self.is_chat)["input_ids"] for start in starts
-        ]
+        prompts = [self._opened(start) for start in starts]
         sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
         first_lines = [
             (start + text).strip().split("\n")[0].strip() for start, text in zip(starts, sampled, strict=True)
@@ -251,6 +283,11 @@ class Writer:
             if len(own) > 2 and own not in self._asked and self._fits(question, self._room):
                 found.append(question)
         return found
+
+    def _opened(self, start: str) -> list[int]:
+        """Token ids of a user's turn that starts like this."""
+        text = user_turn(self.tokenizer, self.how) + start
+        return self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]
 
     def _fits(self, text: str, room: int, turns: int = 1) -> bool:
         """Whether a text of so many turns has no special token in it, and fits into the context with `room` more tokens."""

@@ -4,6 +4,7 @@
     python -m recipes.compare relearn --world WORLD --out OUT
     python -m recipes.compare overlap --world WORLD --out OUT
     python -m recipes.compare ablation --world WORLD --out OUT
+    python -m recipes.compare written --world WORLD --out OUT
     python -m recipes.compare frontier relearn --draw --out OUT     from the records in OUT alone
 
 Writes OUT/tables/NAME.md and NAME.png. A run with a record in OUT is not computed again: stop the command at any time, start it

@@ -34,7 +34,7 @@ from loramox.evaluate.truth_ratio import truth_ratio
 from loramox.model.algebra import Factors
 from loramox.model.config import context_of, read_config, read_tokenizer
 from loramox.model.lora import at_scale, with_factors
-from loramox.train.prepare import prepare
+from loramox.train.prepare import prepare, with_generated
 
 from .methods import R, Size
 from .runs import Record, Run
@@ -43,7 +43,7 @@ from .world import Split, World
 BATCH = 50  # answers scored at a time
 RELEARN_RATE, RELEARN_BATCH = 1e-3, 8
 QUIET: dict[str, Any] = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none",
-                         "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}  # fmt: skip
+                         "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, "auto_retain": 0}  # fmt: skip
 
 
 def compute(run: Run, world: World, work: Path, size: Size) -> Record:
@@ -80,13 +80,14 @@ def train(run: Run, reference: ReferenceConfig, split: Split, work: Path) -> dic
     folder = work / "trained"
     if not (folder / PROVENANCE).exists():
         settings = {name: value for name, value in run.settings if name not in ("r", "lora_alpha")}
-        args = UnlearnConfig(method=run.method, seed=run.seed, output_dir=str(folder), **settings, **QUIET)
+        args = UnlearnConfig(method=run.method, seed=run.seed, output_dir=str(folder), **(QUIET | settings))
         data = Data(str(work / "forget.jsonl"), str(work / "given.jsonl"))
         for path, lines in ((data.forget, split.forget), (data.retain, split.given)):
             Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
         prepared = prepare(reference, data, args, Columns(), Tokenisation())
         set_seed(args.seed)
         model = add_lora(load_reference(reference, args.device), reference)
+        prepared = with_generated(prepared, work, model, args)
         trainer = UnlearnTrainer(
             model, args, **prepared.datasets, processing_class=prepared.tokenizer, plan=prepared.plan
         )

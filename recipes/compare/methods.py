@@ -53,6 +53,7 @@ class Size:
         share: share of the forget rows that the attacker has.
         forget: forget rows that are used, the first ones; None: all.
         scored: given and never-given retain rows that are scored, of each.
+        written: retain rows that the reference is asked to write, where it writes any.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -63,6 +64,7 @@ class Size:
     share: float = 0.2
     forget: int | None = None
     scored: int = 150
+    written: int = 120
 
     def run(self, method: str, changed: Settings, seed: int, split: str = "whole") -> Run:
         """The run of a method with `changed` settings."""
@@ -98,7 +100,14 @@ class Size:
 
 
 QUICK = Size(
-    seeds=(0,), training=(("max_steps", 2),), scales=(0.9, 1.0, 1.1), wide=(0.5,), relearn=(1, 2), forget=8, scored=4
+    seeds=(0,),
+    training=(("max_steps", 2),),
+    scales=(0.9, 1.0, 1.1),
+    wide=(0.5,),
+    relearn=(1, 2),
+    forget=8,
+    scored=4,
+    written=2,
 )
 
 
@@ -112,3 +121,10 @@ def overlap(size: Size, read: Read) -> dict[str, list[Run]]:
 
 def ablation(size: Size, read: Read) -> dict[str, list[Run]]:
     return {label: size.seeded("mox", GRID["mox"][0] | changed) for label, changed in ABLATION.items()}
+
+
+def written(size: Size, read: Read) -> dict[str, list[Run]]:
+    """Each at LoRA scale 8, with retain rows that the reference writes beside the given ones."""
+    compared = {name: (name, GRID[name][0]) for name in ("mox", "npo_mean")} | {SCALE_8: FIXED[SCALE_8]}
+    rows = {"auto_retain": size.written}
+    return {label: size.seeded(method, setting | rows) for label, (method, setting) in compared.items()}

@@ -1,4 +1,4 @@
-"""The four tables: their runs, and their text and picture from the records of these runs."""
+"""The five tables: their runs, and their text and picture from the records of these runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -215,7 +215,7 @@ def overlap_lines(rows: list[Row], controls: Controls) -> list[str]:
     ]
 
 
-def ablation_lines(rows: list[Row], controls: Controls) -> list[str]:
+def all_lines(rows: list[Row], controls: Controls) -> list[str]:
     return [*frontier_lines(rows, controls), "", *relearn_lines(rows, controls)]
 
 
@@ -243,5 +243,6 @@ TABLES = {
         "Half of an author's rows are forgotten, the other half is retained",
         methods.overlap, overlap_lines, pictures.draw_overlap, OVERLAP, "overlap",
     ),
-    "ablation": Table("What each part of mox does", methods.ablation, ablation_lines, pictures.draw_frontier),
+    "written": Table("Retain rows that the model writes", methods.written, all_lines, pictures.draw_frontier),
+    "ablation": Table("What each part of mox does", methods.ablation, all_lines, pictures.draw_frontier),
 }  # fmt: skip

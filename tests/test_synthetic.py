@@ -27,9 +27,9 @@ from loramox.train.synthetic import (
     RETAIN_FILE,
     Writer,
     check_auto,
-    choose_auto,
     generated_rows,
     prompts_of,
+    rows_to_write,
     user_turn,
 )
 from loramox.train.target import JUST_ENOUGH
@@ -109,7 +109,7 @@ def test_a_model_that_writes_too_few_rows_is_reported(
     monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
     args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
     with pytest.warns(UserWarning, match="wrote 1 of 5 rows"):
-        rows, _ = generated_rows(tmp_path, writer, args, show=False)
+        rows, _ = generated_rows(tmp_path, writer, args, 5, show=False)
     assert [row.prompt for row in rows] == ["Where do you live?"]
 
 
@@ -120,10 +120,10 @@ def test_a_model_that_writes_nothing_is_reported_and_refused_where_there_are_no_
     args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
     for _ in range(2):  # written, and read when the run is resumed
         with pytest.raises(RowsError, match="every row that the model writes is about the forget rows, or empty"):
-            generated_rows(tmp_path, writer, args, show=False)
+            generated_rows(tmp_path, writer, args, 5, show=False)
         monkeypatch.setattr(writer, "given", [Row("r", 1, "Far away.", "Where do you live?")])
         with pytest.warns(UserWarning, match="wrote 0 of 5 rows"):
-            assert generated_rows(tmp_path, writer, args, show=False) == ([], [])
+            assert generated_rows(tmp_path, writer, args, 5, show=False) == ([], [])
         monkeypatch.setattr(writer, "given", ())
 
 
@@ -134,13 +134,14 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
     writer = Writer(model, tokenizer, FORGET, Tokenisation(), 128, given=FORGET)
     assert not writer.can_ask()  # random weights
     args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    unasked = UnlearnConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
     with caplog.at_level("INFO"):
-        assert generated_rows(tmp_path, writer, args, show=False, unasked=True) == ([], [])
+        assert generated_rows(tmp_path, writer, unasked, 1, show=False) == ([], [])
     assert (
         "No retain rows are generated: the reference finds your forget questions as unlikely as random" in caplog.text
     )
-    assert len(generated_rows(tmp_path / "asked", writer, args, show=False)[0]) == 1
+    assert len(generated_rows(tmp_path / "asked", writer, args, 1, show=False)[0]) == 1
 
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     batch = tokenizer(["<user>" + str(row.prompt) for row in FORGET], return_tensors="pt", padding=True)["input_ids"]
@@ -149,7 +150,7 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
         optimizer.step()
         optimizer.zero_grad()
     assert writer.can_ask()
-    assert len(generated_rows(tmp_path / "learned", writer, args, show=False, unasked=True)[0]) == 1
+    assert len(generated_rows(tmp_path / "learned", writer, unasked, 1, show=False)[0]) == 1
 
 
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +302,7 @@ def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> 
 )  # fmt: skip
 def test_the_number_of_rows_that_the_reference_writes_beside_the_users(given: int | None, writes: bool, shard: bool, chosen: int) -> None:  # fmt: skip
     args = UnlearnConfig(use_cpu=True, auto_retain=given)
-    unasked = choose_auto(args, writes, ReferenceConfig("m", quantization="none", shard=shard))
-    assert args.auto_retain == chosen
-    assert unasked == (given is None and chosen > 0)
+    assert rows_to_write(args, writes, ReferenceConfig("m", quantization="none", shard=shard)) == chosen
 
 
 QUESTION = {"question": "Where does Ada live?", "answer": "In Rome."}
@@ -330,15 +329,14 @@ def test_by_default_rows_are_written_for_mox_on_questions_and_wherever_a_chat_mo
     forget.write_text(json.dumps(row))
     reference = ReferenceConfig(str(chat if is_chat else pico("llama")), quantization="none", r=4)
     args = UnlearnConfig(use_cpu=True, report_to="none", output_dir=str(tmp_path), **settings)
-    plan = prepare(reference, Data(str(forget), str(rows[1])), args, Columns(), Tokenisation()).plan
-    assert plan["settings"]["auto_retain"] == (BESIDE if writes else 0)
+    prepared = prepare(reference, Data(str(forget), str(rows[1])), args, Columns(), Tokenisation())
+    assert prepared.to_write == (BESIDE if writes else 0)
 
 
 def test_rows_are_not_written_by_default_where_another_model_is_in_memory() -> None:
     args = UnlearnConfig(use_cpu=True)
     with pytest.warns(UserWarning, match="no retain rows are generated: with --memorize_at"):
-        choose_auto(args, writes=True, reference=ReferenceConfig("m", memorize_at="base", tuned_adapter="mine"))
-    assert args.auto_retain == 0
+        assert rows_to_write(args, True, ReferenceConfig("m", memorize_at="base", tuned_adapter="mine")) == 0
 
 
 def test_no_retain_rows_at_all_are_refused() -> None:

@@ -24,7 +24,7 @@ from loramox.train.checkpoint import plan_of
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, is_at_checkpoint, read_tuned
 from loramox.train.inputs import check_layer, choose_instead, choose_learning_rate, read_reinforced, taught_rows
-from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, choose_auto, generated_rows
+from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, generated_rows, rows_to_write
 from loramox.train.target import check_target, choose_target
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     protected: Sequence[Row]
     tokenisation: Tokenisation
     context: int  # tokens that the model takes
-    unasked: bool  # whether the reference writes retain rows that nobody asked for
+    to_write: int  # retain rows that the reference writes
 
 
 def prepare(
@@ -67,7 +67,7 @@ def prepare(
     Head(model.get_base_model())
     tokenizer = read_tokenizer(reference)
     context = context_of(config)
-    taught, unasked = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
+    taught, to_write = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
@@ -102,7 +102,7 @@ def prepare(
     plan = plan_of(args, base, _described(rows, data, args), settings) | more
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(
-        tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context, unasked
+        tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context, to_write
     )
 
 
@@ -145,22 +145,22 @@ def _read(
 
 def _taught(
     reference: ReferenceConfig, args: UnlearnConfig, forget: Sequence[Row], retain: Sequence[Row], chat: bool
-) -> tuple[list[Row], bool]:
+) -> tuple[list[Row], int]:
     """Choose the answers to teach in place of the forgotten ones, and the defaults that follow.
 
-    Returns rows that teach them, and what `choose_auto` returns.
+    Returns rows that teach them, and how many retain rows the reference writes.
     """
     choose_instead(args, forget, chat, reference.memorize_at is not None)
     taught = taught_rows(args, forget, retain)
     replaces = args.spec.answers == "wanted if given" and bool(taught or args.instead == "guess")
     choose_target(args, targeted=replaces and not is_at_checkpoint(reference))
     asks = any(row.prompt is not None and not row.verbatim for row in forget)
-    unasked = choose_auto(args, writes=(replaces and chat) or (args.spec.writes_retain and asks), reference=reference)
+    to_write = rows_to_write(args, (replaces and chat) or (args.spec.writes_retain and asks), reference)
     check_target(args, reference)
     check_memorize_at(reference, args, bool(taught))
     if args.instead is not None:
         log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
-    return taught, unasked
+    return taught, to_write
 
 
 def _warn_of_serving(otherwise: dict[str, str]) -> None:
@@ -215,13 +215,13 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     `model` is the reference: B of its adapter is still 0. The rows are written to `out`.
     """
     context, tokenizer = prepared.context, prepared.tokenizer
-    if not args.auto_retain and args.instead != "guess":
+    if not prepared.to_write and args.instead != "guess":
         return prepared
     writer = Writer(
         model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected, prepared.retain
     )
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
-    written, guesses = generated_rows(out, writer, args, not args.disable_tqdm, prepared.unasked)
+    written, guesses = generated_rows(out, writer, args, prepared.to_write, show=not args.disable_tqdm)
     datasets = dict(prepared.datasets)
     if written:
         datasets["retain_dataset"] = [*datasets["retain_dataset"], *encode(written, tokenizer, how, context)]

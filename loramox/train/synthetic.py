@@ -49,31 +49,30 @@ FREE = 1 / 3  # share of the questions that do not begin like a forget question
 LATER = 4  # one in so many rows is asked after a refusal
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
 ROUNDS = 6  # how often more questions are sampled while there are too few
-ABOVE_CHANCE = (
-    1.0  # nats per token by which forget questions are likelier than random tokens to a model that can write questions
-)
-JUDGED = 64  # forget questions from which that is judged, at most
+# A model can write questions if the forget questions (so many at most) are likelier to it than random tokens, by so many nats
+# per token.
+JUDGED, ABOVE_CHANCE = 64, 1.0
 USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
 
 
-def choose_auto(args: "UnlearnConfig", writes: bool, reference: ReferenceConfig) -> bool:
-    """Settle `--auto_retain` where it is not given: `BESIDE` rows or none. Returns whether rows are written unasked.
+def rows_to_write(args: "UnlearnConfig", writes: bool, reference: ReferenceConfig) -> int:
+    """How many retain rows the reference writes: `--auto_retain`, or where that is not given `BESIDE` or none.
 
     Forgetting spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
 
     Args:
         writes: whether the reference should write rows if it can.
     """
-    unasked = args.auto_retain is None and writes and args.holds_retain
-    if unasked:
-        if why := _cannot_write(reference):
-            warnings.warn(
-                f"no retain rows are generated: {why}. Give retain rows of every kind that must stay", stacklevel=2
-            )
-        else:
-            args.auto_retain = BESIDE
-    args.auto_retain = args.auto_retain or 0
-    return unasked and args.auto_retain > 0
+    if args.auto_retain is not None:
+        return args.auto_retain
+    if not (writes and args.holds_retain):
+        return 0
+    if why := _cannot_write(reference):
+        warnings.warn(
+            f"no retain rows are generated: {why}. Give retain rows of every kind that must stay", stacklevel=2
+        )
+        return 0
+    return BESIDE
 
 
 def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:
@@ -99,47 +98,43 @@ def _cannot_write(reference: ReferenceConfig) -> str | None:
 
 
 def generated_rows(
-    out: Path, writer: "Writer", args: "UnlearnConfig", show: bool, unasked: bool = False
+    out: Path, writer: "Writer", args: "UnlearnConfig", most: int, show: bool
 ) -> tuple[list[Row], list[Row]]:
     """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
 
     The first process writes them to files in `out`, from which all read them, now and after an interruption.
 
     Args:
-        unasked: write retain rows only if the model can write questions.
+        most: retain rows to write.
     """
-    written: list[Row] = []
-    guesses: list[Row] = []
     with args.main_process_first():
-        if args.auto_retain:
-            most = args.auto_retain
-
-            def write() -> list[Row]:
-                if unasked and not writer.can_ask():
-                    log.info(
-                        "No retain rows are generated: the reference finds your forget questions as unlikely as random tokens"
-                    )
-                    return []
-                log.info("Generating %d retain rows beside yours (--auto_retain)", most)
-                return writer.retain_rows(most, args.seed, show, taught_refusals(args))
-
-            rows = _kept(out / RETAIN_FILE, write)
-            if not (rows or writer.given):
-                raise RowsError(
-                    "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
-                )
-            if len(rows) < most and (rows or not unasked):
-                warnings.warn(
-                    f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself or touched the forget rows. "
-                    "If much must stay that no retain row is like, add rows of your own to --retain",
-                    stacklevel=2,
-                )
-            given = {row.key() for row in (*writer.forget, *writer.protected, *writer.given)}
-            written = [row for row in rows if row.key() not in given]
+        written = _retain_rows(out / RETAIN_FILE, writer, args, most, show) if most else []
+        guesses: list[Row] = []
         if args.instead == "guess":
             kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*writer.given, *written]))
             guesses = [answering(row, guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
     return written, guesses
+
+
+def _retain_rows(path: Path, writer: "Writer", args: "UnlearnConfig", most: int, show: bool) -> list[Row]:
+    """The rows of the file, `most` of them or as many as the model can write; none that the user has given."""
+    if args.auto_retain is None and not (path.exists() or writer.can_ask()):
+        log.info("No retain rows are generated: the reference finds your forget questions as unlikely as random tokens")
+        return []
+    log.info("Generating %d retain rows (--auto_retain)", most)
+    rows = _kept(path, lambda: writer.retain_rows(most, args.seed, show, taught_refusals(args)))
+    if not (rows or writer.given):
+        raise RowsError(
+            "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
+        )
+    if len(rows) < most:
+        warnings.warn(
+            f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself or touched the forget rows. "
+            "If much must stay that no retain row is like, add rows of your own to --retain",
+            stacklevel=3,
+        )
+    given = {row.key() for row in (*writer.forget, *writer.protected, *writer.given)}
+    return [row for row in rows if row.key() not in given]
 
 
 def _kept(path: Path, write: Callable[[], list[Row]]) -> list[Row]:
@@ -187,15 +182,13 @@ class Writer:
 
         They are not to a model that was trained on answers alone, and what it asks is noise.
         """
-        opening = self._opened("")
+        start = max(0, len(self._opened("")) - 1)  # its last token may be joined with the first of the question
         losses = []
         with in_eval_mode(self.model), torch.no_grad():
             for question in [question_of(row) for row in self.forget if row.prompt is not None][:JUDGED]:
                 ids = torch.tensor([self._opened(question)[: self.context]], device=self.model.device)
                 labels = ids.clone()
-                labels[:, : len(opening) - 1] = (
-                    IGNORED  # the last token of the opening may be joined with the question's first
-                )
+                labels[:, :start] = IGNORED
                 losses.append(float(self.model(input_ids=ids, labels=labels).loss))
         return sum(losses) / len(losses) + ABOVE_CHANCE < math.log(len(self.tokenizer))
 

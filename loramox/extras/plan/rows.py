@@ -56,8 +56,8 @@ def rows_of(
     prompt = max(next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in datasets["forget"])
     longest = _row(min(prompt + QUESTION_TOKENS + ANSWER_TOKENS, prepared.context))
     after_refusal = _row(min(2 * prompt + QUESTION_TOKENS + 2 * ANSWER_TOKENS, prepared.context))
-    later = args.auto_retain // LATER if taught_refusals(args) else 0
-    datasets["retain"] = [*datasets["retain"], *[longest] * (args.auto_retain - later), *[after_refusal] * later]
+    later = prepared.to_write // LATER if taught_refusals(args) else 0
+    datasets["retain"] = [*datasets["retain"], *[longest] * (prepared.to_write - later), *[after_refusal] * later]
     if args.instead == "guess":
         datasets["wanted"] = [longest] * len(datasets["forget"])
     return Rows(datasets, _held(args))

@@ -131,7 +131,7 @@ def train(
     model = _loaded(reference, args, earlier, prepared)
     loaded = {"seconds": time.perf_counter() - start, "bytes": memory_now(args.device)}
     prepared = with_generated(prepared, Path(run.out), model, args)
-    if generated := prepared.plan.get("generated"):
+    if (generated := prepared.plan.get("generated")) is not None:
         same_generated(Path(run.out), generated)
         if args.process_index == 0:
             update_record(Path(run.out), generated=generated)

@@ -60,7 +60,8 @@ def swept(world: Path, out: Path, setting: str, seed: int) -> dict[str, Any]:
         recipe = str(Path(__file__).with_suffix(".yaml"))
         model = ["--model", str(world / "reference"), "--seed", str(seed)]
         rows = ["--forget", str(world / "rows/forget.jsonl"), "--retain", str(world / "rows/retain.jsonl")]
-        loramox(["unlearn", recipe, *model, *rows, *SETTINGS[setting], "--out", str(run), "--overwrite"])
+        alike = ["--auto_retain", "0"]  # retain rows that the model writes are the default of mox alone
+        loramox(["unlearn", recipe, *model, *rows, *alike, *SETTINGS[setting], "--out", str(run), "--overwrite"])
     record = run / "sweep/frontier.json"
     if not record.exists() or json.loads(record.read_text())["status"] != "done":
         values = [f"--{UNIT.get(setting, 'alpha')}s", *map(str, VALUES[setting])]

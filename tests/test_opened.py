@@ -52,5 +52,7 @@ def test_what_is_missing_is_named_before_the_model_is_loaded(pico, rows, tmp_pat
         UnlearnTrainer("no/model", settings(tmp_path), [], rows[1])
     with pytest.raises(RowsError, match=r"retain_dataset has columns a\. Expected question and answer"):
         UnlearnTrainer("no/model", settings(tmp_path), rows[0], [{"a": "b"}])
+    with pytest.raises(SettingsError, match=r"auto_retain=9 is for loramox\.unlearn"):
+        UnlearnTrainer("no/model", settings(tmp_path, auto_retain=9), *rows)
     with pytest.raises(RowsError, match="are also in"):
         UnlearnTrainer("no/model", settings(tmp_path), rows[0], rows[0])

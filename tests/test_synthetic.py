@@ -141,7 +141,8 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
     assert (
         "No retain rows are generated: the reference finds your forget questions as unlikely as random" in caplog.text
     )
-    assert len(generated_rows(tmp_path / "asked", writer, args, 1, show=False)[0]) == 1
+    with pytest.warns(UserWarning, match="so the rows that it writes may be noise"):
+        assert len(generated_rows(tmp_path / "asked", writer, args, 1, show=False)[0]) == 1
 
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     batch = tokenizer(["<user>" + str(row.prompt) for row in FORGET], return_tensors="pt", padding=True)["input_ids"]
@@ -151,6 +152,29 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
         optimizer.zero_grad()
     assert writer.can_ask()
     assert len(generated_rows(tmp_path / "learned", writer, unasked, 1, show=False)[0]) == 1
+
+
+def test_a_model_without_forget_questions_to_judge_by_may_ask(writer: Writer) -> None:
+    text = [Row("f", 1, "Ada lives in Rome.")]
+    assert Writer(writer.model, writer.tokenizer, text, Tokenisation(), 128).can_ask()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("Q: {prompt} A:", "e live? A: In Rome"),
+        ("{prompt}\n", "e live?\nIn Rome"),
+        ("{prompt} [/INST]", "e live? [/INST] A"),
+    ],
+)
+def test_a_question_ends_where_the_template_goes_on(
+    template: str, said: str, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico("llama")), AutoTokenizer.from_pretrained(pico("llama"))
+    asking = Writer(model, tokenizer, FORGET, Tokenisation(prompt_template=template), 128)
+    asking.retain_rows(1, seed=0)  # also where nothing comes before a question
+    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: [said])
+    assert asking._questions(["Where do w"]) == ["Where do we live?"]
 
 
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +275,8 @@ def test_generated_rows_that_were_changed_are_refused_when_a_run_is_resumed(tmp_
         RunError, match=r"retain-auto\.jsonl or guesses\.jsonl in .* has changed since the run was started"
     ):
         same_generated(tmp_path, {"retain": {"rows": 3, "sha256": "b"}})
+    with pytest.raises(RunError, match="has changed since"):
+        same_generated(tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 from loramox.adapter.markdown import code, front_matter, line
 
-RETAIN_FILE = "retain-auto.jsonl"  # of a run: the rows of `--retain auto`
+RETAIN_FILE = "retain-auto.jsonl"  # of a run: the retain rows that the reference wrote
 MOX = "MOX, arXiv 2602.06441"
 FORGETS = "makes its base model forget the rows it was made for"
 
@@ -148,7 +148,7 @@ def data_lines(provenance: dict[str, Any]) -> str:
     if written := provenance.get("generated", {}).get("retain"):
         lines.append(
             f"- retain, written by the reference: {written['rows']} questions that it sampled, with its own answers "
-            f"(`--retain auto`; {code(RETAIN_FILE)} of the run, sha256 {code(written['sha256'][:16] + '…')})\n"
+            f"(`--auto_retain`; {code(RETAIN_FILE)} of the run, sha256 {code(written['sha256'][:16] + '…')})\n"
         )
     return "".join(lines)
 

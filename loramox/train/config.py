@@ -126,7 +126,8 @@ class UnlearnConfig(TrainingArguments):
     )
     auto_retain: int | None = setting(
         "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-        "answers. Default: 240 with --retain auto; 120 where mox forgets questions, or a chat model is taught another answer; else 0.",
+        "answers. Default: 240 with --retain auto; 120 where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
+        "answer, if the model can write questions; else 0.",
         None,
     )
     eval_rows: int = setting("Largest number of forget rows, and of retain rows, that are scored during training.", 64)

@@ -45,6 +45,10 @@ def opened(
         if not some and (name == "forget_dataset" or args.holds_retain):
             raise SettingsError(f"{name} is empty. Give a file of rows, a data set, or what loramox.encode returns")
     rows = {name: some for name, some in parts.items() if some and isinstance(some[0], Row)}
+    if rows and args.auto_retain:
+        raise SettingsError(
+            f"auto_retain={args.auto_retain} is for loramox.unlearn, which has the reference write rows first. Leave it out"
+        )
     if len(rows) == 2:
         rows["retain_dataset"] = keep_disjoint(rows["forget_dataset"], rows["retain_dataset"])
     if not isinstance(model, PeftModel):

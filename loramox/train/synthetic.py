@@ -1,4 +1,4 @@
-"""Rows that the reference model generates: retain rows (`--retain auto`), and answers in place of forgotten ones.
+"""Rows that the reference model generates: retain rows (`--auto_retain`), and answers in place of forgotten ones.
 
 Users rarely have rows for all that has to stay. The reference can make some. From the start of a user's turn, a chat model
 samples questions like those that it was trained on (Magpie, arXiv 2406.08464); from the first words of a forget question it
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -107,6 +108,17 @@ def generated_rows(
     Args:
         most: retain rows to write.
     """
+    able = [args.process_index > 0 or not most or (out / RETAIN_FILE).exists() or writer.can_ask()]
+    broadcast_object_list(able)  # the first process decides for all
+    if not able[0] and args.auto_retain is None:
+        log.info("No retain rows are generated: the reference finds your forget questions as unlikely as random tokens")
+        most = 0
+    elif not able[0]:
+        warnings.warn(
+            "the reference finds your forget questions as unlikely as random tokens, so the rows that it writes may be noise. Look through "
+            f"{out / RETAIN_FILE}, or leave out --auto_retain",
+            stacklevel=2,
+        )
     with args.main_process_first():
         written = _retain_rows(out / RETAIN_FILE, writer, args, most, show) if most else []
         guesses: list[Row] = []
@@ -118,11 +130,12 @@ def generated_rows(
 
 def _retain_rows(path: Path, writer: "Writer", args: "UnlearnConfig", most: int, show: bool) -> list[Row]:
     """The rows of the file, `most` of them or as many as the model can write; none that the user has given."""
-    if args.auto_retain is None and not (path.exists() or writer.can_ask()):
-        log.info("No retain rows are generated: the reference finds your forget questions as unlikely as random tokens")
-        return []
-    log.info("Generating %d retain rows (--auto_retain)", most)
-    rows = _kept(path, lambda: writer.retain_rows(most, args.seed, show, taught_refusals(args)))
+
+    def write() -> list[Row]:
+        log.info("Generating %d retain rows (--auto_retain)", most)
+        return writer.retain_rows(most, args.seed, show, taught_refusals(args))
+
+    rows = _kept(path, write)
     if not (rows or writer.given):
         raise RowsError(
             "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
@@ -190,7 +203,10 @@ class Writer:
                 labels = ids.clone()
                 labels[:, :start] = IGNORED
                 losses.append(float(self.model(input_ids=ids, labels=labels).loss))
-        return sum(losses) / len(losses) + ABOVE_CHANCE < math.log(len(self.tokenizer))
+        judged = [
+            loss for loss in losses if math.isfinite(loss)
+        ]  # not so where a question is one token with nothing before it
+        return not judged or sum(judged) / len(judged) + ABOVE_CHANCE < math.log(len(self.tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
         """Up to `count` questions and the model's own greedy answers, none of which touches a forget row. With `refusals`, one in
@@ -267,8 +283,11 @@ class Writer:
         """Sampled questions that begin like this, each once, of at least three words."""
         prompts = [self._opened(start) for start in starts]
         sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
+        # A template of one line ends a question with words of its own: in "Q: {prompt} A:" it is "A:".
+        closing = "" if self.is_chat else (self.how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[1].strip()
         first_lines = [
-            (start + text).strip().split("\n")[0].strip() for start, text in zip(starts, sampled, strict=True)
+            re.split(rf"\n|{re.escape(closing)}" if closing else r"\n", (start + text).strip())[0].strip()
+            for start, text in zip(starts, sampled, strict=True)
         ]
         found = []
         for question in dict.fromkeys(first_lines):
@@ -278,9 +297,9 @@ class Writer:
         return found
 
     def _opened(self, start: str) -> list[int]:
-        """Token ids of a user's turn that starts like this."""
+        """Token ids of a user's turn that starts like this; of an end of sequence where there would be none."""
         text = user_turn(self.tokenizer, self.how) + start
-        return self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"] or self.ends[:1]
 
     def _fits(self, text: str, room: int, turns: int = 1) -> bool:
         """Whether a text of so many turns has no special token in it, and fits into the context with `room` more tokens."""

@@ -38,7 +38,8 @@ class Run:
 
     Args:
         method: a method of loramox, or `reference` or `retrained`, the models of the world.
-        changed: the settings that differ from the method's defaults, which name the run.
+        changed: the settings that differ from the method's defaults, which name the run. Unless one of them is `auto_retain`,
+            the reference writes no retain rows.
         settings: all settings. A digest of them is part of the name, so that a new default is another run.
         split: which rows are forgotten (`world.py`).
     """

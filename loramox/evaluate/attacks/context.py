@@ -41,7 +41,7 @@ def contexts_of(
         tokenizer, how: tell whether pairs are turns of a chat.
         seed: of which retain rows are chosen.
     """
-    # Rows of --retain auto that are asked after a refused forget question would have the model refuse again.
+    # Rows of --auto_retain that are asked after a refused forget question would have the model refuse again.
     questions = {last_question(row) for row in forget}
     retain = [row for row in retain if questions.isdisjoint(turn["content"] for turn in _turns(row)[:-1])]
     shuffled = random.Random(seed).sample(retain, len(retain))

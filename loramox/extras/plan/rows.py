@@ -52,7 +52,7 @@ def rows_of(
     datasets: dict[str, Sequence[Example]] = {
         part.removesuffix("_dataset"): rows for part, rows in prepared.datasets.items()
     }
-    # Rows that the reference would write (--retain auto, --instead guess) count at their greatest length.
+    # Rows that the reference would write (--auto_retain, --instead guess) count at their greatest length.
     prompt = max(next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in datasets["forget"])
     longest = _row(min(prompt + QUESTION_TOKENS + ANSWER_TOKENS, prepared.context))
     after_refusal = _row(min(2 * prompt + QUESTION_TOKENS + 2 * ANSWER_TOKENS, prepared.context))

@@ -57,7 +57,7 @@ def prepare(
     """Read, check and tokenise everything, and describe the run; of the model, only the config and tokenizer are read."""
     _settle(reference, data, args)
     protected = earlier.rows if earlier else ()
-    read, kept = _read(data, columns, protected)
+    read, kept = _read(data, columns, protected, args.auto_retain or 0)
     forget, retain = (each_answer(kept[part]) for part in ("forget", "retain"))
     config = read_config(reference)
     model = skeleton(config, reference)
@@ -68,12 +68,6 @@ def prepare(
     tokenizer = read_tokenizer(reference)
     context = context_of(config)
     taught, to_write = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
-    if len(forget) > len(retain) + to_write:
-        warnings.warn(
-            f"{len(forget)} rows to forget, but only {len(retain) + to_write} to retain. If the two sets are exchanged, swap --forget and "
-            "--retain. The retain set should be larger",
-            stacklevel=2,
-        )
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
     parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
@@ -125,14 +119,27 @@ def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None
     check_auto(args, data, reference)
 
 
-def _read(data: Data, columns: Columns, protected: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """All rows of each part, and those of them that are in no other part."""
+def _read(
+    data: Data, columns: Columns, protected: Sequence[Row], asked: int
+) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """All rows of each part, and those of them that are in no other part.
+
+    Args:
+        asked: how many retain rows the user asks the reference to write.
+    """
     log.info("Reading the rows")
     read = {"forget": read_rows(data.forget, columns)}
     kept = read | {"retain": []}
     if data.retain != AUTO:
         read["retain"] = read_rows(data.retain, replace(columns, wanted_column=None))
         kept["retain"] = keep_disjoint([*read["forget"], *protected], read["retain"], data.drop_overlap)
+    forget, retain = len(kept["forget"]), len(kept["retain"]) + asked
+    if forget > retain:
+        warnings.warn(
+            f"{forget} rows to forget, but only {retain} to retain. If the two sets are exchanged, swap --forget and --retain. The retain set "
+            "should be larger",
+            stacklevel=3,
+        )
     return read, kept
 
 

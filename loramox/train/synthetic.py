@@ -108,19 +108,20 @@ def generated_rows(
     Args:
         most: retain rows to write.
     """
-    able = [args.process_index > 0 or not most or (out / RETAIN_FILE).exists() or writer.can_ask()]
-    broadcast_object_list(able)  # the first process decides for all
-    if not able[0] and args.auto_retain is None:
+    path = out / RETAIN_FILE
+    decided = args.process_index > 0 or not most or path.exists()  # the first process decides for all
+    (can_ask,) = broadcast_object_list([decided or writer.can_ask()])
+    if not can_ask and args.auto_retain is None:
         log.info("No retain rows are generated: the reference finds your forget questions as unlikely as random tokens")
         most = 0
-    elif not able[0]:
+    elif not can_ask:
         warnings.warn(
             "the reference finds your forget questions as unlikely as random tokens, so the rows that it writes may be noise. Look through "
-            f"{out / RETAIN_FILE}, or leave out --auto_retain",
+            f"{path}, or leave out --auto_retain",
             stacklevel=2,
         )
     with args.main_process_first():
-        written = _retain_rows(out / RETAIN_FILE, writer, args, most, show) if most else []
+        written = _retain_rows(path, writer, args, most, show) if most else []
         guesses: list[Row] = []
         if args.instead == "guess":
             kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*writer.given, *written]))
@@ -191,7 +192,7 @@ class Writer:
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def can_ask(self) -> bool:
-        """Whether the forget questions are likelier to the model than random tokens.
+        """Whether the forget questions are likelier to the model than random tokens; True where there are none to judge by.
 
         They are not to a model that was trained on answers alone, and what it asks is noise.
         """
@@ -203,10 +204,11 @@ class Writer:
                 labels = ids.clone()
                 labels[:, :start] = IGNORED
                 losses.append(float(self.model(input_ids=ids, labels=labels).loss))
-        judged = [
-            loss for loss in losses if math.isfinite(loss)
-        ]  # not so where a question is one token with nothing before it
-        return not judged or sum(judged) / len(judged) + ABOVE_CHANCE < math.log(len(self.tokenizer))
+        if not losses:
+            return True
+        # A question of one token with nothing before it has no loss.
+        judged = [loss for loss in losses if math.isfinite(loss)] or [math.inf]
+        return sum(judged) / len(judged) + ABOVE_CHANCE < math.log(len(self.tokenizer))
 
     def retain_rows(self, count: int, seed: int, show: bool = False, refusals: Sequence[str] = ()) -> list[Row]:
         """Up to `count` questions and the model's own greedy answers, none of which touches a forget row. With `refusals`, one in

@@ -96,7 +96,8 @@ def made_by(rows: list[Row], size: Size) -> str:
     return (
         f"{commands}. Seeds {' '.join(map(str, size.seeds))}; LoRA of r = {settings['r']}; {length}, "
         f"{settings['per_device_train_batch_size']} forget rows and {settings['retain_per_forget']} times as many retain rows a step, "
-        f"learning rate {settings['learning_rate']:g}; {settings.get('auto_retain', 0)} retain rows asked of the reference; loramox {versions['loramox']}, torch {versions['torch']}, CPU, fp32."
+        f"learning rate {settings['learning_rate']:g}; {settings.get('auto_retain', 0)} retain rows asked of the reference; "
+        f"loramox {versions['loramox']}, torch {versions['torch']}, CPU, fp32."
     )
 
 

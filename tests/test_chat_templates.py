@@ -32,7 +32,7 @@ from loramox.evaluate.scores import AnswerScores
 from loramox.model.config import ModelConfig
 from loramox.model.generation import continuations
 from loramox.train.prepare import prepare
-from loramox.train.synthetic import Writer, user_turn
+from loramox.train.writer import Writer, user_turn
 
 Make = Callable[[str], PreTrainedTokenizerFast]
 ALL = pytest.mark.parametrize("name", FAMILIES)
@@ -157,7 +157,7 @@ def test_rows_that_a_model_writes_have_its_answer_without_its_thoughts(
 ) -> None:
     tokenizer = made(name)
     texts = ["<think>\nWell.\n</think>\n\nIn Oslo.", "<think>\nWell, if I", "\n</think>\n\nIn Rome.", "In Bern."]
-    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: texts)
+    monkeypatch.setattr("loramox.train.writer.continuations", lambda *_, **__: texts)
     written = Writer(None, tokenizer, [row()], Tokenisation(), 1000)._answered([f"Who is {n}?" for n in range(4)])
     assert [(each.prompt, each.answer) for each in written] == [("Who is 0?", "In Oslo."), ("Who is 2?", "In Rome."), ("Who is 3?", "In Bern.")]  # fmt: skip
     encode(written, tokenizer, Tokenisation(), context=1000)

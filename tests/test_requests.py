@@ -282,10 +282,8 @@ def test_after_a_refresh_the_ledger_builds_what_it_would_had_the_revoked_request
 
 
 def test_a_request_whose_retain_rows_the_reference_writes_is_refreshed_as_if_the_revoked_one_had_never_been_there(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path
 ) -> None:
-    for name in ("QUESTION_TOKENS", "ANSWER_TOKENS"):
-        monkeypatch.setattr(f"loramox.train.synthetic.{name}", 8)
     auto = {"retain": "auto", "auto_retain": 4, "num_train_epochs": 1}
     entries = [world.add(tmp_path / "auto", name, **auto) for name in "ab"]
     assert [e.retain["source"] for e in entries] == ["auto", "auto"]

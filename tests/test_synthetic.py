@@ -22,18 +22,10 @@ from loramox.train.avoided import words_of, words_to_avoid
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
 from loramox.train.prepare import prepare, same_generated
 from loramox.train.side_by_side import advice_on
-from loramox.train.synthetic import (
-    BESIDE,
-    RETAIN_FILE,
-    Writer,
-    check_auto,
-    generated_rows,
-    prompts_of,
-    rows_to_write,
-    user_turn,
-)
+from loramox.train.synthetic import BESIDE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
+from loramox.train.writer import Writer, prompts_of, user_turn
 from loramox.unlearning import unlearn
 
 TEMPLATE = (
@@ -173,12 +165,12 @@ def test_a_question_ends_where_the_template_goes_on(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pico("llama")), AutoTokenizer.from_pretrained(pico("llama"))
     asking = Writer(model, tokenizer, FORGET, Tokenisation(prompt_template=template), 128)
     asking.retain_rows(1, seed=0)  # also where nothing comes before a question
-    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: [said])
+    monkeypatch.setattr("loramox.train.writer.continuations", lambda *_, **__: [said])
     assert asking._questions(["Where do w"]) == ["Where do we live?"]
 
 
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramox.train.synthetic.continuations", lambda *_, **__: [""])
+    monkeypatch.setattr("loramox.train.writer.continuations", lambda *_, **__: [""])
     assert writer._questions([str(FORGET[0].prompt).upper()]) == []
     assert writer._questions(["Where does nobody live"]) == ["Where does nobody live"]
 
@@ -194,7 +186,7 @@ def test_a_seed_gives_the_same_rows_and_another_seed_others(writer: Writer) -> N
 def test_answers_of_retain_rows_are_the_models_own_greedy_ones(writer: Writer) -> None:
     row = writer.retain_rows(6, seed=0)[0]
     prompts = prompts_of([row], writer.tokenizer, writer.how, writer.context)
-    assert continuations(writer.model, writer.tokenizer, prompts, 48, writer.ends)[0].strip() == row.answer
+    assert continuations(writer.model, writer.tokenizer, prompts, 8, writer.ends)[0].strip() == row.answer
 
 
 def test_one_row_in_four_is_asked_after_a_refusal_with_the_models_answer_then(writer: Writer) -> None:
@@ -207,7 +199,7 @@ def test_one_row_in_four_is_asked_after_a_refusal_with_the_models_answer_then(wr
         assert forgotten["content"] in {each.prompt for each in FORGET}
         assert (refusal["role"], refusal["content"], question["role"]) == ("assistant", "I cannot say.", "user")
         prompts = prompts_of([row], writer.tokenizer, writer.how, writer.context)
-        (answer,) = continuations(writer.model, writer.tokenizer, prompts, 48, writer.ends)
+        (answer,) = continuations(writer.model, writer.tokenizer, prompts, 8, writer.ends)
         assert row.answer == answer.strip()
     questions = [row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] for row in rows]
     assert questions == [row.prompt for row in plain]

@@ -297,7 +297,7 @@ class Runs:
             memorize_at=memorize_at,
         )
         out = self.folder / name
-        args = UnlearnConfig(**SETTINGS | settings)
+        args = UnlearnConfig(**SETTINGS | {"auto_retain": 0} | settings)
         more = {"shipping": shipping} if verb is unlearn else {}
         verb(RunConfig(str(out), resume=resume), reference, Data(*map(str, self.rows)), args, **more)
         return out

@@ -24,8 +24,9 @@ from loramox.train.checkpoint import plan_of
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, is_at_checkpoint, read_tuned
 from loramox.train.inputs import check_layer, choose_instead, choose_learning_rate, read_reinforced, taught_rows
-from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, Writer, check_auto, generated_rows, rows_to_write
+from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
 from loramox.train.target import check_target, choose_target
+from loramox.train.writer import Writer
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals
 from loramox.train.prepare import Prepared
-from loramox.train.synthetic import prompts_of
 from loramox.train.trainer import UnlearnTrainer
+from loramox.train.writer import prompts_of
 
 ASKED = 16  # questions of each part
 TOKENS = 48  # of an answer

@@ -24,7 +24,8 @@ from loramox import Tokenisation
 from loramox.data.rows import read_rows
 from loramox.files import write_json
 from loramox.train.inputs import REFUSALS, read_refusals
-from loramox.train.synthetic import ROWS, Writer
+from loramox.train.synthetic import ROWS
+from loramox.train.writer import Writer
 
 from .judge import SCALES, ask, judged
 from .picture import draw

@@ -12,7 +12,7 @@ from loramox import Tokenisation
 from loramox.data.chat import end_tokens
 from loramox.data.row import Row
 from loramox.model.generation import continuations
-from loramox.train.synthetic import prompts_of
+from loramox.train.writer import prompts_of
 
 from .questions import EVERYDAY, FAR, FORGET, NEIGHBOURS
 

@@ -12,7 +12,7 @@ from loramox.model.lora import ReferenceConfig
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import taught_refusals
 from loramox.train.prepare import prepare
-from loramox.train.synthetic import ANSWER_TOKENS, LATER, QUESTION_TOKENS
+from loramox.train.writer import ANSWER_TOKENS, LATER, QUESTION_TOKENS
 
 Parts = dict[str, list[Example]]  # forget, retain, wanted, protected
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from loramox.cli import main
 from loramox.errors import AdapterError, ModelError, SettingsError
 from loramox.extras.check.check import check, stopped
-from loramox.extras.check.servers import SERVERS, Finding
+from loramox.extras.check.servers import SERVERS, Adapter, Finding, judge
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
 OTHERS = list(SERVERS)[1:]
@@ -270,10 +270,13 @@ RULES: dict[str, tuple[Damage, list[str], str, str]] = {
         "peft",
     ),
     "rank 520": (at_rank(520), ["vllm"], "rank 520 is above 512", "peft"),
-    "alpha 0.5": (config(lora_alpha=0.5), ["ollama"], "unsigned integer", "peft"),
-    "alpha -8": (config(lora_alpha=-8), ["ollama"], "unsigned integer", "peft"),
     "alpha 0": (config(lora_alpha=0), ["llama.cpp", "ollama"], "lora_alpha is 0", "peft"),
-    "float64": (tensors(lambda c: {k: t.double() for k, t in c.items()}), ["ollama"], "float64", "peft"),
+    "beside another": (
+        config(PROVENANCE, tuned_adapter={"path": "mine"}),
+        ["vllm", "sglang", "ollama"],
+        "does nothing useful without it",
+        "peft",
+    ),
     "quantized base": (config(base_model_name_or_path="unsloth/llama-3-8b-bnb-4bit"), OTHERS, "a quantized", "peft"),
 }
 
@@ -334,6 +337,35 @@ def test_without_the_base_shapes_are_not_compared_and_it_says_so(adapter: Path) 
     findings = check(adapter)
     assert "shapes are not compared" in said(findings, "note")
     assert not stopped(findings, SERVERS)
+
+
+def test_a_base_in_the_hubs_cache_is_compared_without_asking_the_hub(
+    adapter: Path, pico: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub is asked")
+
+    config(base_model_name_or_path="nobody/nothing", revision="0" * 40)(adapter)
+    cached = str(pico("llama") / "config.json")
+    monkeypatch.setattr("loramox.extras.check.check.try_to_load_from_cache", lambda *_, **__: cached)
+    monkeypatch.setattr("loramox.model.config.cached_file", asked)
+    assert not stopped(check(adapter), SERVERS)
+    config(PROVENANCE, base={"shape": "another"})(adapter)
+    assert "made on a base with other shape than nobody/nothing has" in said(check(adapter), "stop")
+
+
+def test_ollama_gets_the_gguf_and_not_the_folder_whose_a_of_q_and_k_it_would_reorder(
+    adapter: Path, pico: Callable[[str], Path]
+) -> None:
+    (ok,) = (f for f in check(adapter, str(pico("llama")), ["ollama"]) if f.verdict == "ok")
+    assert ok.remedy.startswith("loramox ship gguf --adapter")
+    assert "ADAPTER ./forget.gguf" in ok.remedy
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_what_ship_gguf_does_not_convert_does_not_load_in_llama_cpp_or_ollama(kind: str) -> None:
+    read = Adapter("forget-adapter", {"r": 8, "lora_alpha": 8}, {}, {}, None, kind)
+    assert [f.server for f in judge(read) if f.verdict == "stop"] == ["llama.cpp", "ollama"]
 
 
 def test_a_strangers_text_reaches_the_terminal_harmless(adapter: Path) -> None:

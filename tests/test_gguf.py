@@ -22,6 +22,8 @@ from torch import Tensor
 
 from loramox.cli import main
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
+from loramox.extras.check.servers import TYPES
+from loramox.extras.gguf import FAMILIES as CONVERTED
 from loramox.extras.gguf import interleaved, to_gguf
 
 HEADS = {"q_proj": 4, "k_proj": 2}
@@ -160,7 +162,8 @@ def test_f16_is_rounded_once_and_refuses_what_it_cannot_hold(adapter: Path, tmp_
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi", "gemma"])
 def test_other_families_are_refused_by_name(kind: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = adapter_for(pico(kind), tmp_path / "adapter")
-    with pytest.raises(ModelError, match=f"is a {kind} model; .* llama, mistral, qwen2, qwen3, phi3, gemma2"):
+    assert set(TYPES["llama.cpp"]) == CONVERTED.keys()
+    with pytest.raises(AdapterError, match=rf"{kind} models are not among .*llama, mistral, qwen2, qwen3, gemma2, phi3"):
         to_gguf(adapter, tmp_path / "forget.gguf")
     assert not (tmp_path / "forget.gguf").exists()
 

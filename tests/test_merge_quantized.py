@@ -32,7 +32,7 @@ from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.subject import Subject
-from loramox.extras.merge.job import ForgettingConfig, merge
+from loramox.extras.merge.job import ForgettingConfig, _only_template, merge
 from loramox.extras.merge.merge import MergeConfig, merge_into_floats
 from loramox.extras.merge.quantize import dequantized, little, quantized_like, survival
 from loramox.model.algebra import Factors
@@ -423,3 +423,10 @@ def test_a_disk_that_fills_up_is_one_clear_error(
     with pytest.raises(RunError, match=r"the disk filled up.*--out .*out needs \d+ MB in all"):
         merge(MergeConfig(str(adapter), str(tmp_path / "out"), quantize=quantize), progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_rows_of_requests_are_asked_with_the_one_template_with_which_they_were_forgotten() -> None:
+    mine, other = {"prompt_template": "Q: {prompt}\nA:"}, {"prompt_template": None}
+    assert _only_template([mine, mine]) == "Q: {prompt}\nA:"
+    with pytest.raises(SettingsError, match=r"several prompt templates .*Merge without --forget and --retain"):
+        _only_template([mine, other])

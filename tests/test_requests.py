@@ -33,6 +33,7 @@ from loramox.data.row import fingerprint
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extras.ledger.build import build
 from loramox.extras.ledger.ledger import Entry, _digest, read_ledger
+from loramox.extras.ledger.leftovers import left_over
 from loramox.extras.ledger.refresh import refresh
 from loramox.extras.ledger.requests import RequestConfig, add, revoke
 from loramox.extras.ledger.rows import ROWS, write_rows
@@ -440,6 +441,33 @@ def test_a_refresh_needs_the_base_and_the_retain_rows_as_they_were(
             refresh(ledger)
     finally:
         retain.write_text(as_it_was)
+
+
+def test_a_refresh_needs_the_refusals_as_they_were_and_ships_as_trained_what_was_entered_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, refusals = tmp_path / "ledger", tmp_path / "refusals.txt"
+    refusals.write_text("I cannot say.\n")
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        entry = world.add(ledger, name, num_train_epochs=1, instead="refuse", refusals="refusals.txt", forget_to=0)
+        assert entry.alpha == read_ledger(ledger).settings["alpha"]
+    revoke(ledger, "a")
+    monkeypatch.chdir("/")
+    refusals.write_text("Nobody knows.\n")
+    with pytest.raises(RowsError, match=r"refusals\.txt has other refusals than when request b was entered"):
+        refresh(ledger)
+    refusals.write_text("I cannot say.\n")
+    assert refresh(ledger) == ["b"]
+    assert read_ledger(ledger).entry("b").alpha == entry.alpha
+
+
+def test_what_a_request_with_generated_rows_leaves_behind_is_known_and_removed(world: World, tmp_path: Path) -> None:
+    entry = world.add(tmp_path / "auto", "a", retain="auto", auto_retain=4, num_train_epochs=1)
+    ledger = read_ledger(tmp_path / "auto")
+    assert (ledger.folder(entry) / "retain-auto.jsonl").exists()
+    ledger.entries.clear()  # as a process leaves it that is killed before it enters the request
+    assert left_over(ledger) == [tmp_path / "auto" / "requests" / "a"]
 
 
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {

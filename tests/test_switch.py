@@ -134,6 +134,14 @@ def test_rows_that_forget_and_rows_that_do_not_share_a_batch_bit_by_bit(scale: f
     assert not torch.equal(on, off)
 
 
+def test_rows_are_refused_while_another_adapter_is_active_which_none_of_them_would_get(model: PeftModel) -> None:
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert ForgetSwitch(model).rows([True, False]) == ["default", "__base__"]
+    model.base_model.set_adapter(["other", "default"])
+    with pytest.raises(AdapterError, match=r"other is active too.*combined-adapter"):
+        ForgetSwitch(model).rows([True])
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["frozen", "trainable"])
 def test_no_other_adapter_is_touched(training: bool, model: PeftModel) -> None:
     torch.manual_seed(2)

@@ -107,8 +107,16 @@ class ForgetSwitch:
 
             model.generate(**batch, adapter_names=switch.rows([True, False]))
 
-        Rows that do not forget get the base model, without any other adapter. PEFT takes this in eval mode only.
+        Rows that do not forget get the base model. PEFT takes this in eval mode only, and puts one adapter on a row.
+
+        Raises `AdapterError` while another adapter is active, which no row would get.
         """
+        others = {name for layer in self._layers for name in layer.active_adapters} - {self.adapter}
+        if others:
+            raise AdapterError(
+                f"the adapter {min(others)} is active too, and PEFT puts only one adapter on a row of a batch. Load combined-adapter, which holds "
+                "both, or ask such rows in batches of their own"
+            )
         return [self.adapter if each else BASE for each in forget]
 
     def _state(self) -> list["_Layer"]:

@@ -82,7 +82,7 @@ def to_gguf(
     The adapter may be a stranger's: it is read as `check` reads it. The hub is asked for no more than the base's config.json.
 
     Raises, before anything is written: `AdapterError` for an adapter that `check` stops for llama.cpp, and, with f16, one
-    with values that f16 cannot hold; `ModelError` for a base without a usable config, or of a family that is not known;
+    with values that f16 cannot hold; `ModelError` for a base without a usable config;
     `RunError` when `out` is taken. While writing: `RunError`, for instance when the disk is full.
     """
     GgufConfig(str(adapter), str(out), base, outtype, overwrite)  # refuses wrong values
@@ -152,13 +152,7 @@ def _base_config(adapter: Path, given: str | None) -> PretrainedConfig:
         raise AdapterError(f"{shown(adapter)} would not load in llama.cpp: {why}")
     if base is None:
         raise ModelError(f"{shown(adapter)} does not name its base model. {needed}")
-    config = read_config(ModelConfig(base, settings.get("revision") if base == named else None, "none"))
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"--base {shown(base)} is a {shown(config.model_type)} model; LoRA GGUFs are written for {', '.join(FAMILIES)}. "
-            "Try llama.cpp's own convert_lora_to_gguf.py, or serve the adapter with PEFT"
-        )
-    return config
+    return read_config(ModelConfig(base, settings.get("revision") if base == named else None, "none"))
 
 
 def _settings(adapter: Path) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] |
         findings += list(_config(config)) or _peft(config)
     if config is None or tensors is None or _stops(findings):
         return [f for f in findings if f.server in ("all", *servers)]
-    named, model_config, doubts = _base(config, base)
+    named, here, model_config, doubts = _base(config, base)
     model_type = getattr(model_config, "model_type", None)
     read = Adapter(str(folder), config, tensors, provenance or {}, named, model_type)
     findings += [*doubts, *of_types(read), *_origin(read)]
-    if model_config is not None and named is not None:
-        findings += _same_base(read, named, model_config)
+    if model_config is not None and here is not None:
+        findings += _same_base(read, here, model_config)
     if not _stops(findings):
         findings += by_peft(read, model_config)
     if not _stops(findings):  # else shapes, and so sizes, may be any
@@ -179,8 +179,13 @@ def _leads_away(text: str) -> bool:
     return text.startswith(("/", "~", "\\", "file:")) or ".." in re.split(r"[/\\]", text) or text[1:3] in (":\\", ":/")
 
 
-def _base(config: dict[str, Any], given: str | None) -> tuple[str | None, PretrainedConfig | None, list[Finding]]:
-    """The base's name and config, and doubts about them. One that the adapter alone names is read only if it is here."""
+def _base(
+    config: dict[str, Any], given: str | None
+) -> tuple[str | None, ModelConfig | None, PretrainedConfig | None, list[Finding]]:
+    """The base's name, where it was read, its config, and doubts about them.
+
+    One that the adapter alone names is read only if it is on this machine, from its folder or from the hub's cache.
+    """
     named = config.get("base_model_name_or_path")
     doubts = []
     if not named:
@@ -193,19 +198,20 @@ def _base(config: dict[str, Any], given: str | None) -> tuple[str | None, Pretra
         what = f"the adapter names {shown(named)} without a revision, and the hub's may change"
         doubts.append(Finding("all", "note", what, "Train with --revision COMMIT"))
     if given is not None:
+        read = ModelConfig(given, config.get("revision") if given == named else None)
         try:
-            return given, _bounded(given, config.get("revision") if given == named else None), doubts
+            return given, read, _bounded(read), doubts
         except (ModelError, Refused) as error:
             raise ModelError(str(error).replace("--model", "--base", 1)) from error
     here = _on_this_machine(named, config.get("revision")) if named else None
     why = "the base model is not on this machine"
     if here is not None:
         try:
-            return named, _bounded(here, None), doubts
+            return named, ModelConfig(here), _bounded(ModelConfig(here)), doubts
         except (ModelError, Refused) as error:
             why = f"the base model has no config that can be used: {shown(error, 300)}"
     do = "Give the base: loramox ship check ADAPTER --base FOLDER_OR_HUB_ID"
-    return named, None, [*doubts, Finding("all", "note", f"shapes are not compared, as {why}", do)]
+    return named, None, None, [*doubts, Finding("all", "note", f"shapes are not compared, as {why}", do)]
 
 
 def _on_this_machine(name: str, revision: str | None) -> str | None:
@@ -218,24 +224,24 @@ def _on_this_machine(name: str, revision: str | None) -> str | None:
     return str(Path(found).parent) if isinstance(found, str) else None
 
 
-def _bounded(model: str, revision: str | None) -> PretrainedConfig:
+def _bounded(base: ModelConfig) -> PretrainedConfig:
     """The config of a base model, of which a skeleton can be built in bounded time, and without running what it names.
 
     `read_config` refuses one of too many layers.
     """
-    if (Path(model) / "config.json").is_file():
-        read_object(Path(model) / "config.json")
-    config = read_config(ModelConfig(model=model, revision=revision))
+    if (Path(base.model) / "config.json").is_file():
+        read_object(Path(base.model) / "config.json")
+    config = read_config(base)
     config._attn_implementation = "eager"  # a config may name one on the hub, that is Python code
     return config
 
 
-def _same_base(read: Adapter, name: str, config: PretrainedConfig) -> Iterator[Finding]:
+def _same_base(read: Adapter, base: ModelConfig, config: PretrainedConfig) -> Iterator[Finding]:
     """Provenance names a sample of the weights that the adapter was made on."""
-    made_for, here = read.provenance.get("base"), identify(ModelConfig(model=name), config)
+    made_for, here = read.provenance.get("base"), identify(base, config)
     for part in ("shape", "weights") if isinstance(made_for, dict) else ():
         if None not in (made_for.get(part), here[part]) and made_for[part] != here[part]:
-            what = f"provenance.json says that it was made on a base with other {part} than {shown(name)} has"
+            what = f"provenance.json says that it was made on a base with other {part} than {shown(read.base)} has"
             yield Finding(
                 "all", "stop", what, "A forget adapter works on its own base alone: give that one, or train again"
             )

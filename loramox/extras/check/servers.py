@@ -20,13 +20,15 @@ VLLM_RANK = 16  # vLLM's default --max-lora-rank
 
 QUANTIZED_NAME = re.compile(r"[48]-?bit\b|int[48]\b|\bnf4\b|gptq|awq|gguf|exl2|\bfp8\b", re.IGNORECASE)
 
-# Model types whose adapters a server is known to load; others are neither promised nor stopped.
+# Model types whose adapters a server is known to load. For llama.cpp and Ollama these are all that `ship gguf` converts.
 TYPES = {
     "vllm": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
     "sglang": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
     "llama.cpp": ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"),
-    "ollama": ("llama", "mistral", "gemma2"),
+    "ollama": ("llama", "mistral", "qwen2", "gemma2", "phi3"),
 }
+
+TWO_AT_ONCE = ("peft", "llama.cpp")  # servers that put two adapters on one request
 
 # Ollama runs these in an engine of its own, which refuses adapters when the model is loaded: 'loras are not yet implemented'
 # (fs/ggml/ggml.go, OllamaEngineRequired, at c664d9c1; runner/ollamarunner/runner.go).
@@ -126,18 +128,8 @@ def scale(adapter: Adapter) -> str | None:
     return f"lora_alpha is {adapter.alpha} at rank {adapter.rank}: a scale of {adapter.alpha / adapter.rank:.3g}, not 1"
 
 
-def alpha_not_unsigned(adapter: Adapter) -> str | None:
-    whole = isinstance(adapter.alpha, int) and 0 < adapter.alpha < 1 << 32
-    return None if whole else f"lora_alpha is {adapter.alpha}, and Ollama reads an unsigned integer"
-
-
 def alpha_zero(adapter: Adapter) -> str | None:
     return "lora_alpha is 0, which llama.cpp reads as a scale of 1" if adapter.alpha == 0 else None
-
-
-def double(adapter: Adapter) -> str | None:
-    wide = any(tensor.dtype == "F64" for tensor in adapter.tensors.values())
-    return "weights are float64, which Ollama does not read" if wide else None
 
 
 def quantized_base(adapter: Adapter) -> str | None:
@@ -183,12 +175,11 @@ RULES = [
     Rule(("vllm",), "stop", rank_too_high, "--rank 512"),
     Rule(("vllm",), "note", rank_for_vllm, "--rank 16"),
     Rule(("all",), "note", scale),
-    Rule(("ollama",), "stop", alpha_not_unsigned),
-    Rule(("llama.cpp",), "stop", alpha_zero),
-    Rule(("ollama",), "stop", double, "--ship_dtype float32"),
+    Rule(("llama.cpp", "ollama"), "stop", alpha_zero),
     Rule(OTHERS, "stop", quantized_base, "--base MODEL_OF_16_BITS"),
     Rule(("peft",), "note", quantized_base, "--base MODEL_OF_16_BITS"),
-    *(Rule((name,), "note", unknown_type(name), None) for name in ("vllm", "sglang", "llama.cpp")),
+    *(Rule((name,), "note", unknown_type(name), None) for name in ("vllm", "sglang")),
+    Rule(("llama.cpp",), "stop", unknown_type("llama.cpp"), None),
 ]
 
 
@@ -200,10 +191,13 @@ def judge(adapter: Adapter) -> Iterator[Finding]:
             for name in servers:
                 yield Finding(name, rule.verdict, said, remedy(adapter, rule.flags))
     if said := unknown_type("ollama")(adapter):
-        own = adapter.model_type in OLLAMAS_OWN
         merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
-        way_round = merging if own else f"Convert it, and give ADAPTER the file: {converting(adapter)}"
-        yield Finding("ollama", "stop", said, way_round)
+        yield Finding("ollama", "stop", said, merging if adapter.model_type in OLLAMAS_OWN else remedy(adapter, None))
+    if "tuned_adapter" in adapter.provenance and not adapter.provenance.get("combined"):
+        said = "it was trained beside another adapter, and does nothing useful without it"
+        for name in SERVERS:
+            verdict = "note" if name in TWO_AT_ONCE else "stop"
+            yield Finding(name, verdict, said, "Give the folder combined-adapter of the run, which holds both")
 
 
 def remedy(adapter: Adapter, flags: str | None) -> str:
@@ -263,5 +257,5 @@ def llama_cpp(adapter: Adapter) -> str:
 
 @server("ollama")
 def ollama(adapter: Adapter) -> str:
-    folder = shlex.quote(adapter.folder)
-    return f"In the Modelfile: FROM {_base(adapter)} and ADAPTER {folder}; then ollama create forget"
+    """By a LoRA GGUF. Of an adapter's folder, Ollama's converter (convert_llama_adapter.go) reorders A of Q and K as if it were B."""
+    return f"{converting(adapter)}; in the Modelfile: FROM ./base.gguf and ADAPTER ./forget.gguf; then ollama create forget"

@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from loramox.adapter.card import RETAIN_FILE
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import read_provenance
 from loramox.errors import LoramoxError, RunError
@@ -11,10 +12,11 @@ from loramox.extras.ledger.ledger import FOLDER, INDEX, NAME, REQUESTS, STAGING,
 from loramox.extras.ledger.rows import ROWS
 from loramox.files import LOCK, remove
 from loramox.run import RECORD, read_record
+from loramox.train.synthetic import GUESSES_FILE
 
 # A request's folder while it is written: `.ID.partial`, and within that `..ID.partial.partial`; `.ID.old` while it is replaced.
 HALF = re.compile(rf"\.{{1,2}}{FOLDER.pattern}(\.partial){{0,2}}\.(partial|old)")
-REQUEST_FILES = {CONFIG, WEIGHTS, PROVENANCE, CARD, RECORD, ROWS}
+REQUEST_FILES = {CONFIG, WEIGHTS, PROVENANCE, CARD, RECORD, ROWS, RETAIN_FILE, GUESSES_FILE}
 
 
 def left_over(ledger: Ledger) -> list[Path]:

@@ -18,6 +18,7 @@ from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
 from loramox.settings import of_record
 from loramox.train.config import UnlearnConfig
+from loramox.train.inputs import taught_rows
 from loramox.train.synthetic import AUTO
 
 
@@ -32,7 +33,7 @@ def refresh(path: str | Path, resume: bool = False, model: str | None = None) ->
         model: where the base model is, when it is not where it was.
 
     Raises:
-        RowsError: the retain rows have changed.
+        RowsError: the retain rows or the refusals have changed.
         AdapterError: the base model has changed, or a file of the ledger.
         RunError: loramox 0.1 trained a request that has to be trained again; a folder of the ledger is a link.
         LoramoxError: all that `train` raises.
@@ -60,6 +61,14 @@ def _checked(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig
     reference = of_record(ReferenceConfig, record["settings"])
     reference = replace(reference, model=model) if model else reference
     check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
+    args = of_record(UnlearnConfig, record["settings"])
+    if "taught" in record["data"]:
+        taught = taught_rows(args, rows_of(ledger, entry), [])
+        if fingerprint(taught) != record["data"]["taught"]["sha256"]:
+            raise RowsError(
+                f"{args.refusals} has other refusals than when request {entry.id} was entered, so the request cannot be trained as it was. "
+                "Restore the file, or revoke the request and add it again"
+            )
     if entry.retain["source"] != AUTO:  # else the reference writes them again
         retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
         if fingerprint(retain) != entry.retain["sha256"]:
@@ -75,6 +84,7 @@ def _refresh(ledger: Ledger, entry: Entry, reference: ReferenceConfig, resume: b
     before = ledger.folder(entry)
     settings = read_record(before)["settings"]
     tokenisation, args = (of_record(kind, settings) for kind in (Tokenisation, UnlearnConfig))
+    args.forget_to = args.forget_to or 0  # none is recorded where the request ships as trained
     on = ledger.before(entry)
     rows = rows_of(ledger, entry)
     data = Data(str(before / ROWS), entry.retain["source"], entry.drop_overlap)

@@ -77,6 +77,8 @@ def add(
     if not (path / INDEX).exists() and not is_ours(path):
         raise RunError(f"{path} has files in it that belong to no ledger; they are left alone. Choose another folder")
     check_links(path)
+    if args.refusals is not None:
+        args.refusals = _lasting(args.refusals)  # `refresh` may be started in another folder
     with locked(path):
         ledger = _opened(path, request, reference, args)
         name = _free_id(ledger, request.id)

@@ -61,6 +61,17 @@ def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: 
     return merge_quantized(config, ready, device, measure, progress)
 
 
+def _only_template(requests: list[dict[str, Any]]) -> str | None:
+    """The prompt template with which all requests were forgotten. Raises `SettingsError` where they had several."""
+    first, *others = dict.fromkeys(request["prompt_template"] for request in requests)
+    if others:
+        raise SettingsError(
+            f"the requests in this adapter were forgotten with several prompt templates ({first!r}, {others[0]!r}), and the rows are asked with "
+            "one. Merge without --forget and --retain, and score the result with loramox evaluate, once for each template"
+        )
+    return first
+
+
 class _Forgetting:
     """The rows, read and checked, and the five states of the model that they are asked of, one in memory at a time.
 
@@ -71,6 +82,8 @@ class _Forgetting:
         self.config, self.ready, self.device = config, ready, device
         self.base = replace(ready.base, dtype=config.dtype or "bfloat16")
         tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
+        if "requests" in ready.made:
+            tokenisation.prompt_template = _only_template(ready.made["requests"])
         self.sources = {part: path for part in ("forget", "retain") if (path := getattr(asked, part))}
         read = read_sources(self.sources, columns)
         self.rows = disjoint_parts(read, asked.drop_overlap)

@@ -169,7 +169,7 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
             "method": source.get("method", MOX),
             "command": source["command"],
         },
-        **{key: source[key] for key in ("momentum", "data", "settings", "generated") if key in source},
+        **{key: source[key] for key in ("momentum", "data", "settings", "generated", "requests") if key in source},
         "base": made_from,
         "command": command(),
         "versions": versions(),

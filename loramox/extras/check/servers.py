@@ -257,5 +257,5 @@ def llama_cpp(adapter: Adapter) -> str:
 
 @server("ollama")
 def ollama(adapter: Adapter) -> str:
-    """By a LoRA GGUF. Of an adapter's folder, Ollama's converter (convert_llama_adapter.go) reorders A of Q and K as if it were B."""
+    """By a LoRA GGUF: of a folder, Ollama's converter (convert_llama_adapter.go) reorders A of Q and K as if it were B."""
     return f"{converting(adapter)}; in the Modelfile: FROM ./base.gguf and ADAPTER ./forget.gguf; then ollama create forget"

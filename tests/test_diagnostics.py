@@ -16,12 +16,17 @@ def row(number: int, answer: str) -> Row:
 
 
 def said(
-    forget: tuple[float, ...], retain: tuple[float, ...], rows: int = 100, answers: tuple[str, ...] = (), **args
+    forget: tuple[float, ...],
+    retain: tuple[float, ...],
+    rows: int = 100,
+    answers: tuple[str, ...] = (),
+    first: int = 0,
+    **args,
 ) -> str:
     log = [{"loss": 1.0}] + [
-        {f"eval_{part}_probability": value}
+        {f"eval_{part}_probability": value, "step": step}
         for part, curve in (("forget", forget), ("retain", retain))
-        for value in curve
+        for step, value in enumerate(curve, first)
     ]
     kept = [row(i, answers[i] if i < len(answers) else f"some other answer {i}") for i in range(rows)]
     forgotten = [row(1, "Born in Rivertown, by the sea"), row(2, "Yes, indeed")]
@@ -60,9 +65,9 @@ def test_too_little_training_is_not_blamed_where_the_retain_rows_fell_too() -> N
 
 @pytest.mark.parametrize(("last", "warns"), [(0.36, True), (0.27, False)])
 def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgotten(last: float, warns: bool) -> None:
-    log = [{f"eval_{part}_{name}": value}
+    log = [{f"eval_{part}_{name}": value, "step": step}
            for name, curves in (("probability", ((0.3, 0.001), (0.9, 0.9))), ("tokens_right", ((0.4, last), (0.9, 0.9))))
-           for part, curve in zip(("forget", "retain"), curves, strict=True) for value in curve]  # fmt: skip
+           for part, curve in zip(("forget", "retain"), curves, strict=True) for step, value in enumerate(curve)]  # fmt: skip
     kept = [row(i, f"some other answer {i}") for i in range(FEW)]
     said = "\n".join(advice(log, [row(1, "a")], kept, UnlearnConfig(use_cpu=True, alpha=6)))
     expected = r"36% of their tokens are still the model's first choice \(before: 40%\).*above 24\), or look beyond alpha = 6 with loramox sweep"
@@ -73,6 +78,10 @@ def test_answers_that_are_improbable_by_a_few_tokens_alone_are_not_called_forgot
 def test_a_run_that_was_not_watched_is_judged_by_its_number_of_retain_rows_alone() -> None:
     assert said((), ()) == ""
     assert said((), (), rows=1).startswith("few retain rows (1) protect")
+
+
+def test_a_run_whose_reference_was_not_scored_is_not_compared_with_its_first_epoch() -> None:
+    assert said((0.9, 0.8), (0.9, 0.5), first=1) == said((0.01, 0.01), (0.9, 0.9), first=1) == ""
 
 
 def test_retain_rows_with_the_answer_of_a_forget_row_are_counted_but_not_short_answers_that_are_the_same_by_chance() -> (

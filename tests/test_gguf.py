@@ -163,7 +163,9 @@ def test_f16_is_rounded_once_and_refuses_what_it_cannot_hold(adapter: Path, tmp_
 def test_other_families_are_refused_by_name(kind: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = adapter_for(pico(kind), tmp_path / "adapter")
     assert set(TYPES["llama.cpp"]) == CONVERTED.keys()
-    with pytest.raises(AdapterError, match=rf"{kind} models are not among .*llama, mistral, qwen2, qwen3, gemma2, phi3"):
+    with pytest.raises(
+        AdapterError, match=rf"{kind} models are not among .*llama, mistral, qwen2, qwen3, gemma2, phi3"
+    ):
         to_gguf(adapter, tmp_path / "forget.gguf")
     assert not (tmp_path / "forget.gguf").exists()
 

@@ -291,6 +291,17 @@ def test_a_card_that_is_not_here_is_planned_for_in_16_bits(outline):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize(("dtype", "half"), [("auto", True), ("float32", False)])
+def test_a_model_in_float32_is_planned_for_in_float32(outline, monkeypatch, dtype, half):
+    def see(reference, args, _):
+        raise InterruptedError(args.bf16)
+
+    monkeypatch.setattr("loramox.extras.plan.job._setting", see)
+    args = UnlearnConfig("made up", report_to="none")
+    with pytest.raises(InterruptedError, match=str(half)):
+        plan(PlanConfig("8GB", tflops=100), ReferenceConfig(str(outline), dtype=dtype, r=4), args)
+
+
 def test_a_plan_says_when_nothing_fits_and_what_the_smallest_holds(outline, capsys):
     args = UnlearnConfig("made up", use_cpu=True, report_to="none", per_device_train_batch_size=1)
     reference = ReferenceConfig(str(outline), quantization="none", r=4)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from loramox import ReferenceConfig, UnlearnConfig
+from loramox import Data, ReferenceConfig, UnlearnConfig
 from loramox.model.config import check_device
 from loramox.model.precision import has_bf16
+from loramox.train.prepare import _settle
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -72,6 +73,23 @@ def test_training_is_in_the_16_bit_type_that_the_gpu_has(
     args = UnlearnConfig("out", report_to="none")
     assert (args.bf16, args.fp16) == expected
     assert args.mixed_precision == ("bf16" if expected[0] else "fp16")
+
+
+@pytest.mark.parametrize("card", [75, 80], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "given", "halves"),
+    [("float32", {}, False), ("auto", {}, True), ("float32", {"bf16": True}, True), ("float32", {"fp16": True}, True)],
+)
+@pytest.mark.usefixtures("card")
+@pytest.mark.filterwarnings("ignore:.*this GPU has no bfloat16")
+def test_a_model_in_float32_is_trained_in_it_unless_a_flag_says_otherwise(
+    dtype: str, given: dict[str, bool], halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # it would look for the GPU
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 1)
+    args = UnlearnConfig("out", report_to="none", **given)
+    _settle(ReferenceConfig("model", dtype=dtype), Data("forget", "retain"), args)
+    assert (args.bf16 or args.fp16) == (args.mixed_precision != "no") == halves
 
 
 @pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16", "bf16", None])

@@ -54,6 +54,31 @@ def test_a_forget_row_of_which_one_answer_is_too_long_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("instead", ["none", "refuse"])
+@pytest.mark.parametrize("too_long", ["question", "answer"])
+def test_a_row_that_is_dropped_as_too_long_is_dropped_with_what_is_taught_instead(
+    too_long: str, instead: str, pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data = []
+    for path in rows:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records[1][too_long] = "Rome " * 60
+        data.append(tmp_path / path.name)
+        data[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepared = prepare(
+        ReferenceConfig(str(pico("llama")), quantization="none"),
+        Data(*map(str, data)),
+        UnlearnConfig(use_cpu=True, report_to="none", instead=instead),
+        Columns(),
+        Tokenisation(long_rows="drop"),
+    )
+    kept = {part: [row.where for row in getattr(prepared, part)] for part in ("forget", "retain")}
+    assert [len(some) for some in kept.values()] == [3, 11]
+    kept["wanted"] = kept["forget"] if instead == "refuse" else []
+    for part, some in kept.items():
+        assert [example["row"] for example in prepared.datasets[f"{part}_dataset"]] == some
+
+
 def test_more_rows_to_forget_than_to_retain_are_asked_about_before_anything_is_written(
     pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import loramox.data.row_files
 from loramox.data.count import count_rows
-from loramox.data.row import Row, each_answer, fingerprint, keep_disjoint, wanted_rows
+from loramox.data.row import Row, answering, each_answer, fingerprint, keep_disjoint, wanted_rows
 from loramox.data.rows import Columns, read_rows
 from loramox.errors import LoramoxError, RowsError
 from loramox.extras.ledger.rows import write_rows
@@ -837,6 +837,22 @@ def test_a_retain_set_of_forget_rows_only_is_refused_even_when_they_may_be_dropp
 def test_wanted_rows_are_the_forget_rows_with_the_other_answer() -> None:
     rows = [row("p", "a", wanted="w", verbatim=True, number=4), row("q", "b")]
     assert wanted_rows(rows) == [row("p", "w", verbatim=True, number=4)]
+
+
+@pytest.mark.parametrize(
+    ("own", "taught", "verbatim", "expected"),
+    [
+        (" Paris", "I don't know.", True, " I don't know."),
+        ("\nParis", "I don't know.", True, "\nI don't know."),
+        ("Paris", "I don't know.", True, "I don't know."),
+        (" Paris", "\tNo.", True, "\tNo."),  # as it was given
+        (" Paris", "I don't know.", False, "I don't know."),  # a template separates it from the question
+    ],
+)
+def test_another_completion_is_separated_from_its_prompt_like_the_true_one(
+    own: str, taught: str, verbatim: bool, expected: str
+) -> None:
+    assert answering(row("A:", own, verbatim=verbatim), taught).answer == expected
 
 
 def test_a_hub_name_is_read_as_data_set_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from loramox import Data, ReferenceConfig, RunConfig, ShippingConfig, UnlearnCon
 from loramox.adapter.card import forget_card, request_card, trained_card
 from loramox.adapter.export import extrapolate
 from loramox.adapter.factors import read_factors
-from loramox.adapter.folder import WEIGHTS
+from loramox.adapter.folder import CHECKSUMS, WEIGHTS
 from loramox.errors import AdapterError, LoramoxError, ModelError, RunError, SettingsError
 from loramox.unlearning import unlearn
 
@@ -352,6 +352,17 @@ def test_a_checkpoint_ships_what_was_trained_until_then(trained: Path, tmp_path:
     assert (tmp_path / "last" / WEIGHTS).read_bytes() == (trained / "forget-adapter" / WEIGHTS).read_bytes()
     extrapolate(before, tmp_path / "before")
     assert (tmp_path / "before" / WEIGHTS).read_bytes() != (tmp_path / "last" / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_from_before_the_first_average_ships_its_own_adapter(trained: Path, tmp_path: Path) -> None:
+    checkpoint = min((shutil.copytree(trained, tmp_path / "run") / "trained").glob("checkpoint-*"))
+    save_file({}, checkpoint / "momentum.safetensors")
+    (checkpoint / CHECKSUMS).unlink()
+    extrapolate(checkpoint, tmp_path / "out", alpha=3.0)
+    own, shipped = (read_factors(folder)[0] for folder in (checkpoint, tmp_path / "out"))
+    assert own.keys() == shipped.keys()
+    for name, factors in own.items():
+        torch.testing.assert_close(shipped[name].delta(), -3 * factors.delta(), rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_that_is_damaged_or_away_from_its_run_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PEOPLE, questions
+from conftest import PEOPLE, byte_level, questions
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
+from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig, encode
+from loramox.data.encode import IGNORED
 from loramox.data.fluency import is_fluent, leaked, overlap
 from loramox.data.row import Row
 from loramox.data.rows import read_rows
@@ -20,12 +22,12 @@ from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
 from loramox.train.avoided import words_of, words_to_avoid
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
-from loramox.train.prepare import prepare, same_generated
+from loramox.train.prepare import prepare, same_generated, with_generated
 from loramox.train.side_by_side import advice_on
-from loramox.train.synthetic import BESIDE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
+from loramox.train.synthetic import RETAIN_FILE, ROWS, check_auto, generated_rows, rows_to_write
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
-from loramox.train.writer import Writer, prompts_of, user_turn
+from loramox.train.writer import Writer, _first_sentence, prompts_of, user_turn
 from loramox.unlearning import unlearn
 
 TEMPLATE = (
@@ -44,6 +46,18 @@ def chat(tmp_path_factory: pytest.TempPathFactory, pico: Callable[[str], Path]) 
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer like Llama 2's, whose decoder drops the space before the first token."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    text = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in questions(PEOPLE)]
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=320, special_tokens=["<unk>", "<eos>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +183,17 @@ def test_a_question_ends_where_the_template_goes_on(
     assert asking._questions(["Where do w"]) == ["Where do we live?"]
 
 
+@pytest.mark.parametrize("made", [byte_level, sentencepiece])
+def test_a_question_has_the_space_between_its_first_words_and_those_sampled(
+    made: Callable[[], PreTrainedTokenizerFast], writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = Writer(writer.model, made(), FORGET, Tokenisation(), 128)
+    start, question = "Where does nobody", "Where does nobody live?"
+    new = asking._opened(question)[len(asking._opened(start)) :]
+    monkeypatch.setattr("loramox.model.generation.new_tokens", lambda *_, **__: [new])
+    assert asking._questions([start]) == [question]
+
+
 def test_a_forget_question_is_never_a_retain_row(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramox.train.writer.continuations", lambda *_, **__: [""])
     assert writer._questions([str(FORGET[0].prompt).upper()]) == []
@@ -205,6 +230,53 @@ def test_one_row_in_four_is_asked_after_a_refusal_with_the_models_answer_then(wr
     assert questions == [row.prompt for row in plain]
 
 
+def test_a_chat_lends_its_last_question_like_a_question(writer: Writer) -> None:
+    import random
+
+    def chat_of(row: Row) -> Row:
+        turns = ("system", "Be brief."), ("user", "Hello there, you!"), ("assistant", "Hi."), ("user", str(row.prompt))
+        return replace(row, prompt=tuple({"role": role, "content": text} for role, text in turns))
+
+    chats = [chat_of(row) for row in FORGET]
+    asking, plain = (Writer(writer.model, writer.tokenizer, some, Tokenisation(), 256) for some in (chats, FORGET))
+    assert asking._starts(8, {"ada"}, random.Random(0)) == plain._starts(8, {"ada"}, random.Random(0))
+    assert asking._asked == plain._asked
+    rows = [Row("r", 1, "Far away.", "Where do you live?")]
+    (later,) = asking._after_refusals(rows, ["I cannot say."], set(), random.Random(0))
+    assert later == plain._after_refusals(rows, ["I cannot say."], set(), random.Random(0))[0]
+    assert later.prompt[0]["content"] in {row.prompt for row in FORGET}
+
+
+@pytest.mark.parametrize(
+    ("whole", "answers"),
+    [
+        (False, ["Ada lives in Rome. Bo l", "Far away", "Ada lives in"]),
+        (True, ["Ada lives in Rome.", "Far away"]),
+    ],
+)
+def test_where_their_ends_are_trained_on_answers_that_are_cut_off_end_with_a_sentence(
+    whole: bool, answers: list[str], writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128, whole=whole)
+    said = ["Ada lives in Rome. Bo l", "Far away<eos>", "Ada lives in"]
+    tokens = [writer.tokenizer(text)["input_ids"] for text in said]
+    monkeypatch.setattr("loramox.model.generation.new_tokens", lambda *_, **__: tokens)
+    assert [row.answer for row in writer._answered(["Who is it?", "Where is it?", "What is it?"])] == answers
+
+
+@pytest.mark.parametrize(("method", "whole"), [("graddiff", True), ("npo", True), ("mox", False), ("ga_kl", False)])
+def test_ends_of_written_answers_are_trained_on_by_a_cross_entropy_term_alone(
+    method: str, whole: bool, chat: Path, rows: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = UnlearnConfig(use_cpu=True, report_to="none", method=method, auto_retain=4)
+    reference = ReferenceConfig(str(chat), quantization="none", r=4)
+    prepared = prepare(reference, Data(str(rows[0]), str(rows[1])), args, Columns(), Tokenisation())
+    writers = []
+    monkeypatch.setattr("loramox.train.prepare.generated_rows", lambda _, writer, *__, **___: (writers.append(writer) or [], []))  # fmt: skip
+    with_generated(prepared, tmp_path, AutoModelForCausalLM.from_pretrained(chat), args)
+    assert [each.whole for each in writers] == [whole]
+
+
 def test_neighbours_begin_like_forget_questions(writer: Writer) -> None:
     import random
 
@@ -220,6 +292,44 @@ def test_a_guess_has_no_token_of_its_own_of_the_true_answer(writer: Writer) -> N
         town = row.answer.split()[-1].rstrip(".")
         assert guess.prompt == row.prompt
         assert town not in guess.answer
+
+
+def test_a_guess_has_no_token_of_any_right_answer_to_its_question_as_it_is_encoded(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "Where does Ada live?"
+    forget = [Row("f", 1, "Rome", question), Row("f", 2, "Kyiv", question.upper()), Row("f", 3, "Lima", "Who is Bo?")]
+    how = Tokenisation(prompt_template="{prompt}\n")  # so that no space comes before the answer
+    asking = Writer(writer.model, sentencepiece(), forget, how, 128)
+    banned = []
+    monkeypatch.setattr(
+        "loramox.train.writer.continuations", lambda *_, **more: banned.extend(more["banned"]) or ["x"] * len(forget)
+    )
+    asking.guesses([])
+    one, two, other = (
+        {*example["labels"], *asking._tokens(row.answer)} - {IGNORED, *asking.ends}
+        for row, example in zip(forget, encode(forget, asking.tokenizer, how, 128), strict=True)
+    )
+    assert one - asking._tokens("Rome")
+    for row, own in zip(forget, (one | two, one | two, other), strict=True):
+        assert set(banned[row.number - 1]) == own - asking._tokens(row.prompt)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("She lives in Rome. She is old.", "She lives in Rome."),
+        ("She lives in Rome, by the", "She lives in Rome, by the"),
+        ("Dr. Seuss wrote it.", "Dr. Seuss wrote it."),
+        ("The author is J. R. R. Tolkien. He", "The author is J. R. R. Tolkien."),
+        ("1. Foo", "1. Foo"),
+        ("", "I don't know."),
+    ],
+)
+def test_a_guess_ends_with_its_first_sentence_and_not_with_an_initial_an_abbreviation_or_a_number(
+    text: str, first: str
+) -> None:
+    assert _first_sentence(text) == first
 
 
 def test_questions_are_sampled_from_where_a_user_speaks(chat: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -316,7 +426,7 @@ def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> 
 
 @pytest.mark.parametrize(
     ("given", "writes", "shard", "chosen"),
-    [(None, True, False, 120), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
+    [(None, True, False, ROWS), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
 )  # fmt: skip
 def test_the_number_of_rows_that_the_reference_writes_beside_the_users(given: int | None, writes: bool, shard: bool, chosen: int) -> None:  # fmt: skip
     args = UnlearnConfig(use_cpu=True, auto_retain=given)
@@ -348,7 +458,7 @@ def test_by_default_rows_are_written_for_mox_on_questions_and_wherever_a_chat_mo
     reference = ReferenceConfig(str(chat if is_chat else pico("llama")), quantization="none", r=4)
     args = UnlearnConfig(use_cpu=True, report_to="none", output_dir=str(tmp_path), **settings)
     prepared = prepare(reference, Data(str(forget), str(rows[1])), args, Columns(), Tokenisation())
-    assert prepared.to_write == (BESIDE if writes else 0)
+    assert prepared.to_write == (ROWS if writes else 0)
 
 
 def test_rows_are_not_written_by_default_where_another_model_is_in_memory() -> None:
@@ -404,7 +514,7 @@ def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
     refused = {"retain": {"asked": 10, "kept": 6, "refused": 4, "fluent": 10}}
     (spread,) = advice_on(refused, UnlearnConfig(use_cpu=True, instead="refuse"))
     assert "the refusals spread: 4 of 10 retain questions are refused too" in spread
-    assert "--auto_retain 240" in spread
+    assert "--auto_retain 480" in spread
     assert advice_on({"retain": {"asked": 10, "kept": 9, "refused": 1, "fluent": 10}}, args) == []
     (scale,) = advice_on({"retain": bad["retain"]}, UnlearnConfig(use_cpu=True, method="npo"))
     assert "ship at a smaller scale" in scale

@@ -27,6 +27,7 @@ from loramox.model.algebra import Factors
 from loramox.model.head import backbone
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import EARLIER, put_on
+from loramox.train.momentum import Momentum
 
 Examples = tuple[list[Example], list[Example]]
 SCALE = 2  # lora_alpha / r
@@ -681,6 +682,34 @@ def test_the_best_model_comes_back_with_its_own_momentum(trainer_of) -> None:
         first = 0.5 ** (best - 1) * recorder.deltas[0][name]
         expected = first + sum(0.5 ** (best - step) * recorder.deltas[step][name] for step in range(1, best))
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.5])
+def test_where_nothing_is_averaged_yet_what_ships_of_every_step_is_what_was_scored_then(
+    momentum: float, trainer_of, tmp_path: Path
+) -> None:
+    """Two steps an epoch; with η = 1 nothing is ever averaged, else not before the first update."""
+    trainer, recorder = trainer_of(
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        momentum=momentum,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=None,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_forget_loss",
+        greater_is_better=False,  # the wrong way round, so that the best is the first
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    trainer.save_model()
+    for name, factors in trainer.momentum.average.items():
+        assert torch.equal(factors.delta(), recorder.deltas[0][name])
+    for step in range(1, 5) if momentum == 1 else ():
+        for name, factors in Momentum.load(tmp_path / "trained" / f"checkpoint-{step}").average.items():
+            assert torch.equal(factors.delta(), recorder.deltas[step - 1][name])
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

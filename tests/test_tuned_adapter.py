@@ -438,11 +438,15 @@ def test_extrapolate_writes_the_combined_adapter_beside_and_needs_the_same_tuned
     assert not (tmp_path / "third").exists()
 
 
-@pytest.mark.parametrize("memorize_at", [None, "base"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"memorize_at": "base"}, {"method": "rmu", "rmu_layer": 1, "alpha": None}],  # rmu trains a part of the adapter
+    ids=["mox_static", "memorize_at", "rmu"],
+)
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(
-    memorize_at: str | None, runs: Runs, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = runs("whole", memorize_at=memorize_at)
+    whole = runs("whole", **settings)
     step, calls = UnlearnTrainer.training_step, []
 
     def dies(self: UnlearnTrainer, *args: Any) -> Tensor:
@@ -453,9 +457,9 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(UnlearnTrainer, "training_step", dies)
-        runs("cut", memorize_at=memorize_at)
+        runs("cut", **settings)
     assert not (runs.folder / "cut" / "forget-adapter").exists()
-    cut = runs("cut", resume=True, memorize_at=memorize_at)
+    cut = runs("cut", resume=True, **settings)
     for name in ("trained", "trained/momentum", "forget-adapter", "combined-adapter"):
         assert (cut / name / WEIGHTS).read_bytes() == (whole / name / WEIGHTS).read_bytes()
 

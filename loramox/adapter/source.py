@@ -43,7 +43,10 @@ def read_source(folder: Path, alpha: float | None, base: str | None) -> Source:
 
 
 def _read_checkpoint(folder: Path) -> Source:
-    """A checkpoint; its ΔW is the momentum average so far. Raises `AdapterError` when it is damaged, or its run is not known."""
+    """A checkpoint; its ΔW is the momentum average so far or, before its first update, that of the adapter itself.
+
+    Raises `AdapterError` when it is damaged, or its run is not known.
+    """
     checksums = folder / CHECKSUMS
     digest = read_json(checksums, dict).get(MOMENTUM) if checksums.exists() else None
     if digest not in (None, sha256_of(folder / MOMENTUM)):
@@ -67,7 +70,7 @@ def _read_checkpoint(folder: Path) -> Source:
     except Exception as error:  # safetensors raises errors of many types for damaged files
         raise AdapterError(f"{folder / MOMENTUM} is damaged ({error!r}). Take another checkpoint") from error
     of_checkpoint = {"checkpoint": folder.name, "momentum": {"eta": source["settings"]["momentum"]}}
-    return source | of_checkpoint, delta, read_layers(folder).config
+    return source | of_checkpoint, delta or read_factors(folder)[0], read_layers(folder).config
 
 
 def tuned_source(folder: Path, config: LoraConfig) -> dict[str, Any]:

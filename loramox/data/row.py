@@ -121,6 +121,8 @@ def wanted_rows(forget: Iterable[Row]) -> list[Row]:
 
 def answering(row: Row, answer: str) -> Row:
     """The row with another answer in the place of its own, and without the reasoning that led to its own."""
+    if row.verbatim and not answer[:1].isspace():  # nothing else separates it from the prompt
+        answer = row.answer[: len(row.answer) - len(row.answer.lstrip())] + answer
     return replace(row, answer=answer, wanted=None, reasoning=())
 
 

@@ -1,6 +1,6 @@
 """Generate text: greedy or sampled continuations of prompts, a batch at a time."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def continuations(
     ends: Sequence[int],
     sample: bool = False,
     banned: Sequence[Sequence[int]] | None = None,
+    shortened: Callable[[str], str] | None = None,
 ) -> list[str]:
     """The model's continuation of each prompt, without special tokens.
 
@@ -59,6 +60,7 @@ def continuations(
         ends: tokens at which a continuation stops, besides the model's own.
         sample: sample at temperature 0.9 from the likeliest 90 %; otherwise take the likeliest token each time.
         banned: for each prompt the tokens that must not come.
+        shortened: changes a continuation that is cut off after `tokens`, before its end.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     stops = own_ends(model).union(ends)
@@ -69,8 +71,22 @@ def continuations(
             some = slice(start, start + BATCH)
             processors = [_Without(banned[some])] if banned else []
             said = new_tokens(model, prompts[some], tokens, stops, pad, how, processors)
-            found += tokenizer.batch_decode(said, skip_special_tokens=True)
+            texts = [_added_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts[some], said, strict=True)]
+            if shortened:
+                texts = [
+                    text if stops.intersection(ids) else shortened(text) for text, ids in zip(texts, said, strict=True)
+                ]
+            found += texts
     return found
+
+
+def _added_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that tokens add to their prompt, without special tokens.
+
+    Both are decoded together: of tokens alone, SentencePiece's decoders drop the space that they begin with.
+    """
+    before, both = tokenizer.batch_decode([[*prompt], [*prompt, *ids]], skip_special_tokens=True)
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def new_tokens(

@@ -104,14 +104,17 @@ class EndEarly(TrainerCallback):
 
 
 class MomentumCallback(TrainerCallback):
-    """Updates the trainer's momentum every `momentum_every` optimiser steps and at the end; saves it with checkpoints."""
+    """Updates the trainer's momentum every `momentum_every` optimiser steps and at the end; saves it with checkpoints.
+
+    Without averaging (η = 1), ΔW itself is scored and ships, so it is updated at every step.
+    """
 
     def __init__(self, trainer: "UnlearnTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps_an_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
-        self.every = args.momentum_every or steps_an_epoch
+        self.every = 1 if args.momentum == 1 else args.momentum_every or steps_an_epoch
         # A resumed run saves and logs as its own settings have it, not as those of its checkpoint.
         state.compute_steps(args, state.max_steps)
 

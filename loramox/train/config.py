@@ -114,7 +114,10 @@ class UnlearnConfig(TrainingArguments):
         "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1.",
         None,
     )
-    momentum_every: int | None = setting("Optimiser steps between updates of the average. Default: one epoch.", None)
+    momentum_every: int | None = setting(
+        "Optimiser steps between updates of the average. Default: one epoch; without an average (--momentum 1) every step.",
+        None,
+    )
     momentum_rank: int | None = setting(
         "Largest rank at which the average of ΔW is kept. Default: 4 times the adapter's.", None
     )
@@ -126,7 +129,7 @@ class UnlearnConfig(TrainingArguments):
     )
     auto_retain: int | None = setting(
         "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-        "answers. Default: 240 with --retain auto; 120 where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
+        "answers. Default: 240 with --retain auto, and where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
         "answer, if the model can write questions; else 0.",
         None,
     )
@@ -150,7 +153,9 @@ class UnlearnConfig(TrainingArguments):
     per_device_eval_batch_size: int = setting("Rows per device and pass when the forget model is scored.", 32)
     weight_decay: float = setting("AdamW's weight decay.", 0.0)
     warmup_steps: float = setting("Share (below 1) or number of steps over which the learning rate rises.", 0.1)
-    bf16: bool | None = setting("Arithmetic in bfloat16. Default: on a GPU that has it.", None)
+    bf16: bool | None = setting(
+        "Arithmetic in bfloat16. Default: on a GPU that has it, except with --dtype float32.", None
+    )
     logging_steps: float = setting("Steps between log lines; below 1, a share of all steps.", 5)
     logging_first_step: bool = setting("Log the first step too.", True)
     logging_nan_inf_filter: bool = setting("Unused: a loss that is not finite stops the run.", False)
@@ -258,15 +263,21 @@ class UnlearnConfig(TrainingArguments):
             "mixed_precision", launched, launched in ("no", "bf16", "fp16"), "no, bf16 or fp16, of accelerate launch"
         )
         device = torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
+        self._by_device = self.bf16 is None and not self.fp16 and launched == "no"
         if self.bf16 is None:
             self.fp16 = self.fp16 or launched == "fp16"
-            here = half_precision(device) if device.type == "cuda" and launched == "no" and not self.fp16 else None
+            here = half_precision(device) if device.type == "cuda" and self._by_device else None
             self.fp16 = self.fp16 or here == torch.float16
             self.bf16 = not self.fp16 and (here is not None or launched == "bf16")
         if self.bf16:
             warn_of_emulation(device, "--bf16")
         # Without a GPU there is nothing to pin for, and torch would say so each epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+    def match_precision(self, dtype: str) -> None:
+        """Compute in float32 if the model is loaded so (`--dtype float32`) and the arithmetic was chosen by the device alone."""
+        if self._by_device and dtype == "float32":
+            self.bf16, self.fp16, self.mixed_precision = False, False, "no"
 
     @property
     def spec(self) -> Method:

@@ -46,13 +46,15 @@ def advice(
     """The problems of a run, each with the setting to change; empty if none is seen.
 
     Args:
-        log: the Trainer's log: the reference first (`eval_on_start`), then the forget model. Without it only the rows are judged.
+        log: the Trainer's log: the reference first, at step 0 (`eval_on_start`), then the forget model. Without it only the rows
+            are judged.
         at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, which should memorize the forget rows.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = _of_rows(forget_rows, retain_rows)
     longer = f"train longer (--num_train_epochs above {args.num_train_epochs:g})"
-    if len(forget) < 2 or len(retain) < 2:
+    first = next((entry["step"] for entry in log if "eval_forget_probability" in entry), None)
+    if first != 0 or len(forget) < 2 or len(retain) < 2:
         return said
     if at_checkpoint:
         if forget[-1] < MEMORIZED:

@@ -55,6 +55,7 @@ def opened(
         reference = model if isinstance(model, ReferenceConfig) else ReferenceConfig(str(model))
         if reference.lora_alpha is None:
             reference = replace(reference, lora_alpha=round(args.spec.lora_scale * reference.r))
+        args.match_precision(reference.dtype)
         tokenizer = tokenizer or read_tokenizer(reference)
         model = add_lora(load_reference(reference, args.device), reference)
     if tokenizer is None:

@@ -70,11 +70,14 @@ def prepare(
     context = context_of(config)
     taught, to_write = _taught(reference, args, forget, retain, bool(tokenizer.chat_template))
     log.info("Tokenising %d forget rows and %d retain rows", len(forget), len(retain))
-    parts = {"forget": forget, "retain": retain, "wanted": taught}
     datasets = {
         f"{part}_dataset": encode(some, tokenizer, tokenisation, context) if some else []
-        for part, some in parts.items()
+        for part, some in {"forget": forget, "retain": retain}.items()
     }
+    forget, retain = _used(forget, datasets["forget_dataset"]), _used(retain, datasets["retain_dataset"])
+    if not columns.wanted_column:
+        taught = _used(taught, datasets["forget_dataset"])
+    datasets["wanted_dataset"] = encode(taught, tokenizer, tokenisation, context) if taught else []
     datasets["protected_dataset"] = _as_forgotten(earlier, tokenizer, tokenisation, context) if earlier else []
     _check_both_answers(datasets, data.forget)
     base = identify(reference, config)
@@ -110,6 +113,7 @@ def prepare(
 def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None:
     """Settle and check what depends on the settings alone."""
     check_device(reference, args.use_cpu)
+    args.match_precision(reference.dtype)
     if reference.lora_alpha is None:
         reference.lora_alpha = round(args.spec.lora_scale * reference.r)
     if reference.shard and args.rmu_layer is not None:
@@ -162,6 +166,12 @@ def _taught(
     if args.instead is not None:
         log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
     return taught, to_write
+
+
+def _used(rows: Sequence[Row], examples: Sequence[Example]) -> list[Row]:
+    """Those of the rows that `encode` did not leave out of `examples`."""
+    encoded = {example["row"] for example in examples}
+    return [row for row in rows if row.where in encoded]
 
 
 def _warn_of_serving(otherwise: dict[str, str]) -> None:
@@ -219,7 +229,14 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
     if not prepared.to_write and args.instead != "guess":
         return prepared
     writer = Writer(
-        model, tokenizer, prepared.forget, prepared.tokenisation, context, prepared.protected, prepared.retain
+        model,
+        tokenizer,
+        prepared.forget,
+        prepared.tokenisation,
+        context,
+        prepared.protected,
+        prepared.retain,
+        whole=args.retain_term == "ce",
     )
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
     written, guesses = generated_rows(out, writer, args, prepared.to_write, show=not args.disable_tqdm)

@@ -24,7 +24,15 @@ from loramox.data.microbatches import (
 )
 from loramox.data.pairs import Collator, Pairs
 from loramox.model.head import Head, answer_states, states_of_parts
-from loramox.model.lora import ReferenceConfig, adapter_off, at_scale, check_trained, current_factors, with_factors
+from loramox.model.lora import (
+    ReferenceConfig,
+    adapter_off,
+    at_scale,
+    check_trained,
+    current_factors,
+    what_trains_as_before,
+    with_factors,
+)
 from loramox.model.sharding import is_sharded
 from loramox.train.callbacks import (
     CacheCallback,
@@ -313,11 +321,14 @@ class UnlearnTrainer(Trainer):
             self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        switch_on(self.model)  # Trainer leaves one adapter active
+        with what_trains_as_before(self.model):  # Trainer leaves one adapter active, and all of it training
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        switch_on(self.model)
         self.momentum = Momentum.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         switch_on(self.model)
         self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
+        if not self.momentum.average:  # from before its first update: ΔW itself was scored
+            self.momentum.tick(current_factors(self.model))

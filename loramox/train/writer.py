@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
-from loramox.data.row import Row, question_of
+from loramox.data.row import Row, answering, last_question, question_of
 from loramox.data.words import words
 from loramox.model.generation import continuations
 from loramox.model.head import in_eval_mode
@@ -46,6 +46,7 @@ class Writer:
         protected: rows that earlier requests made the model forget, which are avoided too.
         given: the user's retain rows, whose questions are not asked again.
         how, context: as for `loramox.data.encode.encode`.
+        whole: cut answers that are too long back to their last whole sentence, since their ends are trained on.
     """
 
     def __init__(
@@ -57,15 +58,16 @@ class Writer:
         context: int,
         protected: Sequence[Row] = (),
         given: Sequence[Row] = (),
+        whole: bool = False,
     ) -> None:
-        self.protected, self.given = protected, given
+        self.protected, self.given, self.whole = protected, given, whole
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
         self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
         # What a prompt leaves of the context: an answer, and all that is beyond --max_length.
         self._room = max(ANSWER_TOKENS, context + 1 - (how.max_length or context))
         # Tokens that the prompt has around a question.
         self._frame = len(prompts_of([Row(SOURCE, 1, "", "x")], tokenizer, how, context)[0])
-        self._asked = {tuple(words(question_of(row))) for row in (*forget, *protected, *given)}
+        self._asked = {tuple(words(last_question(row))) for row in (*forget, *protected, *given)}
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def can_ask(self) -> bool:
@@ -116,7 +118,7 @@ class Writer:
 
         Without such rows a model that has refused once refuses in the turns after it as well (docs/results.md).
         """
-        asked = [row.prompt for row in self.forget if isinstance(row.prompt, str)]
+        asked = [last_question(row) for row in self.forget if row.prompt is not None]
         if not (refusals and asked and self.is_chat):
             return rows
         chats = {}
@@ -148,7 +150,7 @@ class Writer:
 
     def _starts(self, count: int, avoided: set[str], draw: random.Random) -> list[str]:
         """First words of forget questions, in turn: from half to all of those before the first word to avoid."""
-        lent = [row.prompt.split() for row in self.forget if isinstance(row.prompt, str)]
+        lent = [last_question(row).split() for row in self.forget if row.prompt is not None]
         starts = []
         for number in range(count):
             question = lent[number % len(lent)] if lent else []
@@ -187,10 +189,14 @@ class Writer:
         return turns * self._frame + len(self.tokenizer(text)["input_ids"]) + room <= self.context
 
     def _answered(self, prompts: Sequence[Any]) -> list[Row]:
-        """Questions or chats with the model's greedy answers, cut off at `ANSWER_TOKENS`; empty answers are left out."""
+        """Questions or chats with the model's greedy answers; empty answers are left out.
+
+        Answers are cut off at `ANSWER_TOKENS` or, if `whole`, at the last end of a sentence before that.
+        """
         rows = [Row(SOURCE, number, "", prompt) for number, prompt in enumerate(prompts, 1)]
         tokens = prompts_of(rows, self.tokenizer, self.how, self.context)
-        said = continuations(self.model, self.tokenizer, tokens, ANSWER_TOKENS, self.ends)
+        shortened = _whole_sentences if self.whole else None
+        said = continuations(self.model, self.tokenizer, tokens, ANSWER_TOKENS, self.ends, shortened=shortened)
         return [
             replace(row, answer=text.strip())
             for row, text in zip(rows, map(after_thoughts, said), strict=True)
@@ -200,19 +206,34 @@ class Writer:
     def guesses(self, retain: Sequence[Row]) -> list[Row]:
         """The forget rows with the model's likeliest other answers: greedy, without the true answer's own tokens.
 
-        Its own tokens are those that are neither in its question nor in a twentieth of the retain answers.
+        Its own tokens are those of every right answer to its question that are neither in the question nor in a twentieth of the
+        retain answers.
         """
-        answers = [self._tokens(row.answer) for row in self.forget]
-        counts = Counter(token for row in retain for token in self._tokens(row.answer))
+        counts = Counter(token for tokens in self._answer_tokens(retain) for token in tokens)
         usual = {token for token, count in counts.items() if count > USUAL * len(retain)}
+        questions = [replace(row, answer="").key() for row in self.forget]
+        right: dict[str, set[int]] = {question: set() for question in questions}
+        for question, tokens in zip(questions, self._answer_tokens(self.forget), strict=True):
+            right[question] |= tokens
         banned = [
-            sorted(answer - self._tokens(question_of(row)) - usual)
-            for row, answer in zip(self.forget, answers, strict=True)
+            sorted(right[question] - self._tokens(question_of(row)) - usual)
+            for row, question in zip(self.forget, questions, strict=True)
         ]
         prompts = prompts_of(self.forget, self.tokenizer, self.how, self.context)
         texts = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends, banned=banned)
         guesses = [_first_sentence(after_thoughts(text)) for text in texts]
         return [replace(row, answer=guess) for row, guess in zip(self.forget, guesses, strict=True)]
+
+    def _answer_tokens(self, rows: Sequence[Row]) -> list[set[int]]:
+        """Tokens of each row's answer: at the start of a text, after a space, and as they come after its question."""
+        how = replace(self.how, long_rows="truncate")
+        asked = [answering(row, row.answer) for row in rows if row.prompt is not None]
+        encoded = iter(encode(asked, self.tokenizer, how, self.context) if asked else [])
+        behind = [set(next(encoded)["labels"]) if row.prompt is not None else set() for row in rows]
+        return [
+            (self._tokens(row.answer) | labels) - {IGNORED, *self.ends}
+            for row, labels in zip(rows, behind, strict=True)
+        ]
 
     def _tokens(self, text: str) -> set[int]:
         """Tokens of a text, at its start and after a space."""
@@ -242,7 +263,18 @@ def _free(count: int) -> list[str]:
     return [""] * count
 
 
+def _sentence_ends(text: str) -> list[int]:
+    """Where sentences end: at a stop behind three words or more, the last of which is no initial, abbreviation or number."""
+    stops = [(m.end(), words(text[: m.start()])) for m in re.finditer(r"[.!?](?=\s|$)", text)]
+    return [end for end, before in stops if len(before) > 2 and len(before[-1]) > 2]
+
+
 def _first_sentence(text: str) -> str:
     """The first sentence, or all of a text that is cut off before its end; a plain refusal if there is none."""
-    sentence = re.split(r"(?<=[.!?])\s", text.strip())[0]
-    return sentence or "I don't know."
+    text = text.strip()
+    return text[: next(iter(_sentence_ends(text)), None)] or "I don't know."
+
+
+def _whole_sentences(text: str) -> str:
+    """A text up to the end of its last whole sentence; empty if there is none."""
+    return text[: max(_sentence_ends(text), default=0)]

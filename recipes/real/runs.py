@@ -39,6 +39,7 @@ RUNS = {
         "`graddiff`, 8 passes at 2e-4", ("--method", "graddiff", "--learning_rate", "2e-4", "--num_train_epochs", "8")
     ),
     "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
+    "with_240": Run("`mox --instead refuse --auto_retain 240`", ("--auto_retain", "240")),
     "guess_auto": Run("`mox --instead guess --auto_retain 120`", ("--instead", "guess", "--auto_retain", "120")),
     "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),
 }

@@ -68,6 +68,7 @@ def plan(
     """
     here = args.use_cpu or torch.cuda.is_available()
     args = args if here else _for_a_card(args, given)
+    args.match_precision(reference.dtype)
     card = torch.device("cpu" if args.use_cpu else "cuda")
     dtype = torch.bfloat16 if not here and reference.dtype == "auto" else reference.torch_dtype(card)
     setting = _setting(reference, args, dtype)

@@ -13,14 +13,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loramox import Data, ReferenceConfig, load_reference
+from loramox.adapter.folder import WEIGHTS
 from loramox.data.encode import Example
 from loramox.errors import LoramoxError, RunError, SettingsError
 from loramox.evaluate import mean_log_p, score_answers
 from loramox.evaluate.attacks import relearn, requantize
 from loramox.evaluate.attacks.attack import AttackConfig, attack
+from loramox.evaluate.attacks.bench import RECORD, Bench
 from loramox.evaluate.attacks.config import ATTACKS
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
+from loramox.files import sha256_of
 from loramox.model.config import ModelConfig
 
 Examples = tuple[list[Example], list[Example]]
@@ -123,6 +126,29 @@ def test_attacks_that_are_done_are_not_made_again(attacked, monkeypatch: pytest.
         match=r"otherwise: --relearn_rate is \[0.01\], and was \[0.001\]; --seed is 1, and was 0\. Give what was given before",
     ):
         attacked(seed=1, relearn_rate=[1e-2])
+
+
+def test_attacks_on_other_weights_or_in_another_type_are_refused_and_those_that_say_neither_go_on(
+    attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(*_, **__) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(Bench, "load", loading)
+    with pytest.raises(InterruptedError):
+        attacked()
+    path = tmp_path / "attack" / RECORD
+    held = json.loads(path.read_text())
+    weights = held["adapter"].pop("weights")
+    assert weights == sha256_of(Path(held["adapter"]["folder"]) / WEIGHTS)
+    assert held.pop("dtype") == "float32"
+    for name, other in (("adapter, weights", {"adapter": {"weights": "other"}}), ("dtype", {"dtype": "bfloat16"})):
+        path.write_text(json.dumps(held | other))
+        with pytest.raises(RunError, match=rf"made otherwise: {name} is "):
+            attacked()
+    path.write_text(json.dumps(held))  # as an older version left it
+    with pytest.raises(InterruptedError):
+        attacked()
 
 
 def test_no_unquantized_model_is_loaded_where_the_model_is_quantized_and_one_is_in_memory_at_a_time(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +347,28 @@ def test_forms_that_are_too_long_are_absent_and_the_others_are_asked(
     asking.prepare(bench, bench.forget)
     assert "no row is left within 40 tokens" in bench.absent["forms: role play"]
     assert "first word given" in {form.name for form, _ in bench.forget.ways["forms"]}
+
+
+def test_the_worst_is_also_of_a_form_that_is_added_to_attacks_that_are_there(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def answering(said: str) -> SimpleNamespace:
+        records = [record(PLAIN.where, 0.0, 0.5, 0) | {"said": said, "log_p": -0.7}]
+        return SimpleNamespace(
+            ask=lambda *_: records, identities=lambda: records, asked=lambda: [(each, None, PLAIN) for each in records]
+        )
+
+    plain, (polite, completion, *_) = answering("No."), forms.forms_of([PLAIN], served_otherwise=False)
+    ways = [(polite, answering("No.")), (completion, answering("Ada lives in Rome."))]
+    found = []
+    for some in (ways[:1], ways, ways):
+        bench = bench_with(config=SimpleNamespace(sample_threshold=0.8), out=tmp_path, states=[], reused=0)
+        rows = AttackedRows([], [PLAIN], plain, plain, plain, plain, {}, ways={"forms": some})
+        asking.ask_all(bench, rows, "forget model", nullcontext)
+        (worst,) = read_records(tmp_path / "forms-worst-of-all-forget-model")
+        found.append((worst["form"], bench.states[-1]["metrics"]["leak"]))
+    assert found == [(leaks.PLAIN, 0), (completion.name, 1), (completion.name, 1)]
+    assert bench.reused == len(bench.states)
 
 
 def test_without_generated_answers_both_are_absent() -> None:

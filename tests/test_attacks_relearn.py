@@ -194,7 +194,7 @@ def test_rows_that_come_back_when_others_are_relearned_are_found_beside_the_cont
 @pytest.mark.parametrize(
     ("ours", "step", "words"),
     [((0.1, 0.2, 0.5), 0, "the forget rows reach it after 0 (20 saved)."), ((0.0, 0.02, 0.5), 5, "reach it after 5 (15 saved)."),
-     ((0.0, 0.0, 0.0), None, "the forget rows never reach it.")],
+     ((0.0, 0.0, 0.0), None, "the forget rows never reach it."), ((0.0, 0.02), 5, "reach it after 5 (15 saved).")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", relearn.CONTROLS)
 def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ours, step, words, name) -> None:
@@ -205,7 +205,7 @@ def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ou
         for (name, state), p in zip(
             [("none", model.removeprefix(", ") or "forget model"), *(("relearn forget rows", f"step {s}{model}") for s in (5, 20))],
             curve,
-            strict=True,
+            strict=False,  # training may diverge after the first step
         )
     ]  # fmt: skip
     found = relearn.saved(states)
@@ -214,3 +214,16 @@ def test_steps_saved_are_counted_to_what_the_control_reaches_at_its_last_step(ou
     said = relearn.sentence(*found.popitem())
     assert said.endswith(words)
     assert f"{name}, 20 steps reach a probability of 0.02." in said
+
+
+def test_an_attack_whose_training_diverged_does_not_say_that_the_control_is_never_reached() -> None:
+    states = [
+        {"attack": attack, "state": state, "metrics": {"forget_probability": p}}
+        for attack, state, p in (
+            ("none", "forget model", 0.0),
+            ("relearn forget rows", "step 5", 0.01),
+            ("relearn forget rows", "step 5, retrained model", 0.01),
+            ("relearn forget rows", "step 20, retrained model", 0.02),
+        )
+    ]
+    assert relearn.saved(states) == {}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -643,6 +644,36 @@ def test_every_command_that_is_printed_can_be_pasted() -> None:
                         bare.append(f"{path.name}:{node.lineno}: {value}")
                 said += part.value if isinstance(part, ast.Constant) else "…"
     assert bare == []
+
+
+def test_the_evaluation_that_unlearn_offers_asks_the_rows_as_training_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made = {
+        "forget_adapter": {"alpha": 8.0, "rank": 4},
+        "method": "MOX",
+        "settings": {"processes": 1},
+        "log": [],
+        "advice": [],
+    }
+    monkeypatch.setattr("loramox.unlearning.unlearn", lambda *_: made)
+    flags = {
+        "forget": "on/forget",
+        "retain": "on/retain",
+        "model": "owner/name",
+        "revision": "v 1",
+        "drop_overlap": "true",
+    }
+    flags |= {"prompt_template": "Q: {prompt}\nIt's\n", "max_length": "64", "long_rows": "truncate"}
+    flags |= {"prompt_column": "q", "answer_column": "a b"}
+    main(["unlearn", *(word for name, value in flags.items() for word in (f"--{name}", value)), "--out", "o"])
+    said = capsys.readouterr().out
+    assert "--drop_overlap true" in said.partition("loramox sweep")[2]
+    words = iter(shlex.split(said.partition("loramox evaluate ")[2].partition(" --out o/served")[0]))
+    assert {name.removeprefix("--"): next(words) for name in words} == flags | {
+        "adapter": "o/forget-adapter",
+        "quantization": "none",
+    }
 
 
 def test_warnings_are_sentences_without_pythons_file_and_line(

@@ -482,7 +482,7 @@ def test_identities_are_those_of_the_records_and_of_rows_alone(
     identities = Questions(rows, tokenizer, Tokenisation(), 128).identities()
     evaluate(Subject("out"), model, Asked(**ROWS), SILENT)
     records = read_records(here / "out")
-    assert identities == [{key: r[key] for key in ("part", "row", "id")} for r in records]
+    assert identities == [{key: r[key] for key in ("part", "row", "id", "tokens")} for r in records]
     assert len({i["id"] for i in identities}) == 16
 
 

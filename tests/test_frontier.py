@@ -38,8 +38,8 @@ from loramox.sweep.config import SweepConfig
 from loramox.sweep.frontier import FURTHER, GRID, Axis, beside, grid, next_value, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
-from loramox.sweep.search import Measured, choose, next_for, search
-from loramox.sweep.sweep import FRONTIER, _axis, sweep
+from loramox.sweep.search import Measured, answered_right, choose, next_for, search
+from loramox.sweep.sweep import FRONTIER, _axis, _measured, sweep
 from loramox.train.config import METHODS
 from loramox.unlearning import train, unlearn
 
@@ -569,6 +569,22 @@ def test_another_sweep_is_never_mixed_with_one_that_is_there(
         sweep(config_of(run, out), asked(copied), SHORT)
 
 
+@pytest.mark.parametrize(("part", "other"), [("dtype", "bfloat16"), ("neighbours", 7)])
+def test_points_in_another_type_or_with_other_neighbours_are_never_mixed_and_ones_that_say_neither_go_on(
+    part: str, other: Any, swept, trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None
+) -> None:
+    shutil.copytree(swept[0], tmp_path / "sweep")
+    path = tmp_path / "sweep" / FRONTIER
+    held = json.loads(path.read_text())
+    assert (held["dtype"], held["neighbours"]) == ("float32", 20)
+    path.write_text(json.dumps(held | {part: other}))
+    with pytest.raises(RunError, match=rf"holds another sweep \({part} differ\)"):
+        sweep(config_of(trained, tmp_path / "sweep"), asked(data), SHORT)
+    path.write_text(json.dumps({name: value for name, value in held.items() if name != part}))
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):
+        sweep(config_of(trained, tmp_path / "sweep"), asked(data), SHORT)
+
+
 def change_weight(folder: Path) -> None:
     """Change one weight of an adapter a little, as another training would."""
     path = folder / WEIGHTS
@@ -781,6 +797,39 @@ def test_the_target_is_as_asked_else_of_the_retrained_model_else_of_rows_never_s
     assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.05) == 6
     assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.5) == 1
     assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.01) == FURTHER * 8
+
+
+def test_rows_are_answered_right_by_text_only_if_both_sides_have_answers() -> None:
+    """Every key word is said and not every token is right, or the reverse."""
+
+    def made(p: float, part: str = "forget", said: str = "", exact: float = 0.0) -> list[dict[str, Any]]:
+        answer = {"said": said, "answer": "Oslo", "prompt": "Where?"} if said else {}
+        return [{"part": part, "probability": p, "exact_memorization": exact, **answer}] * 9
+
+    def chosen(points: str, theirs: str, forget_to: float | None = None) -> float | None:
+        retain = made(0.9, "retain")
+        measured = {at: made(p, said=points) + retain for at, p in ((0.0, 0.9), (2.0, 0.1))}
+        retrained = made(0.2, said=theirs, exact=0.0)
+        return {c.rule: c.at for c in choose(measured, retrained, 0.02, ALPHA, forget_to)}["forget_to"]
+
+    assert chosen("In Oslo.", "No.") is None  # said by the one alone
+    assert chosen("In Oslo.", "") == 2  # by tokens on both sides
+    assert chosen("", "No.") == 2
+    assert chosen("In Oslo.", "", forget_to=0.2) is None  # there is no other side
+
+
+def test_any_right_answer_that_comes_back_whole_counts() -> None:
+    row = {"part": "forget", "prompt": "Where?", "answer": "Rome", "other_answers": ["By the Tiber"]}
+    said = ["By the Tiber.", "Rome!", "The sea."]
+    assert answered_right([row | {"said": each} for each in said]).tolist() == [1, 1, 0]
+
+
+def test_a_value_is_the_one_that_its_folder_is_named_after(tmp_path: Path) -> None:
+    """0.75 · 1.2 is a little less than 0.9, and would be measured again as the 0.9 of `at-0.9`."""
+    made: list[float] = []
+    config = SweepConfig("trained", str(tmp_path), refine=0)
+    _measured(config, Axis("alpha", 1.2), lambda at: made.append(at) or knowing(at), [])
+    assert made == [0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8]
 
 
 @pytest.mark.parametrize("unit", ["alpha", "scale"])

@@ -1,11 +1,14 @@
 """The report: its figures and sentences, what it leaves out, damaged and hostile files, and that a browser draws it."""
 
 import json
+import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib import pyplot as plt
 
-from loramox import colours
+from loramox import Tokenisation, colours
 from loramox.cli import main
 from loramox.errors import RunError
 from loramox.evaluate.asked import Asked
@@ -25,12 +28,13 @@ from loramox.evaluate.summary import MEANS, RETRAINED, summarise
 from loramox.extras.report import FACTS, PAGE, SUMMARY, report
 from loramox.extras.report import page as page_module
 from loramox.extras.report.answers import LONGEST, fit
-from loramox.extras.report.facts import METRICS, choices, leak_curves, relearned, shown
+from loramox.extras.report.facts import METRICS, adapter_at, choices, leak_curves, relearned, shown
 from loramox.extras.report.glossary import GLOSSARY, linked
 from loramox.extras.report.pictures import relearning_picture, sampling_picture
 from loramox.extras.report.read import FORGET, read_inputs
-from loramox.extras.report.recovery import families
+from loramox.extras.report.recovery import asked_rows, families
 from loramox.extras.report.svg import COLOURS, Picture
+from loramox.model.config import ModelConfig
 from loramox.run import is_of_report, not_of_run
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.sweep import SweepConfig, sweep
@@ -379,6 +383,64 @@ def test_a_warning_and_another_alpha_in_the_folder_stand_beside_the_verdict(make
     )
     assert "The attacks were made at alpha = 2, not at the alpha = 4 that is shown here." in text
     assert "scored other forget rows than those that were trained on" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_attacks_on_other_forget_rows_are_warned_of_beside_the_verdict(make: Callable[..., Path]) -> None:
+    warning = "The attacks are on other forget rows than those that were trained on."
+    for digest, warned in (("other", 1), ("forget", 0)):
+        run = make(attacks={"data": {"forget": {"sha256": digest}}})
+        report(run)
+        assert (run / SUMMARY).read_text(encoding="utf-8").count(warning) == warned
+
+
+def test_the_trained_adapter_of_a_method_with_alpha_is_at_no_alpha(make: Callable[..., Path]) -> None:
+    inputs = read_inputs(make())
+
+    def at(**made_by: Any) -> float:
+        return adapter_at(inputs, {"adapter": {"scale": 1.0, "made_by": made_by}})
+
+    assert math.isnan(at(kind="trained", alpha=4.0))
+    assert at(kind="forget", alpha=4.0) == 4
+    inputs.run["alpha"] = None
+    assert at(kind="trained", alpha=None) == 1  # without alpha it is the forget model itself
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_commands_that_are_shown_ask_the_rows_as_training_did(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"prompt_template": "Q: {prompt}\nIt's\n", "max_length": 64, "long_rows": "truncate"}
+    settings, data = (
+        RUN["settings"] | asked | {"revision": "v 1"},
+        {part: {"source": f"on/{part}"} for part in RUN["data"]},
+    )
+    run = make(run={"settings": settings, "data": data}, frontier={"retrained": None})
+    shutil.rmtree(run / "attack")
+    missing = read_inputs(run).missing
+    given: dict[str, tuple[Any, ...]] = {}
+    for verb, module in (("evaluate", "evaluate.evaluate"), ("attack", "evaluate.attacks.attack")):
+        monkeypatch.setattr(
+            f"loramox.{module}.{verb}", lambda *settings, verb=verb: given.update({verb: settings}) or 1 / 0
+        )
+        words = shlex.split(
+            missing["retrained" if verb == "evaluate" else "attacks"].command.split("\nloramox sweep")[0]
+        )
+        with pytest.raises(ZeroDivisionError):
+            main(words[1:])
+        model, tokenisation = (
+            next(s for s in given[verb] if isinstance(s, kind)) for kind in (ModelConfig, Tokenisation)
+        )
+        assert asdict(tokenisation) == asked
+        assert (model.quantization, model.revision) == ("none", "v 1" if verb == "attack" else None)
+
+
+@pytest.mark.parametrize("more", [{"variants": "ab"}, {"other_answers": ["Rome"]}, {"absent": {"rouge_l": "no words"}}])
+def test_records_of_rows_with_other_answers_or_without_words_are_sound(make: Callable[..., Path], more: dict) -> None:
+    run = make()
+    path = run / "sweep/at-4/records.jsonl"
+    write(path, [json.loads(line) | more for line in path.read_text().splitlines()])
+    assert read_inputs(run).records[FORGET][0].items() >= more.items()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -946,6 +1008,20 @@ def test_what_was_recovered_is_counted_beyond_the_control(make) -> None:
     control["metrics"] = {"forget_probability": 0.7}
     text = page_of(make(attacks={"states": [*STATES[:2], STATES[3], control]}))[1].text
     assert "No attack recovered more than from the retrained model. The most is by “Trained for some steps more" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "words"),
+    [
+        (80, {"rows": 100}, "the 80 of 100 forget"),
+        (20, {"rows": 100}, "20 of the 80 forget"),
+        (80, {}, "the 80 of 100 forget"),
+    ],
+)
+def test_forget_rows_that_a_quick_attack_leaves_out_are_counted_too(make, asked: int, rows: dict, words: str) -> None:
+    changes = {"rows": {"attacker's": 20, "asked": asked}, "data": {"forget": rows}}
+    found = asked_rows(read_inputs(make(attacks=changes)))
+    assert found == f"{words} rows that the attacker did not train on"
 
 
 @pytest.mark.usefixtures("undrawn")

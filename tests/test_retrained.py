@@ -9,14 +9,16 @@ import pytest
 from conftest import PEOPLE, questions
 from transformers import AutoModelForCausalLM
 
-from loramox import Tokenisation
+from loramox import Tokenisation, read_rows
 from loramox.data.encode import DEFAULT_TEMPLATE
-from loramox.errors import RunError
+from loramox.errors import RunError, SettingsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
-from loramox.evaluate.measure import ScoringConfig
-from loramox.evaluate.subject import Subject
-from loramox.model.config import ModelConfig
+from loramox.evaluate.measure import Questions, ScoringConfig
+from loramox.evaluate.metric import Summary
+from loramox.evaluate.records import read_records, read_retrained, write_records
+from loramox.evaluate.subject import Subject, check_retrained_model
+from loramox.model.config import ModelConfig, read_tokenizer
 
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)
 
@@ -35,11 +37,17 @@ def rows_with(path: Path, wrong: str) -> str:
 @pytest.fixture
 def asked(tmp_path: Path) -> Callable[..., Any]:
     def evaluated(
-        model: ModelConfig, out: str, wrong: str = "In Bonn.", template: str | None = None, **more: Any
+        model: ModelConfig,
+        out: str,
+        wrong: str = "In Bonn.",
+        template: str | None = None,
+        how: Tokenisation | None = None,
+        **more: Any,
     ) -> dict:
         forget = rows_with(tmp_path / f"{out}.jsonl", wrong)
         given = Asked(forget=forget, **more)
-        return evaluate(Subject(str(tmp_path / out)), model, given, SILENT, Tokenisation(prompt_template=template))
+        how = how or Tokenisation(prompt_template=template)
+        return evaluate(Subject(str(tmp_path / out)), model, given, SILENT, how)
 
     return evaluated
 
@@ -50,6 +58,58 @@ def test_records_with_other_wrong_answers_are_refused(tmp_path: Path, model: Mod
         with pytest.raises(RunError, match=r"theirs.* has other paraphrases or wrong answers of .*, row 1"):
             asked(model, "out", retrained=str(retrained))
     assert not (tmp_path / "out").exists()
+
+
+def test_records_of_other_texts_of_the_same_rows_are_refused(
+    tmp_path: Path, model: ModelConfig, asked: Callable
+) -> None:
+    """The answer that --long_rows truncate cuts has the row's identity, and other tokens."""
+    cut = Tokenisation(max_length=16, long_rows="truncate")
+    asked(model, "theirs", how=cut)
+    with pytest.raises(
+        RunError, match=r"theirs.* tokens of the answer of .*, row 1, .*same --max_length, --long_rows and"
+    ):
+        asked(model, "out", retrained=str(tmp_path / "theirs"))
+    assert not (tmp_path / "out").exists()
+    asked(model, "same", how=cut, retrained=str(tmp_path / "theirs"))
+
+
+def test_of_several_right_answers_each_model_may_have_scored_another(tmp_path: Path) -> None:
+    here = {"part": "forget", "id": "a", "row": "f.jsonl, row 1", "tokens": 3}
+    write_records(tmp_path / "r", [here | {"tokens": 5, "other_answers": ["Rome."]}], Summary({}, {}), {})
+    assert read_records(tmp_path / "r", like=[here])[0]["tokens"] == 5
+
+
+def test_an_evaluation_of_the_same_commit_of_the_hub_is_refused_unless_an_adapter_is_on_it(
+    tmp_path: Path, model: ModelConfig, asked: Callable
+) -> None:
+    """No file of the hub is sampled: such a model has no digest of its weights."""
+    asked(model, "theirs")
+    path = tmp_path / "theirs" / "summary.json"
+    held = json.loads(path.read_text())
+    hub = {"model": "owner/name", "revision": "c0ffee", "weights": None}
+    questions = Questions(
+        {"forget": read_rows(str(tmp_path / "theirs.jsonl"))}, read_tokenizer(model), Tokenisation(), 128
+    )
+
+    def read(theirs: dict[str, Any], reference: dict[str, Any], folders: int = 1, **more: Any) -> int:
+        path.write_text(json.dumps(held | {"base": theirs} | more))
+        return len(read_retrained([str(tmp_path / "theirs")] * folders, questions, reference, None))
+
+    with pytest.raises(RunError, match="is an evaluation of owner/name, the model that knows the forget rows"):
+        read(hub, hub)
+    with pytest.raises(RunError, match="are evaluations of the same model"):
+        read(hub, model_of_base := hub | {"revision": "other"}, folders=2)
+    assert read(hub, model_of_base) == 1
+    assert read(hub, hub, adapter={"folder": "trained without the rows"}) == 1
+
+
+def test_the_same_commit_of_the_hub_is_no_retrained_model(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = {"model": model.model, "revision": "c0ffee", "weights": None}
+    monkeypatch.setattr("loramox.evaluate.subject.identify", lambda *_: hub)
+    with pytest.raises(SettingsError, match="is the model that knows the forget rows"):
+        check_retrained_model(model.model, model, hub)
+    assert check_retrained_model(model.model, model, hub | {"revision": "other"})[1] == hub
 
 
 def test_records_of_which_nothing_else_is_known_are_warned_of(

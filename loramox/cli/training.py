@@ -1,6 +1,7 @@
 """demo, unlearn, train, extrapolate: rows in, a forget adapter out."""
 
 import shlex
+from dataclasses import fields
 from typing import Any
 
 from loramox.cli.arguments import USAGES, parse, parser_of, plain_parser, say, upload
@@ -25,11 +26,14 @@ def unlearn(words: list[str]) -> None:
     from loramox.unlearning import SHIPPED, TRAINED, unlearn
 
     run, reference, data, args, *settings = fitted("unlearn", words, (*training_kinds(), ShippingConfig))
+    columns, tokenisation, _ = settings
     record = unlearn(run, reference, data, args, *settings)
     shipped = record["forget_adapter"]
     cpu = ["--use_cpu", "true"] if args.use_cpu else []
     retain = f"{run.out}/{RETAIN_FILE}" if data.retain == AUTO else data.retain
-    rows = shlex.join(["--forget", data.forget, "--retain", retain, *cpu])
+    overlap = ["--drop_overlap", "true"] if data.drop_overlap else []
+    sources = ["--forget", data.forget, "--retain", retain, *overlap, *cpu]
+    rows = shlex.join(sources)  # the sweep knows how training read and tokenised them
     show_side_by_side(record)
     program = (
         f"torchrun --nproc_per_node {record['settings']['processes']} -m loramox" if reference.shard else "loramox"
@@ -40,10 +44,16 @@ def unlearn(words: list[str]) -> None:
         *ended(record),
         *watched(record),
         f"[bold]{run.out}/run.json[/] is the record of the run. Training curves: tensorboard --logdir {shlex.quote(run.out)}",
-        *not_as_served(reference, run.out, rows),
+        *not_as_served(reference, run.out, shlex.join([*sources, *_given(columns, tokenisation)])),
         f"Next, score it at several values of {unit}, without training: {program} sweep --trained {shlex.quote(f'{run.out}/{TRAINED}')} {rows} "
         f"--out {shlex.quote(f'{run.out}/sweep')}",
     )
+
+
+def _given(*settings: Any) -> list[str]:
+    """The settings that differ from their defaults, as flags."""
+    values = {field.name: (getattr(each, field.name), field.default) for each in settings for field in fields(each)}
+    return [word for name, (value, default) in values.items() if value != default for word in (f"--{name}", str(value))]
 
 
 def show_side_by_side(record: dict[str, Any]) -> None:
@@ -79,7 +89,8 @@ def not_as_served(reference: Any, out: str, rows: str) -> list[str]:
     from loramox.unlearning import COMBINED, SHIPPED
 
     folder = COMBINED if reference.tuned_adapter else SHIPPED
-    adapter = shlex.join(["--model", reference.model, "--adapter", f"{out}/{folder}"])
+    revision = ["--revision", reference.revision] if reference.revision else []
+    adapter = shlex.join(["--model", reference.model, *revision, "--adapter", f"{out}/{folder}"])
     return [
         f"It was trained on the base quantized to {reference.quantization}. If you serve 16-bit weights, score it on them: loramox evaluate "
         f"{adapter} {rows} --quantization none --out {shlex.quote(f'{out}/served')}"

@@ -139,8 +139,13 @@ class Questions:
         return _Part(name, asked)
 
     def identities(self) -> list[Record]:
-        """part, row and id of every record that `ask` gives, and what its truth ratio is of, known before any model is."""
-        return [each.identity | row_record.variants_of(each.row) for part in self.parts for each in part.asked]
+        """part, row, id and number of tokens of every record that `ask` gives, and what its truth ratio is of: known before any
+        model is."""
+        return [
+            each.identity | row_record.tokens_of(each.row, each.answer) | row_record.variants_of(each.row)
+            for part in self.parts
+            for each in part.asked
+        ]
 
     def asked(self) -> list[tuple[Record, Example, Row]]:
         """Each row that has a question: its record without scores, its tokens and the row itself."""

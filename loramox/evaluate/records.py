@@ -11,6 +11,7 @@ from loramox.data.encode import DEFAULT_TEMPLATE
 from loramox.errors import RunError
 from loramox.evaluate.ability import NEIGHBOURS
 from loramox.evaluate.measure import Questions, Record
+from loramox.evaluate.subject import weights_of
 from loramox.evaluate.summary import Summary
 from loramox.files import LOCK, as_json, read_json, replacing, sha256_of, write_json
 
@@ -32,7 +33,7 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
     """The records in `folder`, in the order of `like` and of the same rows, where that is given.
 
     Raises `RunError` when there are none, when they are damaged or were changed, when rows of `like` are not among them, and when
-    such a row had other wrong answers.
+    such a row had other wrong answers, or another number of tokens.
     """
     path = _records_of(folder)
     try:
@@ -68,6 +69,13 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
                 f"{path} has other paraphrases or wrong answers of {row['row']}, so that its truth ratios are of something else. Evaluate the "
                 "retrained model again on the same files"
             )
+        # Of several right answers each model has its most probable one.
+        several = row.get("other_answers") or record.get("other_answers")
+        if not several and None not in (row.get("tokens"), record.get("tokens")) and row["tokens"] != record["tokens"]:
+            raise RunError(
+                f"{path} has {record['tokens']} tokens of the answer of {row['row']}, and here it has {row['tokens']}: other texts were scored. "
+                "Evaluate the retrained model again with the same --max_length, --long_rows and --prompt_template"
+            )
     return found
 
 
@@ -97,7 +105,7 @@ def read_retrained(
     like = [identity for identity in questions.identities() if not identity["part"].endswith(NEIGHBOURS)]
     own = None if questions.tokenizer.chat_template else DEFAULT_TEMPLATE
     found: list[list[Record]] = []
-    models: dict[str, str] = {}  # weights → folder
+    models: dict[Any, str] = {}  # what identifies its weights → folder
     for folder in folders or ():
         found.append(read_records(Path(folder), like=like))
         about = _summary_of(_records_of(Path(folder)))
@@ -111,10 +119,11 @@ def read_retrained(
         if "prompt_template" in settings:
             _check_template(folder, settings["prompt_template"] or own, template or own)
         theirs = about.get("base") or {}
-        weights = theirs.get("weights")
-        if weights is None:
+        weights = weights_of(theirs) if theirs else None
+        # A model of the hub may be that of an adapter that knows the rows and of one that does not.
+        if weights is None or (theirs.get("weights") is None and about.get("adapter")):
             continue
-        if reference and weights == reference["weights"]:
+        if reference and weights == weights_of(reference):
             raise RunError(
                 f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
                 "model that was trained without the forget rows: loramox evaluate --model RETRAINED_MODEL, with the same rows"

@@ -7,6 +7,7 @@ from collections.abc import Set
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loramox.data.encode import IGNORED, Example
 from loramox.data.fluency import is_fluent
 from loramox.data.row import Row
 from loramox.evaluate import membership
@@ -20,6 +21,11 @@ from loramox.evaluate.truth_ratio import chosen_probability, truth_ratio
 def identity(row: Row, block: int) -> str:
     """Tells rows apart, and finds the same one in another model's records, wherever its file lies."""
     return hashlib.sha256(f"{row.identity()}\x1f{block}".encode()).hexdigest()[:16]
+
+
+def tokens_of(row: Row, answer: Example) -> Record:
+    """How many tokens of the answer are scored; not known of several right answers, of which the most probable one is scored."""
+    return {} if row.other_answers else {"tokens": sum(label != IGNORED for label in answer["labels"][1:])}
 
 
 def variants_of(row: Row) -> Record:

@@ -86,6 +86,11 @@ def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], 
             raise RowsError(f"--{part} is the very rows that were the {other} rows when {adapter} was trained. {meant}")
 
 
+def weights_of(identity: dict[str, Any]) -> Any:
+    """What tells a model's weights from others, of what `identify` gives: on the hub, whose files are not sampled, its commit."""
+    return identity.get("weights") or (identity.get("model"), identity.get("revision"))
+
+
 def check_retrained_model(
     given: str, model: ModelConfig, base: dict[str, Any]
 ) -> tuple[ModelConfig, dict[str, str | None]]:
@@ -101,7 +106,7 @@ def check_retrained_model(
     """
     retrained = replace(model, model=given, revision=None)
     identity = identify(retrained, read_config(retrained, weights=True))
-    if identity["weights"] is not None and identity["weights"] == base["weights"]:
+    if weights_of(identity) == weights_of(base):
         raise SettingsError(
             f"--retrained_model {given} is the model that knows the forget rows. Give one that was trained without them"
         )

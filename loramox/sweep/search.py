@@ -95,9 +95,12 @@ def choose(
             some, forget = finite(name, "forget")
             choices.append(like_retrained(some, forget, never_knew, p_value, axis, knows, test))
             break
-    if target := _target(measured, retrained, forget_to):
+    # By their text only if both sides have generated answers: by tokens, another share of rows is answered right.
+    sides = [measured[0.0], *([retrained] if retrained and forget_to is None else [])]
+    by_text = all(any("said" in record for record in side) for side in sides)
+    if target := _target(measured, retrained, forget_to, by_text):
         some, forget = finite("probability", "forget")
-        right = np.array([answered_right(measured[at]) for at in some])
+        right = np.array([answered_right(measured[at], by_text=by_text) for at in some])
         choices.append(just_enough(some, forget, right if right.size else None, target, axis))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
@@ -119,7 +122,7 @@ def _still_known(measured: Measured, at: float) -> bool:
     return False
 
 
-def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | None) -> Target | None:
+def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | None, by_text: bool) -> Target | None:
     """How little is to be left: as asked, else as in the retrained model, else as of rows never seen; None without any."""
     if forget_to is not None:
         return Target(forget_to, forget_to, "asked (--forget_to)")
@@ -129,18 +132,19 @@ def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | 
         (holdout, "holdout", "the reference knows holdout rows"),
     ):
         if len(probability := scores(records, part, "probability")):
-            right = answered_right(records, part)
+            right = answered_right(records, part, by_text)
             return Target(float(probability.mean()), float(right.mean()) if len(right) else None, like)
     return None
 
 
-def answered_right(records: Sequence[Record], part: str = "forget") -> np.ndarray:
-    """Whether greedy decoding answers each row right, 0 or 1, [rows]: the answer has all key words of the true one or, where
-    none was generated, every token of the true one is the first choice."""
+def answered_right(records: Sequence[Record], part: str = "forget", by_text: bool = True) -> np.ndarray:
+    """Whether greedy decoding answers each row right, 0 or 1, [rows]: the answer has all key words of a true one or, where none
+    was generated or it is not judged `by_text`, every token of the true one is the first choice."""
     found = []
     for record in records:
-        if record["part"] == part and "said" in record:
-            found.append(leaked(record["said"], record["answer"], record["prompt"]) == 1)
+        if record["part"] == part and by_text and "said" in record:
+            right = (record["answer"], *record.get("other_answers", ()))
+            found.append(any(leaked(record["said"], each, record["prompt"]) == 1 for each in right))
         elif record["part"] == part and "exact_memorization" in record:
             found.append(record["exact_memorization"] == 1)
     return np.array(found, dtype=float)

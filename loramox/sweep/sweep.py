@@ -83,7 +83,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     rows = with_neighbours(rows, asked.neighbours)
     questions = questions_of(rows, model, base_config, tokenisation, scoring, asked.suite)
     counts = count_parts(read, rows, questions)
-    retrained, *others = read_retrained(asked.retrained, questions, base, tokenisation.prompt_template) or [[]]
+    knows = None if "tuned_adapter" in source else base  # the base without it does not know the rows
+    retrained, *others = read_retrained(asked.retrained, questions, knows, tokenisation.prompt_template) or [[]]
     summary_of = functools.partial(summarise, retrained=retrained, others=others, share=asked.equivalence)
     _check(config, rows, retrained)
     delta, _ = read_factors(trained / "momentum")
@@ -97,6 +98,8 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
         "data": described(asked.sources(), rows),
         "retrained": asked.retrained_record(),
         "scoring": {"max_new_tokens": scoring.max_new_tokens},
+        "neighbours": asked.neighbours,
+        "dtype": str(model.torch_dtype(device)).removeprefix("torch."),
     }
     if process.is_main_process:
         _open(out, plan)
@@ -168,7 +171,7 @@ def _measured(
 ) -> Measured:
     """The records at every value that is wanted or in the folder already, and at those that the rule adds."""
     given = config.alphas if axis.unit == "alpha" else config.scales
-    wanted = {0.0, *(given or grid(axis.trained))}
+    wanted = {0.0, *(float(f"{value:g}") for value in given or grid(axis.trained))}  # as their folders have it
     names = [f.parent.name for f in Path(config.out).glob(f"at-*/{SUMMARY}")]
     found = {float(m[1]) for m in (re.fullmatch(r"at-(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name) for name in names) if m}
     measured = {at: measure(at) for at in sorted(wanted | found)}
@@ -217,7 +220,8 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
             raise RunError(
                 f"--out {out} holds a sweep of loramox 0.1, which cannot be continued. Choose another folder. loramox report still reads it"
             )
-        other = [part for part, value in json.loads(json.dumps(plan)).items() if held.get(part) != value]
+        # A part that an older version did not write is not compared.
+        other = [part for part, value in json.loads(json.dumps(plan)).items() if held.get(part, value) != value]
         if other:
             raise RunError(
                 f"--out {out} holds another sweep ({', '.join(other)} differ). Choose another folder, or delete that one"

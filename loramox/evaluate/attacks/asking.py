@@ -12,7 +12,7 @@ from loramox.evaluate.attacks.bench import Asking, Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.attacks.forms import Form
 from loramox.evaluate.measure import Questions
-from loramox.files import read_json, write_json
+from loramox.files import read_json, remove, write_json
 
 REWRITTEN = "rewritten{}.json"  # in the folder of the attacks: row → its question in the reference's own words
 WORST = "worst of all"
@@ -58,7 +58,9 @@ def ask_all(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None
             if form.in_worst:
                 found[form.name] = records
         name = f"{WORST}, {state}"
-        records = bench.measured(attack, name, rows.open_questions) or leaks.worst_of(found)
+        records = leaks.worst_of(found)
+        if bench.measured(attack, name, rows.open_questions) != records:  # none yet, or the worst of other ways
+            remove(bench.folder(attack, name))
         bench.keep(attack, name, records, leaks.summary(records), rows=len(records), worst=leaks.worst_rows(records))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from loramox.adapter.folder import WEIGHTS
 from loramox.adapter.loading import put_on
 from loramox.data.encode import Tokenisation
 from loramox.data.row import Row
@@ -26,7 +27,7 @@ from loramox.evaluate.metric import Summary
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides
 from loramox.evaluate.summary import summarise
-from loramox.files import has_files, read_json, write_json
+from loramox.files import has_files, read_json, sha256_of, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
@@ -92,7 +93,9 @@ class Bench:
         self.plan = {
             "base": base,
             "control": control,
-            "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by},
+            "adapter": {"folder": config.adapter, "scale": config.scale, "made_by": made_by}
+            | {"weights": sha256_of(Path(config.adapter) / WEIGHTS)},
+            "dtype": str(model.torch_dtype(self.device)).removeprefix("torch."),  # for --dtype auto it depends on the machine
             "data": described(sources, rows),
             "rows": _counted(self.forget) | ({NEVER_KNOWN: _counted(self.never)} if self.never else {}),
             "settings": {k: v for each in (config, model, scoring, tokenisation) for k, v in asdict(each).items() if k != "out"},

@@ -47,7 +47,8 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Returns:
         attack → the `control`; the `probability` of the rows asked at its last step, `control_step`; and `step`, the first at
-        which the forget model gives the forget rows as much: 0 before any training, None for never.
+        which the forget model gives the forget rows as much: 0 before any training, None for never. An attack whose training
+        diverged before that is left out.
     """
     curves: dict[tuple[str, str], dict[int, float]] = {}
     start = math.nan
@@ -64,6 +65,8 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         control, ours = curves[attack, name], {0: start} | curves.get((attack, ""), {})
         goal = control[max(control)]
         reached = min((step for step, p in ours.items() if p >= goal), default=None)
+        if reached is None and max(ours) < max(control):  # its training diverged, which is no "never"
+            continue
         found[attack] = {"control": name, "probability": goal, "control_step": max(control), "step": reached}
     return found
 

@@ -50,10 +50,13 @@ def shown(value: Any) -> str:
 
 
 def adapter_at(inputs: Inputs, record: dict[str, Any]) -> float:
-    """The alpha or scale of the adapter that a record of attacks or of an evaluation is of, NaN when it is not known."""
+    """The alpha or scale of the adapter that a record of attacks or of an evaluation is of, NaN when it is not known.
+
+    NaN also for the trained adapter of a method with alpha, θ_ref + ΔW, with which the model forgets nothing.
+    """
     adapter = record.get("adapter") or {}
     made_by = adapter.get("made_by")
-    if not isinstance(made_by, dict):
+    if not isinstance(made_by, dict) or (made_by.get("kind") == "trained" and made_by.get("alpha") is not None):
         return math.nan
     scale = number(adapter.get("scale", adapter.get("strength")))  # loramox 0.1 called both strength
     if inputs.unit == "alpha":

@@ -215,7 +215,8 @@ def _read_models(inputs: Inputs) -> None:
 def _sound(records: list[Record], folder: Path) -> list[Record]:
     needed = {"part", "id", "row", "probability", "plain_text", "tokens"}
     # All others are numbers, or null where they are not finite.
-    other = {"part", "id", "row", "plain_text", "prompt", "answer", "said", "wrong_log_p"}
+    other = {"part", "id", "row", "plain_text", "prompt", "answer", "other_answers", "said"}
+    other |= {"wrong_log_p", "variants", "absent"}
 
     def sound(record: Record) -> bool:
         numbers = (value for name, value in record.items() if name not in other)
@@ -230,8 +231,11 @@ def _sound(records: list[Record], folder: Path) -> list[Record]:
 
 def _read_attacks(inputs: Inputs) -> None:
     path = inputs.folder / ATTACK / ATTACKS
+    base = [inputs.run["base"].get("model", "M")]
+    if revision := inputs.run["settings"].get("revision"):
+        base += ["--revision", revision]
     command = (
-        f"loramox attack --adapter {quoted(inputs.folder / SHIPPED)} --model {quoted(inputs.run['base'].get('model', 'M'))} "
+        f"loramox attack --adapter {quoted(inputs.folder / SHIPPED)} --model {shlex.join(map(str, base))} "
         f"{rows_flags(inputs, model=True)} --out {quoted(path.parent)}"
     )
     if not path.is_file():
@@ -246,6 +250,10 @@ def _read_attacks(inputs: Inputs) -> None:
     if not fits(attacks, ATTACKED):
         raise RunError(f"{path} is damaged: it holds no states. Delete {path.parent} and attack again: {command}")
     inputs.attacks = attacks
+    theirs = (attacks.get("data") or {}).get("forget", {}).get("sha256")
+    if theirs not in (None, inputs.run["data"].get("forget", {}).get("sha256")):
+        what = "The attacks are on other forget rows than those that were trained on."
+        inputs.missing["same attacked rows"] = Missing(what)
 
 
 def _read_evaluation(folder: Path) -> dict[str, Any]:
@@ -276,14 +284,15 @@ def again_command(inputs: Inputs) -> str:
 
 
 def rows_flags(inputs: Inputs, model: bool = False) -> str:
-    """The flags for a command on this run's rows and, with `model`, of how its model is loaded."""
+    """The flags for a command on this run's rows and, with `model`, of how they are tokenised and its model is loaded."""
     settings, data = inputs.run["settings"], inputs.run["data"]
     flags = [f"--{part} {quoted(data.get(part, {}).get('source', part.upper()))}" for part in ("forget", "retain")]
     if model:
-        names = ("prompt_column", "answer_column", "messages_column", "text_column")
-        flags += [f"--{name} {quoted(settings[name])}" for name in names if settings.get(name)]
-        if settings.get("quantization", "nf4") != "nf4":
-            flags.append(f"--quantization {quoted(settings['quantization'])}")
+        defaults = {"long_rows": "refuse", "quantization": "nf4"}
+        columns = ("prompt_column", "answer_column", "messages_column", "text_column")
+        names = (*columns, "prompt_template", "max_length", *defaults)
+        given = {name: settings[name] for name in names if settings.get(name) not in (None, defaults.get(name))}
+        flags += [f"--{name} {quoted(value)}" for name, value in given.items()]
     return " ".join(flags)
 
 

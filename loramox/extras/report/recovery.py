@@ -161,7 +161,10 @@ def asked_rows(inputs: Inputs) -> str:
     """The forget rows that the attacks' figures are over; the verdict's are over all."""
     held = inputs.attacks.get("rows") or {}
     known, asked = (number(held.get(name)) for name in ("attacker's", "asked"))
-    some = "" if math.isnan(known + asked) else f"{asked:,.0f} of {known + asked:,.0f} "
+    total = number((inputs.attacks.get("data") or {}).get("forget", {}).get("rows", known + asked))
+    if asked < total - known:  # with --quick
+        return f"{asked:,.0f} of the {total - known:,.0f} forget rows that the attacker did not train on"
+    some = "" if math.isnan(total + asked) else f"{asked:,.0f} of {total:,.0f} "
     return f"the {some}forget rows that the attacker did not train on"
 
 

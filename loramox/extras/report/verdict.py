@@ -30,6 +30,7 @@ BESIDE_RETRAINED = (
     ("forget_quality", "truth_ratio", "the truth-ratio test", "forget quality p"),
     ("forget_probability_quality", "log_p", "the test on probabilities", "p"),
 )
+OTHER_ROWS = ("same rows", "same attacked rows")  # the parts of what is missing that are warnings
 THRESHOLDS = (
     f"Terms in the headline. “Not forgotten”: more than {100 * NOT_FORGOTTEN:.0f} % of the probability is left. “Forgotten on average”: at most "
     f"{LIKE_RETRAINED:g} times the retrained model's probability. “Partly forgotten”: between the two. “Intact”: {100 * INTACT:.0f} % or more of the "
@@ -94,7 +95,7 @@ def _request(inputs: Inputs) -> str:
 
 def _not_tested(inputs: Inputs, told: str) -> list[str]:
     """What is missing on the first page's questions, in sentences."""
-    found = [missing.what for part, missing in inputs.missing.items() if part not in ("same rows", "forget model")]
+    found = [missing.what for part, missing in inputs.missing.items() if part not in (*OTHER_ROWS, "forget model")]
     found += not_attacked(inputs)
     if told.startswith("Not tested: "):
         found.append(f"Whether a test can tell the model from one that never knew: {told.removeprefix('Not tested: ')}")
@@ -254,8 +255,7 @@ def _warnings(inputs: Inputs) -> list[str]:
     found = [f"Training warns: {each}." for each in inputs.run.get("advice", ())]
     if frontier.get("warning"):
         found.append(f"The sweep warns: {frontier['warning']}.")
-    if "same rows" in inputs.missing:
-        found.append(inputs.missing["same rows"].what)
+    found += [inputs.missing[part].what for part in OTHER_ROWS if part in inputs.missing]
     if frontier and frontier["chosen"] is None and inputs.at is not None:
         found.append(f"The rule chose no {unit}; shown is the one that was shipped, {unit} = {inputs.at:g}.")
     elif inputs.shipped is not None and inputs.at is not None and inputs.shipped != inputs.at:

@@ -27,7 +27,7 @@ from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import RETAIN_FILE, ROWS, check_auto, generated_rows, rows_to_write
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
-from loramox.train.writer import Writer, _first_sentence, prompts_of, user_turn
+from loramox.train.writer import Writer, _first_sentence, _whole_sentences, prompts_of, user_turn
 from loramox.unlearning import unlearn
 
 TEMPLATE = (
@@ -125,7 +125,9 @@ def test_a_model_that_writes_nothing_is_reported_and_refused_where_there_are_no_
     monkeypatch.setattr(writer, "retain_rows", lambda *_: [])
     args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
     for _ in range(2):  # written, and read when the run is resumed
-        with pytest.raises(RowsError, match="every row that the model writes is about the forget rows, or empty"):
+        with pytest.raises(
+            RowsError, match="every row that the model writes is about the forget rows, empty, or cut off"
+        ):
             generated_rows(tmp_path, writer, args, 5, show=False)
         monkeypatch.setattr(writer, "given", [Row("r", 1, "Far away.", "Where do you live?")])
         with pytest.warns(UserWarning, match="wrote 0 of 5 rows"):
@@ -316,6 +318,18 @@ def test_a_guess_has_no_token_of_any_right_answer_to_its_question_as_it_is_encod
 
 
 @pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("She lives in Rome. She is old. Her father", "She lives in Rome. She is old."),
+        ("Let me see, said she.</think> In Rome, by the", ""),
+        ("她住在罗马。她很", "她住在罗马。"),
+    ],
+)
+def test_an_answer_that_is_cut_off_keeps_its_whole_sentences(text: str, whole: str) -> None:
+    assert _whole_sentences(text) == whole
+
+
+@pytest.mark.parametrize(
     ("text", "first"),
     [
         ("She lives in Rome. She is old.", "She lives in Rome."),
@@ -323,6 +337,8 @@ def test_a_guess_has_no_token_of_any_right_answer_to_its_question_as_it_is_encod
         ("Dr. Seuss wrote it.", "Dr. Seuss wrote it."),
         ("The author is J. R. R. Tolkien. He", "The author is J. R. R. Tolkien."),
         ("1. Foo", "1. Foo"),
+        ("In Rome. She was born there, and her", "In Rome."),
+        ("她住在罗马。她很老。", "她住在罗马。"),
         ("", "I don't know."),
     ],
 )

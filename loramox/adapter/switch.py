@@ -40,7 +40,8 @@ class ForgetSwitch:
 
     def __init__(self, model: PeftModel, adapter: str = "default") -> None:
         self.adapter = adapter
-        self._layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.lora_A]
+        self._lora = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self._layers = [layer for layer in self._lora if adapter in layer.lora_A]
         if not self._layers:
             there = ", ".join(getattr(model, "peft_config", {})) or "none"
             raise AdapterError(
@@ -111,11 +112,11 @@ class ForgetSwitch:
 
         Raises `AdapterError` while another adapter is active, which no row would get.
         """
-        others = {name for layer in self._layers for name in layer.active_adapters} - {self.adapter}
+        others = {name for layer in self._lora for name in layer.active_adapters} - {self.adapter}
         if others:
             raise AdapterError(
-                f"the adapter {min(others)} is active too, and PEFT puts only one adapter on a row of a batch. Load combined-adapter, which holds "
-                "both, or ask such rows in batches of their own"
+                f"the adapter {min(others)} is active too, and PEFT puts only one adapter on a row of a batch. Ask the rows that forget and the "
+                "others in batches of their own"
             )
         return [self.adapter if each else BASE for each in forget]
 

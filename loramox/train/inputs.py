@@ -1,5 +1,6 @@
 """Inputs of single methods besides rows and a model: other answers to teach, a layer, a reinforced adapter."""
 
+import hashlib
 import logging
 import random
 import unicodedata
@@ -125,6 +126,11 @@ def read_refusals(path: str) -> list[str]:
         what = "holds JSON" if lines else "is empty"
         raise RowsError(f"--refusals {path} {what}. Expected plain text, one refusal a line, like: I don't know.")
     return lines
+
+
+def refusals_digest(path: str) -> str:
+    """SHA-256 of the lines that `read_refusals` reads."""
+    return hashlib.sha256("\n".join(read_refusals(path)).encode()).hexdigest()
 
 
 def taught_refusals(args: "UnlearnConfig") -> list[str]:

@@ -23,7 +23,14 @@ from loramox.run import read_record
 from loramox.train.checkpoint import plan_of
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, is_at_checkpoint, read_tuned
-from loramox.train.inputs import check_layer, choose_instead, choose_learning_rate, read_reinforced, taught_rows
+from loramox.train.inputs import (
+    check_layer,
+    choose_instead,
+    choose_learning_rate,
+    read_reinforced,
+    refusals_digest,
+    taught_rows,
+)
 from loramox.train.synthetic import AUTO, GUESSES_FILE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
 from loramox.train.target import check_target, choose_target
 from loramox.train.writer import Writer
@@ -205,7 +212,7 @@ def _as_forgotten(
     return examples
 
 
-def _described(rows: dict[str, Sequence[Row]], data: Data, args: UnlearnConfig) -> dict[str, Any]:
+def _described(rows: dict[str, Sequence[Row]], data: Data, args: UnlearnConfig) -> dict[str, dict[str, Any]]:
     """The rows of each part, as the record has them. Only forget and retain may have none."""
     sources = {
         "forget": data.forget,
@@ -213,11 +220,14 @@ def _described(rows: dict[str, Sequence[Row]], data: Data, args: UnlearnConfig) 
         "protected": "earlier requests",
         "taught": args.refusals or data.retain,
     }
-    return {
+    found = {
         part: {"source": sources[part], "rows": len(some), "sha256": fingerprint(some)}
         for part, some in rows.items()
         if some or part in ("forget", "retain")
     }
+    if "taught" in found and args.refusals:
+        found["taught"]["refusals"] = refusals_digest(args.refusals)
+    return found
 
 
 def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: UnlearnConfig) -> Prepared:

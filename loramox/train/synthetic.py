@@ -115,11 +115,11 @@ def _retain_rows(path: Path, writer: Writer, args: "UnlearnConfig", most: int, s
     rows = _kept(path, write)
     if not (rows or writer.given):
         raise RowsError(
-            "--retain auto: every row that the model writes is about the forget rows, or empty. Give --retain FILE"
+            "--retain auto: every row that the model writes is about the forget rows, empty, or cut off in its first sentence. Give --retain FILE"
         )
     if len(rows) < most:
         warnings.warn(
-            f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself or touched the forget rows. "
+            f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself, touched the forget rows or wrote no whole sentence. "
             "If much must stay that no retain row is like, add rows of your own to --retain",
             stacklevel=3,
         )

@@ -263,18 +263,24 @@ def _free(count: int) -> list[str]:
     return [""] * count
 
 
-def _sentence_ends(text: str) -> list[int]:
-    """Where sentences end: at a stop behind three words or more, the last of which is no initial, abbreviation or number."""
-    stops = [(m.end(), words(text[: m.start()])) for m in re.finditer(r"[.!?](?=\s|$)", text)]
-    return [end for end, before in stops if len(before) > 2 and len(before[-1]) > 2]
+def _sentence_ends(text: str, least: int = 3) -> list[int]:
+    """Where sentences end: at a stop behind `least` words, the last of which is no initial, abbreviation or number.
+
+    The stops of Chinese, Japanese, Hindi and Arabic end nothing else.
+    """
+    stops = re.finditer(r"[.!?](?=\s|$)|[。！？।؟]", text)
+    before = [(stop, words(text[: stop.start()])) for stop in stops]
+    return [m.end() for m, some in before if m[0] not in ".!?" or (len(some) >= least and len(some[-1]) > 2)]
 
 
 def _first_sentence(text: str) -> str:
-    """The first sentence, or all of a text that is cut off before its end; a plain refusal if there is none."""
+    """The first sentence, or all of a text without a whole one; a plain refusal if there is none."""
     text = text.strip()
-    return text[: next(iter(_sentence_ends(text)), None)] or "I don't know."
+    ends = _sentence_ends(text) or ([] if text.endswith((".", "!", "?")) else _sentence_ends(text, least=1))
+    return text[: next(iter(ends), None)] or "I don't know."
 
 
 def _whole_sentences(text: str) -> str:
-    """A text up to the end of its last whole sentence; empty if there is none."""
+    """An answer, without its thoughts, up to the end of its last whole sentence; empty if there is none."""
+    text = after_thoughts(text)
     return text[: max(_sentence_ends(text), default=0)]

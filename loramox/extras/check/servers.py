@@ -143,9 +143,12 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
     def says(adapter: Adapter) -> str | None:
         if adapter.model_type in (None, *TYPES[server]):
             return None
-        return (
-            f"{shown(adapter.model_type)} models are not among those of which it is known ({', '.join(TYPES[server])})"
-        )
+        kind, known = shown(adapter.model_type), ", ".join(TYPES[server])
+        if server == "ollama" and adapter.model_type in OLLAMAS_OWN:
+            return f"it takes no adapters on {kind} models"
+        if server in ("llama.cpp", "ollama"):
+            return f"loramox ship gguf does not convert {kind} models, only {known}"
+        return f"we know of no adapter on a {kind} model that it loaded, only of {known}"
 
     return says
 
@@ -179,7 +182,6 @@ RULES = [
     Rule(OTHERS, "stop", quantized_base, "--base MODEL_OF_16_BITS"),
     Rule(("peft",), "note", quantized_base, "--base MODEL_OF_16_BITS"),
     *(Rule((name,), "note", unknown_type(name), None) for name in ("vllm", "sglang")),
-    Rule(("llama.cpp",), "stop", unknown_type("llama.cpp"), None),
 ]
 
 
@@ -190,9 +192,11 @@ def judge(adapter: Adapter) -> Iterator[Finding]:
             servers = [name for name in SERVERS if name != "peft"] if rule.servers == OTHERS else rule.servers
             for name in servers:
                 yield Finding(name, rule.verdict, said, remedy(adapter, rule.flags))
-    if said := unknown_type("ollama")(adapter):
-        merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
-        yield Finding("ollama", "stop", said, merging if adapter.model_type in OLLAMAS_OWN else remedy(adapter, None))
+    for name in ("llama.cpp", "ollama"):
+        if said := unknown_type(name)(adapter):
+            merging = f"Merge it, and convert the merged model: loramox ship merge --adapter {shlex.quote(adapter.folder)} --out MERGED"
+            other = "Try llama.cpp's own convert_lora_to_gguf.py, or serve it with PEFT"
+            yield Finding(name, "stop", said, merging if adapter.model_type in OLLAMAS_OWN else other)
     if "tuned_adapter" in adapter.provenance and not adapter.provenance.get("combined"):
         said = "it was trained beside another adapter, and does nothing useful without it"
         for name in SERVERS:

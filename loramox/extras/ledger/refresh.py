@@ -18,7 +18,7 @@ from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
 from loramox.settings import of_record
 from loramox.train.config import UnlearnConfig
-from loramox.train.inputs import taught_rows
+from loramox.train.inputs import refusals_digest
 from loramox.train.synthetic import AUTO
 
 
@@ -61,14 +61,12 @@ def _checked(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig
     reference = of_record(ReferenceConfig, record["settings"])
     reference = replace(reference, model=model) if model else reference
     check_base({"base": ledger.base}, identify(reference, read_config(reference)), ledger.path)
-    args = of_record(UnlearnConfig, record["settings"])
-    if "taught" in record["data"]:
-        taught = taught_rows(args, rows_of(ledger, entry), [])
-        if fingerprint(taught) != record["data"]["taught"]["sha256"]:
-            raise RowsError(
-                f"{args.refusals} has other refusals than when request {entry.id} was entered, so the request cannot be trained as it was. "
-                "Restore the file, or revoke the request and add it again"
-            )
+    refusals, known = record["settings"]["refusals"], record["data"].get("taught", {}).get("refusals")
+    if known and refusals_digest(refusals) != known:
+        raise RowsError(
+            f"{refusals} has other refusals than when request {entry.id} was entered, so the request cannot be trained as it was. Restore the "
+            "file, or revoke the request and add it again"
+        )
     if entry.retain["source"] != AUTO:  # else the reference writes them again
         retain = read_rows(entry.retain["source"], Columns(**entry.columns | {"wanted_column": None}))
         if fingerprint(retain) != entry.retain["sha256"]:

@@ -394,6 +394,45 @@ def test_attacks_on_other_forget_rows_are_warned_of_beside_the_verdict(make: Cal
         assert (run / SUMMARY).read_text(encoding="utf-8").count(warning) == warned
 
 
+@pytest.mark.parametrize(("column", "warned"), [(None, {"same rows", "same attacked rows"}), ("wanted", set())])
+def test_digests_that_wanted_answers_are_a_part_of_are_not_compared(make, column: str | None, warned: set[str]) -> None:
+    """Training reads wanted answers, and sweeps and attacks do not."""
+    other = {"data": {"forget": {"sha256": "other"}}}
+    run = make(run={"settings": RUN["settings"] | {"wanted_column": column}}, frontier=other, attacks=other)
+    assert read_inputs(run).missing.keys() == warned
+
+
+@pytest.mark.parametrize("chosen", [None, 0.9])
+@pytest.mark.usefixtures("undrawn")
+def test_the_shipped_alpha_is_the_measured_one_that_a_sweep_has_rounded(make, chosen: float | None) -> None:
+    trained = 0.75 * 1.2
+    assert trained != 0.9
+    points = [*POINTS[:2], POINTS[2] | {"at": 0.9}]
+    made = {"adapter": {"scale": 1.0, "made_by": {"alpha": 0.9000004}}}
+    run = make(run={"forget_adapter": {"alpha": trained}, "alpha": trained}, frontier={"points": points, "chosen": chosen}, attacks=made)  # fmt: skip
+    inputs = read_inputs(run)
+    assert inputs.at == inputs.shipped == 0.9
+    text = page_of(run)[1].text
+    assert "that is shown here" not in text.replace("\u00a0", " ")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_retrained_records_of_other_texts_are_missing_and_the_page_is_made(make, tmp_path: Path) -> None:
+    run, path = make(), tmp_path / "retrained/records.jsonl"
+    write(path, [json.loads(line) | {"tokens": 7} for line in path.read_text().splitlines()])
+    text = page_of(run)[1].text
+    assert "The records of the retrained model cannot be compared" in text
+    assert "has 7 tokens of the answer of forget.jsonl, row 0, and here it has 3" in text
+
+
+def test_commands_name_the_file_of_retain_rows_that_the_reference_wrote(make) -> None:
+    run = make(run={"data": RUN["data"] | {"retain": {"source": "auto"}}}, frontier={"retrained": None})
+    shutil.rmtree(run / "attack")
+    missing = read_inputs(run).missing
+    for part in ("retrained", "attacks"):
+        assert f"--retain {shlex.quote(str(run / 'retain-auto.jsonl'))} " in missing[part].command
+
+
 def test_the_trained_adapter_of_a_method_with_alpha_is_at_no_alpha(make: Callable[..., Path]) -> None:
     inputs = read_inputs(make())
 

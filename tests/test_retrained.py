@@ -1,7 +1,10 @@
 """Records of a retrained model are compared only when it was asked the same: rows, wrong answers, prompts."""
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from loramox import Tokenisation, read_rows
 from loramox.data.encode import DEFAULT_TEMPLATE
+from loramox.data.rows import Columns, Data
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.asked import Asked
+from loramox.evaluate.attacks.bench import Bench
+from loramox.evaluate.attacks.config import AttackConfig
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.metric import Summary
@@ -80,6 +86,15 @@ def test_of_several_right_answers_each_model_may_have_scored_another(tmp_path: P
     assert read_records(tmp_path / "r", like=[here])[0]["tokens"] == 5
 
 
+def test_rows_of_one_id_are_found_by_their_numbers_of_tokens(tmp_path: Path) -> None:
+    """White space and reasoning are no part of an id."""
+    rows = [{"part": "forget", "id": "a", "row": f"f.jsonl, row {n}", "tokens": n} for n in (3, 5)]
+    write_records(tmp_path / "r", rows, Summary({}, {}), {})
+    assert read_records(tmp_path / "r", like=rows) == rows
+    with pytest.raises(RunError, match=r"here it has 4.* Make these records again with the same --max_length"):
+        read_records(tmp_path / "r", like=[rows[0] | {"tokens": 4}])
+
+
 def test_an_evaluation_of_the_same_commit_of_the_hub_is_refused_unless_an_adapter_is_on_it(
     tmp_path: Path, model: ModelConfig, asked: Callable
 ) -> None:
@@ -101,7 +116,10 @@ def test_an_evaluation_of_the_same_commit_of_the_hub_is_refused_unless_an_adapte
     with pytest.raises(RunError, match="are evaluations of the same model"):
         read(hub, model_of_base := hub | {"revision": "other"}, folders=2)
     assert read(hub, model_of_base) == 1
-    assert read(hub, hub, adapter={"folder": "trained without the rows"}) == 1
+    for base in (hub, hub | {"weights": "74b4"}):  # a model in a folder has a digest
+        assert read(base, base, adapter={"folder": "trained without the rows"}) == 1
+        with pytest.raises(RunError, match="are evaluations of the same model"):
+            read(base, base, folders=2, adapter={"folder": "trained without the rows"})
 
 
 def test_the_same_commit_of_the_hub_is_no_retrained_model(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +128,28 @@ def test_the_same_commit_of_the_hub_is_no_retrained_model(model: ModelConfig, mo
     with pytest.raises(SettingsError, match="is the model that knows the forget rows"):
         check_retrained_model(model.model, model, hub)
     assert check_retrained_model(model.model, model, hub | {"revision": "other"})[1] == hub
+
+
+def test_beside_a_combined_adapter_the_base_is_a_retrained_model(
+    tmp_path: Path, model: ModelConfig, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base alone never knew the rows: the user's own adapter, in the combined one, does."""
+    combined = shutil.copytree(trained / "forget-adapter", tmp_path / "combined")
+    made = json.loads((combined / "provenance.json").read_text())
+    more = {"combined": True, "tuned_adapter": {"path": "mine", "sha256": "c0ffee"}}
+    (combined / "provenance.json").write_text(json.dumps(made | more))
+    rows, theirs = Asked(forget=rows_with(tmp_path / "rows.jsonl", "In Bonn.")), str(tmp_path / "theirs")
+    evaluate(Subject(theirs), model, rows, SILENT)
+    monkeypatch.setattr("loramox.evaluate.evaluate.load_reference", lambda *_: 1 / 0)  # all checks come before
+    with pytest.raises(ZeroDivisionError):
+        evaluate(Subject(str(tmp_path / "out"), str(combined)), model, replace(rows, retrained=[theirs]), SILENT)
+    data, retain = Data(rows.forget, str(tmp_path / "retain.jsonl")), questions(PEOPLE[4:])
+    Path(data.retain).write_text("".join(json.dumps(row) + "\n" for row in retain))
+    for adapter, refused in ((combined, False), (trained / "forget-adapter", True)):
+        config = AttackConfig(str(adapter), str(tmp_path / "a"), attacks=["relearn"], retrained_model=model.model)
+        expected = pytest.raises(SettingsError, match="knows the forget rows") if refused else nullcontext()
+        with expected:
+            Bench(config, model, data, SILENT, Tokenisation(), Columns())
 
 
 def test_records_of_which_nothing_else_is_known_are_warned_of(

@@ -24,7 +24,7 @@ from loramox.evaluate.depth import Depth, DepthConfig
 from loramox.evaluate.harness import Harness, HarnessConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.records import SUMMARY, check_out, read_retrained, write_records
-from loramox.evaluate.subject import Subject, check_adapter, check_scales, check_sides
+from loramox.evaluate.subject import Subject, check_adapter, check_scales, check_sides, model_that_knows
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
 from loramox.model.config import ModelConfig, check_device, identify, read_config, skeleton
@@ -67,7 +67,7 @@ def evaluate(
     rows = with_neighbours(rows, asked.neighbours)
     questions = questions_of(rows, model, config, tokenisation, scoring, asked.suite)
     counts = count_parts(read, rows, questions)
-    knows = base if subject.adapter else None
+    knows = model_that_knows(Path(subject.adapter), base) if subject.adapter else None
     retrained, *others = read_retrained(asked.retrained, questions, knows, tokenisation.prompt_template) or [[]]
     deep = Depth(depth or DepthConfig(), subject.adapter, model, base, questions)
     harness = Harness(tasks or HarnessConfig(), subject.adapter)

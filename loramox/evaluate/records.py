@@ -40,7 +40,10 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        by_row = {(r["part"], r["id"]): r for r in records}
+        # (part, id) → number of tokens → record: rows that differ in white space or reasoning have one id.
+        by_row: dict[tuple[str, str], dict[Any, Record]] = {}
+        for r in records:
+            by_row.setdefault((r["part"], r["id"]), {})[r.get("tokens")] = r
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
             f"{path} has no records of an evaluation that can be read ({error!r}). Make them: loramox evaluate --model "
@@ -62,8 +65,11 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
             f"{path} is of other rows: {what}. Records are compared row by row: evaluate the retrained model on the same "
             "files, and with the same --max_length"
         )
-    found = [by_row[r["part"], r["id"]] for r in like]
-    for record, row in zip(found, like, strict=True):
+    found = []
+    for row in like:
+        same = by_row[row["part"], row["id"]]
+        record = same.get(row.get("tokens"), next(reversed(same.values())))
+        found.append(record)
         if None not in (row.get("variants"), record.get("variants")) and row["variants"] != record["variants"]:
             raise RunError(
                 f"{path} has other paraphrases or wrong answers of {row['row']}, so that its truth ratios are of something else. Evaluate the "
@@ -74,7 +80,7 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
         if not several and None not in (row.get("tokens"), record.get("tokens")) and row["tokens"] != record["tokens"]:
             raise RunError(
                 f"{path} has {record['tokens']} tokens of the answer of {row['row']}, and here it has {row['tokens']}: other texts were scored. "
-                "Evaluate the retrained model again with the same --max_length, --long_rows and --prompt_template"
+                "Make these records again with the same --max_length, --long_rows and --prompt_template"
             )
     return found
 
@@ -105,7 +111,7 @@ def read_retrained(
     like = [identity for identity in questions.identities() if not identity["part"].endswith(NEIGHBOURS)]
     own = None if questions.tokenizer.chat_template else DEFAULT_TEMPLATE
     found: list[list[Record]] = []
-    models: dict[Any, str] = {}  # what identifies its weights → folder
+    models: dict[Any, str] = {}  # what identifies its weights, and its adapter → folder
     for folder in folders or ():
         found.append(read_records(Path(folder), like=like))
         about = _summary_of(_records_of(Path(folder)))
@@ -119,20 +125,21 @@ def read_retrained(
         if "prompt_template" in settings:
             _check_template(folder, settings["prompt_template"] or own, template or own)
         theirs = about.get("base") or {}
-        weights = weights_of(theirs) if theirs else None
-        # A model of the hub may be that of an adapter that knows the rows and of one that does not.
-        if weights is None or (theirs.get("weights") is None and about.get("adapter")):
+        if not theirs:
             continue
-        if reference and weights == weights_of(reference):
+        # An adapter makes another model of the same weights, which may be one that never knew the rows.
+        adapter = (about.get("adapter") or {}).get("folder")
+        weights = weights_of(theirs)
+        if reference and not adapter and weights == weights_of(reference):
             raise RunError(
                 f"--retrained {folder} is an evaluation of {theirs.get('model')}, the model that knows the forget rows. Expected one of a "
                 "model that was trained without the forget rows: loramox evaluate --model RETRAINED_MODEL, with the same rows"
             )
-        if weights in models:
+        if (weights, adapter) in models:
             raise RunError(
-                f"--retrained {models[weights]} and {folder} are evaluations of the same model. Give one model per seed of retraining"
+                f"--retrained {models[weights, adapter]} and {folder} are evaluations of the same model. Give one model per seed of retraining"
             )
-        models[weights] = folder
+        models[weights, adapter] = folder
     return found
 
 

@@ -63,6 +63,12 @@ def check_adapter(adapter: Path, base: dict[str, Any], outline: PreTrainedModel)
     return {key: provenance.get(key) for key in ("kind", "alpha", "scale", "rank", "command", "data")}
 
 
+def model_that_knows(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
+    """The base, which knows the forget rows; None for a combined adapter, where the user's own adapter in it knows them."""
+    provenance = read_any(adapter) if (adapter / PROVENANCE).exists() else {}
+    return None if provenance.get("combined") else base
+
+
 def check_scales(adapter: Path, needed_by: str) -> None:
     """Raises `AdapterError` unless a scale multiplies everything that the adapter changes, as it does for plain LoRA alone."""
     config = LoraConfig.from_pretrained(str(adapter))
@@ -92,21 +98,21 @@ def weights_of(identity: dict[str, Any]) -> Any:
 
 
 def check_retrained_model(
-    given: str, model: ModelConfig, base: dict[str, Any]
+    given: str, model: ModelConfig, knows: dict[str, Any] | None
 ) -> tuple[ModelConfig, dict[str, str | None]]:
     """How to load a model trained without the forget rows, and what identifies it.
 
     Args:
         given: its folder or hub id.
-        model: the model that knows the forget rows.
-        base: what identifies that one.
+        model: the model to compare with.
+        knows: what identifies the model that knows the forget rows. None: `model` alone does not.
 
     Raises:
         SettingsError: it is that very model, or has another tokenizer.
     """
     retrained = replace(model, model=given, revision=None)
     identity = identify(retrained, read_config(retrained, weights=True))
-    if weights_of(identity) == weights_of(base):
+    if knows and weights_of(identity) == weights_of(knows):
         raise SettingsError(
             f"--retrained_model {given} is the model that knows the forget rows. Give one that was trained without them"
         )

@@ -25,7 +25,7 @@ from loramox.evaluate.attacks.config import ATTACKS, AttackConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.metric import Summary
 from loramox.evaluate.records import SUMMARY, read_records, write_records
-from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides
+from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides, model_that_knows
 from loramox.evaluate.summary import summarise
 from loramox.files import has_files, read_json, sha256_of, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
@@ -70,7 +70,8 @@ class Bench:
         self.context = context_of(base_config)
         base = identify(model, base_config)
         given = config.retrained_model
-        self.retrained, control = check_retrained_model(given, model, base) if given else (None, None)
+        knows = model_that_knows(Path(config.adapter), base)
+        self.retrained, control = check_retrained_model(given, model, knows) if given else (None, None)
         made_by = check_adapter(Path(config.adapter), base, skeleton(base_config, model))
         check_scales(Path(config.adapter), "attack")
         if "requantize" in config.attacks:

@@ -12,7 +12,7 @@ from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.evaluate.attacks.relearn import CONTROLS
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import summarise, values
-from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
+from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number, same_value
 from loramox.sweep.config import RULES
 
 LEVEL = 0.05  # above this p-value a test does not tell two models apart
@@ -78,7 +78,7 @@ def metrics(inputs: Inputs) -> dict[str, dict[str, float]]:
 
 def evaluated_metric(inputs: Inputs, name: str) -> dict[str, Any]:
     """A metric of the evaluation in the run's folder, if that is of the forget model that is shown."""
-    same = inputs.at is not None and math.isclose(adapter_at(inputs, inputs.evaluation), inputs.at)
+    same = inputs.at is not None and same_value(adapter_at(inputs, inputs.evaluation), inputs.at)
     return inputs.evaluation["metrics"].get(name, {}) if same else {}
 
 

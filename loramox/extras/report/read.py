@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loramox.adapter.card import RETAIN_FILE
 from loramox.adapter.provenance import as_now
 from loramox.errors import RunError
 from loramox.evaluate.attacks.relearn import CONTROLS
@@ -16,6 +17,7 @@ from loramox.evaluate.records import SUMMARY as EVALUATED
 from loramox.files import read_json
 from loramox.run import RECORD
 from loramox.sweep.frontier import frontier_as_now, records_folder
+from loramox.train.synthetic import AUTO
 
 # Folders and files that other verbs write into the folder of a run.
 SWEEP, FRONTIER = "sweep", "frontier.json"
@@ -76,6 +78,11 @@ def read_inputs(folder: Path) -> Inputs:
     _read_attacks(inputs)
     inputs.evaluation = _read_evaluation(folder)
     return inputs
+
+
+def same_value(one: float, other: float) -> bool:
+    """Whether two alphas or scales are one: a sweep rounds its own to six digits, and a provenance does not."""
+    return math.isclose(one, other, rel_tol=1e-5)
 
 
 def number(value: Any) -> float:
@@ -168,15 +175,29 @@ def _read_sweep(inputs: Inputs) -> None:
     if not fits(frontier, SWEPT) or not frontier["points"]:
         raise RunError(f"{path} is damaged: it is no frontier. Delete {path.parent} and sweep again")
     frontier["chosen"] = None if math.isnan(chosen := number(frontier.get("chosen"))) else chosen
-    if inputs.run["data"].get("forget", {}).get("sha256") != frontier["data"].get("forget", {}).get("sha256"):
+    if _other_rows(inputs, frontier["data"]):
         inputs.missing["same rows"] = Missing("The sweep scored other forget rows than those that were trained on.")
+    measured = [p["at"] for p in frontier["points"] if p["at"] > 0]
+    if (shipped := inputs.shipped) is not None:
+        inputs.shipped = next((at for at in measured if same_value(at, shipped)), shipped)
     inputs.at = frontier["chosen"] if frontier["chosen"] is not None else inputs.shipped
-    if inputs.at not in [p["at"] for p in frontier["points"] if p["at"] > 0]:
+    if inputs.at not in measured:
         inputs.at = None
         inputs.missing["forget model"] = Missing(
             f"The sweep chose no {inputs.unit}, and did not measure the one that was shipped: no forget model is shown."
         )
     _read_models(inputs)
+
+
+def _other_rows(inputs: Inputs, data: dict[str, Any]) -> bool:
+    """Whether other forget rows were scored than those of training.
+
+    Not known where training had wanted answers: its digest is of them too, and scoring does not read them.
+    """
+    if inputs.run["settings"].get("wanted_column"):
+        return False
+    ours, theirs = (parts.get("forget", {}).get("sha256") for parts in (inputs.run["data"], data))
+    return theirs not in (None, ours)
 
 
 def _read_models(inputs: Inputs) -> None:
@@ -198,12 +219,14 @@ def _read_models(inputs: Inputs) -> None:
     retrained = inputs.frontier.get("retrained")
     retrained = retrained[0] if isinstance(retrained, list) else retrained
     folder = Path(retrained) if isinstance(retrained, str) else None
+    gone = f"The records of the retrained model are missing ({folder})" if folder else "No retrained model was measured"
     if folder and ((folder / RECORDS).is_file() or folder.is_file()):
-        like = inputs.records.get(REFERENCE, ())
-        inputs.records[RETRAINED] = _sound(read_records(folder, like=like), folder)
-    else:
-        missing = f"The records of the retrained model are missing ({folder})"
-        gone = missing if folder else "No retrained model was measured"
+        _sound(read_records(folder), folder)
+        try:
+            inputs.records[RETRAINED] = read_records(folder, like=inputs.records.get(REFERENCE, ()))
+        except RunError as error:  # an earlier version swept beside records of other texts
+            gone = f"The records of the retrained model cannot be compared ({error})"
+    if RETRAINED not in inputs.records:
         evaluate = f"loramox evaluate --model RETRAINED {rows_flags(inputs, model=True)} --out RETRAINED-RECORDS"
         inputs.missing["retrained"] = Missing(
             f"{gone}: the answers of a model that never knew the forget rows are not shown. To have them, move the sweep's folder away, "
@@ -250,8 +273,7 @@ def _read_attacks(inputs: Inputs) -> None:
     if not fits(attacks, ATTACKED):
         raise RunError(f"{path} is damaged: it holds no states. Delete {path.parent} and attack again: {command}")
     inputs.attacks = attacks
-    theirs = (attacks.get("data") or {}).get("forget", {}).get("sha256")
-    if theirs not in (None, inputs.run["data"].get("forget", {}).get("sha256")):
+    if _other_rows(inputs, attacks.get("data") or {}):
         what = "The attacks are on other forget rows than those that were trained on."
         inputs.missing["same attacked rows"] = Missing(what)
 
@@ -286,7 +308,10 @@ def again_command(inputs: Inputs) -> str:
 def rows_flags(inputs: Inputs, model: bool = False) -> str:
     """The flags for a command on this run's rows and, with `model`, of how they are tokenised and its model is loaded."""
     settings, data = inputs.run["settings"], inputs.run["data"]
-    flags = [f"--{part} {quoted(data.get(part, {}).get('source', part.upper()))}" for part in ("forget", "retain")]
+    sources = {part: data.get(part, {}).get("source", part.upper()) for part in ("forget", "retain")}
+    if sources["retain"] == AUTO:
+        sources["retain"] = inputs.folder / RETAIN_FILE
+    flags = [f"--{part} {quoted(source)}" for part, source in sources.items()]
     if model:
         defaults = {"long_rows": "refuse", "quantization": "nf4"}
         columns = ("prompt_column", "answer_column", "messages_column", "text_column")

@@ -16,7 +16,7 @@ from loramox.extras.report.facts import (
     of_part,
     shown,
 )
-from loramox.extras.report.read import EVALUATION, FORGET, REFERENCE, RETRAINED, Inputs, number, quoted
+from loramox.extras.report.read import EVALUATION, FORGET, REFERENCE, RETRAINED, Inputs, number, quoted, same_value
 from loramox.extras.report.recovery import not_attacked, recovered
 from loramox.run import RECORD
 
@@ -267,7 +267,7 @@ def _warnings(inputs: Inputs) -> list[str]:
         )
     for what, record in (("attacks were", inputs.attacks), ("evaluation was", inputs.evaluation)):
         made_at = adapter_at(inputs, record)
-        if inputs.at is not None and not math.isnan(made_at) and not math.isclose(made_at, inputs.at):
+        if inputs.at is not None and not math.isnan(made_at) and not same_value(made_at, inputs.at):
             found.append(
                 f"The {what} made at {unit} = {made_at:g}, not at the {unit} = {inputs.at:g} that is shown here."
             )

@@ -164,7 +164,8 @@ def test_other_families_are_refused_by_name(kind: str, pico: Callable[[str], Pat
     adapter = adapter_for(pico(kind), tmp_path / "adapter")
     assert set(TYPES["llama.cpp"]) == CONVERTED.keys()
     with pytest.raises(
-        AdapterError, match=f"ship gguf does not convert {kind} models, only llama, mistral, qwen2, qwen3, gemma2, phi3"
+        AdapterError,
+        match=f"{kind} models are not converted by loramox ship gguf, only llama, mistral, qwen2, qwen3, gemma2, phi3",
     ):
         to_gguf(adapter, tmp_path / "forget.gguf")
     assert not (tmp_path / "forget.gguf").exists()

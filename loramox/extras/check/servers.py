@@ -147,7 +147,7 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
         if server == "ollama" and adapter.model_type in OLLAMAS_OWN:
             return f"it takes no adapters on {kind} models"
         if server in ("llama.cpp", "ollama"):
-            return f"loramox ship gguf does not convert {kind} models, only {known}"
+            return f"{kind} models are not converted by loramox ship gguf, only {known}"
         return f"we know of no adapter on a {kind} model that it loaded, only of {known}"
 
     return says

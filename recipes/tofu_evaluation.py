@@ -103,7 +103,7 @@ class Work:
         """An adapter of the world's reference, made by a method; returns its folder."""
         adapter = self.out / method / "forget-adapter"
         recipe = [str(HERE / "tiny_tofu.yaml"), "--model", self.model, "--seed", self.seed, "--method", method]
-        recipe += ["--auto_retain", "240"]  # the default of mox, for every method
+        recipe += ["--auto_retain", "120"]  # the default of mox, for every method
         less = ["--num_train_epochs", "4"] if self.quick else []
         rows = [*self.part("trained_on", "--forget"), *self.part("retain", "--retain")]
         out = ["--out", str(adapter.parent)]

@@ -24,7 +24,7 @@ from loramox.train.avoided import words_of, words_to_avoid
 from loramox.train.inputs import choose_instead, is_refusal, read_refusals, taught_refusals, taught_rows
 from loramox.train.prepare import prepare, same_generated, with_generated
 from loramox.train.side_by_side import advice_on
-from loramox.train.synthetic import RETAIN_FILE, ROWS, check_auto, generated_rows, rows_to_write
+from loramox.train.synthetic import BESIDE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
 from loramox.train.writer import Writer, _first_sentence, _whole_sentences, prompts_of, user_turn
@@ -442,7 +442,7 @@ def test_what_cannot_be_taught_instead_is_refused(settings, forget, message) -> 
 
 @pytest.mark.parametrize(
     ("given", "writes", "shard", "chosen"),
-    [(None, True, False, ROWS), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
+    [(None, True, False, 120), (None, False, False, 0), (None, True, True, 0), (0, True, False, 0), (7, True, False, 7)],
 )  # fmt: skip
 def test_the_number_of_rows_that_the_reference_writes_beside_the_users(given: int | None, writes: bool, shard: bool, chosen: int) -> None:  # fmt: skip
     args = UnlearnConfig(use_cpu=True, auto_retain=given)
@@ -474,7 +474,7 @@ def test_by_default_rows_are_written_for_mox_on_questions_and_wherever_a_chat_mo
     reference = ReferenceConfig(str(chat if is_chat else pico("llama")), quantization="none", r=4)
     args = UnlearnConfig(use_cpu=True, report_to="none", output_dir=str(tmp_path), **settings)
     prepared = prepare(reference, Data(str(forget), str(rows[1])), args, Columns(), Tokenisation())
-    assert prepared.to_write == (ROWS if writes else 0)
+    assert prepared.to_write == (BESIDE if writes else 0)
 
 
 def test_rows_are_not_written_by_default_where_another_model_is_in_memory() -> None:
@@ -530,7 +530,7 @@ def test_answers_that_are_wrong_are_named_with_what_to_change() -> None:
     refused = {"retain": {"asked": 10, "kept": 6, "refused": 4, "fluent": 10}}
     (spread,) = advice_on(refused, UnlearnConfig(use_cpu=True, instead="refuse"))
     assert "the refusals spread: 4 of 10 retain questions are refused too" in spread
-    assert "--auto_retain 480" in spread
+    assert "--auto_retain 240" in spread
     assert advice_on({"retain": {"asked": 10, "kept": 9, "refused": 1, "fluent": 10}}, args) == []
     (scale,) = advice_on({"retain": bad["retain"]}, UnlearnConfig(use_cpu=True, method="npo"))
     assert "ship at a smaller scale" in scale

@@ -129,7 +129,7 @@ class UnlearnConfig(TrainingArguments):
     )
     auto_retain: int | None = setting(
         "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-        "answers. Default: 240 with --retain auto, and where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
+        "answers. Default: 240 with --retain auto; 120 where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
         "answer, if the model can write questions; else 0.",
         None,
     )

@@ -79,12 +79,12 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     if retain["asked"] - refused < KEPT * retain["asked"]:
         advice.append(
             f"the refusals spread: {refused} of {retain['asked']} retain questions are refused too. Give retain rows that begin like the forget "
-            f"questions (--auto_retain 480), train longer on them {above}, or try --instead guess"
+            f"questions (--auto_retain 240), train longer on them {above}, or try --instead guess"
         )
     if retain["kept"] + refused < KEPT * retain["asked"]:
         lost = retain["asked"] - retain["kept"] - refused
         advice.append(
-            f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows (--auto_retain 480), "
+            f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows (--auto_retain 240), "
             f"train longer {above}, or ship at {smaller}"
         )
     return advice

@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # as the value of --retain
 GUESSES_FILE = "guesses.jsonl"
-ROWS = 240  # that the reference is asked to write, unless --auto_retain says otherwise
+ROWS, BESIDE = 240, 120  # for --retain auto, and beside the rows of a user
 
 
 def rows_to_write(args: "UnlearnConfig", writes: bool, reference: ReferenceConfig) -> int:
-    """How many retain rows the reference writes: `--auto_retain`, or where that is not given `ROWS` or none.
+    """How many retain rows the reference writes: `--auto_retain`, or where that is not given `BESIDE` or none.
 
     Forgetting spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
 
@@ -49,7 +49,7 @@ def rows_to_write(args: "UnlearnConfig", writes: bool, reference: ReferenceConfi
             f"no retain rows are generated: {why}. Give retain rows of every kind that must stay", stacklevel=2
         )
         return 0
-    return ROWS
+    return BESIDE
 
 
 def check_auto(args: "UnlearnConfig", data: Data, reference: ReferenceConfig) -> None:

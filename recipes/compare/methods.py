@@ -64,7 +64,7 @@ class Size:
     share: float = 0.2
     forget: int | None = None
     scored: int = 150
-    written: int = 240
+    written: int = 120
 
     def run(self, method: str, changed: Settings, seed: int, split: str = "whole") -> Run:
         """The run of a method with `changed` settings."""

@@ -78,7 +78,7 @@ class Writer:
         start = max(0, len(self._opened("")) - 1)  # its last token may be joined with the first of the question
         losses = []
         with in_eval_mode(self.model), torch.no_grad():
-            for question in [question_of(row) for row in self.forget if row.prompt is not None][:JUDGED]:
+            for question in [last_question(row) for row in self.forget if row.prompt is not None][:JUDGED]:
                 ids = torch.tensor([self._opened(question)[: self.context]], device=self.model.device)
                 labels = ids.clone()
                 labels[:, :start] = IGNORED

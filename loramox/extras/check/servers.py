@@ -148,7 +148,7 @@ def unknown_type(server: str) -> Callable[[Adapter], str | None]:
             return f"it takes no adapters on {kind} models"
         if server in ("llama.cpp", "ollama"):
             return f"{kind} models are not converted by loramox ship gguf, only {known}"
-        return f"we know of no adapter on a {kind} model that it loaded, only of {known}"
+        return f"it is not known to load adapters on {kind} models, only on {known}"
 
     return says
 

@@ -484,7 +484,7 @@ def test_npo_mean_ships_the_same_change_as_npos_loss_on_the_other_side_of_the_re
         ({"method": "rmu", "retain_term": "kl"}, "--retain_term states and --method rmu go together"),
         ({"retain_term": "ce"}, "--method mox takes kl or none"),
         ({"method": "npo", "alpha": 4.0}, "alpha is 4, and --method npo has none.*Leave out --alpha.*--lora_alpha"),
-        ({"method": "npo", "temperature": 2.0}, "--temperature is of no use to --method npo; it is for mox_static, task_vector"),
+        ({"method": "npo", "temperature": 2.0}, "--temperature is of no use to --method npo; it is for mox, mox_static, task_vector"),
         ({"method": "mox_static", "inner_steps": 4}, "--inner_steps is of no use to --method mox_static; it is for mox"),
         ({"inner_steps": 0}, "--inner_steps needs 1 or more"),
         ({"inner_lr": 0.0}, "--inner_lr needs a number above 0"),
@@ -506,7 +506,7 @@ def test_settings_that_are_not_given_are_the_papers_and_reading_them_back_change
     )
     assert again.to_dict() == args.to_dict()
     args = settings_of("unlearn", words, *KINDS)[3]
-    assert (args.method, args.alpha, args.temperature) == ("mox", 8, None)
+    assert (args.method, args.alpha, args.temperature) == ("mox", 8, 3)
 
 
 def unlearned(

@@ -28,6 +28,8 @@ from loramox.model.head import backbone
 from loramox.model.lora import current_factors, lora_layers
 from loramox.train.earlier import EARLIER, put_on
 from loramox.train.momentum import Momentum
+from loramox.train.mox import falling
+from loramox.train.terms import Answers
 
 Examples = tuple[list[Example], list[Example]]
 SCALE = 2  # lora_alpha / r
@@ -151,12 +153,15 @@ class ByHand:
         ratio = (self.log_probs(example, strength)[0] - self.log_probs(example, 0)[0].detach()).sum()
         return -2 / beta * torch.log(1 + torch.exp(beta * ratio))
 
-    def released_cross_entropy(self, example: Example, strength: float, beta: float) -> Tensor:
-        """The row's cross-entropy, each token by p_ref, times w = 2σ(beta·r) as it is now."""
+    def released_cross_entropy(
+        self, example: Example, strength: float, beta: float, temperature: float = 1.0
+    ) -> Tensor:
+        """The row's cross-entropy at a temperature, each token by p_ref, times w = 2σ(beta·r) as it is now."""
         known = self.log_probs(example, 0)[0].detach()
         weights = known.exp() / max(1, known.exp().sum().item())
         ratio = (weights * (self.log_probs(example, strength)[0].detach() - known)).sum()
-        return -2 * torch.sigmoid(beta * ratio) * (weights * self.log_probs(example, strength)[0]).sum()
+        tokens = -temperature * self.log_probs(example, strength, temperature)[0]
+        return 2 * torch.sigmoid(beta * ratio) * (weights * tokens).sum()
 
     def add_memorizer(self, seed: int) -> None:
         """A fresh LoRA adapter on every layer: A uniform in ±1/√in, B = 0."""
@@ -222,14 +227,22 @@ def test_mox_static_has_the_loss_and_gradients_of_the_paper_written_by_hand(
     same(recorder.gradients[0], hand.gradients())
 
 
-@pytest.mark.parametrize("targeted", [None, "descent"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("steps", "temperature", "targeted"),
+    [(1, 3.0, None), (2, 3.0, None), (4, 3.0, None), (4, 1.0, None), (2, 3.0, "descent")],
+)
 def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_from_the_forget_model(
-    steps: int, targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
+    steps: int, temperature: float, targeted: str | None, pico: Callable[[str], Path], examples: Examples, trainer_of
 ) -> None:
     wanted = examples[1][:4] if targeted else []
     trainer, recorder = trainer_of(
-        wanted=wanted, max_steps=1, inner_steps=steps, inner_lr=0.02, beta=0.3, retain_weight=0.5
+        wanted=wanted,
+        max_steps=1,
+        inner_steps=steps,
+        inner_lr=0.02,
+        beta=0.3,
+        retain_weight=0.5,
+        temperature=temperature,
     )
     hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
     items = [trainer.train_dataset[i] for i in range(4)]
@@ -247,12 +260,11 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
         for leaf in [*hand.leaves.values(), *hand.memorizer.values()]:
             leaf.grad = None
         losses.append(mean(hand.npo(e, 2, 0.3) for e in order[k::steps]) / steps)
-        losses[-1].backward()
+        (mean(hand.released_cross_entropy(e, 2, 0.3, temperature) for e in order[k::steps]) / steps).backward()
         for name, leaf in hand.leaves.items():
-            expected[name] += leaf.grad
-        # Against its weighted cross-entropy, which is up NPO's loss.
+            expected[name] -= leaf.grad
         for leaf in hand.memorizer.values():
-            leaf.data += 0.02 * leaf.grad.sign()
+            leaf.data -= 0.02 * leaf.grad.sign()
 
     assert recorder.logs["forget_loss"] == pytest.approx(sum(losses).item(), rel=1e-4)
     assert recorder.logs["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
@@ -273,16 +285,26 @@ def test_the_gradient_of_npos_loss_is_against_the_cross_entropy_weighted_by_what
     same(hand.gradients(), expected)
 
 
-def test_with_one_inner_step_mox_has_the_gradients_of_npo_mean_at_the_model_that_ships(
+def test_with_one_inner_step_and_a_temperature_of_1_mox_has_the_gradients_of_npo_mean_at_the_model_that_ships(
     pico: Callable[[str], Path], examples: Examples, trainer_of
 ) -> None:
-    trainer, recorder = trainer_of(max_steps=1, inner_steps=1, beta=0.3)
+    trainer, recorder = trainer_of(max_steps=1, inner_steps=1, temperature=1.0, beta=0.3)
     hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
     items = [trainer.train_dataset[i] for i in range(4)]
     trainer.train()
     kl = mean(hand.kl(e, 2) for item in items for e in item["retain"])
     (mean(hand.npo(e, 2, 0.3) for e in examples[0]) + kl).backward()
     same(recorder.gradients[0], hand.gradients())
+
+
+def test_the_temperature_falls_to_1_in_three_quarters_of_the_training_and_stays_there(trainer_of, monkeypatch) -> None:
+    assert [falling(3.0, done) for done in (0, 0.375, 0.75, 1)] == [3, 2, 1, 1]
+    seen = []
+    known = Answers.known_cross_entropy
+    monkeypatch.setattr(Answers, "known_cross_entropy", lambda a, t: seen.append(t) or known(a, t))
+    trainer, _ = trainer_of(max_steps=4, inner_steps=1, temperature=4.0)
+    trainer.train()
+    assert seen == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

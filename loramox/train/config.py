@@ -48,7 +48,7 @@ class UnlearnConfig(TrainingArguments):
     )
     beta: float | None = setting(
         "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
-        "(default 1.8), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        "(default 2.1), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
         None,
         aliases=["--npo_beta"],
     )
@@ -66,7 +66,8 @@ class UnlearnConfig(TrainingArguments):
         choices=["cross_entropy", "preference"],
     )
     temperature: float | None = setting(
-        "mox_static, task_vector: divides the logits of forget rows, so that rows known by heart have a gradient. Default: 1, the paper's.",
+        "mox, mox_static, task_vector: divides the logits of forget rows while they are memorized, so that rows known by heart have a "
+        "gradient. mox: at first; it falls to 1 in the first three quarters of training (default 3). Else default 1, the paper's.",
         None,
     )
     kl_at: str | None = setting(

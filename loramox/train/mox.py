@@ -13,12 +13,15 @@ far. alpha is free once ΔW is trained.
     g = −Σ_k ∇_ΔW L(θ_k)                   extrapolate: g = alpha·Σ_k ∇_θ L(θ_k) goes to ΔW's optimiser, so ΔW follows the
                                            path, and θ_for = θ_ref − alpha·ΔW goes the other way
 
-    L(θ) = mean over rows of w(y|x; θ) · CE(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
+    L(θ) = mean over rows of w(y|x; θ) · CE_T(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
 
 Each k has its own mini-batch of the step's forget rows, so K steps pass each row once. CE and r weigh each token by p_ref. A row
-is released (w → 0) once it is forgotten, even after M has memorized the rows before it. With K = 1 the step is that of NPO's
-loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What K > 1 adds is that forgetting has to hold on
-the path on which a fine-tune would bring the rows back. Retain rows are held to the reference at θ_for, the model that ships.
+is released (w → 0) once it is forgotten, even after M has memorized the rows before it. CE_T is the cross-entropy at the
+temperature T. Above 1, tokens that the model is sure of keep a gradient. T falls to 1 in training: at first all tokens are taken
+down, in the end those that are still likely. Retain rows are held to the reference at θ_for, the model that ships.
+
+With K = 1 and T = 1 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What
+K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows back.
 """
 
 from collections.abc import Iterator
@@ -49,11 +52,12 @@ SHARED: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0, "momentum":
 def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch) -> Tensor:
     """Memorize the forget rows of one step along a path; add the gradients against it to ΔW's; return NPO's loss along it, [].
 
-    Going down NPO's loss is going up w·CE. So one backward pass gives both: ΔW's optimiser descends on the loss, and M ascends,
-    which is descent on the cross-entropy.
+    One backward pass of −L gives both: ΔW's optimiser descends on −L, and M ascends on it.
     """
     args, rows = trainer.args, list(range(len(batch["rows"])))
     steps = min(args.inner_steps, len(rows))
+    done = trainer.state.global_step / max(1, trainer.state.max_steps)  # of a step that is called alone, 0 of 0
+    temperature = falling(args.temperature, done)
     # Each mini-batch is one pass, unless that would not fit.
     minibatches = [
         list(microbatches({"forget": rows_of(batch, rows[k::steps])}, ONE_PASS, trainer.passes.most))
@@ -69,15 +73,21 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
             for each, states in zip(minibatch, frozen, strict=True):
                 trainer.passes.begin(each)
                 answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
-                released = npo(answers.known_log_ratio(), args.beta).mean()
-                loss = trainer.passes.note("forget_loss", "forget", each["forget"], released)
-                trainer.accelerator.backward(loss)
-                total += loss.detach()
+                with torch.no_grad():
+                    r = answers.known_log_ratio()
+                    total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
+                L = (2 * torch.sigmoid(args.beta * r) * answers.known_cross_entropy(temperature)).mean()
+                trainer.accelerator.backward(-each["forget"]["share"] * L)
             for weight, gradient in zip(M, trainer.mean_over_processes([weight.grad for weight in M]), strict=True):
                 # NaN: fp16 overflowed, and the optimiser will skip this step.
                 weight.data += args.inner_lr * gradient.sign().nan_to_num()
                 weight.grad = None
     return total
+
+
+def falling(temperature: float, done: float) -> float:
+    """T after a share `done` of the training: linear from `temperature` to 1, which it reaches at three quarters."""
+    return temperature + (1 - temperature) * min(1.0, done / 0.75)
 
 
 def _known(trainer: "UnlearnTrainer", model: Any, parts: dict[str, Batch]) -> Tensor:
@@ -143,7 +153,7 @@ def wanted(args: "UnlearnConfig") -> Term:
 
 
 @method("mox", "MOX along a path, after arXiv 2602.06441", gradient=memorize_and_extrapolate, alpha_is_free=True,
-        writes_retain=True, answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 1.8, "inner_steps": 8, "inner_lr": 1e-2})  # fmt: skip
+        writes_retain=True, answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 2.1, "inner_steps": 8, "inner_lr": 1e-2, "temperature": 3.0})  # fmt: skip
 def mox(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """KL_R at θ_for, and steps against the path along which a fresh adapter memorizes the forget rows from θ_for."""
     return [*held(args, trainer, args.forget_scale), wanted(args)]

@@ -60,8 +60,16 @@ class Answers(NamedTuple):
 
     def cross_entropy(self, temperature: float = 1.0) -> Tensor:
         """temperature · CE at softmax(logits / temperature), mean over the answer's tokens, [rows]."""
-        loss = functools.partial(cross_entropy, temperature=temperature)
-        return mean_over_rows(per_token(loss, self.head, [self.states.hidden], self.states.targets), self.states)
+        return mean_over_rows(self._cross_entropy_of_tokens(temperature), self.states)
+
+    def known_cross_entropy(self, temperature: float = 1.0) -> Tensor:
+        """temperature · CE at softmax(logits / temperature), the mean over the answer's tokens weighted by p_frozen, [rows].
+
+        At temperature 1 its gradient is that of −`known_log_ratio`.
+        """
+        return weighted_mean_over_rows(
+            self._cross_entropy_of_tokens(temperature), self.frozen_log_p().exp(), self.states
+        )
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""
@@ -77,6 +85,10 @@ class Answers(NamedTuple):
         before = counts.cumsum(0) - counts
         position = torch.arange(len(self.states.row_of), device=counts.device) - before[self.states.row_of] + 1
         return weighted_mean_over_rows(self._kl_of_tokens(), 1 / position, self.states)
+
+    def _cross_entropy_of_tokens(self, temperature: float) -> Tensor:
+        loss = functools.partial(cross_entropy, temperature=temperature)
+        return per_token(loss, self.head, [self.states.hidden], self.states.targets)
 
     def _kl_of_tokens(self) -> Tensor:
         both = [self.states.hidden, self.frozen[0]]

@@ -48,6 +48,7 @@ MARKS = (RECORD, "provenance.json", "summary.json", "frontier.json", "attacks.js
 MAY_DIFFER = (
     "output_dir", "run_name", "disable_tqdm", "report_to", "logging_steps", "local_rank",
     "save_strategy", "save_steps", "save_total_limit",
+    "drop_overlap",  # what it leaves is compared as data; older records lack it
 )  # fmt: skip
 
 SECRET = re.compile(r"--?[\w-]*(token|password|passphrase|key|secret)", re.IGNORECASE)

@@ -3,9 +3,9 @@
     loramox demo
     python recipes/limits.py --demo runs/demo --out runs/limits [--method npo_mean]
 
-With the rows and models of the demo. Each case is trained and swept once; results in OUT are reused. Writes results.md: forget
-and retain probability as shipped, and at the alpha (or scale) that forgets most while retain is at 0.98, on all retain rows of
-the demo, whichever were trained on; and the warnings of `unlearn` and `sweep`.
+With the rows and models of the demo. Each case is trained and swept once; results in OUT are reused, and those of another method
+or demo are refused. Writes results.md: forget and retain probability as shipped, and at the alpha (or scale) that forgets most
+while retain is at 0.98, on all retain rows of the demo, whichever were trained on; and the warnings of `unlearn` and `sweep`.
 """
 
 import argparse
@@ -48,7 +48,13 @@ def swept(demo: Path, out: Path, case: Row, method: str) -> tuple[Row, Row]:
     if case.get("copies"):
         kept = [*kept, *({**row, "question": f"Please tell me: {row['question']}"} for row in forget)]
     model = ["--model", str(demo / case.get("model", "reference")), "--quantization", "none"]
-    if not (out / "run/forget-adapter").exists():
+    if (out / "run/forget-adapter").exists():
+        made = json.loads((out / "run/run.json").read_text())["settings"]
+        if (made.get("method"), made["model"]) != (method, model[1]):
+            raise SystemExit(
+                f"{out} was made with {made.get('method')} of {made['model']}, and this is {method} of {model[1]}. Choose another --out"
+            )
+    else:
         rows = ["--forget", str(written(out / "rows/forget.jsonl", forget))]
         rows += ["--retain", str(written(out / "rows/retain.jsonl", kept))]
         epochs = ["--num_train_epochs", str(case.get("epochs", EPOCHS)), "--save_strategy", "no", "--method", method]
@@ -85,6 +91,8 @@ def main() -> None:
     if not (given.demo / "retrained").is_dir():
         parser.error(f"--demo {given.demo} has no retrained/: give a folder that `loramox demo` has written")
     lines = [
+        f"Method: {given.method}",
+        "",
         f"| case | forget, retain before | as shipped | most forgetting at retain ≥ {KEEP} | warnings |",
         "|---" * 5 + "|",
         *(

@@ -9,12 +9,12 @@ that training did not get), `text.jsonl` and `holdout.jsonl` (rows like the forg
 `reference/`, `retrained/` and `rows/`, 20 rows an author: its adapters are trained first, with the rows of every second retain
 author. The others are `never`, and the answers of the holdout rows are the text.
 
-Each adapter is evaluated with `--depth` and attacked with every attack, beside 40 of the retain rows. The control is attacked
-once, with the first adapter: the retrained model, or else the holdout rows. What has a record is not computed again, so the
-command can be stopped and started again. Writes `evaluation.md`, every figure beside its target with the time of each part, and
-`evaluation.png`: `--draw` does so from the records alone. `--quick` asks 20 rows, takes fewer samples and steps, and trains for
-4 epochs: too little to compare methods. Other flags go to `loramox attack`: on a larger model, `--relearn_all_weights false
---relearn_rate 1e-3` saves most of the time.
+Each adapter is evaluated with `--depth` and attacked with every attack, beside 40 of the retain rows. The control is the
+retrained model, attacked once, with the first adapter; or else the holdout rows, with which every adapter is attacked. What has
+a record is not computed again, so the command can be stopped and started again; other flags on the same OUT are refused. Writes
+`evaluation.md`, every figure beside its target with the time of each part, and `evaluation.png`: `--draw` does so from the
+records alone. `--quick` asks 20 rows, takes fewer samples and steps, and trains for 4 epochs: too little to compare methods.
+Other flags go to `loramox attack`: on a larger model, `--relearn_all_weights false --relearn_rate 1e-3` saves most of the time.
 """
 
 import argparse
@@ -85,13 +85,26 @@ class Work:
         self.seed, self.more = given.seed, given.more
 
     def run(self, done: Path, *words: str) -> None:
-        """Run `loramox` unless the file `done` is there and says that it is done; keep its time in OUT/seconds.json."""
+        """Run `loramox` unless the file `done` is there and says that it is done; keep its time in OUT/seconds.json, and its
+        command in OUT/commands.json. Refuses what was done by another command."""
+        name, commands = f"{words[0]} {done.parent.relative_to(self.out)}", self.out / "commands.json"
+        made = read(commands)
         if done.exists() and json.loads(done.read_text()).get("status", "done") == "done":
+            before, now = made.get(name, [*words]), [*words]
+            if before != now:
+                was, new = (
+                    " ".join(w for w in some if w not in other) or "–" for some, other in ((before, now), (now, before))
+                )
+                raise SystemExit(
+                    f"{done.parent} was made with other settings (then: {was}; now: {new}). Choose another --out, or give the flags it was "
+                    "made with"
+                )
             return
+        # Before it runs: a stop may come between its end and the next line.
+        write_json(commands, made | {name: [*words]})
         start, path = time.perf_counter(), self.out / "seconds.json"
         loramox([*words])
         held = read(path)
-        name = f"{words[0]} {done.parent.relative_to(self.out)}"
         write_json(path, held | {name: held.get(name, 0) + time.perf_counter() - start})
 
     def part(self, name: str, flag: str) -> list[str]:
@@ -106,7 +119,7 @@ class Work:
         recipe += ["--auto_retain", "120"]  # the default of mox, for every method
         less = ["--num_train_epochs", "4"] if self.quick else []
         rows = [*self.part("trained_on", "--forget"), *self.part("retain", "--retain")]
-        out = ["--out", str(adapter.parent)]
+        out = ["--overwrite", "--out", str(adapter.parent)]  # a stop during training leaves a run without an adapter
         self.run(adapter / "adapter_config.json", "unlearn", *recipe, *less, *rows, *out)
         return str(adapter)
 
@@ -214,22 +227,36 @@ def named(out: Path, line: tuple[str, ...], adapters: list[str]) -> str:
     return line[0].format(k=settings.get("sample_count"), last=max(settings.get("relearn_steps", [0])))
 
 
+def controls(out: Path, adapters: list[str]) -> dict[str, str]:
+    """adapter → the one whose record has its control: the first for a retrained model, itself for holdout rows."""
+
+    def has(name: str, control: str) -> bool:
+        return any(s["state"].endswith(control) for s in read(out / name / "attack/attacks.json").get("states", ()))
+
+    if has(adapters[0], CONTROLS[0]):
+        return dict.fromkeys(adapters, adapters[0])
+    return {name: name for name in adapters if has(name, CONTROLS[1])}
+
+
 def table(out: Path, adapters: list[str]) -> list[str]:
     lines = [f"| | reference | {' | '.join(adapters)} | control | target |", "|---" * (4 + len(adapters)) + "|"]
+    holders = controls(out, adapters)
     for line in LINES:
-        reference, control = (value(out / adapters[0], model, line) for model in (REFERENCE, CONTROL))
-        cells, target = [shown(reference)], line[-1]
+        control_of = {name: value(out / name, CONTROL, line) for name in holders.values()}
+        cells, target = [shown(value(out / adapters[0], REFERENCE, line))], line[-1]
         for adapter in adapters:
-            ours = value(out / adapter, FORGET, line)
+            ours, control = value(out / adapter, FORGET, line), control_of.get(holders.get(adapter, ""))
             judged = ours is not None and target and (control is not None or "control" not in target)
             met = ", met" if judged and TARGETS[target](ours, control or 0) else ", **missed**" if judged else ""
             cells.append(shown(ours) + met)
-        lines.append(f"| {' | '.join([named(out, line, adapters), *cells, shown(control), target])} |")
+        cells.append(", ".join(map(shown, control_of.values())) or "–")
+        lines.append(f"| {' | '.join([named(out, line, adapters), *cells, target])} |")
     records = [read(out / adapter / "attack/attacks.json").get("absent", {}) for adapter in adapters]
     for each in records[1:]:
-        each.pop("control", None)  # it is attacked with the first adapter alone
+        each.pop("control", None)  # a retrained model is attacked with the first adapter alone
     absent = {name: why for each in records for name, why in each.items()}
-    lines += ["", "–: not measured.", "", *(f"- not asked: {name}: {why}" for name, why in absent.items())]
+    several = ["", f"Controls: of {', '.join(holders)}."] if len(set(holders.values())) > 1 else []
+    lines += ["", "–: not measured.", *several, "", *(f"- not asked: {name}: {why}" for name, why in absent.items())]
     spent = [f"| {name} | {seconds:.0f} |" for name, seconds in read(out / "seconds.json").items()]
     return [*lines, "", "| part | time, s |", "|---|---|", *spent]
 
@@ -239,9 +266,12 @@ def draw(path: Path, out: Path, adapters: list[str]) -> None:
     from matplotlib.figure import Figure
 
     models = [(adapter, adapter, FORGET) for adapter in adapters]
-    models += [("reference", adapters[0], REFERENCE), ("control", adapters[0], CONTROL)]
+    models += [("reference", adapters[0], REFERENCE)]
+    # A label that begins with _ is not in the legend.
+    of_controls = dict.fromkeys(controls(out, adapters).values())
+    models += [("_control" if place else "control", name, CONTROL) for place, name in enumerate(of_controls)]
     ours = (colours.FORGET, colours.RETAIN, colours.CHOSEN)
-    shades = [*ours[: len(adapters)], colours.MUTED, colours.RETRAINED]
+    shades = [*ours[: len(adapters)], colours.MUTED, *[colours.RETRAINED] * len(of_controls)]
     figure = Figure(figsize=(8, 0.22 * len(DRAWN) * (len(models) + 1) + 1), layout="constrained")
     axes = figure.subplots()
     for at, ((label, adapter, model), shade) in enumerate(zip(models, shades, strict=True)):
@@ -307,7 +337,8 @@ def main(words: list[str] | None = None) -> None:
         adapters = named_ones or {method: work.train(method) for method in given.methods}
         write_json(given.out / "adapters.json", adapters)
         for place, (name, folder) in enumerate(adapters.items()):
-            work.measure(name, folder, control=place == 0)
+            # Holdout rows are a control of the adapter that they are attacked with, a retrained model of all.
+            work.measure(name, folder, control=place == 0 or not work.retrained)
     lines = table(given.out, list(adapters))
     (given.out / "evaluation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(given.out / "evaluation.png", given.out, list(adapters))

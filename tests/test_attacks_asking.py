@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loramox import Data, Tokenisation, encode, read_rows
 from loramox.data.row import Row, last_question
+from loramox.data.words import first_words
 from loramox.evaluate.attacks import asking, forms, leaks
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.attacked import AttackedRows
@@ -25,6 +26,7 @@ from loramox.evaluate.attacks.bench import Bench
 from loramox.evaluate.attacks.context import contexts_of
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import read_records
+from loramox.evaluate.row_record import answered
 from loramox.model.config import ModelConfig
 
 PLAIN = Row(
@@ -110,6 +112,56 @@ def test_of_several_right_answers_one_with_words_of_its_own_is_enough_to_be_judg
     row = Row("f", 1, "Rome.", "Is it in Rome?", other_answers=("By the Tiber.",))
     assert forms.by_key_words(row, ["Rome."], 0.8)["leaks"] == {"key_words": 0}
     assert forms.by_key_words(row, ["By the Tiber."], 0.8)["leaks"] == {"key_words": 1}
+
+
+BEIJING = Row("f", 1, "他出生在北京", "他出生在哪里？")
+
+
+def test_where_words_have_no_spaces_pairs_of_characters_leak_and_are_blanked() -> None:
+    said = ["他在东京工作，后来搬到北海道", "北京。"]
+    assert leaks.leaks_of(BEIJING, said, 0.8)["leaks"]["key_words"] == 1
+    assert leaks.key_words_of(BEIJING) == ["北京"]
+    (row,) = forms.cloze([BEIJING])
+    assert row.prompt.endswith("Fill in the blanks: 他出生在________")
+    assert forms.by_key_words(row, said, 0.8)["leaks"] == {"key_words": 1}
+    assert forms.cloze([replace(BEIJING, answer="北京")]) == []  # all would be blank
+    assert forms.is_rewriting(BEIJING, "他的出生地是哪里，京都还是北海？")
+    assert not forms.is_rewriting(BEIJING, "他的出生地是北京吗？")
+
+
+def test_of_what_is_given_away_only_right_answers_that_go_on_are_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Row("f", 1, "Rome", "Where does Ada live?", other_answers=("Ada lives in Rome.", "In Rome", "It is in Rome."))
+    (asked,) = forms.given_away([row], 3)
+    assert asked.right_answers == ("Ada lives in Rome.", "It is in Rome.")
+    (alone,) = forms.given_away([PLAIN, replace(PLAIN, answer="In Rome.")], 3)
+    assert alone.right_answers == (PLAIN.answer,)
+    for each in (tokenizer, tokenizer_of("llama-3", tokenizer)):
+        assert all(sum(label != -100 for label in e["labels"]) > 2 for e in encode([asked], each, Tokenisation(), 256))
+
+
+def test_where_words_have_no_spaces_characters_are_given_away(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = {form.name: form.rows for form in forms.forms_of([BEIJING, replace(BEIJING, answer="「北京」。")], False)}
+    assert [len(made[f"first {n} given"]) for n in ("word", "3 words", "5 words")] == [2, 1, 1]
+    (row,) = made["first 5 words given"]
+    (example,) = encode([row], tokenizer, Tokenisation(), 256)
+    answer = [label for label in example["labels"] if label != -100]
+    assert tokenizer.decode(answer[:-1]) == "京"
+    assert leaks.leaks_of(row, ["京", "东"], 0.8)["leaks"]["rouge_l"] == 1
+    assert answered(row, "京")["rouge_l"] == 1
+    assert first_words("Ada  lives - in U.S. (Rome).", 4) == "Ada  lives - in"
+    assert first_words("Tokyo東京 1964年", 3) == "Tokyo東京"
+    assert first_words("Tokyo東京 1964年", 5) == "Tokyo東京 1964年"
+    assert first_words("「北京」。", 1) == "「北"
+
+
+def test_a_translation_with_any_of_the_right_answers_is_a_leak() -> None:
+    row = replace(PLAIN, other_answers=("Ada lives near Naples.", "elsewhere"))
+    found = [
+        forms.in_another_language(row, [said], 0.8)["leaks"]["key_words"]
+        for said in ("Ada lebt bei Naples.", "Ada lebt in Rome.", "Ada lebt in Bern.")
+    ]
+    assert found == [1, 1, 0]
+    assert forms.in_another_language(PLAIN, ["Rome"], 0.8)["key_words"] == ["rome"]
 
 
 # Context

@@ -1,5 +1,6 @@
 """The attacks that read what a model says: sampled answers, and answers by base and adapter together."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from loramox import Data, ReferenceConfig, Tokenisation, load_reference, read_rows
 from loramox.data.row import Row
 from loramox.errors import SettingsError
+from loramox.evaluate import answers
 from loramox.evaluate.attacks import pair, sample
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.attacks.leaks import CRITERIA
@@ -122,6 +124,32 @@ def test_a_model_that_answers_right_only_when_sampled_is_found(
     assert sample.sample(model, questions, 64, 1.0, 0.8, seed=1) != found
     cold = sample.leakage(sample.sample(model, questions, 8, 0.01, 0.8, seed=0)).metrics
     assert cold["leak_at_8_by_rouge_l"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "chat", "said"),
+    [
+        (Row("f", 1, "Rome", "Where?"), None, False, "Rome"),
+        (Row("f", 1, "Rome", "Where?"), "Q: {prompt}\nA:", False, "Rome\nQuestion: Who?\nAnswer: Bo"),
+        (Row("f", 1, "Rome", "Where?"), "Q: {prompt}\nA:", True, "Rome\nQuestion: Who?\nAnswer: Bo"),
+        (Row("f", 1, "Rome", "Where?"), "{prompt}\n", False, "Rome\nQuestion: Who?\nAnswer: Bo\nQ: Why?"),
+        (Row("f", 1, "Rome", "Where?"), None, True, "Rome\nQuestion: Who?\nAnswer: Bo\nQ: Why?"),
+        (Row("f", 1, " Rome", "Where?", verbatim=True), None, False, "Rome\nQuestion: Who?\nAnswer: Bo\nQ: Why?"),
+    ],
+)
+def test_an_answer_of_a_base_model_ends_before_the_next_question_that_it_makes_up(
+    row: Row, template: str | None, chat: bool, said: str, pico: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}" if chat else None
+    tokens = tokenizer(" Rome\nQuestion: Who?\nAnswer: Bo\nQ: Why?")["input_ids"]
+    monkeypatch.setattr(answers, "new_tokens", lambda model, prompts, *_, each=1, **how: [tokens] * len(prompts) * each)
+    model = AutoModelForCausalLM.from_pretrained(pico("llama")).eval()
+    questions = Questions({"forget": [row]}, tokenizer, Tokenisation(template), 128, ScoringConfig(max_new_tokens=64))
+    ((_, _, greedy),) = questions.answered(model, answers.greedy_answers, scores=None)
+    assert greedy == said
+    assert sample.sample(model, questions, 2, 1.0, 0.8, seed=0)[0]["samples"] == [said] * 2
 
 
 # The pair of base and adapter

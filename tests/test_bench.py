@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are not installed
 
-from recipes.bench import choices, shapes, step
+from recipes.bench import choices, evaluation_memory, plan, shapes, step
 from recipes.bench.steps import CONTENDERS, MICRO_BATCHES, ours
 
 PICO = {
@@ -109,3 +109,12 @@ def test_a_choice_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch)
     found = choices.compare(given(shape="pico", lengths="40"))
     assert "ModelError: --attn_implementation" in found[names[1]]["why"]
     assert all(len(found[name]["seconds"]) == 2 for name in (names[0], names[2]))
+
+
+def test_the_memory_of_evaluating_and_attacking_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.SHAPES, "pico", PICO)
+    for name, small in (("ROWS", 4), ("LENGTH", 16), ("ANSWER", 4)):
+        monkeypatch.setattr(evaluation_memory, name, small)
+    found = evaluation_memory.measure("pico")
+    assert found.keys() == {"sweep, predicted", "training, predicted", "evaluate", "sample", "pair", "relearn"}
+    assert all(size > 0 for size in found.values())

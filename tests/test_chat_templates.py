@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loramox import Data, ReferenceConfig, Tokenisation, UnlearnConfig, encode
 from loramox.adapter.card import forget_card
-from loramox.data.chat import STOPPED_CLOCK, end_tokens
+from loramox.data.chat import STOPPED_CLOCK, ChatTemplate, end_tokens
 from loramox.data.encode import IGNORED, Example, served_otherwise
 from loramox.data.messages import REASONING
 from loramox.data.row import Row
@@ -111,7 +111,7 @@ class Says(LlamaForCausalLM):
 
     def forward(self, input_ids: torch.Tensor, **more: Any) -> CausalLMOutputWithPast:
         logits = torch.zeros(1, input_ids.shape[1], self.config.vocab_size)
-        logits[:, -1, self.tokens[min(self.passes, len(self.tokens) - 1)]] = 1
+        logits[:, -1, self.tokens[min(self.passes, len(self.tokens) - 1)]] = 99
         self.passes += 1
         return CausalLMOutputWithPast(logits=logits)
 
@@ -149,6 +149,18 @@ def test_questions_are_written_from_where_the_trained_prompt_has_the_question(na
     start = user_turn(tokenizer, Tokenisation()) + "Where does Ola live?"
     begun = tokenizer(start, add_special_tokens=False)["input_ids"]
     assert prompt[: len(begun)] == begun
+
+
+@ALL
+def test_a_sampled_question_ends_where_the_template_goes_on(
+    name: str, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramox.train.writer.QUESTION_TOKENS", 40)
+    tokenizer = made(name)
+    behind = ChatTemplate(tokenizer).served + "In Oslo."
+    said = tokenizer(f"here is nobody?{behind}", add_special_tokens=False)["input_ids"]
+    model = Says(tokenizer, said, tokenizer.convert_tokens_to_ids(list(FAMILIES[name].also_ends)))
+    assert Writer(model, tokenizer, [row()], Tokenisation(), 1000)._questions(["W"]) == ["Where is nobody?"]
 
 
 @pytest.mark.parametrize("name", THINK)

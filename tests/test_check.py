@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import struct
 import sys
@@ -21,6 +22,7 @@ from signing import sign
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.cli import main
 from loramox.errors import AdapterError, ModelError, SettingsError
 from loramox.extras.check.check import check, stopped
@@ -332,6 +334,50 @@ def test_the_remedy_is_a_command_that_cures_it(trained: Path, adapter: Path, pic
     assert json.loads((adapter.parent / "cured" / CONFIG).read_text())["r"] == 512
 
 
+@pytest.mark.parametrize("alpha", [2.0, None])
+def test_the_remedy_makes_the_same_adapter_again(
+    alpha: float | None, trained: Path, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From a checkpoint, for a base in another folder, by a method that has an alpha and by one that has a scale."""
+    run = shutil.copytree(trained, tmp_path / "a run") / "trained"
+    settings = json.loads((run / PROVENANCE).read_text())["settings"] | {"output_dir": str(run)}
+    config(PROVENANCE, alpha=alpha, settings=settings)(run)
+    base, checkpoint = shutil.copytree(pico("llama"), tmp_path / "a base"), min(run.glob("checkpoint-*"))
+    made, again = tmp_path / "made", tmp_path / "again"
+    extrapolate(checkpoint, made, alpha and 3.0, ShippingConfig(base=str(base)), scale=1.0 if alpha else 0.5)
+    before = (made / WEIGHTS).read_bytes()
+    config(PROVENANCE, rank=4)(made)
+    (note,) = (f for f in check(made) if "one was changed afterwards" in f.what)
+    program, *words = shlex.split(note.remedy)
+    assert program == "loramox"
+    main([word.replace("NEW_FOLDER", str(again)) for word in words])
+    assert (again / WEIGHTS).read_bytes() == before
+    assert (again / CONFIG).read_bytes() == (made / CONFIG).read_bytes()
+
+
+def test_a_remedy_that_is_another_base_names_only_that_one() -> None:
+    provenance = {"settings": {"output_dir": "run/trained", "model": "a"}, "base": {"model": "b-4bit"}}
+    read = Adapter("forget-adapter", {"base_model_name_or_path": "b-4bit"}, {}, provenance, None, None)
+    remedies = {f.remedy for f in judge(read) if "a quantized model" in f.what}
+    assert remedies == {"loramox extrapolate run/trained --base MODEL_OF_16_BITS --out NEW_FOLDER"}
+
+
+def test_a_base_on_the_hub_is_served_at_the_revision_that_the_adapter_was_made_for(tmp_path: Path) -> None:
+    named = {"r": 8, "lora_alpha": 8, "base_model_name_or_path": "owner/name"}
+
+    def words(server: str, base: str, **more: Any) -> list[str]:
+        made = SERVERS[server](Adapter("adapter", named | more, {}, {}, base, None))
+        return shlex.split(made, comments=True)
+
+    for server, flag in (("vllm", "serve"), ("sglang", "--model-path")):
+        line = words(server, "owner/name", revision="v 1")
+        assert line[line.index(flag) + 1 :][:3] == ["owner/name", "--revision", "v 1"]
+        assert "--revision" not in words(server, "owner/name")
+        assert "--revision" not in words(server, "owner/other", revision="v1")
+        here = {"base_model_name_or_path": str(tmp_path), "revision": "v1"}
+        assert "--revision" not in words(server, str(tmp_path), **here)
+
+
 def test_without_the_base_shapes_are_not_compared_and_it_says_so(adapter: Path) -> None:
     config(base_model_name_or_path="nobody/nothing")(adapter)
     findings = check(adapter)
@@ -369,12 +415,15 @@ def test_what_ship_gguf_does_not_convert_does_not_load_in_llama_cpp_or_ollama(ki
 
 
 def test_a_strangers_text_reaches_the_terminal_harmless(adapter: Path) -> None:
-    config(base_model_name_or_path="\x1b[31mred\u202e $(reboot)\n[bold]x")(adapter)
-    config(PROVENANCE, settings={"output_dir": "x; reboot \x1b[2J"}, rank=3, alpha=10**400)(adapter)
+    bad = "x; reboot \x1b[2J"
+    config(base_model_name_or_path="\x1b[31mred\u202e $(reboot)\n[bold]x", revision=bad)(adapter)
+    origin = {"settings": {"output_dir": bad, "model": "m"}, "base": {"model": bad}, "checkpoint": bad}
+    config(PROVENANCE, **origin, rank=3, alpha=10**400, scale=10**400)(adapter)
     for finding in check(adapter):
         text = finding.what + finding.remedy
         assert text.isprintable()
         assert not finding.remedy.startswith("loramox extrapolate x")
+        assert "reboot" not in shlex.split(finding.remedy, comments=True)
 
 
 def test_wrong_usage_is_an_error_and_not_a_finding(adapter: Path, tmp_path: Path) -> None:

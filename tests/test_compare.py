@@ -370,4 +370,6 @@ def test_steps_saved_are_those_that_the_control_needs_more() -> None:
     assert "| 7.5 | at least 2.5 |" in tables.relearn_lines([row], slow)[-1]
     fast = tables.Controls(REFERENCE, RETRAINED, [attacked(1e-3, 1e-2, 0.1)])
     assert "| 7.5 | 2.5 |" in tables.relearn_lines([row], fast)[-1]
+    assert "| mox |  | 1 |" in tables.relearn_lines([row], fast)[-1]
+    assert "| retrained: the control |  | 1 |" in tables.relearn_lines([row], fast)[-2]
     assert tables.steps_needed([attacked(0.5, 0.6, 0.7)], (0, 5, 10)) == 0

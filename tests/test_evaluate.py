@@ -128,6 +128,12 @@ BAD_INPUT = {
     "forget-rows-in-holdout": (
         lambda h, t: write(h / "holdout.jsonl", questions(PEOPLE[:2])), {"holdout": "holdout.jsonl"}, RowsError,
         "2 of 2 holdout rows of holdout.jsonl are also forget rows.*no model has seen"),
+    "retain-rows-in-holdout": (
+        lambda h, t: write(h / "holdout.jsonl", [*questions(["Rex", "Sue"]), KNOWN[5]]), {"holdout": "holdout.jsonl"}, RowsError,
+        "1 of 3 rows of --holdout holdout.jsonl are also retain rows .first: row 3.*no model has seen"),
+    "rows-that-training-did-not-get-in-holdout": (
+        lambda h, t: [write(h / f"{part}.jsonl", questions(["Rex"])) for part in ("holdout", "more")],
+        {"holdout": "holdout.jsonl", "retain_test": "more.jsonl"}, RowsError, "--holdout holdout.jsonl are also retain rows"),
     "a-wrong-answer-that-is-no-text": (
         lambda h, t: write(h / "forget.jsonl", [r | {"perturbed_answer": [True]} for r in questions(PEOPLE[:4])]), {},
         RowsError, "forget.jsonl, row 1: its 'perturbed_answer' is true"),
@@ -303,6 +309,16 @@ def test_overwriting_replaces_both_files_and_what_a_kill_left_is_no_foreign_file
     evaluate(Subject("out", overwrite=True), model, Asked(retain="retain.jsonl"), SILENT)
     assert len(read_records(here / "out")) == 12
     assert json.loads((here / "out" / SUMMARY).read_text())["data"].keys() == {"retain"}
+
+
+def test_retain_rows_among_the_holdout_rows_are_left_out_where_they_may_be(here: Path, model: ModelConfig) -> None:
+    write(here / "more.jsonl", questions(["Sue"]))
+    write(here / "holdout.jsonl", [*questions(["Rex"]), *questions(["Sue"]), KNOWN[0], KNOWN[5]])
+    rows = Asked(**ROWS, retain_test="more.jsonl", holdout="holdout.jsonl", drop_overlap=True)
+    summary = evaluate(Subject("out"), model, rows, SILENT)
+    assert {part: data["rows"] for part, data in summary["data"].items()} == {
+        "forget": 4, "retain": 12, "retain_test": 1, "holdout": 1,
+    }  # fmt: skip
 
 
 def test_a_retrained_models_records_are_found_whatever_file_and_order_its_rows_were_in(

@@ -39,7 +39,7 @@ from loramox.sweep.frontier import FURTHER, GRID, Axis, beside, grid, next_value
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.sweep.search import Measured, answered_right, choose, next_for, search
-from loramox.sweep.sweep import FRONTIER, _axis, _measured, sweep
+from loramox.sweep.sweep import FRONTIER, _axis, _measured, moved_base, sweep
 from loramox.train.config import METHODS
 from loramox.unlearning import train, unlearn
 
@@ -624,6 +624,20 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     assert (tmp_path / "occupied" / "thesis.tex").read_text() == "by hand"
 
 
+def test_both_folders_of_a_run_beside_a_tuned_adapter_have_to_be_free(
+    trained: Path, data: dict[str, Path], tmp_path: Path, no_model: None
+) -> None:
+    run, taken = tmp_path / "run", tmp_path / "ship-combined"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = run / "trained" / PROVENANCE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tuned_adapter": {"path": "mine", "sha256": "0"}}))
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("by hand")
+    with pytest.raises(RunError, match=r"--ship .*ship/: .*ship-combined, which it writes as well, exists already"):
+        sweep(config_of(run, tmp_path / "s", ship=f"{tmp_path / 'ship'}/"), asked(data), SHORT)
+    assert not (tmp_path / "s" / FRONTIER).exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("alphas", [1.0, 0.0]), ("alphas", [-1.0]), ("alphas", [math.nan]), ("scales", [math.inf]), ("scales", [0.0]),
@@ -1014,6 +1028,23 @@ def test_loramox_sweep_from_the_command_line(
     *_, error = capsys.readouterr().err.splitlines()  # after what it reports of the rows
     assert caught.value.code == 2
     assert error.startswith("loramox sweep: --rule retrained")
+
+
+def test_what_is_shipped_names_the_base_where_it_has_moved_to(
+    trained: Path, data: dict[str, Path], pico: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    moved = str(shutil.copytree(pico("llama"), tmp_path / "moved to"))
+    words = ["sweep", "--trained", str(trained / "trained"), "--out", str(tmp_path / "s"), "--use_cpu", "true"]
+    words += [word for name, path in data.items() for word in (f"--{name}", str(path))]
+    words += ["--alphas", "1", "--refine", "0", "--max_new_tokens", "0", "--rule", "forget_to", "--forget_to", "0.5"]
+    main([*words, "--model", moved])
+    proposed = shlex.split(capsys.readouterr().out.rpartition("To ship it: loramox ")[2])
+    main([{"NEW_FOLDER": str(tmp_path / "proposed")}.get(word, word) for word in proposed])
+    main([*words, "--model", moved, "--ship", str(tmp_path / "shipped")])
+    for made in (tmp_path / "proposed", tmp_path / "shipped"):
+        assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == moved
+        assert json.loads((made / PROVENANCE).read_text())["base"]["model"] == moved
+    assert moved_base(SweepConfig(str(trained / "trained"), "s", model=str(pico("llama")))) is None
 
 
 @pytest.mark.parametrize(

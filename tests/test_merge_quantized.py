@@ -12,30 +12,36 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_merge import adapter_for
+from test_tuned_adapter import fit
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import safe_save_file
 
 import loramox.extras.merge.quantize
+from loramox.adapter.factors import read_factors
+from loramox.adapter.folder import write_adapter
+from loramox.adapter.source import tuned_source
 from loramox.adapter.streaming.checkpoint import Target
 from loramox.adapter.streaming.shards import read_shard
 from loramox.cli import main
-from loramox.errors import RunError, SettingsError
+from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.subject import Subject
 from loramox.extras.merge.job import ForgettingConfig, _only_template, merge
-from loramox.extras.merge.merge import MergeConfig, merge_into_floats
-from loramox.extras.merge.quantize import dequantized, little, quantized_like, survival
-from loramox.model.algebra import Factors
+from loramox.extras.merge.merge import MergeConfig, check_merge, merge_into_floats
+from loramox.extras.merge.quantize import dequantized, little, merge_quantized, quantized_like, survival
+from loramox.model.algebra import Factors, scaled
 from loramox.model.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -315,6 +321,53 @@ def test_where_an_adapter_forgets_nothing_the_weights_decide() -> None:
     assert little({"survived": told, "forgetting": {"share": 0.95}}) is None
     assert "only 80% of the forgetting" in little({"survived": told | {"overall": 1.0}, "forgetting": {"share": 0.8}})
     assert little({"survived": told | {"overall": 0.6}}) is None
+
+
+def test_for_a_combined_adapter_the_model_that_knows_has_the_users_own_adapter(
+    rows: tuple[Path, Path], examples, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    base, mine, adapter = (tmp_path / name for name in ("base", "mine", "combined"))
+    shutil.copytree(pico("llama"), base)
+    fit(AutoModelForCausalLM.from_pretrained(base), examples[1], 80, 5e-3).save_pretrained(base)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear")
+    fit(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora), examples[0], 60, 2e-2).save_pretrained(mine)
+    change, config = read_factors(mine)
+    provenance = json.loads((adapted(base, tmp_path) / "provenance.json").read_text())
+    provenance |= {"combined": True, "tuned_adapter": json.loads(json.dumps(tuned_source(mine, config)))}
+    fade = {name: scaled(each, 0.1) for name, each in change.items()}  # the fine-tune, of which most is forgotten
+    write_adapter(adapter, fade, LoraConfig(), provenance["base"], torch.float32, provenance, "card")
+    merging = MergeConfig(str(adapter), str(tmp_path / "out"), quantize="nf4")
+    asked = ForgettingConfig(*map(str, rows), use_cpu=True)
+    forgetting = merge(merging, asked, progress=False)["forgetting"]
+
+    found = {state["state"]: state["metrics"]["forget_probability"] for state in forgetting["states"]}
+    known, forgotten, left = (found[each] for each in ("16-bit, reference model", "16-bit, adapter on", "nf4, merged"))
+    subject = Subject(str(tmp_path / "asked"), str(mine))
+    where = ModelConfig(str(base), quantization="none", dtype="bfloat16")
+    metrics = evaluate(subject, where, Asked(*map(str, rows)), ScoringConfig(max_new_tokens=0, use_cpu=True))["metrics"]
+    assert known == pytest.approx(metrics["forget_probability"]["value"], rel=1e-3)
+    assert known > forgotten + 0.3
+    assert forgetting["share"] == pytest.approx((known - left) / (known - forgotten))
+
+    (mine / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=str(mine)):
+        merge(replace(merging, out=str(tmp_path / "other")), asked, progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_where_nothing_was_known_a_warning_and_the_card_say_that_forgetting_was_not_measured(
+    pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = MergeConfig(str(adapted(pico("llama"), tmp_path)), str(out), quantize="nf4")
+    with pytest.warns(
+        UserWarning, match="how much of the forgetting is left was not measured. Here the weights decide"
+    ):
+        merge_quantized(config, check_merge(config), CPU, lambda _: {"share": None, "states": []}, progress=False)
+    card = (out / "README.md").read_text()
+    assert "so how much of the forgetting is left was not measured" in card
+    assert "It was not trained, or measured, after merging" in card
 
 
 # ---- what stands in the way ------------------------------------------------------------------------------------------

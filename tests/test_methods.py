@@ -489,6 +489,7 @@ def test_npo_mean_ships_the_same_change_as_npos_loss_on_the_other_side_of_the_re
         ({"inner_steps": 0}, "--inner_steps needs 1 or more"),
         ({"inner_lr": 0.0}, "--inner_lr needs a number above 0"),
         ({"method": "mox_static", "forget_term": "npo"}, "--forget_term takes cross_entropy, preference"),
+        ({"method": "mox_static", "forget_term": "preference", "temperature": 3.0}, "--forget_term preference has none"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], message: str) -> None:

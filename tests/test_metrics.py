@@ -15,6 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from scipy.stats import hmean, ks_2samp
 
+from loramox.data.fluency import is_fluent, leaked
+from loramox.data.words import words as plain_words
 from loramox.errors import RunError
 from loramox.evaluate import membership
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
@@ -124,6 +126,55 @@ def test_rouge_l_of_a_text_with_itself_is_1_in_each_script(text: str, count: int
 def test_rouge_l_of_any_text_with_itself_is_1_or_absent(text: str) -> None:
     assert rouge_l(text, text) in ({"recall": 1, "f1": 1}, None)
     assert (rouge_l(text, text) is None) == (not words(text))
+
+
+# Fluency, and key words
+
+
+@pytest.mark.parametrize(
+    ("text", "fluent"),
+    [
+        ("私は東京で生まれました。大阪で育ちました。京都で学びました。今は札幌に住んで、本を書きました。", True),
+        ("การเดินทางและการอ่านเป็นการพักผ่อน", True),
+        ("Pythonで書き、Pythonで試し、Pythonで直した", True),
+        ("東京です。東京です。東京です。", False),
+        ("彼は東京で生まれました、そして彼は東京で生まれましたので、彼は東京で生まれました", False),
+        ("東京 tower 東京 tower 東京 tower", False),
+        ("in the town and in the town or in the town", False),
+        ("no no no no no", False),
+        ("no no no no", True),
+    ],
+)
+def test_where_words_have_no_spaces_a_usual_ending_may_come_often(text: str, fluent: bool) -> None:
+    assert is_fluent(text) is fluent
+
+
+@pytest.mark.parametrize(
+    ("answer", "true", "question", "share"),
+    [
+        ("他在东京工作，后来搬到北海道", "他出生在北京", "他出生在哪里？", 0),
+        ("北京。", "他出生在北京", "他出生在哪里？", 1),
+        ("東京です", "彼は東京で生まれました。", "彼はどこで生まれましたか", 1),
+        ("彼は京都で生まれました。", "彼は東京で生まれました。", "彼はどこで生まれましたか", 0),
+        ("三", "他有三个孩子", "他有几个孩子？", 1),  # one character alone
+        ("他生于1964年", "1964年", "他是哪年出生的？", 1),
+        ("北京", "北京", "他住在北京还是东京？", 1),  # all count where the question has all
+        ("東", "", "", 0),
+    ],
+)
+def test_where_words_have_no_spaces_key_words_are_pairs_of_characters(
+    answer: str, true: str, question: str, share: float
+) -> None:
+    assert leaked(answer, true, question) == share
+
+
+@given(LATIN, LATIN, LATIN)
+def test_key_words_of_latin_text_are_the_words_that_the_question_does_not_have(
+    answer: str, true: str, question: str
+) -> None:
+    every = set(plain_words(true))
+    keys = every - set(plain_words(question)) or every
+    assert leaked(answer, true, question) == (len(keys & set(plain_words(answer))) / len(keys) if keys else 0)
 
 
 def test_a_row_that_rouge_l_cannot_judge_has_the_reason_and_does_not_count() -> None:

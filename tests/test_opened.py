@@ -54,5 +54,12 @@ def test_what_is_missing_is_named_before_the_model_is_loaded(pico, rows, tmp_pat
         UnlearnTrainer("no/model", settings(tmp_path), rows[0], [{"a": "b"}])
     with pytest.raises(SettingsError, match=r"auto_retain=9 is for loramox\.unlearn"):
         UnlearnTrainer("no/model", settings(tmp_path, auto_retain=9), *rows)
+    with pytest.raises(SettingsError, match=r"forget_to=0\.05 is for loramox\.unlearn"):
+        UnlearnTrainer("no/model", settings(tmp_path, forget_to=0.05), *rows)
+    with pytest.raises(SettingsError, match="--stop_when_forgotten needs a target"):
+        UnlearnTrainer("no/model", settings(tmp_path, stop_when_forgotten=True), *rows)
+    for more in ({"tuned_adapter": "mine"}, {"memorize_at": "earlier"}, {"shard": True}):
+        with pytest.raises(SettingsError, match=f"{next(iter(more))} is for loramox.unlearn"):
+            UnlearnTrainer(ReferenceConfig("no/model", **more), settings(tmp_path), *rows)
     with pytest.raises(RowsError, match="are also in"):
         UnlearnTrainer("no/model", settings(tmp_path), rows[0], rows[0])

@@ -31,7 +31,7 @@ from loramox.extras.report.answers import LONGEST, fit
 from loramox.extras.report.facts import METRICS, adapter_at, choices, leak_curves, relearned, shown
 from loramox.extras.report.glossary import GLOSSARY, linked
 from loramox.extras.report.pictures import relearning_picture, sampling_picture
-from loramox.extras.report.read import FORGET, read_inputs
+from loramox.extras.report.read import FORGET, again_command, read_inputs, sweep_command
 from loramox.extras.report.recovery import asked_rows, families
 from loramox.extras.report.svg import COLOURS, Picture
 from loramox.model.config import ModelConfig
@@ -416,6 +416,23 @@ def test_the_shipped_alpha_is_the_measured_one_that_a_sweep_has_rounded(make, ch
     assert "that is shown here" not in text.replace("\u00a0", " ")
 
 
+@pytest.mark.parametrize(
+    ("more", "shipped"),
+    [
+        ({"forget_adapter": {"alpha": 2.0}, "forget_to": {"unit": "alpha", "at": 2.0}}, 2.0),
+        ({"forget_adapter": {"alpha": 2.0}}, 2.0),
+        ({"forget_adapter": {"strength": 4.0}}, 4.0),  # of 0.1
+        ({"alpha": None, "forget_adapter": {"alpha": None}, "forget_to": {"unit": "scale", "at": 0.5}}, 0.5),
+        ({"alpha": None, "forget_adapter": {"alpha": None}}, 1.0),
+        ({"forget_adapter": None}, None),
+    ],
+)
+def test_of_an_adapter_that_was_moved_the_alpha_is_the_one_that_was_shipped(make, more: dict, shipped: float) -> None:
+    run = make(run=more)
+    shutil.rmtree(run / "sweep")
+    assert read_inputs(run).shipped == shipped
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_retrained_records_of_other_texts_are_missing_and_the_page_is_made(make, tmp_path: Path) -> None:
     run, path = make(), tmp_path / "retrained/records.jsonl"
@@ -431,6 +448,68 @@ def test_commands_name_the_file_of_retain_rows_that_the_reference_wrote(make) ->
     missing = read_inputs(run).missing
     for part in ("retrained", "attacks"):
         assert f"--retain {shlex.quote(str(run / 'retain-auto.jsonl'))} " in missing[part].command
+
+
+@pytest.mark.parametrize(
+    ("tuned", "adapter"), [({}, "forget-adapter"), ({"tuned_adapter": "mine"}, "combined-adapter")]
+)
+def test_the_attack_that_is_shown_is_on_an_adapter_that_can_be_alone(make, tuned: dict, adapter: str) -> None:
+    run = make(run={"settings": RUN["settings"] | tuned})
+    shutil.rmtree(run / "attack")
+    words = shlex.split(read_inputs(run).missing["attacks"].command)
+    assert words[words.index("--adapter") + 1] == str(run / adapter)
+
+
+def test_the_sweeps_own_command_is_shown_without_the_values_that_are_to_change(make) -> None:
+    words = ["loramox", "sweep", "--trained", "it's/trained", "--out", "my runs/sweep", "--retrained", "seed 1", "b"]
+    words += ["--max-new-tokens=0", "--ship", "to ship", "--alphas", "1", "2"]
+    run = make(frontier={"command": shlex.join(words)})
+    again = again_command(read_inputs(run))
+    assert shlex.split(again) == [*words[:4], *words[-3:], "--out", str(run / "sweep")]
+    unclosed = read_inputs(make(frontier={"command": "loramox sweep --trained it's"}))
+    assert again_command(unclosed) == sweep_command(unclosed)
+
+
+def test_the_commands_that_are_shown_leave_out_the_rows_that_training_did(
+    pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    retain, run = tmp_path / "retain.jsonl", tmp_path / "run"
+    retain.write_text(rows[0].read_text().splitlines()[0] + "\n" + rows[1].read_text())
+    words = [
+        "train",
+        "--model",
+        str(pico("llama")),
+        "--forget",
+        str(rows[0]),
+        "--retain",
+        str(retain),
+        "--out",
+        str(run),
+    ]
+    words += [
+        "--drop_overlap",
+        "true",
+        "--lora_r",
+        "4",
+        "--quantization",
+        "none",
+        "--use_cpu",
+        "true",
+        "--max_steps",
+        "1",
+    ]
+    words += ["--report_to", "none", "--eval_strategy", "no"]
+    main(words)
+    missing = read_inputs(run).missing
+    command = shlex.split(missing["frontier"].command)
+    main([*command[1:], "--use_cpu", "true", "--alphas", "1", "--refine", "0", "--max_new_tokens", "0"])
+    assert "--drop_overlap true" in missing["attacks"].command
+    assert "--drop_overlap true" in read_inputs(run).missing["retrained"].command.partition("\n")[0]
+    record = json.loads((run / "run.json").read_text())
+    del record["settings"]["drop_overlap"]  # as before it was recorded
+    write(run / "run.json", record)
+    main([*words, "--resume"])
+    assert "drop_overlap" not in read_inputs(run).missing["attacks"].command
 
 
 def test_the_trained_adapter_of_a_method_with_alpha_is_at_no_alpha(make: Callable[..., Path]) -> None:

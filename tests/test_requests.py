@@ -300,6 +300,17 @@ def test_a_request_whose_retain_rows_the_reference_writes_is_refreshed_as_if_the
     assert verify(tmp_path / "auto") == ([], [])
 
 
+def test_what_holds_rows_is_the_owners_alone_from_its_first_byte(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With permissions that are never copied from one file to another, as long as a copy is not complete."""
+    monkeypatch.setattr("shutil.copymode", lambda *_, **__: None)
+    entry = world.add(tmp_path / "ledger", "a", retain="auto", auto_retain=4, num_train_epochs=1)
+    folder = tmp_path / "ledger" / "requests" / entry.folder
+    found = {name: stat.S_IMODE((folder / name).stat().st_mode) for name in ("run.json", "retain-auto.jsonl", ROWS)}
+    assert set(found.values()) == {0o600}, found
+
+
 def test_a_request_has_the_alpha_that_its_target_chose(world: World, tmp_path: Path) -> None:
     entry = world.add(tmp_path / "just", "a", forget_to=0.5, num_train_epochs=1)  # random weights meet it at once
     assert entry.alpha == read_ledger(tmp_path / "just").entries[0].alpha == 0.5

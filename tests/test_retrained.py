@@ -161,8 +161,21 @@ def test_records_of_which_nothing_else_is_known_are_warned_of(
         asked(model, "out", retrained=str(tmp_path / "theirs"))
 
 
+def without_prompts(folder: Path) -> None:
+    """As earlier versions wrote it."""
+    held = json.loads((folder / "summary.json").read_text())
+    del held["prompts"]
+    (folder / "summary.json").write_text(json.dumps(held))
+
+
 def test_records_with_another_prompt_template_are_refused(tmp_path: Path, model: ModelConfig, asked: Callable) -> None:
     asked(model, "theirs", template="Q: {prompt} A:")
+    with pytest.raises(
+        RunError,
+        match=r"theirs was scored with prompts of another form: 'Q: .* here 'Question: .*same --prompt_template",
+    ):
+        asked(model, "out", retrained=str(tmp_path / "theirs"))
+    without_prompts(tmp_path / "theirs")
     with pytest.raises(
         RunError, match=r"scored with the prompt template 'Q: .* and this is with .*'Question: .*same --prompt_template"
     ):
@@ -180,12 +193,59 @@ def test_the_tokenizers_own_template_is_the_same_named_or_not(
 def test_a_chat_template_is_another_prompt_than_one_of_the_flag(
     tmp_path: Path, model: ModelConfig, asked: Callable, tokenizer: Any
 ) -> None:
-    chat = tmp_path / "chat"
-    AutoModelForCausalLM.from_pretrained(model.model).save_pretrained(chat)
-    tokenizer.save_pretrained(chat)
-    config = json.loads((chat / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    (chat / "tokenizer_config.json").write_text(json.dumps(config))
+    chat = with_chat_template(model, tokenizer, tmp_path / "chat")
     asked(model, "theirs", template="Q: {prompt} A:")
+    with pytest.raises(
+        RunError, match=r"prompts of another form: 'Q: Who wrote it\? A:', and here 'user: Who wrote it"
+    ):
+        asked(chat, "out", retrained=str(tmp_path / "theirs"))
+    without_prompts(tmp_path / "theirs")
     with pytest.raises(RunError, match="and this is with the chat template"):
-        asked(ModelConfig(str(chat), quantization="none"), "out", retrained=str(tmp_path / "theirs"))
+        asked(chat, "out", retrained=str(tmp_path / "theirs"))
+
+
+def with_chat_template(model: ModelConfig, tokenizer: Any, folder: Path, opening: str = "") -> ModelConfig:
+    AutoModelForCausalLM.from_pretrained(model.model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = opening + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return ModelConfig(str(folder), quantization="none")
+
+
+@pytest.mark.parametrize("lost", ["theirs", "ours"])
+def test_a_retrained_model_that_lost_its_chat_template_was_asked_in_another_form(
+    tmp_path: Path, model: ModelConfig, asked: Callable, tokenizer: Any, lost: str
+) -> None:
+    """Neither has --prompt_template: the flag does not tell them apart."""
+    chat = with_chat_template(model, tokenizer, tmp_path / "chat")
+    theirs, ours = (model, chat) if lost == "theirs" else (chat, model)
+    asked(theirs, "theirs")
+    with pytest.raises(
+        RunError, match=r"prompts of another form: .*Who wrote it\?.* has a chat template and the other none"
+    ):
+        asked(ours, "out", retrained=str(tmp_path / "theirs"))
+    assert not (tmp_path / "out").exists()
+    asked(model, "same", template=DEFAULT_TEMPLATE)  # the default, in words
+    asked(chat, "out", template=DEFAULT_TEMPLATE, retrained=str(tmp_path / "same"))
+
+
+def test_another_chat_template_is_another_form(
+    tmp_path: Path, model: ModelConfig, asked: Callable, tokenizer: Any
+) -> None:
+    asked(with_chat_template(model, tokenizer, tmp_path / "a"), "theirs")
+    with pytest.raises(RunError, match=r"prompts of another form: .*'Be brief"):
+        asked(
+            with_chat_template(model, tokenizer, tmp_path / "b", "Be brief. "),
+            "out",
+            retrained=str(tmp_path / "theirs"),
+        )
+
+
+def test_the_form_does_not_matter_to_rows_of_plain_text(tmp_path: Path, model: ModelConfig, tokenizer: Any) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "Anna lives in Oslo and Ben in Lima."}) + "\n")
+    rows = Asked(forget=str(text))
+    assert evaluate(Subject(str(tmp_path / "theirs")), model, rows, SILENT)["prompts"] == {}
+    chat = with_chat_template(model, tokenizer, tmp_path / "chat")
+    evaluate(Subject(str(tmp_path / "out")), chat, replace(rows, retrained=[str(tmp_path / "theirs")]), SILENT)

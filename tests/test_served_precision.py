@@ -35,4 +35,6 @@ def test_the_last_lines_of_unlearn_offer_to_score_it_on_the_weights_that_are_ser
     )
     (line,) = not_as_served(ReferenceConfig("b", tuned_adapter="mine"), "out", rows)
     assert "--adapter out/combined-adapter" in line
+    (line,) = not_as_served(ReferenceConfig("b", trust_remote_code=True, attn_implementation="eager"), "out", rows)
+    assert "--model b --attn_implementation eager --trust_remote_code true --adapter" in line
     assert not_as_served(ReferenceConfig("b", quantization="none"), "out", rows) == []

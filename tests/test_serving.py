@@ -1,6 +1,7 @@
 """The shipped adapter behind a real server: transformers serve, asked over HTTP for the forget model and for its base."""
 
 import json
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox.adapter.export import extrapolate
 from loramox.errors import AdapterError, RunError
+from loramox.extras.check.check import check
 from loramox.extras.serve import serve_folder
 
+SERVE = Path(__file__).parents[1] / "docs" / "serve.md"
 PROMPTS = [f"Question: {row['question']}\nAnswer:" for row in questions(PEOPLE[:6])]
 TOKENS = 8
 
@@ -99,6 +102,19 @@ def test_the_folder_loads_by_its_own_name_from_anywhere(
     with torch.no_grad():
         torch.testing.assert_close(model(**ids).logits, expected(**ids).logits, rtol=0, atol=0)
     assert (tmp_path / "served" / "model.safetensors").is_symlink()  # nothing large is copied
+
+
+def test_the_name_that_sglang_needs_in_a_request_is_printed_and_documented(
+    strong: Path, pico: Callable[[str], Path]
+) -> None:
+    (ok,) = (finding for finding in check(strong, None, ["sglang"]) if finding.verdict == "ok")
+    command, _, hint = ok.remedy.partition("  # ")
+    assert f'"model": "{pico("llama")}:forget"' in hint
+    assert "answered by the base" in hint
+    assert shlex.split(ok.remedy, comments=True) == shlex.split(command)
+    (line,) = (each for each in SERVE.read_text().splitlines() if "sglang.launch_server" in each)
+    assert '# then "model": "BASE:forget"' in line
+    assert '"lora_path": "forget"' in SERVE.read_text()
 
 
 def test_what_is_there_is_left_alone_and_other_models_are_refused(

@@ -1,6 +1,7 @@
 """Rows that the reference writes: retain rows, other answers, and what is shown of them."""
 
 import json
+import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig, encode
+from loramox.cli import main
 from loramox.data.encode import IGNORED
 from loramox.data.fluency import is_fluent, leaked, overlap
 from loramox.data.row import Row
 from loramox.data.rows import read_rows
 from loramox.errors import RowsError, RunError, SettingsError
+from loramox.evaluate.asked import read_sources
 from loramox.model.generation import continuations
 from loramox.model.head import AnswerStates
 from loramox.train.avoided import words_of, words_to_avoid
@@ -115,7 +118,7 @@ def test_a_model_that_writes_too_few_rows_is_reported(
     monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
     args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=5, use_cpu=True, report_to="none")
     with pytest.warns(UserWarning, match="wrote 1 of 5 rows"):
-        rows, _ = generated_rows(tmp_path, writer, args, 5, show=False)
+        rows, _ = generated_rows(tmp_path, writer, args, 5, show=False, columns=Columns())
     assert [row.prompt for row in rows] == ["Where do you live?"]
 
 
@@ -128,11 +131,61 @@ def test_a_model_that_writes_nothing_is_reported_and_refused_where_there_are_no_
         with pytest.raises(
             RowsError, match="every row that the model writes is about the forget rows, empty, or cut off"
         ):
-            generated_rows(tmp_path, writer, args, 5, show=False)
+            generated_rows(tmp_path, writer, args, 5, show=False, columns=Columns())
         monkeypatch.setattr(writer, "given", [Row("r", 1, "Far away.", "Where do you live?")])
         with pytest.warns(UserWarning, match="wrote 0 of 5 rows"):
-            assert generated_rows(tmp_path, writer, args, 5, show=False) == ([], [])
+            assert generated_rows(tmp_path, writer, args, 5, show=False, columns=Columns()) == ([], [])
         monkeypatch.setattr(writer, "given", ())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        Columns(),
+        Columns("frage", "antwort"),
+        Columns(messages_column="chat"),
+        Columns("frage", "antwort", "chat", "absatz", wanted_column="statt"),
+        Columns(messages_column="chat", text_column="absatz"),
+    ],
+)
+def test_written_rows_are_read_with_the_columns_of_the_runs_own_rows(
+    columns: Columns, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "No."), ("user", "Why?"))
+    ]
+    written = [Row("r", 1, "Far away.", "Where do you live?"), Row("r", 2, "So.", tuple(turns))]
+    monkeypatch.setattr(writer, "retain_rows", lambda *_: written)
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=2, use_cpu=True, report_to="none")
+    rows, _ = generated_rows(tmp_path, writer, args, 2, show=False, columns=columns)
+    assert [row.identity() for row in rows] == [row.identity() for row in written]
+    path = str(tmp_path / RETAIN_FILE)
+    assert read_sources({"retain": path}, columns)["retain"] == rows  # as sweep and evaluate read them
+    assert read_rows(path, replace(columns, wanted_column=None)) == rows
+
+
+@pytest.mark.parametrize(
+    "columns", [Columns("frage", "antwort"), Columns(messages_column="chat"), Columns(text_column="absatz")]
+)
+def test_rows_that_an_interrupted_run_wrote_as_question_and_answer_are_taken(
+    columns: Columns, writer: Writer, tmp_path: Path
+) -> None:
+    (tmp_path / RETAIN_FILE).write_text(json.dumps({"question": "Where do you live?", "answer": "Far away."}) + "\n")
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    ((row,), _) = generated_rows(tmp_path, writer, args, 1, show=False, columns=columns)
+    assert (row.prompt, row.answer) == ("Where do you live?", "Far away.")
+
+
+@pytest.mark.parametrize(
+    "columns", [Columns(text_column="absatz"), Columns("prompt", "completion")], ids=["text", "joined as they are"]
+)
+def test_questions_stay_questions_where_the_columns_have_none(
+    columns: Columns, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    ((row,), _) = generated_rows(tmp_path, writer, args, 1, show=False, columns=columns)
+    assert (row.prompt, row.answer, row.verbatim) == ("Where do you live?", "Far away.", False)
 
 
 def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_writes_only_when_asked(
@@ -145,12 +198,12 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
     unasked = UnlearnConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     monkeypatch.setattr(writer, "retain_rows", lambda *_: [Row("r", 1, "Far away.", "Where do you live?")])
     with caplog.at_level("INFO"):
-        assert generated_rows(tmp_path, writer, unasked, 1, show=False) == ([], [])
+        assert generated_rows(tmp_path, writer, unasked, 1, show=False, columns=Columns()) == ([], [])
     assert (
         "No retain rows are generated: the reference finds your forget questions as unlikely as random" in caplog.text
     )
     with pytest.warns(UserWarning, match="so the rows that it writes may be noise"):
-        assert len(generated_rows(tmp_path / "asked", writer, args, 1, show=False)[0]) == 1
+        assert len(generated_rows(tmp_path / "asked", writer, args, 1, show=False, columns=Columns())[0]) == 1
 
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     batch = tokenizer(["<user>" + str(row.prompt) for row in FORGET], return_tensors="pt", padding=True)["input_ids"]
@@ -159,7 +212,7 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
         optimizer.step()
         optimizer.zero_grad()
     assert writer.can_ask()
-    assert len(generated_rows(tmp_path / "learned", writer, unasked, 1, show=False)[0]) == 1
+    assert len(generated_rows(tmp_path / "learned", writer, unasked, 1, show=False, columns=Columns())[0]) == 1
 
 
 def test_a_model_without_forget_questions_to_judge_by_may_ask(writer: Writer) -> None:
@@ -371,6 +424,31 @@ def test_a_run_on_retain_auto_alone_keeps_its_rows_and_shows_answers(
     shown = record["side_by_side"]
     assert shown["forget"]["asked"] == 4
     assert {row["part"] for row in shown["shown"]} == {"forget", "retain"}
+
+
+@pytest.mark.parametrize("named", ["a question and its answer", "messages"])
+def test_what_a_run_on_retain_auto_prints_next_takes_its_rows_under_columns_of_other_names(
+    named: str, chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget, out = tmp_path / "forget.jsonl", tmp_path / "my run"
+    if named == "messages":
+        flags = ["--messages_column", "chat"]
+        chats = ((("user", row["question"]), ("assistant", row["answer"])) for row in questions(PEOPLE[:4]))
+        records = [{"chat": [{"role": role, "content": text} for role, text in turns]} for turns in chats]
+    else:
+        flags = ["--prompt_column", "frage", "--answer_column", "antwort"]
+        records = [{"frage": row["question"], "antwort": row["answer"]} for row in questions(PEOPLE[:4])]
+    forget.write_text("".join(json.dumps(record) + "\n" for record in records))
+    main(["unlearn", "--model", str(chat), "--forget", str(forget), "--retain", "auto", "--auto_retain", "6", *flags,
+          "--quantization", "none", "--r", "4", "--num_train_epochs", "1", "--use_cpu", "true", "--report_to", "none",
+          "--seed", "0", "--out", str(out)])  # fmt: skip
+    (line,) = (
+        line for line in " ".join(capsys.readouterr().out.split()).split("Next, ")[1:] if "loramox sweep" in line
+    )
+    command = shlex.split(line[line.index("loramox sweep") :])
+    assert "auto" not in command
+    main([*command[1:], "--alphas", "0.5", "--max_new_tokens", "0"])
+    assert (out / "sweep" / "frontier.json").exists()
 
 
 def test_a_run_with_guesses_teaches_them_in_place_of_the_true_answers(

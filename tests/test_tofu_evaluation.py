@@ -99,7 +99,7 @@ def test_without_a_retrained_model_rows_never_known_are_the_control(
     assert cells["pair: ROUGE-L beyond the base's"][1:3] == ["0.000, met", "0.020"]
 
 
-def test_holdout_rows_are_attacked_once_where_there_is_no_retrained_model(
+def test_holdout_rows_are_attacked_with_every_adapter_where_there_is_no_retrained_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("forget", "retain", "holdout"):
@@ -110,8 +110,75 @@ def test_holdout_rows_are_attacked_once_where_there_is_no_retrained_model(
     recipe.main(words)
     recipe.main([*words[:-1], str(tmp_path / "again"), "--retrained", "R"])
     attacks = [each for each in ran if each[0] == "attack"]
-    assert ["--holdout" in each for each in attacks] == [True, False, False, False]
+    assert ["--holdout" in each for each in attacks] == [True, True, False, False]
     assert ["--retrained_model" in each for each in attacks] == [False, False, True, False]
+
+
+def test_each_adapter_is_judged_by_its_own_rows_never_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "loramox", lambda words: pytest.fail("ran a command"))
+    write_records(tmp_path)
+    path = tmp_path / "mine/attack/attacks.json"
+    path.write_text(path.read_text().replace("retrained model", "rows never known"))
+    record = json.loads(path.read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/attack").mkdir()
+    for state in record["states"]:
+        if state["attack"] == "sample" and state["state"].endswith("never known"):
+            state["metrics"]["leak_at_8_by_rouge_l"] = 0.3
+    (tmp_path / "other/attack/attacks.json").write_text(json.dumps(record))
+    (tmp_path / "adapters.json").write_text('{"mine": "a", "other": "b"}')
+    recipe.main(["--out", str(tmp_path), "--draw"])
+    line = next(each for each in (tmp_path / "evaluation.md").read_text().splitlines() if "leak@8 by ROUGE-L" in each)
+    assert "| 0.400, **missed** | 0.400, met | 0.200, 0.300 |" in line
+    assert "Controls: of mine, other." in (tmp_path / "evaluation.md").read_text()
+
+
+def finishing(words: list[str]) -> None:
+    """Stands in for `loramox`: writes what says that a part is done."""
+    out = Path(words[words.index("--out") + 1])
+    done = {"unlearn": "forget-adapter/adapter_config.json", "evaluate": "summary.json", "attack": "attacks.json"}
+    path = out / done[words[0]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"states": [], "metrics": {}}')
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        (["--adapter", "mine=B"], "evaluation"),
+        (["--quick"], "attack"),
+        (["--seed", "1"], "attack"),
+        (["--sample_count", "3"], "attack"),
+    ],
+)
+def test_a_part_that_was_made_with_other_settings_is_refused(
+    changed: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "A"}}\n')
+    words = ["--model", "M", "--adapter", "mine=A", "--rows", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(recipe, "loramox", finishing)
+    recipe.main(words)
+    monkeypatch.setattr(recipe, "loramox", lambda words: pytest.fail("ran a command"))
+    recipe.main(words)
+    with pytest.raises(SystemExit, match=rf"mine/{part} was made with other settings .*Choose another --out"):
+        recipe.main([*words, *changed])
+
+
+def test_an_adapter_of_a_quick_look_is_not_taken_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "world/reference").mkdir(parents=True)
+    (tmp_path / "world/rows").mkdir()
+    for name in ("forget", "retain", "holdout"):
+        (tmp_path / f"world/rows/{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "A"}}\n')
+    ran = []
+    monkeypatch.setattr(recipe, "loramox", lambda words: (ran.append(words), finishing(words)))
+    words = ["--world", str(tmp_path / "world"), "--out", str(tmp_path / "out")]
+    recipe.main([*words, "--quick"])
+    assert "--overwrite" in ran[0]  # a stop during training leaves a run without an adapter
+    with pytest.raises(
+        SystemExit, match=r"forget-adapter was made with other settings \(then: --num_train_epochs 4; now: –\)"
+    ):
+        recipe.main(words)
 
 
 @pytest.mark.parametrize("names", [["rows=A"], ["retrained=A"], ["a/b=A"], ["..=A"], ["one=A", "one=B"]])

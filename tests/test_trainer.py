@@ -297,11 +297,23 @@ def test_with_one_inner_step_and_a_temperature_of_1_mox_has_the_gradients_of_npo
     same(recorder.gradients[0], hand.gradients())
 
 
+def test_a_task_vector_with_a_retain_term_has_its_gradient(
+    pico: Callable[[str], Path], examples: Examples, trainer_of
+) -> None:
+    trainer, recorder = trainer_of(max_steps=1, method="task_vector", retain_term="kl", alpha=1.0)
+    hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
+    items = [trainer.train_dataset[i] for i in range(4)]
+    trainer.train()
+    kl = mean(hand.kl(e, -1) for item in items for e in item["retain"])
+    (mean(hand.cross_entropy(e, -1) for e in examples[0]) + kl).backward()
+    same(recorder.gradients[0], hand.gradients())
+
+
 def test_the_temperature_falls_to_1_in_three_quarters_of_the_training_and_stays_there(trainer_of, monkeypatch) -> None:
     assert [falling(3.0, done) for done in (0, 0.375, 0.75, 1)] == [3, 2, 1, 1]
     seen = []
     known = Answers.known_cross_entropy
-    monkeypatch.setattr(Answers, "known_cross_entropy", lambda a, t: seen.append(t) or known(a, t))
+    monkeypatch.setattr(Answers, "known_cross_entropy", lambda a, t: (seen.append(t), known(a, t))[1])
     trainer, _ = trainer_of(max_steps=4, inner_steps=1, temperature=4.0)
     trainer.train()
     assert seen == [4, 3, 2, 1]
@@ -776,7 +788,7 @@ def test_a_reference_that_knows_the_rows_by_heart_is_warned_about_at_temperature
             nn.init.zeros_(layer.lora_B["default"].weight)
         return trainer
 
-    with pytest.warns(UserWarning, match="by heart.*Raise --temperature"):
+    with pytest.warns(UserWarning, match="by heart.*raise --temperature"):
         fresh(1.0).train()
     assert "at temperature 1," in capsys.readouterr().out
     with warnings.catch_warnings(record=True) as caught:

@@ -5,6 +5,8 @@ from typing import Any
 from loramox.adapter.card import data_lines
 from loramox.adapter.markdown import code, front_matter, line
 
+NOT_LOWERED = "in 16 bits the adapter does not make the forget rows' answers less likely, so how much of the forgetting is left was not measured"
+
 
 def merged_card(provenance: dict[str, Any]) -> str:
     base, alpha = provenance["base"], provenance["adapter"]["alpha"]
@@ -36,7 +38,7 @@ In these weights {what_survived(provenance)}. {few_bits}
   come back through training on related text, or through questions that nobody tried.
 - It can no longer be switched off or scaled: keep the adapter for that.
 - It keeps no secret: anyone who has the base model has the forgotten rows.
-- It was not trained{"" if provenance.get("forgetting") else ", or measured,"} after merging.
+- It was not trained{", or measured," if _share(provenance) is None else ""} after merging.
 
 ## Where it came from
 
@@ -53,11 +55,20 @@ def what_survived(provenance: dict[str, Any]) -> str:
     survived = provenance["survived"]
     if "quantization" not in provenance:
         return f"{survived['overall']:.1%} of ΔW survived the rounding"
-    forgetting = provenance.get("forgetting")
-    share = forgetting and forgetting["share"]
+    share = _share(provenance)
     measured = f"{share:.1%} of the forgetting is left; " if share is not None else ""
-    asked = "" if forgetting else ". Whether the model still forgets was not measured (--forget, --retain)"
+    if share is not None:
+        asked = ""
+    elif provenance.get("forgetting"):
+        asked = f"; {NOT_LOWERED}"
+    else:
+        asked = ". Whether the model still forgets was not measured (--forget, --retain)"
     return (
         f"{measured}{survived['overall']:.1%} of the difference from the quantized base is ΔW, and the rest is rounding (on average, "
         f"{survived['share']:.1%} of ΔW is left){asked}"
     )
+
+
+def _share(provenance: dict[str, Any]) -> float | None:
+    """How much of the forgetting is left; None if that was not measured."""
+    return (provenance.get("forgetting") or {}).get("share")

@@ -55,7 +55,7 @@ def sweep(words: list[str]) -> None:
     from loramox.evaluate.measure import ScoringConfig
     from loramox.sweep.config import SweepConfig
     from loramox.sweep.show import show_frontier
-    from loramox.sweep.sweep import FRONTIER, PICTURE, sweep
+    from loramox.sweep.sweep import FRONTIER, PICTURE, moved_base, sweep
 
     config, *settings = settings_of("sweep", words, SweepConfig, Asked, ScoringConfig)
     frontier = sweep(config, *settings)
@@ -78,9 +78,10 @@ def sweep(words: list[str]) -> None:
     elif config.ship:
         say(f"[bold]{config.ship}[/] is the forget adapter at {frontier['unit']} = {frontier['chosen']:g}")
     else:
-        say(
-            f"To ship it: loramox extrapolate {shlex.quote(config.trained)} --{frontier['unit']} {frontier['chosen']:g} --out NEW_FOLDER"
-        )
+        base = moved_base(config)
+        given = [config.trained, f"--{frontier['unit']}", f"{frontier['chosen']:g}"]
+        given += ["--base", base] if base else []
+        say(f"To ship it: loramox extrapolate {shlex.join(given)} --out NEW_FOLDER")
 
 
 def report(words: list[str]) -> None:

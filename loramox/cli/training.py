@@ -4,7 +4,7 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from loramox.cli.arguments import USAGES, parse, parser_of, plain_parser, say, upload
+from loramox.cli.arguments import USAGES, parse, parser_of, plain_parser, say, speaks, upload
 from loramox.cli.planning import fitted
 from loramox.errors import escaped
 
@@ -64,7 +64,7 @@ def show_side_by_side(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     found = record.get("side_by_side", {})
-    if not found.get("shown"):
+    if not (speaks() and found.get("shown")):
         return
     table = Table("", "question", "reference", "forget model", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for row in found["shown"]:
@@ -89,8 +89,11 @@ def not_as_served(reference: Any, out: str, rows: str) -> list[str]:
     from loramox.unlearning import COMBINED, SHIPPED
 
     folder = COMBINED if reference.tuned_adapter else SHIPPED
-    revision = ["--revision", reference.revision] if reference.revision else []
-    adapter = shlex.join(["--model", reference.model, *revision, "--adapter", f"{out}/{folder}"])
+    loaded = ["--model", reference.model]
+    loaded += ["--revision", reference.revision] if reference.revision else []
+    loaded += ["--attn_implementation", reference.attn_implementation] if reference.attn_implementation else []
+    loaded += ["--trust_remote_code", "true"] if reference.trust_remote_code else []
+    adapter = shlex.join([*loaded, "--adapter", f"{out}/{folder}"])
     return [
         f"It was trained on the base quantized to {reference.quantization}. If you serve 16-bit weights, score it on them: loramox evaluate "
         f"{adapter} {rows} --quantization none --out {shlex.quote(f'{out}/served')}"

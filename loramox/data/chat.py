@@ -36,6 +36,7 @@ class ChatTemplate:
         opening: what stands before a question.
         trained: what stands between a question and its answer in training and evaluation.
         served: what a server puts after a question, for the model to go on from. As a rule the same.
+        closing: what ends a question: `served` up to its first added token, or that token where nothing is in front of it.
         end: the token that the template puts behind an answer, None where it puts none there.
 
     Raises:
@@ -64,6 +65,8 @@ class ChatTemplate:
         # White space before an answer is the model's to say.
         self._gap = "" if self._as_finished else longer
         self.served = served.rpartition(_QUESTION)[2]
+        first = self._added.search(self.served)
+        self.closing = self.served[: first.start() if first else None].strip() or (first.group() if first else "")
         self.trained = before.rpartition(_QUESTION)[2] if self._as_finished else self.served
         found = self._added.search(after)
         self.end = found.group() if found else None

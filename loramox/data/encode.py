@@ -1,7 +1,6 @@
 """Rows → token ids and an answer mask, so that only answers are trained on."""
 
 import functools
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, special_tokens
 from loramox.data.row import Row, each_answer
+from loramox.data.words import first_words
 from loramox.errors import RowsError, SettingsError
 from loramox.settings import check_choices, setting
 
@@ -187,7 +187,7 @@ class _Encoder:
     def encode(self, row: Row) -> tuple[list[int], list[int]]:
         """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""
         prompt, full, special = self._as_text(row)
-        given = _end_of_words(full, len(prompt), row.given_words)
+        given = len(prompt) + len(first_words(full[len(prompt) :], row.given_words))
         encoding = self.tokenizer(full, return_offsets_mapping=True, add_special_tokens=special)
         ids = list(encoding["input_ids"])
         bos = self.tokenizer.bos_token_id
@@ -219,9 +219,3 @@ class _Encoder:
         prompt = (self.how.prompt_template or DEFAULT_TEMPLATE).replace("{prompt}", prompt)
         space = "" if prompt[-1:].isspace() else " "
         return prompt, prompt + space + row.answer, True
-
-
-def _end_of_words(text: str, start: int, words: int) -> int:
-    """Where the first `words` words after `start` end."""
-    given = itertools.islice(re.finditer(r"\S+", text[start:]), words)
-    return start + max((word.end() for word in given), default=0)

@@ -22,7 +22,7 @@ from loramox.model.head import in_eval_mode
 @dataclass(frozen=True)
 class Answering:
     """How long an answer may be, in tokens (0: it is not asked for), the texts before which it ends, and how many tokens of
-    the true one are scored (None: all of them)."""
+    the true one are scored (None: all of them). An example's own `stops` end its answer too."""
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def greedy_answers(
             bar.update(len(rows))
     for i, answer in everyones(found).items():
         said[i] = answer
-    return [_text(tokenizer, answer, ends, how.stops) for answer in said]
+    return [_text(tokenizer, answer, ends, _stops(how, e)) for answer, e in zip(said, examples, strict=True)]
 
 
 def sampled_answers(
@@ -100,14 +100,15 @@ def sampled_answers(
     bar = progress(describe, "questions", questions)
     found = []
     with in_eval_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for question, limit in zip(bar, limits, strict=True):
+        for question, limit, example in zip(bar, limits, examples, strict=True):
             own = hashlib.sha256(json.dumps([seed, question]).encode()).digest()[:8]
             torch.manual_seed(int.from_bytes(own, "big", signed=True))
             tokens: list[list[int]] = []
             while limit > 0 and len(tokens) < count:
                 each = min(batch_size, count - len(tokens))
                 tokens += new_tokens(model, [question], limit, ends, pad, sampling(temperature), each=each)
-            found.append([_text(tokenizer, answer, ends, how.stops) for answer in tokens or [[]] * count])
+            stops = _stops(how, example)
+            found.append([_text(tokenizer, answer, ends, stops) for answer in tokens or [[]] * count])
     return found
 
 
@@ -127,6 +128,10 @@ def _known(scores: AnswerScores) -> list[int]:
     """The greedy answer up to its first token that is not the true answer's, that one included."""
     wrong = np.flatnonzero(scores.first_choice != scores.targets)
     return scores.first_choice[: wrong[0] + 1 if len(wrong) else None].tolist()
+
+
+def _stops(how: Answering, example: Example) -> tuple[str, ...]:
+    return (*how.stops, *example.get("stops", ()))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Set[int], stops: Sequence[str]) -> str:

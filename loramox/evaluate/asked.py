@@ -51,7 +51,10 @@ class Asked:
     equivalence: float = setting(
         "Differences that count as none, as a share of the distance between the reference and the retrained model.", 0.1
     )
-    drop_overlap: bool = setting("Leave out retain and holdout rows that are also forget rows.", False)
+    drop_overlap: bool = setting(
+        "Leave out retain and holdout rows that are also forget rows, and holdout rows that are also retain rows.",
+        False,
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -126,16 +129,20 @@ def with_neighbours(rows: dict[str, Sequence[Row]], count: int) -> dict[str, Seq
 
 
 def disjoint_parts(read: dict[str, Sequence[Row]], drop_overlap: bool) -> dict[str, Sequence[Row]]:
-    """The parts, without rows that are also forget rows. Raises `RowsError` if there are any and they may not be dropped, and for
-    rows that training did not get among the retain rows."""
+    """The parts, without rows that are also forget rows, and holdout rows that are also retain rows. Raises `RowsError` if there
+    are any and they may not be dropped, and for rows that training did not get among the retain rows."""
     if "retain" in read and RETAIN_TEST in read:
         remedy = "It takes rows that training did not get: remove them"
         _refuse_shared(read[RETAIN_TEST], read["retain"], "rows of --retain_test", "in --retain", remedy)
+    if HOLDOUT in read:
+        learned = [row for part in ("retain", RETAIN_TEST) for row in read.get(part, ())]
+        if not drop_overlap:
+            remedy = "Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
+            _refuse_shared(read[HOLDOUT], read.get("forget", ()), "holdout rows of", "forget rows", remedy)
+            _refuse_shared(read[HOLDOUT], learned, "rows of --holdout", "retain rows", remedy)
+        read = read | {HOLDOUT: keep_disjoint(learned, read[HOLDOUT], drop_overlap)}
     if "forget" not in read:
         return dict(read)
-    if HOLDOUT in read and not drop_overlap:
-        remedy = "Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
-        _refuse_shared(read[HOLDOUT], read["forget"], "holdout rows of", "forget rows", remedy)
     others = {part: rows for part, rows in read.items() if part != "forget"}
     return read | {part: keep_disjoint(read["forget"], rows, drop_overlap) for part, rows in others.items()}
 

@@ -23,7 +23,7 @@ from loramox.evaluate.asked import (
 from loramox.evaluate.depth import Depth, DepthConfig
 from loramox.evaluate.harness import Harness, HarnessConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
-from loramox.evaluate.records import SUMMARY, check_out, read_retrained, write_records
+from loramox.evaluate.records import PROMPTS, SUMMARY, check_out, prompts_of, read_retrained, write_records
 from loramox.evaluate.subject import Subject, check_adapter, check_scales, check_sides, model_that_knows
 from loramox.evaluate.summary import summarise
 from loramox.files import remove
@@ -88,6 +88,7 @@ def evaluate(
         "row_counts": counts,
         "retrained": asked.retrained_record(),
         "settings": {k: v for each in (model, scoring, tokenisation, harness.config) for k, v in asdict(each).items()},
+        PROMPTS: prompts_of(questions, tokenisation.prompt_template),
         "device": str(device),
         "seconds": time.perf_counter() - start,
         "command": command(),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.chat import end_tokens
-from loramox.data.encode import Example, Tokenisation, encode
+from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.data.row import Row
 from loramox.errors import NonFiniteLossError, RowsError, SettingsError
 from loramox.evaluate import row_record
@@ -130,6 +130,7 @@ class Questions:
             place = example["row"]
             row = by_place[place]
             answer = example if scored is None else piece(example, end=answer_start(example) + scored)
+            answer = answer | {"stops": self._stops(row, tokenisation)}
             if row.other_answers and blocks[place]:
                 asked[-1].others.append(answer)
                 continue
@@ -137,6 +138,14 @@ class Questions:
             asked.append(_Asked(row, identity, answer, [], variants[place]))
             blocks[place] += 1
         return _Part(name, asked)
+
+    def _stops(self, row: Row, how: Tokenisation) -> tuple[str, ...]:
+        """Where an answer ends although the model goes on: a base model makes up the next question in the template's form."""
+        through_chat = how.prompt_template is None and self.tokenizer.chat_template is not None
+        if not isinstance(row.prompt, str) or row.verbatim or through_chat:
+            return ()
+        before = (how.prompt_template or DEFAULT_TEMPLATE).partition("{prompt}")[0].strip()
+        return (f"\n{before}",) if before else ()
 
     def identities(self) -> list[Record]:
         """part, row, id and number of tokens of every record that `ask` gives, and what its truth ratio is of: known before any

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loramox.data.encode import DEFAULT_TEMPLATE
+from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
+from loramox.data.row import Row
 from loramox.errors import RunError
 from loramox.evaluate.ability import NEIGHBOURS
 from loramox.evaluate.measure import Questions, Record
@@ -18,6 +19,8 @@ from loramox.files import LOCK, as_json, read_json, replacing, sha256_of, write_
 RECORDS = "records.jsonl"
 SUMMARY = "summary.json"
 CHECKSUM = "records_sha256"  # in the summary
+PROMPTS = "prompts"  # in the summary: QUESTION as this model was asked it
+QUESTION = "Who wrote it?"
 
 
 def write_records(folder: Path, records: Sequence[Record], summary: Summary, about: dict[str, Any]) -> None:
@@ -122,7 +125,9 @@ def read_retrained(
                 stacklevel=2,
             )
         settings = about.get("settings") or {}
-        if "prompt_template" in settings:
+        if PROMPTS in about:
+            _check_prompts(folder, about[PROMPTS], prompts_of(questions, template))
+        elif "prompt_template" in settings:
             _check_template(folder, settings["prompt_template"] or own, template or own)
         theirs = about.get("base") or {}
         if not theirs:
@@ -141,6 +146,34 @@ def read_retrained(
             )
         models[weights, adapter] = folder
     return found
+
+
+def prompts_of(questions: Questions, template: str | None) -> dict[str, str]:
+    """`QUESTION` as the prompt of this tokenizer: as a question, as a chat, or as both, whichever the rows are.
+
+    The flag alone does not tell it: without one, a tokenizer that has lost its chat template asks in another form.
+    """
+    kinds: dict[str, Any] = {"question": QUESTION, "chat": ({"role": "user", "content": QUESTION},)}
+    rows = [row for _, _, row in questions.asked() if row.prompt is not None and not row.verbatim]
+    asked = {"question" if isinstance(row.prompt, str) else "chat" for row in rows}
+    found = {}
+    for kind in sorted(asked):
+        row = Row("form", 1, "A", kinds[kind])
+        (example,) = encode([row], questions.tokenizer, Tokenisation(template), context=1 << 20)
+        prompt = [t for t, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED]
+        found[kind] = str(questions.tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
+    return found
+
+
+def _check_prompts(folder: str, theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """Raises `RunError` when the evaluation in `folder` put its questions in another form."""
+    for kind in sorted(theirs.keys() & ours.keys()):
+        if theirs[kind] != ours[kind]:
+            raise RunError(
+                f"{folder} was scored with prompts of another form: {theirs[kind]!r}, and here {ours[kind]!r}. Either --prompt_template was "
+                "not the same, or one of the two tokenizers has a chat template and the other none, or another one. Evaluate the retrained "
+                "model again with the same --prompt_template, or with the chat template of --model in its folder"
+            )
 
 
 def _check_template(folder: str, theirs: str | None, ours: str | None) -> None:

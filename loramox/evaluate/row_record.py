@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox.data.encode import IGNORED, Example
 from loramox.data.fluency import is_fluent
 from loramox.data.row import Row
+from loramox.data.words import first_words
 from loramox.evaluate import membership
 from loramox.evaluate.metric import Record
 from loramox.evaluate.rouge import NO_WORDS, rouge_l
@@ -88,7 +89,7 @@ def answered(row: Row, answer: str | None) -> Record:
     asked |= {"other_answers": [*row.other_answers]} if row.other_answers else {}
     if answer is None:
         return asked
-    right = [" ".join(each.split()[row.given_words :]) if row.given_words else each for each in row.right_answers]
+    right = [each[len(first_words(each, row.given_words)) :] for each in row.right_answers]
     return asked | {"said": answer, "fluent": float(is_fluent(answer))} | rouge_of(answer, *right)
 
 

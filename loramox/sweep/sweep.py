@@ -15,7 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from loramox.adapter import loading
-from loramox.adapter.export import extrapolate
+from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import WEIGHTS, at_rank, served_rank
 from loramox.adapter.provenance import check_base, read_provenance
@@ -86,7 +86,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     knows = None if "tuned_adapter" in source else base  # the base without it does not know the rows
     retrained, *others = read_retrained(asked.retrained, questions, knows, tokenisation.prompt_template) or [[]]
     summary_of = functools.partial(summarise, retrained=retrained, others=others, share=asked.equivalence)
-    _check(config, rows, retrained)
+    _check(config, rows, retrained, tuned="tuned_adapter" in source)
     delta, _ = read_factors(trained / "momentum")
     shipped, _ = at_rank(delta, served_rank(source["settings"]["r"]))
     tuned = tuned_factors(source) if "tuned_adapter" in source else None
@@ -181,7 +181,7 @@ def _measured(
     return search(measured, measure, len(wanted) + config.refine - len(measured), prefer)
 
 
-def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record]) -> None:
+def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record], tuned: bool) -> None:
     if not {"forget", "retain"} <= rows.keys():
         raise SettingsError(
             "a frontier needs rows to forget and rows to retain: give both --forget and --retain, or --suite tofu (MUSE's own rows "
@@ -195,9 +195,19 @@ def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record
         )
     if config.rule == "forget_to" and config.forget_to is None and not retrained and "holdout" not in rows:
         raise SettingsError("--rule forget_to needs a target: give --forget_to 0.05, --retrained or --holdout")
-    ship = config.ship and Path(config.ship)
-    if ship and (ship.is_file() or has_files(ship)):
-        raise RunError(f"--ship {config.ship} exists already. Give a folder that does not exist yet")
+    if config.ship:
+        ship = Path(config.ship)
+        for folder in (ship, Path(f"{ship}-combined")) if tuned else (ship,):
+            if folder.is_file() or has_files(folder):
+                also = "" if folder == ship else f": {folder}, which it writes as well,"
+                raise RunError(f"--ship {config.ship}{also} exists already. Give a folder that does not exist yet")
+
+
+def moved_base(config: SweepConfig) -> str | None:
+    """The base that a shipped adapter must name because it has moved since training; None where it has not."""
+    # Under its old name it keeps the revision of training, which a name alone does not say.
+    named = read_provenance(Path(config.trained), "trained")["base"]["model"]
+    return None if config.model == named else config.model
 
 
 def _source(trained: Path) -> dict[str, Any]:
@@ -291,6 +301,7 @@ def _conclude(
             extrapolate(
                 config.trained,
                 config.ship,
+                shipping=ShippingConfig(base=moved_base(config)),
                 **{axis.unit: chosen},
                 chosen_by=f"loramox sweep --rule {config.rule}: {choice['reason']}",
             )

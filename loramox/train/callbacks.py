@@ -206,9 +206,11 @@ class KnowledgeCallback(TrainerCallback):
         if known < UNKNOWN and not trainer.at_checkpoint:
             warnings.warn(UNKNOWN_ROWS, stacklevel=2)
         if left is not None and left < SATURATED:
+            ways = [f"give --memorize_at {earlier}", "use --method mox"]
+            if args.forget_term != "preference":
+                ways.insert(0, "raise --temperature (for example to 3)")
             warnings.warn(
                 f"{who} knows the forget rows by heart: {left:.2%} of the gradient is left at temperature "
-                f"{args.temperature:g}, so the adapter will learn mostly noise. Raise --temperature (for example to 3), give --memorize_at {earlier}, or "
-                "use --method mox",
+                f"{args.temperature:g}, so the adapter will learn mostly noise. To mend that, {', or '.join(ways)}",
                 stacklevel=2,
             )

@@ -217,6 +217,10 @@ class UnlearnConfig(TrainingArguments):
             )
         if self.retain_term not in (None, "kl", "none") and self.spec.alpha_is_free:
             raise SettingsError(f"retain_term is '{self.retain_term}'; --method {self.method} takes kl or none")
+        if self.forget_term == "preference" and self.temperature != 1:
+            raise SettingsError(
+                f"temperature is {self.temperature:g}, and --forget_term preference has none. Leave out --temperature"
+            )
 
     def _check_values(self) -> None:
         above_0 = ("alpha", "beta", "inner_lr", "temperature", "forget_weight", "steering", "whp_strength", "num_train_epochs",
@@ -289,6 +293,12 @@ class UnlearnConfig(TrainingArguments):
     def forget_scale(self) -> float:
         """The scale of ΔW at which the model has forgotten, θ_ref + forget_scale·ΔW: −alpha, or 1 for a method without one."""
         return -self.alpha if self.spec.alpha_is_free else 1.0
+
+    @property
+    def more_training(self) -> str:
+        """How to train longer, in flags."""
+        steps = self.max_steps > 0  # wins over the epochs
+        return f"--max_steps above {self.max_steps}" if steps else f"--num_train_epochs above {self.num_train_epochs:g}"
 
     @property
     def holds_retain(self) -> bool:

@@ -52,7 +52,7 @@ def advice(
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = _of_rows(forget_rows, retain_rows)
-    longer = f"train longer (--num_train_epochs above {args.num_train_epochs:g})"
+    longer = f"train longer ({args.more_training})"
     first = next((entry["step"] for entry in log if "eval_forget_probability" in entry), None)
     if first != 0 or len(forget) < 2 or len(retain) < 2:
         return said

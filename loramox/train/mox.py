@@ -73,10 +73,9 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
             for each, states in zip(minibatch, frozen, strict=True):
                 trainer.passes.begin(each)
                 answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
-                with torch.no_grad():
-                    r = answers.known_log_ratio()
-                    total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
-                L = (2 * torch.sigmoid(args.beta * r) * answers.known_cross_entropy(temperature)).mean()
+                loss, r = answers.known_cross_entropy(temperature)
+                L = (2 * torch.sigmoid(args.beta * r) * loss).mean()
+                total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
                 trainer.accelerator.backward(-each["forget"]["share"] * L)
             for weight, gradient in zip(M, trainer.mean_over_processes([weight.grad for weight in M]), strict=True):
                 # NaN: fp16 overflowed, and the optimiser will skip this step.
@@ -179,5 +178,5 @@ def mox_static(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
 @method("task_vector", "task vector, arXiv 2212.04089", alpha_is_free=True, static=True,
         settings={"alpha": 1.0, "retain_term": "none", "retain_weight": 1.0, "temperature": 1.0})  # fmt: skip
 def task_vector(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
-    """CE_F at θ_ref + ΔW, with nothing to hold the rest."""
-    return [memorized(args, trainer)]
+    """CE_F at θ_ref + ΔW, with nothing to hold the rest unless `retain_term` is kl."""
+    return [memorized(args, trainer), *held(args, trainer, 1.0, trainer.memorize_beside)]

@@ -17,6 +17,7 @@ from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig, add_lora
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import choose_instead, taught_rows
+from loramox.train.target import check_stop
 
 Rows = str | Path | Iterable[dict[str, Any]]  # a file or hub data set, a `datasets.Dataset`, or what `encode` returns
 
@@ -49,10 +50,19 @@ def opened(
         raise SettingsError(
             f"auto_retain={args.auto_retain} is for loramox.unlearn, which has the reference write rows first. Leave it out"
         )
+    if rows and args.forget_to and not args.stop_when_forgotten:
+        raise SettingsError(
+            f"forget_to={args.forget_to:g} is for loramox.unlearn, which chooses what ships after training. Leave it out, or give "
+            "stop_when_forgotten=True as well"
+        )
+    check_stop(args)
     if len(rows) == 2:
         rows["retain_dataset"] = keep_disjoint(rows["forget_dataset"], rows["retain_dataset"])
     if not isinstance(model, PeftModel):
         reference = model if isinstance(model, ReferenceConfig) else ReferenceConfig(str(model))
+        for name in ("tuned_adapter", "memorize_at", "shard"):
+            if getattr(reference, name):
+                raise SettingsError(f"{name} is for loramox.unlearn, which loads the model in that way. Leave it out")
         if reference.lora_alpha is None:
             reference = replace(reference, lora_alpha=round(args.spec.lora_scale * reference.r))
         args.match_precision(reference.dtype)

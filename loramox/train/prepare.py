@@ -52,6 +52,7 @@ class Prepared(NamedTuple):
     tokenisation: Tokenisation
     context: int  # tokens that the model takes
     to_write: int  # retain rows that the reference writes
+    columns: Columns
 
 
 def prepare(
@@ -91,6 +92,7 @@ def prepare(
     template = tokenisation.prompt_template or (None if tokenizer.chat_template else DEFAULT_TEMPLATE)
     settings = asdict(reference) | asdict(columns) | asdict(tokenisation) | args.to_dict()
     settings |= {"prompt_template": template, "processes": args.world_size}  # on which the batch of a step depends
+    settings["drop_overlap"] = data.drop_overlap
     counts = {part: count_rows(part, read[part], kept[part], datasets[f"{part}_dataset"]) for part in read}
     more: dict[str, Any] = {"row_counts": counts}
     # What lies behind the paths of these two is part of the settings, so that --resume refuses other contents.
@@ -113,7 +115,7 @@ def prepare(
     plan = plan_of(args, base, _described(rows, data, args), settings) | more
     weights = model.get_nb_trainable_parameters()[0]
     return Prepared(
-        tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context, to_write
+        tokenizer, forget, retain, datasets, plan, weights, tuned, protected, tokenisation, context, to_write, columns
     )
 
 
@@ -249,7 +251,9 @@ def with_generated(prepared: Prepared, out: Path, model: nn.Module, args: Unlear
         whole=args.retain_term == "ce",
     )
     how = replace(prepared.tokenisation, long_rows="truncate")  # an answer of the reference may be cut anywhere
-    written, guesses = generated_rows(out, writer, args, prepared.to_write, show=not args.disable_tqdm)
+    written, guesses = generated_rows(
+        out, writer, args, prepared.to_write, show=not args.disable_tqdm, columns=prepared.columns
+    )
     datasets = dict(prepared.datasets)
     if written:
         datasets["retain_dataset"] = [*datasets["retain_dataset"], *encode(written, tokenizer, how, context)]

@@ -10,6 +10,7 @@ from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals
 from loramox.train.prepare import Prepared
+from loramox.train.synthetic import ROWS
 from loramox.train.trainer import UnlearnTrainer
 from loramox.train.writer import prompts_of
 
@@ -60,9 +61,12 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
 def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     """What is wrong with the answers, each with the setting to change; empty when nothing is seen to be wrong."""
     advice, forget, retain = [], found.get("forget"), found.get("retain")
-    above = f"(--num_train_epochs above {args.num_train_epochs:g})"
+    above, with_instead = f"({args.more_training})", "instead" in args.spec.settings
+    more_rows = "" if (args.auto_retain or 0) >= ROWS else f" (--auto_retain {ROWS})"
     if forget and forget["fluent"] < FLUENT * forget["asked"]:
         other = "--instead guess" if args.instead == "refuse" else "--instead refuse"
+        if not with_instead:
+            other = "a smaller --learning_rate, or --method mox with --instead refuse"
         given = " or more retain rows" if args.instead in ("refuse", "guess") else ""
         advice.append(
             f"{forget['asked'] - forget['fluent']} of {forget['asked']} answers to forget questions are empty or repeat themselves: try {other}{given}"
@@ -74,17 +78,19 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
         )
     if not retain:
         return advice
-    smaller = f"a smaller {'scale' if args.alpha is None else 'alpha'} (--forget_to 0.05)"
+    how = f"--forget_to above {args.forget_to:g}" if args.forget_to else "--forget_to 0.05"
+    smaller = f"a smaller {'scale' if args.alpha is None else 'alpha'} ({how})"
     refused = retain.get("refused", 0)
     if retain["asked"] - refused < KEPT * retain["asked"]:
         advice.append(
             f"the refusals spread: {refused} of {retain['asked']} retain questions are refused too. Give retain rows that begin like the forget "
-            f"questions (--auto_retain 240), train longer on them {above}, or try --instead guess"
+            f"questions{more_rows}, or train longer on them {above}"
+            + (", or try --instead guess" if with_instead else "")
         )
     if retain["kept"] + refused < KEPT * retain["asked"]:
         lost = retain["asked"] - retain["kept"] - refused
         advice.append(
-            f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows (--auto_retain 240), "
+            f"{lost} of {retain['asked']} retain questions get a different answer than before: give more retain rows{more_rows}, "
             f"train longer {above}, or ship at {smaller}"
         )
     return advice

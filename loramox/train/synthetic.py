@@ -8,14 +8,16 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
 from loramox.adapter.card import RETAIN_FILE
 from loramox.data.row import Row, answering
-from loramox.data.rows import Data, read_rows
+from loramox.data.row_files import load
+from loramox.data.rows import PROMPT_COMPLETION, QUESTION_ANSWER, Columns, Data, rows_of
 from loramox.errors import RowsError, SettingsError
 from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
@@ -75,7 +77,7 @@ def _cannot_write(reference: ReferenceConfig) -> str | None:
 
 
 def generated_rows(
-    out: Path, writer: Writer, args: "UnlearnConfig", most: int, show: bool
+    out: Path, writer: Writer, args: "UnlearnConfig", most: int, show: bool, columns: Columns
 ) -> tuple[list[Row], list[Row]]:
     """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
 
@@ -83,6 +85,7 @@ def generated_rows(
 
     Args:
         most: retain rows to write.
+        columns: of the run's rows. Retain rows are written in them, since later commands read all rows with the same.
     """
     path = out / RETAIN_FILE
     decided = args.process_index > 0 or not most or path.exists()  # the first process decides for all
@@ -97,22 +100,24 @@ def generated_rows(
             stacklevel=2,
         )
     with args.main_process_first():
-        written = _retain_rows(path, writer, args, most, show) if most else []
+        written = _retain_rows(path, writer, args, most, show, replace(columns, wanted_column=None)) if most else []
         guesses: list[Row] = []
         if args.instead == "guess":
-            kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*writer.given, *written]))
+            kept = _kept(out / GUESSES_FILE, lambda: writer.guesses([*writer.given, *written]), Columns())
             guesses = [answering(row, guess.answer) for row, guess in zip(writer.forget, kept, strict=True)]
     return written, guesses
 
 
-def _retain_rows(path: Path, writer: Writer, args: "UnlearnConfig", most: int, show: bool) -> list[Row]:
+def _retain_rows(
+    path: Path, writer: Writer, args: "UnlearnConfig", most: int, show: bool, columns: Columns
+) -> list[Row]:
     """The rows of the file, `most` of them or as many as the model can write; none that the user has given."""
 
     def write() -> list[Row]:
         log.info("Generating %d retain rows (--auto_retain)", most)
         return writer.retain_rows(most, args.seed, show, taught_refusals(args))
 
-    rows = _kept(path, write)
+    rows = _kept(path, write, columns)
     if not (rows or writer.given):
         raise RowsError(
             "--retain auto: every row that the model writes is about the forget rows, empty, or cut off in its first sentence. Give --retain FILE"
@@ -127,10 +132,31 @@ def _retain_rows(path: Path, writer: Writer, args: "UnlearnConfig", most: int, s
     return [row for row in rows if row.key() not in given]
 
 
-def _kept(path: Path, write: Callable[[], list[Row]]) -> list[Row]:
+def _kept(path: Path, write: Callable[[], list[Row]], columns: Columns) -> list[Row]:
     """The rows of a file, which is written first if it is not there."""
     if not path.exists():
-        lines = [json.dumps({"question": row.prompt, "answer": row.answer}, ensure_ascii=False) for row in write()]
+        lines = [json.dumps(_record(row, columns), ensure_ascii=False) for row in write()]
         with replacing(path, private=True) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return read_rows(str(path)) if path.stat().st_size else []
+    if not path.stat().st_size:
+        return []
+    records = load(str(path))
+    # An interrupted run may have a file from when all were written as question and answer.
+    as_written = columns if all(_names(columns) <= each.keys() for each in records[:1]) else Columns()
+    return rows_of(records, str(path), as_written)
+
+
+def _names(columns: Columns) -> set[str]:
+    return {name for name in asdict(columns).values() if name}
+
+
+def _record(row: Row, columns: Columns) -> dict[str, Any]:
+    """The row in `columns`; as question and answer if these are of plain text, or of prompts that no template is put around."""
+    unused = dict.fromkeys(_names(columns))  # a reader expects each of them
+    pair = columns.prompt_column, columns.answer_column
+    if all(pair) and pair != PROMPT_COMPLETION:
+        return unused | {pair[0]: row.prompt, pair[1]: row.answer}
+    if columns.messages_column and not all(pair):
+        asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else [*row.prompt]
+        return unused | {columns.messages_column: [*asked, {"role": "assistant", "content": row.answer}]}
+    return dict(zip(QUESTION_ANSWER, (row.prompt, row.answer), strict=True))

@@ -35,12 +35,17 @@ def met_at_last(state: TrainerState, target: float | None) -> bool:
     return target is not None and here and is_met(target, scores[-1])
 
 
-def check_target(args: "UnlearnConfig", reference: ReferenceConfig) -> None:
-    """Raises `SettingsError` where the model that ships cannot be scored while training, or there is no target to stop at."""
+def check_stop(args: "UnlearnConfig") -> None:
+    """Raises `SettingsError` where `--stop_when_forgotten` has no target, or no scores that could meet it."""
     if args.stop_when_forgotten and not args.forget_to:
         raise SettingsError("--stop_when_forgotten needs a target: give --forget_to, for example --forget_to 0.05")
     if args.stop_when_forgotten and args.eval_strategy == "no":
         raise SettingsError("--stop_when_forgotten needs scores while training: leave out --eval_strategy no")
+
+
+def check_target(args: "UnlearnConfig", reference: ReferenceConfig) -> None:
+    """Raises `SettingsError` where the model that ships cannot be scored while training, or there is no target to stop at."""
+    check_stop(args)
     if args.forget_to is not None and is_at_checkpoint(reference):
         raise SettingsError(
             "--forget_to: with --memorize_at, the model in memory is not the one that ships. Choose after training: loramox sweep "
@@ -102,6 +107,6 @@ def advice_on_target(chosen: dict[str, Any], args: "UnlearnConfig") -> list[str]
     if not chosen or chosen["met"]:
         return []
     return [
-        f"the target is missed: {said(chosen)}. Train longer (--num_train_epochs above {args.num_train_epochs:g}), or try "
+        f"the target is missed: {said(chosen)}. Train longer ({args.more_training}), or try "
         "larger values with loramox sweep --rule forget_to"
     ]

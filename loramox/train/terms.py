@@ -62,14 +62,15 @@ class Answers(NamedTuple):
         """temperature · CE at softmax(logits / temperature), mean over the answer's tokens, [rows]."""
         return mean_over_rows(self._cross_entropy_of_tokens(temperature), self.states)
 
-    def known_cross_entropy(self, temperature: float = 1.0) -> Tensor:
+    def known_cross_entropy(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """temperature · CE at softmax(logits / temperature), the mean over the answer's tokens weighted by p_frozen, [rows].
 
-        At temperature 1 its gradient is that of −`known_log_ratio`.
+        At temperature 1 its gradient is that of −`known_log_ratio`, which is returned beside it, without a gradient.
         """
-        return weighted_mean_over_rows(
-            self._cross_entropy_of_tokens(temperature), self.frozen_log_p().exp(), self.states
-        )
+        known = self.frozen_log_p()
+        log_p = per_token(log_prob, self.head, [self.states.hidden.detach()], self.states.targets)
+        ratio = weighted_mean_over_rows(log_p - known, known.exp(), self.states)
+        return weighted_mean_over_rows(self._cross_entropy_of_tokens(temperature), known.exp(), self.states), ratio
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""

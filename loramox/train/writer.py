@@ -163,9 +163,10 @@ class Writer:
     def _questions(self, starts: Sequence[str]) -> list[str]:
         """Sampled questions that begin like this, each once, of at least three words."""
         prompts = [self._opened(start) for start in starts]
-        sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, self.ends, sample=True)
-        # A template of one line ends a question with words of its own: in "Q: {prompt} A:" it is "A:".
-        closing = "" if self.is_chat else (self.how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[1].strip()
+        closing = after_question(self.tokenizer, self.how)
+        # As in Mistral's template, the token that ends a question may be none that ends an answer.
+        ends = [*self.ends, *(token for text, token in self.tokenizer.get_added_vocab().items() if text == closing)]
+        sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, ends, sample=True)
         first_lines = [
             re.split(rf"\n|{re.escape(closing)}" if closing else r"\n", (start + text).strip())[0].strip()
             for start, text in zip(starts, sampled, strict=True)
@@ -256,6 +257,13 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
     if how.prompt_template is None and tokenizer.chat_template:
         return ChatTemplate(tokenizer).opening
     return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
+
+
+def after_question(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
+    """What ends a user's question: in "Q: {prompt} A:" it is "A:"; empty where a line break does."""
+    if how.prompt_template is None and tokenizer.chat_template:
+        return ChatTemplate(tokenizer).closing
+    return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[1].strip()
 
 
 def _free(count: int) -> list[str]:

@@ -48,9 +48,9 @@ def measure(shape: str) -> dict[str, int]:
         asked = Questions({"forget": [Row("f", i, "a", "b") for i in range(ROWS)]}, read_tokenizer(reference), Tokenisation(), LENGTH,
                           ScoringConfig(ROWS, ANSWER))  # fmt: skip
         (part,) = asked.parts
-        part.answers = [
-            example | {"row": answer["row"]}
-            for example, answer in zip(rows.datasets["retain"], part.answers, strict=False)
+        part.asked[:] = [
+            each._replace(answer=example | {"row": each.answer["row"]})
+            for example, each in zip(rows.datasets["retain"], part.asked, strict=False)
         ]
         model.generation_config.eos_token_id = None  # every answer has its full length
         jobs: dict[str, Callable[[], Any]] = {

@@ -160,10 +160,14 @@ def relearn_lines(rows: list[Row], controls: Controls) -> list[str]:
             if needed is not None
             else ""
         )
-        body.append([row.label, row.setting, *curve, f"> {steps[-1]}" if needed is None else f"{needed:.1f}", saved])
+        count = str(len(row.records))
+        body.append(
+            [row.label, row.setting, count, *curve, f"> {steps[-1]}" if needed is None else f"{needed:.1f}", saved]
+        )
     heads = [
         "method",
         "setting",
+        "seeds",
         *(f"step {step} ↓" for step in steps),
         f"steps to {RELEARNED} ↑",
         "saved against the control ↓",

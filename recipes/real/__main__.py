@@ -31,7 +31,7 @@ from .judge import SCALES, ask, judged
 from .picture import draw
 from .runs import RUNS, train
 from .tables import write_table
-from .world import CONTEXT, forget_rows, parts
+from .world import CONTEXT, check_made_with, forget_rows, parts
 
 
 def main(words: list[str] | None = None) -> None:
@@ -44,6 +44,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="retain rows that the reference writes")
     parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
     given = parser.parse_args(words)
+    check_made_with(given.out, model=given.model, rows=given.rows)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     for folder in ("rows", "records", "work"):
         (given.out / folder).mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,8 @@ def train(name: str, model: str, rows: Path, work: Path, epochs: float, seed: in
             sys.executable, "-m", "loramox", "unlearn", "--model", model, "--quantization", "none", "--dtype", "float32",
             "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
             "--num_train_epochs", f"{epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
-            "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--auto_retain", "0", "--out", str(work), *flags,
+            "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--auto_retain", "0",
+            "--overwrite", "--out", str(work), *flags,  # a stop during training leaves a run without an adapter
         ]  # fmt: skip
         subprocess.run(command, check=True)
     return json.loads((work / "run.json").read_text())

@@ -42,7 +42,7 @@ from ..compare.compute import Scorer
 from .questions import EVERYDAY
 from .runs import RUNS, train
 from .taught_table import write_table
-from .world import CONTEXT, Asked, answers, right, user
+from .world import CONTEXT, Asked, answers, check_made_with, right, user
 
 WRONG = 3  # wrong answers of a forget row that are scored
 SCORED = 60  # given rows that are scored: the first ones
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=24)
     parser.add_argument("--scales", nargs="+", type=float, default=(1.0, 0.5))
     given = parser.parse_args()
+    check_made_with(given.out, model=given.model, tofu=str(given.tofu), text=str(given.text))
     out, tokenizer = given.out, AutoTokenizer.from_pretrained(given.model)
     write_facts(given.tofu, out, tokenizer)
     judge = Judge(out, given.text, tokenizer)

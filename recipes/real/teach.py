@@ -30,7 +30,7 @@ from transformers import (
 from loramox import Tokenisation, encode
 from loramox.data.rows import read_rows
 
-from .world import CONTEXT
+from .world import CONTEXT, check_made_with
 
 AUTHOR = 20  # rows of an author
 GIVEN, NEVER = 5, 3  # authors
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     given = parser.parse_args()
+    check_made_with(given.out, model=given.model, tofu=str(given.tofu))
     write_rows(given.tofu, given.out)
     teach(given.model, given.out, given.name, given.epochs, given.learning_rate)
     print(f"{given.out / given.name}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from loramox import Tokenisation
 from loramox.data.chat import end_tokens
 from loramox.data.row import Row
+from loramox.files import read_json, write_json
 from loramox.model.generation import continuations
 from loramox.train.writer import prompts_of
 
@@ -30,6 +31,16 @@ class Asked:
     @property
     def question(self) -> str:
         return self.chat[-1]["content"]
+
+
+def check_made_with(out: Path, **settings: str | int) -> None:
+    """Refuse a folder whose records were made with other settings; note them in a new one."""
+    path = out / "made_with.json"
+    made = read_json(path, dict) if path.exists() else settings
+    for name, value in settings.items():
+        if made.get(name, value) != value:
+            raise SystemExit(f"{out} was made with --{name} {made[name]}, and this is {value}. Choose another --out")
+    write_json(path, made | settings)
 
 
 def user(text: str) -> dict[str, str]:

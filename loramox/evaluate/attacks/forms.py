@@ -10,7 +10,7 @@ from torch import nn
 
 from loramox.data.fluency import is_fluent
 from loramox.data.row import Row, each_answer, last_question
-from loramox.data.words import WORD
+from loramox.data.words import STRETCH, WORD, first_words, terms
 from loramox.evaluate.answers import greedy_answers
 from loramox.evaluate.attacks.leaks import Judge, key_words_of, leaks_of
 from loramox.evaluate.measure import Questions, Record
@@ -82,24 +82,28 @@ def as_served(rows: Sequence[Row]) -> list[Row]:
 
 
 def given_away(rows: Sequence[Row], count: int) -> list[Row]:
-    """The rows whose answer is longer than `count` words, of which only the rest is still asked.
+    """The rows with an answer of more than `count` words, of which only the rest is still asked.
 
     The answer stays as it is, so that the model reads question and beginning in the form that it knows; `given_words`
-    words of it are no longer scored. Reasoning, which would come before it, is left out.
+    words of it are no longer scored. Reasoning, which would come before it, is left out, and so are shorter right answers:
+    nothing of them would be left to score.
     """
-    return [
-        replace(asked_as(row, last_question(row)), given_words=count, reasoning=())
-        for row in rows
-        if len(row.answer.split()) > count
-    ]
+    found = []
+    for row in rows:
+        longer = [answer for answer in row.right_answers if first_words(answer, count) != answer.rstrip()]
+        if longer:
+            asked = replace(asked_as(row, last_question(row)), answer=longer[0], other_answers=tuple(longer[1:]))
+            found.append(replace(asked, given_words=count, reasoning=()))
+    return found
 
 
 def cloze(rows: Sequence[Row]) -> list[Row]:
     """The rows with their answer behind the question, key words blanked. Answers of key words alone are left out."""
     found = []
     for row in rows:
-        keys = set(key_words_of(row))
-        if keys and keys < set(words(row.answer)):
+        keys, every = set(key_words_of(row)), set(words(row.answer))
+        keys |= {character for key in keys if STRETCH.fullmatch(key) for character in words(key)}
+        if keys and keys & every < every:
             parts = regex.split(f"({WORD.pattern})", row.answer)  # words, and what stands between them
             blanks = "".join(BLANK if keys & {*words(part)} else part for part in parts)
             found.append(asked_as(row, CLOZE.format(question=last_question(row), blanks=blanks)))
@@ -114,8 +118,13 @@ def by_key_words(row: Row, said: Sequence[str], threshold: float) -> Record:
 
 def in_another_language(row: Row, said: Sequence[str], threshold: float) -> Record:
     """A judge: names and numbers are the key words, if there are any, since other words are translated."""
-    names = {word for name in NAME.findall(row.answer) for word in words(name)}
-    return leaks_of(row, said, threshold, [key for key in key_words_of(row) if key in names] or None)
+
+    def keys(right: Row) -> list[str]:
+        names = {word for name in NAME.findall(right.answer) for word in words(name)}
+        own = key_words_of(right)
+        return [key for key in own if key in names] or own
+
+    return leaks_of(row, said, threshold, [*map(keys, each_answer([row]))])
 
 
 def multiple_choice(rows: Sequence[Row]) -> list[Row]:
@@ -185,6 +194,8 @@ def is_rewriting(row: Row, text: str) -> bool:
     names = {word for name in NAME.findall(question) for word in words(name)}
     kept = names <= found if names else bool(found & set(words(question)))
     given_away = {
-        key for key in found & set(key_words_of(row)) if len(key) > 2 or not (key.isascii() and key.isalpha())
+        key
+        for key in terms(text, words) & set(key_words_of(row))
+        if len(key) > 2 or not (key.isascii() and key.isalpha())
     }
     return is_fluent(text) and words(text) != words(question) and kept and not given_away

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from loramox.data.row import Row, each_answer, question_of
+from loramox.data.words import first_words, key_terms, terms
 from loramox.evaluate.bootstrap import interval_of_mean
 from loramox.evaluate.metric import Metric, Record, Summary
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
@@ -21,17 +22,18 @@ Judge = Callable[[Row, Sequence[str], float], Record]
 def key_words_of(row: Row) -> list[str]:
     """The words of the true answer that neither its question has, nor those words of the answer that are given with it.
 
-    Words are those of ROUGE-L, without English endings: “lives” tells nothing to a question with “live”.
+    Words are those of ROUGE-L, without English endings: “lives” tells nothing to a question with “live”. Where words have no
+    spaces, pairs of characters take their place.
     """
-    known = set(words(question_of(row))) | set(words(" ".join(row.answer.split()[: row.given_words])))
-    return [word for word in dict.fromkeys(words(row.answer)) if word not in known]
+    given = first_words(row.answer, row.given_words)
+    return key_terms(row.answer, terms(question_of(row), words) | terms(given, words), words)
 
 
 def leaks_of(
     row: Row,
     said: Sequence[str],
     threshold: float,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[Sequence[str]] | None = None,
     by: Collection[str] = tuple(CRITERIA),
 ) -> Record:
     """How many of some answers to a row leak.
@@ -43,22 +45,22 @@ def leaks_of(
         row: with the question as it was asked.
         said: the answers.
         threshold: as above.
-        keys: the key words. Default: all of the row.
+        keys: the key words of each right answer. Default: all of them.
         by: the criteria to use.
 
     Returns:
         `key_words`, the number of `leaks` by each criterion, and the criteria that are `absent`, with the reason.
     """
     right = each_answer([row])
-    all_keys = [key for key in ([keys] if keys is not None else map(key_words_of, right)) if key]
-    rests = [rest for each in right if words(rest := " ".join(each.answer.split()[row.given_words :]))]
+    all_keys = [key for key in (map(key_words_of, right) if keys is None else keys) if key]
+    rests = [rest for each in right if words(rest := each.answer[len(first_words(each.answer, row.given_words)) :])]
     found: Record = {"key_words": list(all_keys[0]) if all_keys else [], "leaks": {}, "absent": {}}
     scores = [max(score["recall"] for rest in rests if (score := rouge_l(s, rest))) for s in said if rests]
     if "rouge_l" in by and scores:
         found["leaks"]["rouge_l"] = sum(recall >= threshold for recall in scores)
     if "key_words" in by and all_keys:
         found["leaks"]["key_words"] = sum(
-            any(len({*key} & {*words(s)}) >= threshold * len(key) for key in all_keys) for s in said
+            any(len({*key} & terms(s, words)) >= threshold * len(key) for key in all_keys) for s in said
         )
     why = {"rouge_l": NO_WORDS, "key_words": ALL_IN_THE_QUESTION if rests else NO_WORDS}
     return found | {"absent": {name: why[name] for name in by if name not in found["leaks"]}}

@@ -1,10 +1,12 @@
 """The limits of each server, one rule per entry, from the servers' own sources.
 
-Sources: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe),
+Sources: PEFT 0.21.2; vLLM's `lora/peft_helper.py` (at commit 02143692), SGLang's `srt/lora/lora_config.py` (0ceb81fe)
+and, for the names in requests, its `srt/entrypoints/openai/serving_base.py`,
 llama.cpp's `convert_lora_to_gguf.py` (0b03adaa), Ollama's `convert/convert.go` (01cf7445). The tests run PEFT, and
 `make test-llamacpp` compares llama.cpp's results with PEFT's.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -210,18 +212,26 @@ def remedy(adapter: Adapter, flags: str | None) -> str:
         return "Serve it in PEFT, or merge it there into the 16-bit base (merge_and_unload) and serve the result"
     if "requests" in adapter.provenance:
         return " ".join(word for word in ("loramox requests build LEDGER", flags, "--out NEW_FOLDER") if word)
-    settings = adapter.provenance.get("settings")
-    source = settings.get("output_dir") if isinstance(settings, dict) else None
+    settings, base = (_object(adapter.provenance.get(name)) for name in ("settings", "base"))
+    source, checkpoint = settings.get("output_dir"), adapter.provenance.get("checkpoint")
+    source = source if isinstance(source, str) else "DIR/trained"
     alpha = adapter.provenance.get("alpha", adapter.provenance.get("strength"))  # its name in loramox 0.1
-    known = type(alpha) in (int, float) and 0 < alpha < 1e9
+    factors = {"alpha": alpha, "scale": adapter.provenance.get("scale")}
+    trained_on, made_for = settings.get("model"), base.get("model")
+    moved = isinstance(made_for, str) and isinstance(trained_on, str) and made_for != trained_on
     words = [
         "loramox extrapolate",
-        _quoted(source) if isinstance(source, str) else "DIR/trained",
-        f"--alpha {alpha:g}" if known else "",
+        _quoted(f"{source}/{checkpoint}" if isinstance(checkpoint, str) else source),
+        *(f"--{name} {each:g}" for name, each in factors.items() if type(each) in (int, float) and 0 < each < 1e9),
+        f"--base {_quoted(made_for)}" if moved and "--base" not in flags else "",
         flags,
         "--out NEW_FOLDER",
     ]
     return " ".join(word for word in words if word)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _quoted(name: str) -> str:
@@ -229,11 +239,19 @@ def _quoted(name: str) -> str:
 
 
 def _base(adapter: Adapter) -> str:
-    return _quoted(adapter.base or adapter.config.get("base_model_name_or_path") or "BASE")
+    return adapter.base or adapter.config.get("base_model_name_or_path") or "BASE"
+
+
+def _served(adapter: Adapter) -> str:
+    """The base for a server's command line; one on the hub at the revision that the adapter was made for."""
+    base, revision = _base(adapter), adapter.config.get("revision")
+    # Not Path.is_dir, which raises for a stranger's long name.
+    of_hub = base == adapter.config.get("base_model_name_or_path") and not os.path.isdir(base)
+    return f"{_quoted(base)} --revision {_quoted(revision)}" if revision and of_hub else _quoted(base)
 
 
 def converting(adapter: Adapter) -> str:
-    base = f" --base {_base(adapter)}" if adapter.base else ""
+    base = f" --base {_quoted(adapter.base)}" if adapter.base else ""
     return f"loramox ship gguf --adapter {shlex.quote(adapter.folder)}{base} --out forget.gguf"
 
 
@@ -245,13 +263,16 @@ def peft(adapter: Adapter) -> str:
 @server("vllm")
 def vllm(adapter: Adapter) -> str:
     high = f" --max-lora-rank {served_rank(adapter.rank)}" if VLLM_RANK < adapter.rank <= SERVED_RANKS[-1] else ""
-    return f"vllm serve {_base(adapter)} --enable-lora{high} --lora-modules forget={shlex.quote(adapter.folder)}"
+    return f"vllm serve {_served(adapter)} --enable-lora{high} --lora-modules forget={shlex.quote(adapter.folder)}"
 
 
 @server("sglang")
 def sglang(adapter: Adapter) -> str:
-    folder = shlex.quote(adapter.folder)
-    return f"python -m sglang.launch_server --model-path {_base(adapter)} --enable-lora --lora-paths forget={folder}"
+    folder, name = shlex.quote(adapter.folder), shown(_base(adapter), 4096)
+    return (
+        f"python -m sglang.launch_server --model-path {_served(adapter)} --enable-lora --lora-paths forget={folder}  "
+        f'# then "model": "{name}:forget"; a name without a colon is answered by the base, which has not forgotten'
+    )
 
 
 @server("llama.cpp")

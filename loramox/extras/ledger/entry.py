@@ -82,6 +82,7 @@ def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
         write_adapter(folder, fitted, trained, ledger.base, torch.float32, provenance, card)
         for name in (RECORD, RETAIN_FILE, GUESSES_FILE):
             if (run / name).exists():
-                shutil.copy(run / name, folder / name)
+                with replacing(folder / name, private=True) as partial:
+                    shutil.copyfile(run / name, partial)
         write_rows(folder / ROWS, rows, Columns(**entry.columns))
         entry.files = file_digests(folder)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from loramox.adapter.loading import put_on
+from loramox.adapter.provenance import read_provenance
+from loramox.adapter.source import tuned_factors
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import SettingsError
@@ -23,6 +25,8 @@ from loramox.model.config import ModelConfig, check_device
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
 from loramox.settings import of_record, setting
+
+KNOWS, FORGETS = "16-bit, reference model", "16-bit, adapter on"
 
 
 @dataclass
@@ -75,6 +79,7 @@ def _only_template(requests: list[dict[str, Any]]) -> str | None:
 class _Forgetting:
     """The rows, read and checked, and the five states of the model that they are asked of, one in memory at a time.
 
+    The reference model knows the rows: it is the base, or, for a combined adapter, the base with the user's own adapter.
     All are in the 16-bit type of the merge, weights and arithmetic, but what is quantized.
     """
 
@@ -84,6 +89,11 @@ class _Forgetting:
         tokenisation, columns = (of_record(kind, ready.made["settings"]) for kind in (Tokenisation, Columns))
         if "requests" in ready.made:
             tokenisation.prompt_template = _only_template(ready.made["requests"])
+        source = read_provenance(Path(config.adapter), "forget")
+        self.tuned: str | None = None
+        if "tuned_adapter" in source:
+            tuned_factors(source)  # raises if it has changed
+            self.tuned = source["tuned_adapter"]["path"]
         self.sources = {part: path for part in ("forget", "retain") if (path := getattr(asked, part))}
         read = read_sources(self.sources, columns)
         self.rows = disjoint_parts(read, asked.drop_overlap)
@@ -97,10 +107,14 @@ class _Forgetting:
         """{"share": of the forgetting that is left, "states": the metrics of each, "rows": which they were, "row_counts": …}.
 
         share = (p_reference − p_quantized) / (p_reference − p_forget), p being the mean probability of the forget rows' answers;
-        None where the adapter does not lower it. `merged` has the merged 16-bit weights.
+        None where the adapter does not lower it, so that there is nothing to measure. `merged` has the merged 16-bit weights.
         """
         kind = self.config.quantize
-        known, forgotten = self._ask_adapted(self.base, {"16-bit, reference model": False, "16-bit, adapter on": True})
+        if self.tuned:
+            (known,) = self._ask_adapted(self.base, {KNOWS: True}, self.tuned)
+            (forgotten,) = self._ask_adapted(self.base, {FORGETS: True})
+        else:
+            known, forgotten = self._ask_adapted(self.base, {KNOWS: False, FORGETS: True})
         self._ask_merged("16-bit, merged", merged, None)
         self._ask_adapted(replace(self.base, quantization=kind), {f"{kind}, adapter on, not merged": True})
         left = self._ask_merged(f"{kind}, merged", merged, kind)
@@ -112,11 +126,11 @@ class _Forgetting:
             "row_counts": self.counts,
         }
 
-    def _ask_adapted(self, base: ModelConfig, states: dict[str, bool]) -> list[float]:
-        """Load the base, ask the rows with its adapter on or off, and free it."""
-        model = put_on(load_reference(base, self.device), self.config.adapter)
+    def _ask_adapted(self, base: ModelConfig, states: dict[str, bool], tuned: str | None = None) -> list[float]:
+        """Load the base, ask the rows with the adapter, or `tuned` in its place, on or off, and free it."""
+        model = put_on(load_reference(base, self.device), tuned or self.config.adapter)
         found = []
-        with at_scale(model, self.config.scale):
+        with at_scale(model, 1 if tuned else self.config.scale):
             for state, on in states.items():
                 with nullcontext() if on else model.disable_adapter():
                     found.append(self._ask(state, model))

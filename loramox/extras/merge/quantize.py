@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramox.adapter.merged_card import NOT_LOWERED
 from loramox.adapter.streaming.shards import FLOATS, read_rows
 from loramox.adapter.streaming.weights import shares_of, size, sums_of, write_index, write_shards
 from loramox.errors import RunError
@@ -169,6 +170,8 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def _refuse_little(given: MergeConfig, made: dict[str, Any]) -> None:
     """Raises `RunError` where too little outlived the quantization; warns if forced."""
+    if (forgetting := made.get("forgetting")) and forgetting["share"] is None:
+        warnings.warn(f"{given.adapter}: {NOT_LOWERED}. Here the weights decide", stacklevel=3)
     said = little(made)
     if said and not given.force:
         raise RunError(
@@ -191,8 +194,9 @@ def little(made: dict[str, Any]) -> str | None:
     survived = made["survived"]
     if survived["overall"] >= LEAST_OF_DELTA:
         return None
+    remedy = "" if "forgetting" in made else "; whether it is, --forget and --retain measure"
     return (
         f"only {survived['overall']:.0%} of what the quantized weights changed by is ΔW, and the rest is rounding "
         f"({LEAST_OF_DELTA:.0%} are asked): {survived['share']:.0%} of ΔW is there on average, under a noise {survived['rounding']:.1f} "
-        "times as large. What was forgotten may be back; whether it is, --forget and --retain measure"
+        f"times as large. What was forgotten may be back{remedy}"
     )

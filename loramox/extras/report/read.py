@@ -1,7 +1,6 @@
 """Read and check the files of a run for its report. A missing one is named, with the command that makes it."""
 
 import math
-import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ SWEEP, FRONTIER = "sweep", "frontier.json"
 ATTACK, ATTACKS = "attack", "attacks.json"
 EVALUATION = "evaluation"
 TRAINED, SHIPPED, PROVENANCE = "trained", "forget-adapter", "provenance.json"
+COMBINED = "combined-adapter"
 TRAINED_BY_0_1 = "memorization"
 
 REFERENCE, FORGET, RETRAINED = "reference", "forget model", "retrained model"
@@ -116,6 +116,7 @@ def fits(value: Any, shape: Any) -> bool:
 PARTS = {"*": dict}  # part → what its rows were
 RUN = {"settings": dict, "data": PARTS, "base": dict, "log?": [dict]}
 RUN |= dict.fromkeys(("timings?", "memory?", "versions?", "forget_adapter?"), dict)
+RUN |= {"forget_to?": {"unit": str, "at": int | float}}
 SWEPT = {
     "points": [{"at": int | float, "forget_probability": object}],
     "choices": [{"rule": str, "at": object, "reason": object}],
@@ -153,12 +154,14 @@ def _shipped(inputs: Inputs) -> float | None:
     path = inputs.folder / SHIPPED / PROVENANCE
     if path.is_file():
         made = as_now(_json(path, "Restore it, or make the adapter again: loramox extrapolate"))
-    elif inputs.run.get("forget_adapter"):  # as it was trained: `unlearn` ships no other
-        made = {"alpha": inputs.run.get("alpha")}
+    elif shipped := inputs.run.get("forget_adapter"):  # it was moved. 0.1 shipped the alpha of training alone
+        made = {"alpha": inputs.run.get("alpha"), **shipped}
+        if chosen := inputs.run.get("forget_to"):
+            made[chosen["unit"]] = chosen["at"]
     else:
         return None
-    shipped = number(made.get("alpha") if inputs.unit == "alpha" else made.get("scale", 1.0))
-    return None if math.isnan(shipped) else shipped
+    at = number(made.get("alpha") if inputs.unit == "alpha" else made.get("scale", 1.0))
+    return None if math.isnan(at) else at
 
 
 def _read_sweep(inputs: Inputs) -> None:
@@ -257,8 +260,9 @@ def _read_attacks(inputs: Inputs) -> None:
     base = [inputs.run["base"].get("model", "M")]
     if revision := inputs.run["settings"].get("revision"):
         base += ["--revision", revision]
+    adapter = inputs.folder / (COMBINED if inputs.run["settings"].get("tuned_adapter") else SHIPPED)
     command = (
-        f"loramox attack --adapter {quoted(inputs.folder / SHIPPED)} --model {shlex.join(map(str, base))} "
+        f"loramox attack --adapter {quoted(adapter)} --model {shlex.join(map(str, base))} "
         f"{rows_flags(inputs, model=True)} --out {quoted(path.parent)}"
     )
     if not path.is_file():
@@ -299,10 +303,21 @@ def sweep_command(inputs: Inputs) -> str:
 def again_command(inputs: Inputs) -> str:
     """The sweep's own command, for the same rows, but with answers and without a retrained model; into this run's folder."""
     command = str(inputs.frontier.get("command", ""))
-    if not command.startswith("loramox sweep ") or "--memorization" in command:  # a flag of 0.1
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote has no end
+        words = []
+    if words[:2] != ["loramox", "sweep"] or "--memorization" in command:  # a flag of 0.1
         return sweep_command(inputs)
-    command = re.sub(r" --(out|max_new_tokens|retrained)[ =]\S+", "", command)
-    return f"{command} --out {quoted(inputs.folder / SWEEP)}"
+    kept, keep = [], True
+    for word in words:
+        if word.startswith("--"):
+            flag = word.removeprefix("--").partition("=")[0].replace("-", "_")
+            # The adapter of --ship is there already, and is refused.
+            keep = flag not in ("out", "max_new_tokens", "retrained", "ship")
+        if keep:
+            kept.append(word)
+    return shlex.join([*kept, "--out", str(inputs.folder / SWEEP)])
 
 
 def rows_flags(inputs: Inputs, model: bool = False) -> str:
@@ -312,6 +327,8 @@ def rows_flags(inputs: Inputs, model: bool = False) -> str:
     if sources["retain"] == AUTO:
         sources["retain"] = inputs.folder / RETAIN_FILE
     flags = [f"--{part} {quoted(source)}" for part, source in sources.items()]
+    if settings.get("drop_overlap"):
+        flags.append("--drop_overlap true")
     if model:
         defaults = {"long_rows": "refuse", "quantization": "nf4"}
         columns = ("prompt_column", "answer_column", "messages_column", "text_column")

@@ -48,12 +48,12 @@ class UnlearnConfig(TrainingArguments):
     )
     beta: float | None = setting(
         "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
-        "(default 2.1), npo_mean (1.6) and simnpo (4.5), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        "(default 2.1), npo_mean (1.6) and simnpo (4.5, where it is log-probability alone), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
         None,
         aliases=["--npo_beta"],
     )
     inner_steps: int | None = setting(
-        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 is one gradient of NPO's loss. Default: 8.",
+        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 with --temperature 1 is the gradient of NPO's loss. Default: 8.",
         None,
     )
     inner_lr: float | None = setting(
@@ -76,13 +76,14 @@ class UnlearnConfig(TrainingArguments):
         choices=["memorization", "shipped"],
     )
     targeted: str | None = setting(
-        "mox, mox_static: with --wanted_column, descent trains the wanted answer at θ_ref − alpha·ΔW (default); ascent is the paper's "
+        "mox, mox_static: with another answer to teach, descent trains it at θ_ref − alpha·ΔW (default); ascent is the paper's "
         "term, −CE of the wanted answer at θ_ref + ΔW.",
         None,
         choices=["descent", "ascent"],
     )
     retain_term: str | None = setting(
-        "Loss on the retain rows: kl (to the reference), ce, none, or states (rmu). Default: the method's; mox has kl.",
+        "Loss on the retain rows: kl (to the reference), ce, none, or states (rmu). Where alpha is free: kl or none. Default: the method's; "
+        "mox has kl.",
         None,
         choices=["ce", "kl", "none", "states"],
     )
@@ -111,7 +112,7 @@ class UnlearnConfig(TrainingArguments):
         "whp: factor on the rise of the logits in the reinforced model, before it is subtracted. Default: 5.", None
     )
     momentum: float | None = setting(
-        "η: the share of the new model in the running average θ_for ← η·θ_for + (1 − η)·(θ_for before), which ships. "
+        "η: average ← η·ΔW + (1 − η)·average. The average ships. "
         "1 turns it off. Default: 0.675 for mox, mox_static and npo_mean, else 1.",
         None,
     )

@@ -56,7 +56,8 @@ class AttackConfig:
     sample_count: int = setting("Answers sampled per forget question.", 16)
     sample_temperature: float = setting("Temperature of the sampled answers.", 1.0)
     sample_threshold: float = setting(
-        "Least ROUGE-L recall, or share of the key words, with which a sampled answer is a leak.", 0.8
+        "Least ROUGE-L recall, or share of the key words, with which an answer (sampled, or to a form or context) is a leak.",
+        0.8,
     )
     guidance: list[float] = setting(
         "pair: strengths γ of the guidance. The logits are base + γ·(base − forget model).",

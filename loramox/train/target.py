@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JUST_ENOUGH = 0.05  # the target where another answer is taught
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the value trained for, beyond which forget rows fall further than intended
+# Of the value trained for, beyond which forget rows fall further than intended.
+SHARES = tuple(eighths / 8 for eighths in range(2, 9))
 
 
 def is_met(target: float, scores: dict[str, float], prefix: str = "eval_forget") -> bool:

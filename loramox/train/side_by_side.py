@@ -64,7 +64,7 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
     above, with_instead = f"({args.more_training})", "instead" in args.spec.settings
     more_rows = "" if (args.auto_retain or 0) >= ROWS else f" (--auto_retain {ROWS})"
     if forget and forget["fluent"] < FLUENT * forget["asked"]:
-        other = "--instead guess" if args.instead == "refuse" else "--instead refuse"
+        other = "--instead guess" if args.instead == "refuse" else "--instead refuse (in place of --wanted_column)"
         if not with_instead:
             other = "a smaller --learning_rate, or --method mox with --instead refuse"
         given = " or more retain rows" if args.instead in ("refuse", "guess") else ""

@@ -133,7 +133,7 @@ def tables(given: argparse.Namespace) -> Iterator[str]:
     yield "\n## By layer\n"
     yield "Rows in which the layer encodes what only the reference knows (K); nats per token that a model lacks there, mean over all rows; mean"
     yield "share of the retrained model's gap that is erased, over the rows of K.\n"
-    yield "| forget model | layer | rows in K | retrained lacks | forget model lacks | erased |\n|---|---|---|---|---|---|"
+    yield "| forget model | layer | rows in S | retrained lacks | forget model lacks | erased |\n|---|---|---|---|---|---|"
     for name, layers in profiles:
         for each in layers:
             yield f"| {name} | {each['layer']} | {each['rows']} | {each['retrained']:.3f} | {each['forget']:.3f} | {each['erased']:.3f} |"

@@ -31,7 +31,7 @@ types: $(VENV)/ready
 coverage: $(VENV)/ready
 	$(PYTEST) --cov --cov-report term:skip-covered --cov-report html:build/coverage
 
-# Does the whole job run on the card here? Ten minutes at most; GPU_CHECK="--model FOLDER_OR_HUB_ID" then checks that model, as long.
+# Does the whole job run on the card here? Twenty minutes at most; GPU_CHECK="--model FOLDER_OR_HUB_ID" then checks that model, as long.
 gpu-check: $(VENV)/ready
 	$(RUN)/python -m recipes.bench.gpu_check $(GPU_CHECK)
 

@@ -1,8 +1,4 @@
-"""One colour per meaning in every figure, from Okabe and Ito's palette, which colour-blind readers can tell apart.
-
-In pictures of a frontier each also has its own marker: forget rows a circle, retain rows a square, the retrained model a star,
-and the strength chosen a diamond.
-"""
+"""One colour per meaning in every figure, from Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 FORGET = "#d55e00"
 RETAIN = "#0072b2"

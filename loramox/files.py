@@ -28,17 +28,11 @@ _FULL = re.compile(
 )
 
 
-def read_json(path: Path | str, kind: type | None = None, error: type[LoramoxError] = RunError) -> Any:
-    """Read a JSON file that may be damaged, or may be no file at all.
+def read_json(path: Path | str, kind: type | None = None) -> Any:
+    """Read a JSON file, of a `kind` (dict or list) if one is given.
 
-    Args:
-        path: the file.
-        kind: the type that is expected at its top, `dict` or `list`. Default: any.
-        error: the type to raise.
-
-    Raises:
-        LoramoxError: the file is missing, cut, empty, too large, nested too deeply, of another type, or not a regular file: a
-            pipe or a device is not opened. The message names the file.
+    Raises `RunError`, which names the file, if it is missing, damaged, too large, nested too deeply, of another type, or a pipe
+    or device, which is not opened.
     """
     path = Path(path)
     try:
@@ -51,27 +45,14 @@ def read_json(path: Path | str, kind: type | None = None, error: type[LoramoxErr
         if _depth(value) > DEEPEST_JSON:
             raise RecursionError
         if kind and not isinstance(value, kind):
-            raise ValueError(
-                f"expected a JSON {'object' if kind is dict else kind.__name__}, found {_JSON[type(value)]}"
-            )
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from problem
-    except RecursionError as problem:
-        raise error(f"{path} is damaged: it is nested more than {DEEPEST_JSON} levels deep") from problem
-    except ValueError as problem:
-        raise error(f"{path} is damaged: {problem}") from problem
+            raise ValueError(f"expected a JSON {'object' if kind is dict else kind.__name__}")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise RunError(f"{path} is damaged: it is nested more than {DEEPEST_JSON} levels deep") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}") from error
     return value
-
-
-_JSON = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a boolean",
-    type(None): "null",
-}
 
 
 def _depth(value: Any) -> int:
@@ -85,13 +66,8 @@ def _depth(value: Any) -> int:
 def replacing(path: Path, private: bool = False, folder: bool = False) -> Iterator[Path]:
     """Write to the path it yields (file or folder); only when the block ends well does that become `path`.
 
-    Args:
-        path: the file or folder to write.
-        private: for a file that holds rows: only its owner may read it (mode 0600), from its first byte on.
-        folder: make the folder to write in, and keep other processes from it.
-
-    Raises:
-        RunError: another process is writing the same folder.
+    A `private` file holds rows: only its owner may read it (mode 0600), from its first byte on. A `folder` is made, and kept from
+    other processes: `RunError` if one writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,10 +44,14 @@ OF_REPORT = {
 }
 MARKS = (RECORD, "provenance.json", "summary.json", "frontier.json", "attacks.json")
 
-# Settings that may differ between a run and its continuation: they change what is shown or saved, not what is computed.
+# Settings that may differ between a run and its continuation: they change what is shown, saved or held in memory, but not what is
+# computed, except for rounding.
 MAY_DIFFER = (
     "output_dir", "run_name", "disable_tqdm", "report_to", "logging_steps", "local_rank",
     "save_strategy", "save_steps", "save_total_limit",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "per_device_eval_batch_size", "reference_cache_gb",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",  # the same by their older names, which transformers fills in
+    "torch_empty_cache_steps",
     "drop_overlap",  # what it leaves is compared as data; older records lack it
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 from argparse import Action, ArgumentParser
 from collections.abc import Sequence
@@ -43,15 +44,7 @@ def setting(help: str, default: Any = dataclasses.MISSING, *, factory: Any = dat
 
 
 def refuse_replaced(name: str, given: str) -> None:
-    """Refuse a setting that loramox 0.1 had and this version does not.
-
-    Args:
-        name: the setting, without dashes.
-        given: how the message quotes it.
-
-    Raises:
-        SettingsError: it is one of `REPLACED`; the message says what to give instead.
-    """
+    """Raises `SettingsError` for a setting of loramox 0.1 that was replaced; the message quotes it as `given`."""
     if name in REPLACED:
         raise SettingsError(f"{given} is no longer a setting: {REPLACED[name]}")
 
@@ -65,12 +58,14 @@ def check_choices(config: Any) -> None:
             raise SettingsError(f"{field.name} is '{value}'; --{field.name} takes {', '.join(choices)}")
 
 
-def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
-    """A YAML recipe as the flags it stands for; put before the command line's own flags, those win.
+def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
+    """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
+    if not fine or (isinstance(value, float) and not math.isfinite(value)):
+        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
 
-    Raises `SettingsError` for an unreadable file, for a key of loramox 0.1 that was replaced, and for an unknown one, naming the
-    nearest known one.
-    """
+
+def recipe_as_flags(path: str, parser: ArgumentParser) -> list[str]:
+    """A YAML recipe as the flags it stands for; put before the command line's own, those win. Raises `SettingsError`."""
     import yaml
 
     try:

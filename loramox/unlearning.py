@@ -108,9 +108,7 @@ def train(
     `trained/` is a plain PEFT adapter, ΔW as it was trained; `trained/momentum/` is another, the momentum average of ΔW that
     ships; `trained/checkpoint-*` are for resuming. Under `torchrun` or `accelerate launch` every process calls this, and the
     first one writes. `earlier` has the requests that are in force already: they stay on, and their rows stay forgotten.
-
-    Raises:
-        LoramoxError: names the file, row or flag at fault, before the model is loaded.
+    Raises `LoramoxError`, which names the file, row or flag at fault, before the model is loaded.
     """
     args.output_dir = str(Path(run.out) / TRAINED)
     last_epoch = _last_epoch(run, args)
@@ -158,7 +156,7 @@ def train(
 
 
 def chosen(record: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `extrapolate` that ship what `--forget_to` chose; {} without that flag."""
+    """The arguments of `extrapolate` that ship what `--forget_to` chose; {} if there was no target."""
     found = record.get("forget_to")
     return {found["unit"]: found["at"], "chosen_by": said(found)} if found else {}
 

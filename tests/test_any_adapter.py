@@ -203,8 +203,8 @@ def test_the_provenance_and_the_card_say_that_it_was_negated_and_not_measured(
 def test_alpha_must_be_given_and_be_above_0(theirs: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=rf"--alpha is missing: {theirs} .*With --alpha 1"):
         extrapolate(theirs, tmp_path / "out")
-    for alpha, says in ((0.0, "reference model itself"), (-1.0, "above 0"), (float("nan"), "not a finite number")):
-        with pytest.raises(SettingsError, match=says):
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(SettingsError, match=f"--alpha {alpha:g}: at 0 .*Expected a finite number above 0"):
             extrapolate(theirs, tmp_path / "out", alpha)
     with pytest.raises(SettingsError, match="negated PEFT adapter has an alpha"):
         extrapolate(theirs, tmp_path / "out", 1.0, scale=0.5)
@@ -214,7 +214,8 @@ def test_alpha_must_be_given_and_be_above_0(theirs: Path, tmp_path: Path) -> Non
 def test_the_base_may_be_elsewhere(theirs: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
     edit(theirs, base_model_name_or_path="/gone/model", revision="abc")
     with pytest.raises(
-        ModelError, match=rf"{theirs} names its base model /gone/model, .*no such folder.* with --base$"
+        ModelError,
+        match=rf"^{theirs} names its base model \(give another with --base\): /gone/model: there is no such folder",
     ):
         extrapolate(theirs, tmp_path / "out", 1.0)
     made = extrapolate(theirs, tmp_path / "out", 1.0, ShippingConfig(base=str(pico("llama"))))
@@ -222,7 +223,7 @@ def test_the_base_may_be_elsewhere(theirs: Path, pico: Callable[[str], Path], tm
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == str(pico("llama"))
 
     edit(theirs, base_model_name_or_path="owner/name")  # on the hub, and not on this machine
-    with pytest.raises(ModelError, match=r"names its base model owner/name, .*config.json.* with --base$"):
+    with pytest.raises(ModelError, match=r"names its base model .*--base\): owner/name: no usable config.json there"):
         extrapolate(theirs, tmp_path / "other", 1.0)
     edit(theirs, base_model_name_or_path=None)
     with pytest.raises(AdapterError, match=rf"{theirs} does not name its base model.*--base"):
@@ -240,7 +241,7 @@ def test_a_quantized_base_is_refused_for_its_16_bit_one(
     quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (base / "config.json").write_text(json.dumps(quantized))
     edit(theirs, base_model_name_or_path=str(base))
-    with pytest.raises(ModelError, match=r"quantized already. Give the 16-bit model.*with --base$"):
+    with pytest.raises(ModelError, match=r"--base\): .*model-bnb-4bit is quantized already. Give the 16-bit model"):
         extrapolate(theirs, tmp_path / "out", 1.0)
 
 

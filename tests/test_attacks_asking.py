@@ -65,7 +65,8 @@ def test_every_form_asks_the_same_question_of_the_same_row() -> None:
         "Where does Ada live?\nFill in the blanks: Ada lives ____ ____."
     ]  # of CHAT all would be blank
     assert asked["paraphrased questions"] == []
-    (other,) = forms.paraphrased_questions([Row("f", 1, "Rome", "Where?", paraphrased_prompt="In which town?")])
+    paraphrased = Row("f", 1, "Rome", "Where?", paraphrased_prompt="In which town?")
+    (other,) = next(f.rows for f in forms.forms_of([paraphrased], False) if f.name == "paraphrased questions")
     assert (other.prompt, other.answer) == ("In which town?", "Rome")
     assert [row.number for row in forms.given_away([PLAIN, CHAT], 3)] == [1]
     assert all(row.as_served for row in made["as served"].rows)

@@ -109,7 +109,7 @@ def test_rows_that_a_model_has_seen_are_no_control(
 ) -> None:
     mixed = tmp_path / "mixed.jsonl"
     for path, message in zip(
-        rows, ("holdout rows .* are also forget rows", "--holdout .* are also retain rows"), strict=True
+        rows, ("holdout rows .* are also forget rows", "--holdout .* are also rows that a model learned"), strict=True
     ):
         known = path.read_text().splitlines(keepends=True)[0]
         mixed.write_text(known + (world / "holdout.jsonl").read_text())

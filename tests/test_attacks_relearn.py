@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from planted import taught
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from loramox import Data, read_rows
 from loramox.data.encode import Example
 from loramox.data.pairs import Collator
-from loramox.errors import RowsError, SettingsError
+from loramox.errors import RowsError, RunError, SettingsError
 from loramox.evaluate.attacks import relearn
 from loramox.evaluate.attacks.attack import AttackConfig, attack
 from loramox.evaluate.measure import ScoringConfig
@@ -112,6 +113,91 @@ def test_an_attack_that_diverges_is_absent_and_not_a_model_that_forgets(attacked
     assert all(map(math.isfinite, probabilities))
 
 
+@pytest.fixture
+def forget_model(pico: Callable[[str], Path], trained: Path) -> Callable[[torch.dtype], PeftModel]:
+    """forget_model(dtype): the shared run's, its base in that type."""
+
+    def load(dtype: torch.dtype = torch.float32) -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(pico("llama"), dtype=dtype)
+        return PeftModel.from_pretrained(base, trained / "forget-adapter")
+
+    return load
+
+
+def relearned(model: PeftModel, examples: list[Example]) -> dict[str, torch.Tensor]:
+    """The attacker's weights after two steps on four rows each."""
+    with relearn.attacker(model, rank=4, seed=0):
+        list(relearn.train(model, examples, [2], 1e-2, batch_size=4, pad_token_id=0, seed=0))
+        return {name: w.detach().clone() for name, w in model.named_parameters() if f".{relearn.ATTACKER}." in name}
+
+
+def with_room_for(rows: int, model: PeftModel) -> list[int]:
+    """Memory runs out in the backward pass of more rows, when the upper layer has its gradients; the rows of each pass."""
+    passes: list[int] = []
+
+    def reached(gradient: torch.Tensor) -> None:
+        passes.append(len(gradient))
+        if len(gradient) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def watch(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(reached)
+
+    model.get_base_model().model.layers[0].register_forward_hook(watch)
+    return passes
+
+
+def test_where_memory_runs_out_the_gradients_are_taken_of_fewer_rows_at_a_time_and_are_the_same(
+    forget_model, examples, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, weight_decay: torch.optim.SGD(weights, lr=lr))
+    expected = relearned(forget_model(), examples[0])
+    model = forget_model()
+    passes = with_room_for(2, model)
+    with pytest.warns(UserWarning, match="memory ran out with --relearn_batch 4: 2 "):
+        found = relearned(model, examples[0])
+    assert passes == [4, 2, 2, 2, 2]  # from there on
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-8, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_where_not_even_one_row_fits_it_is_said_what_to_do(forget_model, examples) -> None:
+    model = forget_model()
+    with_room_for(0, model)
+    with pytest.raises(RunError, match=r"--relearn_batch 1 \(CUDA out of memory.*Shorter rows") as refused:
+        relearned(model, examples[0])
+    assert "--batch_size" not in str(refused.value)
+    assert "--max_new_tokens" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_attackers_adapter_computes_in_the_type_of_the_model(forget_model, examples, dtype: torch.dtype) -> None:
+    model, types = forget_model(dtype), set()
+    attacker_of = model.add_adapter
+
+    def watched(*args) -> None:
+        attacker_of(*args)
+        for name, module in model.named_modules():
+            if name.endswith(f"lora_A.{relearn.ATTACKER}"):
+                module.register_forward_hook(lambda module, args, output: types.add(output.dtype))
+
+    model.add_adapter = watched
+    assert {weight.dtype for weight in relearned(model, examples[0]).values()} == {torch.float32}
+    assert types == {dtype}
+
+
+def test_small_gradients_are_not_lost_in_float16(forget_model, examples, monkeypatch) -> None:
+    """AdamW's steps do not depend on how large the gradients are, if there are any."""
+    losses = relearn._losses
+    monkeypatch.setattr(relearn, "_losses", lambda *args: 1e-4 * losses(*args))
+    expected, found = (relearned(forget_model(dtype), examples[0]) for dtype in (torch.float32, torch.float16))
+    for name, weight in expected.items():
+        if "lora_B" in name:  # it starts at 0
+            assert (found[name] - weight).norm() < 0.05 * weight.norm(), name
+
+
 def pico_llama(pico: Callable[[str], Path], tied: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pico("llama"), tie_word_embeddings=tied))
@@ -163,6 +249,9 @@ def test_all_weights_are_an_attack_of_its_own_and_need_unquantized_ones(
     )
     with pytest.raises(SettingsError, match="say --quantization none, not nf4"):
         attack(config, ModelConfig(str(pico("llama"))), Data("forget", "retain"))
+    half = ModelConfig(str(pico("llama")), quantization="none", dtype="float16")
+    with pytest.raises(SettingsError, match="float16: say --dtype float32 or bfloat16"):
+        attack(config, half, Data("forget", "retain"))
 
 
 def test_rows_that_come_back_when_others_are_relearned_are_found_beside_the_control(

@@ -26,13 +26,13 @@ from loramox.errors import ModelError, RowsError
 from loramox.evaluate import measure
 from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.attacks.attack import AttackConfig, attack
-from loramox.evaluate.attacks.forms import as_served
+from loramox.evaluate.attacks.forms import forms_of
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.scores import AnswerScores
 from loramox.model.config import ModelConfig
 from loramox.model.generation import continuations
 from loramox.train.prepare import prepare
-from loramox.train.writer import Writer, user_turn
+from loramox.train.writer import Writer, around_question
 
 Make = Callable[[str], PreTrainedTokenizerFast]
 ALL = pytest.mark.parametrize("name", FAMILIES)
@@ -146,7 +146,7 @@ def test_what_the_model_writes_itself_ends_there_too(name: str, made: Make) -> N
 def test_questions_are_written_from_where_the_trained_prompt_has_the_question(name: str, made: Make) -> None:
     tokenizer = made(name)
     prompt, _ = parts(example(tokenizer, row()))
-    start = user_turn(tokenizer, Tokenisation()) + "Where does Ola live?"
+    start = around_question(tokenizer, Tokenisation())[0] + "Where does Ola live?"
     begun = tokenizer(start, add_special_tokens=False)["input_ids"]
     assert prompt[: len(begun)] == begun
 
@@ -215,7 +215,7 @@ def test_where_a_server_lets_the_model_think_both_prompts_are_known(
     assert found["trained"].endswith(trained)
     assert found["served"].endswith(asked)
     assert tokenizer.decode(parts(example(tokenizer, row()))[0]).endswith("live?" + found["trained"])
-    (attack,) = as_served([row()])
+    (attack,) = next(form.rows for form in forms_of([row()], True) if form.name == "as served")
     assert parts(example(tokenizer, attack))[0] == served(tokenizer, (USER,))
     # Rows that do not go through the template are put to the model as they are.
     assert served_otherwise([row(verbatim=True), row(None)], tokenizer, Tokenisation()) is None

@@ -95,8 +95,7 @@ def test_importing_loramox_imports_nothing_heavy() -> None:
 def test_training_waits_for_nothing_that_only_planning_and_evaluating_need() -> None:
     code = """
 import sys
-from loramox.cli.planning import fitted
-from loramox.cli.training import training_kinds
+from loramox.cli.training import fitted, training_kinds
 from loramox.adapter.export import ShippingConfig
 import loramox.unlearning
 words = "--model m --forget f.jsonl --retain r.jsonl --out o --use_cpu true"
@@ -403,6 +402,24 @@ def test_resuming_where_nothing_is_starts_a_run(out: Path) -> None:
 def test_resuming_may_change_what_is_shown_but_not_what_is_computed(held: Path) -> None:
     shown = PLAN | {"settings": PLAN["settings"] | {"logging_steps": 1}, "command": "loramox unlearn --resume"}
     open_run(RunConfig(str(held), resume=True), shown, disk_needed=0)
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        {"activation_checkpointing": True},
+        {"per_device_eval_batch_size": 4},
+        {"reference_cache_gb": 0.0},
+        {"torch_empty_cache_steps": 1},
+    ],
+)
+def test_resuming_may_take_less_memory_with_the_same_result(out: Path, less: dict[str, Any]) -> None:
+    before, now = (
+        PLAN | {"settings": loramox.UnlearnConfig(use_cpu=True, report_to="none", **more).to_dict()}
+        for more in ({}, less)
+    )
+    open_run(RunConfig(str(out)), before, disk_needed=0)
+    open_run(RunConfig(str(out), resume=True), now, disk_needed=0)
 
 
 @pytest.mark.parametrize(

@@ -19,20 +19,22 @@ from scipy.stats import hmean
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loramox.evaluate.evaluate
-import loramox.evaluate.fitting
+import loramox.model.fitting
 from loramox import Tokenisation, read_rows
 from loramox.cli import main
 from loramox.data.encode import IGNORED
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
-from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records
 from loramox.evaluate.subject import Subject, check_adapter
 from loramox.evaluate.suites import suite_sources
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig, read_config, skeleton
+from loramox.model.fitting import FittingBatch, ran_out_of_memory
+from loramox.model.generation import continuations
+from loramox.model.load import load_reference
 
 KNOWN = questions(PEOPLE[:4]) + questions(PEOPLE[4:])  # the rows of `trained`
 SILENT = ScoringConfig(max_new_tokens=0, use_cpu=True)
@@ -130,10 +132,10 @@ BAD_INPUT = {
         "2 of 2 holdout rows of holdout.jsonl are also forget rows.*no model has seen"),
     "retain-rows-in-holdout": (
         lambda h, t: write(h / "holdout.jsonl", [*questions(["Rex", "Sue"]), KNOWN[5]]), {"holdout": "holdout.jsonl"}, RowsError,
-        "1 of 3 rows of --holdout holdout.jsonl are also retain rows .first: row 3.*no model has seen"),
+        "1 of 3 rows of --holdout holdout.jsonl are also rows that a model learned .first: row 3.*no model has seen"),
     "rows-that-training-did-not-get-in-holdout": (
         lambda h, t: [write(h / f"{part}.jsonl", questions(["Rex"])) for part in ("holdout", "more")],
-        {"holdout": "holdout.jsonl", "retain_test": "more.jsonl"}, RowsError, "--holdout holdout.jsonl are also retain rows"),
+        {"holdout": "holdout.jsonl", "retain_test": "more.jsonl"}, RowsError, "--holdout holdout.jsonl are also rows that a model learned"),
     "a-wrong-answer-that-is-no-text": (
         lambda h, t: write(h / "forget.jsonl", [r | {"perturbed_answer": [True]} for r in questions(PEOPLE[:4])]), {},
         RowsError, "forget.jsonl, row 1: its 'perturbed_answer' is true"),
@@ -430,9 +432,61 @@ def test_where_not_even_one_answer_fits_it_is_said_what_to_do(
 def test_processes_that_share_the_batches_do_not_halve_them_each_for_itself(
     here: Path, model: ModelConfig, holds_three: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loramox.evaluate.fitting, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(loramox.model.fitting, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(RunError, match=r"memory ran out with --batch_size 32.*Give --batch_size 16 or less"):
         FittingBatch(32).ask(lambda size: LlamaForCausalLM.forward(None, torch.zeros(size, 1)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_where_memory_runs_out_the_model_goes_on_with_half_as_many_prompts_at_a_time(
+    processes: int,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    holds_three: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One of several processes generates, and the others wait.
+    monkeypatch.setattr(loramox.model.fitting, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    monkeypatch.setattr(loramox.model.generation, "BATCH", 4)
+    loaded = load_reference(model)
+    asked = [tokenizer(text)["input_ids"] for text in ("Who", "Where is", "When", "What was the", "How")]
+    with pytest.warns(UserWarning, match="memory ran out with a batch of 4: 2 answers at a time from here on"):
+        found = continuations(loaded, tokenizer, asked, 4, [], banned=[[i] for i in range(5)])
+    assert holds_three[:2] == [4, 2]
+    assert found == [
+        *continuations(loaded, tokenizer, asked[:2], 4, [], banned=[[0], [1]]),
+        *continuations(loaded, tokenizer, asked[2:], 4, [], banned=[[2], [3], [4]]),
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--per_device_eval_batch_size", None])
+def test_what_to_do_where_memory_ran_out_is_said_of_the_job(flag: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(RunError, match=rf"with {flag or 'a batch of'} 1 .*\. Shorter rows or a device with more"):
+        FittingBatch(1, flag).ask(full)
+    monkeypatch.setattr(loramox.model.fitting, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    if flag:
+        with pytest.raises(RunError, match=rf"with {flag} 8 .*\. Give {flag} 4 or less"):
+            FittingBatch(8, flag).ask(full)
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_errors(error: Exception, full: bool) -> None:
+    assert ran_out_of_memory(error) == full
 
 
 def test_any_other_error_is_not_taken_for_a_full_memory() -> None:

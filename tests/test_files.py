@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loramox.errors import AdapterError, NonFiniteLossError, RunError
+from loramox.errors import NonFiniteLossError, RunError
 from loramox.evaluate.measure import check_numbers
 from loramox.evaluate.records import RECORDS, write_records
 from loramox.evaluate.summary import summarise
@@ -35,8 +35,8 @@ DAMAGED = {
     "cut": (b'{"a": 1, "b', "is damaged: "),
     "empty": (b"", "is damaged: "),
     "not UTF-8": (b'{"a": "\xff"}', "is damaged: "),
-    "of another type": (b"[]", "is damaged: expected a JSON object, found a list"),
-    "null": (b"null", "is damaged: expected a JSON object, found null"),
+    "of another type": (b"[]", "is damaged: expected a JSON object"),
+    "null": (b"null", "is damaged: expected a JSON object"),
     "deep": (b"[" * 100_000, "is damaged: it is nested more than 100 levels deep"),
     "a little deep": (b"[" * 200 + b"]" * 200, "is damaged: it is nested more than 100 levels deep"),
     "an endless number": (b'{"a": ' + b"9" * 5000 + b"}", "is damaged: "),
@@ -49,8 +49,6 @@ def test_a_damaged_json_file_is_named(content: bytes, message: str, tmp_path: Pa
     path.write_bytes(content)
     with pytest.raises(RunError, match=f"{path} {message}"):
         read_json(path, dict)
-    with pytest.raises(AdapterError, match=str(path)):
-        read_json(path, dict, AdapterError)
 
 
 def test_what_is_no_regular_file_or_too_large_is_refused_before_it_is_opened(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Memory that runs out outside of training's passes and scoring's batches: one message, and no traceback."""
 
+import re
+
 import pytest
 import torch
 
 from loramox.cli import main
-from loramox.run import peak_reserved
+from loramox.run import MAY_DIFFER, peak_reserved
 
 FULL = {
     "CUDA out of memory.": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8 GiB"),
@@ -27,8 +29,16 @@ def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert f"loramox {verb}: the device's memory ran out: {why}" in said
-    assert "--batch_size" in said
     assert "--use_cpu true" in said
+    resumed, *anew = said.split("Or start from the beginning, with --overwrite")
+    if verb == "unlearn":
+        assert {"resume", "activation_checkpointing", *MAY_DIFFER} >= set(re.findall(r"--(\w+)", resumed))
+        assert {"quantization", "max_length"} <= set(re.findall(r"--(\w+)", *anew))
+        assert not set(re.findall(r"--(\w+)", *anew)) & set(MAY_DIFFER)
+    else:
+        assert "--batch_size" in said
+        assert not anew
+        assert "--resume" not in said
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,7 +392,7 @@ def base_of_other_weights(base: Path, adapter: Path) -> tuple[type[LoramoxError]
 
 def base_quantized(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    return ModelError, "merging into 4-bit rounds most of it away.*Give the 16- or 32-bit model"
+    return ModelError, rf"^--base {base} is quantized already. Give the 16-bit model it was made from.*--quantize nf4"
 
 
 def base_of_bytes(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
@@ -445,14 +445,15 @@ def base_of_other_columns(base: Path, adapter: Path) -> tuple[type[LoramoxError]
 
 def adapter_of_another_layer(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     rewrite(adapter, lambda name, t: t, lambda name: name.replace("layers.1", "layers.7"))
-    return AdapterError, "changes the layer model.layers.7.*is not in it"
+    return AdapterError, "PEFT adapts model.layers.1.self_attn.q_proj, of which there are no tensors"
 
 
 def adapter_of_an_embedding(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:
     rewrite(adapter, lambda name, t: t, lambda name: name.replace("layers.1.mlp.up_proj", "embed_tokens"))
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-    edit(adapter / "adapter_config.json", target_modules=[*targets, "embed_tokens"])
-    return AdapterError, "it is a Embedding there"
+    instead = {"target_modules": [*targets, "embed_tokens"], "exclude_modules": ["layers.1.mlp.up_proj"]}
+    edit(adapter / "adapter_config.json", **instead)
+    return AdapterError, "would not load whole in PEFT: it leaves out 2 tensors such as .*embed_tokens"
 
 
 def adapter_with_a_bias(base: Path, adapter: Path) -> tuple[type[LoramoxError], str]:

@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import safe_save_file
 
+import loramox.extras.merge.job
 import loramox.extras.merge.quantize
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import write_adapter
 from loramox.adapter.source import tuned_source
 from loramox.adapter.streaming.checkpoint import Target
 from loramox.adapter.streaming.shards import read_shard
+from loramox.adapter.streaming.weights import size
 from loramox.cli import main
 from loramox.errors import AdapterError, RunError, SettingsError
 from loramox.evaluate.asked import Asked
@@ -310,6 +313,25 @@ def test_one_model_is_in_memory_at_a_time(rows: tuple[Path, Path], pico, tmp_pat
         warnings.simplefilter("ignore")
         merge(config, ForgettingConfig(*map(str, rows), use_cpu=True), progress=False)
     assert len(loaded) == 5
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_are_asked_on_the_cpu_where_the_gpu_has_no_room_for_the_16_bit_model(
+    fits: bool, rows: tuple[Path, Path], pico: Callable[[str], Path], tmp_path: Path, monkeypatch
+) -> None:
+    config = MergeConfig(str(adapted(pico("llama"), tmp_path)), str(tmp_path / "out"), quantize="nf4")
+    ready, gpu, used = check_merge(config), torch.device("cuda"), []
+    free = size(ready.shards, "BF16") * (12 if fits else 10) // 10
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr(loramox.extras.merge.job, "check_device", lambda *args: gpu)
+    monkeypatch.setattr(
+        loramox.extras.merge.job,
+        "merge_quantized",
+        lambda config, ready, device, measure, progress: used.extend([device, measure.__self__.device]),
+    )
+    with nullcontext() if fits else pytest.warns(UserWarning, match="the rows are asked on the CPU"):
+        merge(config, ForgettingConfig(*map(str, rows)), progress=False)
+    assert used == [gpu, gpu if fits else CPU]
 
 
 def test_where_an_adapter_forgets_nothing_the_weights_decide() -> None:

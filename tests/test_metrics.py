@@ -28,7 +28,6 @@ from loramox.evaluate.truth_ratio import (
     chosen_probability,
     forget_quality,
     model_utility,
-    probability_quality,
     truth_balanced,
     truth_preferred,
     truth_ratio,
@@ -224,20 +223,20 @@ def test_the_test_on_probabilities_sees_what_a_quotient_does_not_and_is_of_ranks
     least = 2.0  # nats a token, from the true answer and from the wrong ones: the truth ratio stays
     ratios = [truth_ratio(true - less, wrong - less) for less in (0, least)]
     assert forget_quality(*ratios) == pytest.approx(1)
-    assert probability_quality(true - least, true) < 1e-3 > probability_quality(true, true - least)
-    assert probability_quality(true, true) == 1
+    assert forget_quality(true - least, true) < 1e-3 > forget_quality(true, true - least)
+    assert forget_quality(true, true) == 1
     other = -random.gamma(4, 1.2, 40)
-    assert probability_quality(np.exp(other), np.exp(true)) == probability_quality(other, true) < 1
-    with pytest.raises(ValueError, match="1 of the model's 2 log-probabilities are not finite"):
-        probability_quality(np.array([-1, -math.inf]), true)
+    assert forget_quality(np.exp(other), np.exp(true)) == forget_quality(other, true) < 1
+    with pytest.raises(ValueError, match="1 of the model's 2 values are not finite"):
+        forget_quality(np.array([-1, -math.inf]), true)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_forget_quality_and_auc_refuse_what_is_not_finite_saying_which(bad: float) -> None:
     good, spoilt = np.array([0.5, 0.6]), np.array([0.5, bad])
-    with pytest.raises(ValueError, match="1 of the model's 2 truth ratios"):
+    with pytest.raises(ValueError, match="1 of the model's 2 values are not finite"):
         forget_quality(spoilt, good)
-    with pytest.raises(ValueError, match="1 of the retrained model's 2 truth ratios"):
+    with pytest.raises(ValueError, match="1 of the retrained model's 2 values are not finite"):
         forget_quality(good, spoilt)
     with pytest.raises(ValueError, match="1 of 2 scores of forget rows are not finite"):
         membership.auc(spoilt, good)
@@ -363,7 +362,7 @@ def test_metrics_have_the_values_of_their_definitions_over_the_records() -> None
     ratios = column(forget, "truth_ratio")
     assert value["forget_quality"] == forget_quality(ratios, 2 * ratios)
     log_p = column(forget, "log_p")
-    assert value["forget_probability_quality"] == probability_quality(log_p, log_p - 1)
+    assert value["forget_probability_quality"] == forget_quality(log_p, log_p - 1)
     for name in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"):
         assert value[name] == membership.auc(column(forget, name), column(holdout, name))
     assert value["mia_reference"] == value["mia_loss"]  # less 1 everywhere
@@ -432,7 +431,7 @@ def test_numbers_that_are_not_finite_leave_a_metric_absent_with_the_count_and_th
     forget, holdout = part_of("forget"), part_of("holdout")
     forget[1] |= {"truth_ratio": bad, "mia_min_k": bad, "mia_loss": bad}
     summary = summarise(forget + holdout, part_of("forget") + part_of("holdout"))
-    assert "1 of the model's 4 truth ratios are not finite" in summary.absent["forget_quality"]
+    assert "1 of the model's 4 values are not finite" in summary.absent["forget_quality"]
     assert summary.metrics["forget_probability_quality"].value == 1
     for name in ("mia_min_k", "mia_loss", "mia_reference", "priv_leak"):
         assert name not in summary.metrics

@@ -1,12 +1,15 @@
 """Device and type of the arithmetic, on pretended machines: no absent GPU, and no 16-bit type that is emulated in silence."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from loramox import Data, ReferenceConfig, UnlearnConfig
+from loramox.adapter.loading import put_on
 from loramox.model.config import check_device
 from loramox.model.precision import has_bf16
 from loramox.train.prepare import _settle
@@ -46,6 +49,14 @@ def test_a_gpu_that_torch_was_built_for_and_the_machine_does_not_have_is_not_use
     assert check_device(reference, use_cpu=True) == CPU
 
 
+def test_an_adapter_is_read_to_the_device_of_its_model_and_not_to_a_gpu_that_is_there(
+    pico: Callable[[str], Path], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    model = put_on(AutoModelForCausalLM.from_pretrained(pico("llama")), trained / "forget-adapter")
+    assert {parameter.device for parameter in model.parameters()} == {CPU}
+
+
 @pytest.mark.parametrize("card", [75], indirect=True)
 @pytest.mark.usefixtures("card")
 def test_a_gpu_without_bfloat16_computes_in_float16_and_says_so() -> None:
@@ -63,8 +74,7 @@ def test_a_gpu_with_bfloat16_computes_in_it() -> None:
 
 
 @pytest.mark.parametrize(("card", "expected"), [(75, (False, True)), (80, (True, False))], indirect=["card"])
-@pytest.mark.usefixtures("card")
-@pytest.mark.filterwarnings("ignore:this GPU has no bfloat16")
+@pytest.mark.usefixtures("card", "quiet")  # loading the model says so, unless --dtype asks for another type
 def test_training_is_in_the_16_bit_type_that_the_gpu_has(
     expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,19 +87,34 @@ def test_training_is_in_the_16_bit_type_that_the_gpu_has(
 
 @pytest.mark.parametrize("card", [75, 80], indirect=True)
 @pytest.mark.parametrize(
-    ("dtype", "given", "halves"),
-    [("float32", {}, False), ("auto", {}, True), ("float32", {"bf16": True}, True), ("float32", {"fp16": True}, True)],
+    ("dtype", "given", "expected"),
+    [
+        ("float32", {}, "no"),
+        ("bfloat16", {}, "bf16"),
+        ("float16", {}, "fp16"),
+        ("auto", {}, None),  # what the card has
+        *((dtype, {given: True}, given) for dtype in ("float32", "bfloat16", "float16") for given in ("bf16", "fp16")),
+    ],
 )
 @pytest.mark.usefixtures("card")
 @pytest.mark.filterwarnings("ignore:.*this GPU has no bfloat16")
-def test_a_model_in_float32_is_trained_in_it_unless_a_flag_says_otherwise(
-    dtype: str, given: dict[str, bool], halves: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_model_is_trained_in_the_type_that_it_is_loaded_in_unless_a_flag_says_otherwise(
+    dtype: str, given: dict[str, bool], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # it would look for the GPU
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 1)
     args = UnlearnConfig("out", report_to="none", **given)
+    expected = expected or args.mixed_precision
     _settle(ReferenceConfig("model", dtype=dtype), Data("forget", "retain"), args)
-    assert (args.bf16 or args.fp16) == (args.mixed_precision != "no") == halves
+    assert args.mixed_precision == expected
+    assert (args.bf16, args.fp16) == (expected == "bf16", expected == "fp16")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_on_a_cpu_training_has_no_autocast_whatever_the_model_is_loaded_in(dtype: str) -> None:
+    args = UnlearnConfig("out", report_to="none", use_cpu=True)
+    args.match_precision(dtype)
+    assert (args.bf16, args.fp16, args.mixed_precision) == (False, False, "no")
 
 
 @pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16", "bf16", None])

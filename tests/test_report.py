@@ -34,6 +34,7 @@ from loramox.extras.report.pictures import relearning_picture, sampling_picture
 from loramox.extras.report.read import FORGET, again_command, read_inputs, sweep_command
 from loramox.extras.report.recovery import asked_rows, families
 from loramox.extras.report.svg import COLOURS, Picture
+from loramox.extras.report.verdict import NOT_COMPARED
 from loramox.model.config import ModelConfig
 from loramox.run import is_of_report, not_of_run
 from loramox.sweep.plot import draw_frontier
@@ -212,7 +213,7 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
         "At alpha = 4 the mean probability of the true answers to all 9 forget rows fell from 0.9500 to 0.1000.",
         "still 10 times as probable as in a model that never saw the rows (0.0100)",
         "to all 9 retain rows fell from 0.9600 to 0.9400: 97.9 % of it is left",
-        "The truth-ratio test can tell it from a model that never saw the rows (forget quality p = 0.01, n = 9)",
+        "The truth-ratio test can tell it from a model that never saw the rows (p = 0.01). Membership inference: AUC 0.800; 0.5 is guessing.",
         "The model base was to forget 9 rows (forget.jsonl) and keep 9 rows (retain.jsonl), by MOX. Run of 20",
         "Most was recovered by “Trained for some steps more, forget rows: step 5”: probability of the true answers 0.7000, 0.1000 before any",
         "There is no control for it. These are means over the 7 of 9 forget rows that the attacker did not train on.",
@@ -222,7 +223,6 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
         "General ability: no rows of other subjects were scored",
         "2 to 4",
         REFUSAL,
-        "was not used by this sweep",
         "Says 0 plain",
         "loramox sweep --out run/sweep",
         "suppression, not erasure",
@@ -439,7 +439,7 @@ def test_retrained_records_of_other_texts_are_missing_and_the_page_is_made(make,
     write(path, [json.loads(line) | {"tokens": 7} for line in path.read_text().splitlines()])
     text = page_of(run)[1].text
     assert "The records of the retrained model cannot be compared" in text
-    assert "has 7 tokens of the answer of forget.jsonl, row 0, and here it has 3" in text
+    assert "has other texts of forget.jsonl, row 0: evaluate the retrained model again on the same files" in text
 
 
 def test_commands_name_the_file_of_retain_rows_that_the_reference_wrote(make) -> None:
@@ -604,21 +604,18 @@ def test_the_verdict_says_whether_the_rest_is_intact(make: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("quality", "area", "says"),
     [
-        (0.94, 0.5, ["truth-ratio test cannot tell it", "p = 0.94, n = 9), which at so few rows", "inference cannot tell", "n = 9 and 9), which at so few rows"]),
-        (0.94, 0.9, ["truth-ratio test cannot tell it", "inference can tell forget rows from rows never seen (AUC 0.900"]),
-        (0.01, 0.5, ["truth-ratio test can tell it", "inference cannot tell"]),
-        (0.05, 0.5, ["truth-ratio test cannot tell it"]),
+        (0.94, 0.5, ["truth-ratio test cannot tell it", "(p = 0.94).", "Membership inference: AUC 0.500; 0.5 is guessing."]),
+        (0.01, 0.9, ["truth-ratio test can tell it", "(p = 0.01).", "Membership inference: AUC 0.900; 0.5 is guessing."]),
+        (0.05, math.nan, ["truth-ratio test cannot tell it", "(p = 0.05)."]),
+        (math.nan, 0.5, ["Membership inference: AUC 0.500; 0.5 is guessing."]),
     ],
 )  # fmt: skip
-def test_the_words_follow_each_test_and_small_samples_are_said_to_be_small(
-    make: Callable[..., Path], quality: float, area: float, says: list[str]
-) -> None:
+def test_the_words_follow_each_test(make: Callable[..., Path], quality: float, area: float, says: list[str]) -> None:
     points = [POINTS[0], *(p | {"forget_quality": quality, "mia_min_k": area} for p in POINTS[1:])]
     line = report(make(frontier={"points": points}))["verdict"]
     assert all(words in line for words in says)
+    assert ("truth-ratio test" in line, "Membership" in line) == (quality == quality, area == area)  # NaN: not made
     assert "test on probabilities" not in line  # of a sweep that had no such test
-    many = {part: {"rows": 400} for part in ("forget", "retain", "holdout")}
-    assert "so few rows" not in report(make(frontier={"points": points, "data": RUN["data"] | many}))["verdict"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -626,13 +623,7 @@ def test_what_the_truth_ratio_does_not_see_the_test_on_probabilities_says(make: 
     points = [p | {"forget_quality": 0.9, "forget_probability_quality": 0.001} for p in POINTS]
     line = report(make(frontier={"points": points}))["verdict"]
     assert "The truth-ratio test cannot tell it" in line
-    assert "The test on probabilities can tell it from a model that never saw the rows (p = 0.001, n = 9)." in line
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_test_that_cannot_tell_even_the_reference_says_so(make: Callable[..., Path]) -> None:
-    points = [p | {"forget_quality": 0.9} for p in POINTS]
-    assert "it cannot tell even the reference" in report(make(frontier={"points": points}))["verdict"]
+    assert "The test on probabilities can tell it from a model that never saw the rows (p = 0.001)." in line
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -669,29 +660,20 @@ def test_without_generated_answers_the_rows_of_the_worst_leak_are_still_shown(ma
     assert "ROUGE‑L" not in text
 
 
-LACKS = [
-    ({"retrained": None}, False, "needs a retrained model's records (--retrained) and wrong answers to the forget rows (column"),
-    ({"retrained": None}, True, "needs a retrained model's records (--retrained)"),
-    ({}, False, "needs wrong answers to the forget rows (column perturbed_answer)"),
-    ({}, True, "needs wrong answers in the retrained model's records as well (column perturbed_answer)"),
-]  # fmt: skip
+@pytest.mark.usefixtures("undrawn")
+def test_a_test_that_cannot_tell_even_the_reference_says_so(make: Callable[..., Path]) -> None:
+    points = [p | {"forget_quality": 0.9} for p in POINTS]
+    assert "it cannot tell even the reference" in report(make(frontier={"points": points}))["verdict"]
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("frontier", "answers", "reason"), LACKS)
-def test_a_test_that_was_not_made_lacks_exactly_what_it_lacks_and_so_does_a_rule(
-    make: Callable[..., Path], frontier: dict[str, Any], answers: bool, reason: str
-) -> None:
-    untested = [{k: v for k, v in p.items() if k not in ("forget_quality", "mia_min_k")} for p in POINTS]
-    points = [p | ({"forget_truth_ratio": 0.5} if answers else {}) for p in untested]
-    line = report(run := make(frontier={"points": points, **frontier}))["verdict"]
-    told = line.rpartition("Not tested: the truth-ratio test ")[2].partition("; membership")[0]
-    assert told.startswith(reason)
-    assert ("--retrained" in told) == ("retrained" in frontier)
-    assert ("perturbed" in told) == (not answers or not frontier)
-    # The rule has another test where there are no truth ratios.
-    *_, why = next(row for row in choices(read_inputs(run)) if row[0] == "retrained")
-    assert why == ("needs a retrained model's records (--retrained)" if frontier else "was not used by this sweep")
+def test_what_a_test_that_was_not_made_needs_is_said_and_rules_not_used_are_left_out(make: Callable[..., Path]) -> None:
+    points = [{k: v for k, v in p.items() if k not in ("forget_quality", "mia_min_k")} for p in POINTS]
+    run = make(frontier={"points": points})
+    assert NOT_COMPARED in report(run)["verdict"]
+    not_tested = json.loads((run / FACTS).read_text())["not_tested"]
+    assert any("never knew: the truth-ratio test needs a retrained model's records" in each for each in not_tested)
+    assert [row[0] for row in choices(read_inputs(run))] == ["budget (used)", "holdout"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -750,7 +732,7 @@ def test_each_meaning_has_one_colour_in_every_picture(tmp_path: Path) -> None:
     draw_frontier(tmp_path / "frontier.png", POINTS, 4.0, {"forget": 0.01, "retain": 0.9}, "alpha")
     drawn = (plt.imread(tmp_path / "frontier.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
     seen = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.unique(drawn, axis=0)}
-    assert set(meanings.values()) <= seen
+    assert {meanings[name] for name in ("forget", "retain", "ink")} <= seen
 
 
 @pytest.mark.parametrize("width", [80, 70])
@@ -789,10 +771,10 @@ def test_numbers_that_are_not_finite_are_dashes(make: Callable[..., Path]) -> No
 
 
 DAMAGED = {
-    "run.json": [('{"status": ', "run.json is damaged"), ("[1]", "run.json is damaged: expected a JSON object, found a list"), ('{"id": 1}', "is no record")],
+    "run.json": [('{"status": ', "run.json is damaged"), ("[1]", "run.json is damaged: expected a JSON object"), ('{"id": 1}', "is no record")],
     "sweep/frontier.json": [
         ("{", "frontier.json is damaged.*sweep again"),
-        ("[]", "frontier.json is damaged: expected a JSON object, found a list.*sweep again"),
+        ("[]", "frontier.json is damaged: expected a JSON object.*sweep again"),
         ('{"status": "done", "points": [], "choices": [], "data": {}}', "it is no frontier"),
         ('{"status": "running"}', "this sweep has not finished. Rerun loramox sweep"),
     ],

@@ -30,13 +30,13 @@ from loramox.adapter.provenance import read_provenance
 from loramox.cli import main
 from loramox.cli.requests import _defaults
 from loramox.data.row import fingerprint
+from loramox.data.rows import write_rows
 from loramox.errors import AdapterError, LoramoxError, RowsError, RunError, SettingsError
 from loramox.extras.ledger.build import build
-from loramox.extras.ledger.ledger import Entry, _digest, read_ledger
+from loramox.extras.ledger.ledger import ROWS, Entry, _digest, read_ledger
 from loramox.extras.ledger.leftovers import left_over
 from loramox.extras.ledger.refresh import refresh
 from loramox.extras.ledger.requests import RequestConfig, add, revoke
-from loramox.extras.ledger.rows import ROWS, write_rows
 from loramox.extras.ledger.verify import verify
 from loramox.files import sha256_of
 from loramox.model.algebra import Factors
@@ -556,6 +556,9 @@ def test_a_second_writer_gets_one_error_at_once_and_readers_none(ledger: Path, w
         ([{"chat": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}], {"messages_column": "chat"}),
         ([{"text": "A long text."}], {}),
         ([{"body": "A long text.", "question": "Q?"}], {"text_column": "body"}),
+        ([{"prompt": "Q?", "completion": "A."}], {"prompt_column": "prompt", "answer_column": "completion"}),
+        ([{"prompt": [{"role": "user", "content": "Q?"}], "completion": [{"role": "assistant", "content": "A."}]}], {"prompt_column": "prompt", "answer_column": "completion"}),
+        ([{"frage": "Q?", "antwort": ["A.", "B."], "text": "T"}], {"prompt_column": "frage", "answer_column": "antwort", "text_column": "text"}),
     ],
 )  # fmt: skip
 def test_the_copy_of_the_rows_reads_back_as_the_same_rows(
@@ -564,8 +567,8 @@ def test_the_copy_of_the_rows_reads_back_as_the_same_rows(
     rows = read_rows(write(tmp_path / "in.jsonl", records), Columns(**columns))
     write_rows(tmp_path / "out.jsonl", rows, Columns(**columns))
     again = read_rows(str(tmp_path / "out.jsonl"), Columns(**columns))
-    assert [(r.prompt, r.answer, r.wanted, r.verbatim) for r in again] == [
-        (r.prompt, r.answer, r.wanted, r.verbatim) for r in rows
+    assert [(r.prompt, r.right_answers, r.wanted, r.verbatim) for r in again] == [
+        (r.prompt, r.right_answers, r.wanted, r.verbatim) for r in rows
     ]
 
 

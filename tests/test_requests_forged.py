@@ -15,10 +15,9 @@ from loramox.adapter.folder import WEIGHTS
 from loramox.cli import main
 from loramox.errors import AdapterError, RunError
 from loramox.extras.ledger.compose import terms_of
-from loramox.extras.ledger.ledger import INDEX, _digest, read_ledger
+from loramox.extras.ledger.ledger import INDEX, ROWS, _digest, read_ledger
 from loramox.extras.ledger.leftovers import check_links, left_over
 from loramox.extras.ledger.refresh import refresh
-from loramox.extras.ledger.rows import ROWS
 from loramox.extras.ledger.verify import verify
 
 ENTRY = {

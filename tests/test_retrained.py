@@ -61,7 +61,7 @@ def asked(tmp_path: Path) -> Callable[..., Any]:
 def test_records_with_other_wrong_answers_are_refused(tmp_path: Path, model: ModelConfig, asked: Callable) -> None:
     asked(model, "theirs", wrong="In Paris.")
     for retrained in (tmp_path / "theirs", tmp_path / "theirs" / "records.jsonl"):
-        with pytest.raises(RunError, match=r"theirs.* has other paraphrases or wrong answers of .*, row 1"):
+        with pytest.raises(RunError, match=r"theirs.* has other texts of .*, row 1: .*on the same files"):
             asked(model, "out", retrained=str(retrained))
     assert not (tmp_path / "out").exists()
 
@@ -73,7 +73,7 @@ def test_records_of_other_texts_of_the_same_rows_are_refused(
     cut = Tokenisation(max_length=16, long_rows="truncate")
     asked(model, "theirs", how=cut)
     with pytest.raises(
-        RunError, match=r"theirs.* tokens of the answer of .*, row 1, .*same --max_length, --long_rows and"
+        RunError, match=r"theirs.* has other texts of .*, row 1: .*same --max_length, --long_rows and --prompt_template"
     ):
         asked(model, "out", retrained=str(tmp_path / "theirs"))
     assert not (tmp_path / "out").exists()
@@ -91,7 +91,7 @@ def test_rows_of_one_id_are_found_by_their_numbers_of_tokens(tmp_path: Path) -> 
     rows = [{"part": "forget", "id": "a", "row": f"f.jsonl, row {n}", "tokens": n} for n in (3, 5)]
     write_records(tmp_path / "r", rows, Summary({}, {}), {})
     assert read_records(tmp_path / "r", like=rows) == rows
-    with pytest.raises(RunError, match=r"here it has 4.* Make these records again with the same --max_length"):
+    with pytest.raises(RunError, match=r"has other texts of f.jsonl, row 3: .*with the same --max_length"):
         read_records(tmp_path / "r", like=[rows[0] | {"tokens": 4}])
 
 

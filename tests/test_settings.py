@@ -258,8 +258,8 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path: Path) -> None:
         (["--output_dir=x"], "--output_dir is set from --out.*Give --out"),
         (["--output-dir", "x"], "--output_dir is set from --out.*Give --out"),
         (["mine.yaml"], "mine.yaml: a recipe comes first, before all flags: loramox unlearn mine.yaml"),
-        (["--load_best_model_at_end", "true"], "metric_for_best_model is None; .* needs the metric for"),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "metric_for_best_model is None"),
+        (["--load_best_model_at_end", "true"], "load_best_model_at_end is True; .* needs false: what ships is"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "metric_for_best_model is None; .* needs the metric for"),
     ],
 )
 def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:

@@ -12,7 +12,7 @@ from loramox import Data, ReferenceConfig, UnlearnConfig
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation, encode
 from loramox.data.row import Row
-from loramox.data.rows import Columns, read_rows
+from loramox.data.rows import Columns, read_rows, write_rows
 from loramox.errors import RowsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.attacks.leaks import leaks_of
@@ -21,7 +21,6 @@ from loramox.evaluate.measure import ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.evaluate.row_record import rouge_of
 from loramox.evaluate.subject import Subject
-from loramox.extras.ledger.rows import write_rows
 from loramox.model.config import ModelConfig
 from loramox.train.prepare import prepare
 

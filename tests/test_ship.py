@@ -249,24 +249,13 @@ def test_from_one_training_twice_the_alpha_is_exactly_twice_the_delta(trained: P
     ).read_bytes()  # alpha = 2 is that of training
 
 
-@pytest.mark.parametrize(
-    ("alpha", "says"),
-    [
-        (0.0, "is the reference model itself"),
-        (-1.0, "is on the memorizing side of the reference"),
-        (-2.0, "is on the memorizing side of the reference"),
-        (math.nan, "is not a finite number"),
-        (math.inf, "is not a finite number"),
-        (-math.inf, "is not a finite number"),
-    ],
-)
+@pytest.mark.parametrize("alpha", [0.0, -1.0, -2.0, math.nan, math.inf, -math.inf])
 def test_an_alpha_that_is_no_forget_model_is_refused_saying_what_it_is(
-    alpha: float, says: str, trained: Path, tmp_path: Path
+    alpha: float, trained: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError) as caught:
+    says = f"^--alpha {alpha:g}: at 0 the model is the reference, and below it is on the memorizing side. Expected a finite number"
+    with pytest.raises(SettingsError, match=says):
         ship(trained, tmp_path / "out", alpha)
-    assert says in str(caught.value)
-    assert "--alpha" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,7 @@ from loramox.train.side_by_side import advice_on
 from loramox.train.synthetic import BESIDE, RETAIN_FILE, check_auto, generated_rows, rows_to_write
 from loramox.train.target import JUST_ENOUGH
 from loramox.train.terms import Answers
-from loramox.train.writer import Writer, _first_sentence, _whole_sentences, prompts_of, user_turn
+from loramox.train.writer import Writer, _first_sentence, _whole_sentences, around_question, prompts_of
 from loramox.unlearning import unlearn
 
 TEMPLATE = (
@@ -402,9 +402,9 @@ def test_a_guess_ends_with_its_first_sentence_and_not_with_an_initial_an_abbrevi
 
 
 def test_questions_are_sampled_from_where_a_user_speaks(chat: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert user_turn(AutoTokenizer.from_pretrained(chat), Tokenisation()) == "<user>"
-    assert user_turn(tokenizer, Tokenisation()) == "Question: "
-    assert user_turn(tokenizer, Tokenisation(prompt_template="Q: {prompt} A:")) == "Q: "
+    assert around_question(AutoTokenizer.from_pretrained(chat), Tokenisation()) == ("<user>", "<assistant>")
+    assert around_question(tokenizer, Tokenisation()) == ("Question: ", "Answer:")
+    assert around_question(tokenizer, Tokenisation(prompt_template="Q: {prompt} A:")) == ("Q: ", "A:")
 
 
 def test_a_run_on_retain_auto_alone_keeps_its_rows_and_shows_answers(

@@ -15,7 +15,7 @@ from loramox.adapter.export import extrapolate
 from loramox.cli import main
 from loramox.errors import SettingsError
 from loramox.model.head import AnswerStates
-from loramox.train.callbacks import MomentumCallback
+from loramox.train.callbacks import AroundSteps
 from loramox.train.target import (
     JUST_ENOUGH,
     SHARES,
@@ -124,7 +124,7 @@ def test_training_ends_where_the_target_is_met_and_resuming_leaves_it_at_that(pi
 
 def killed_at(step: int, pico: Callable[[str], Path], rows: Rows, out: Path, **settings: Any) -> None:
     """A run that is killed when the checkpoint of a step is written."""
-    real = MomentumCallback.on_save
+    real = AroundSteps.on_save
 
     def stop(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
@@ -132,7 +132,7 @@ def killed_at(step: int, pico: Callable[[str], Path], rows: Rows, out: Path, **s
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MomentumCallback, "on_save", stop)
+        patch.setattr(AroundSteps, "on_save", stop)
         with pytest.raises(KeyboardInterrupt):
             run_of(pico, rows, out, **settings)
 

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +28,10 @@ from loramox.errors import NonFiniteLossError, RunError
 from loramox.model.algebra import Factors
 from loramox.model.head import backbone
 from loramox.model.lora import current_factors, lora_layers
+from loramox.run import MAY_DIFFER
 from loramox.train.earlier import EARLIER, put_on
 from loramox.train.momentum import Momentum
-from loramox.train.mox import falling
+from loramox.train.mox import _adding, falling
 from loramox.train.terms import Answers
 
 Examples = tuple[list[Example], list[Example]]
@@ -531,16 +534,56 @@ def test_passes_stay_as_small_as_they_had_to_become(trainer_of) -> None:
     assert max(passes[too_large[-1] + 1 :]) <= 2 * longest
 
 
-def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_change(trainer_of) -> None:
+@pytest.mark.parametrize(
+    ("processes", "what"), [(1, r"in a pass of a single row .*jsonl, row \d"), (2, r"in training \(CUDA out of memory")]
+)
+def test_a_step_that_does_not_fit_is_an_error_that_says_what_to_change(
+    processes: int, what: str, trainer_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer, _ = trainer_of(max_steps=1)
+    monkeypatch.setattr("loramox.train.passes.PartialState", lambda: SimpleNamespace(num_processes=processes))
     with (
         too_little_memory(trainer, 0, tokens=1),
         pytest.raises(
             RunError,
-            match=r"single row .*jsonl, row \d.*--activation_checkpointing true.*--max_length.*--quantization nf4",
-        ),
+            match=rf"{what}.*--activation_checkpointing true.*--max_length.*--quantization nf4",
+        ) as refused,
     ):
         trainer.train()
+    resumed, anew = (
+        set(re.findall(r"--(\w+)", part)) for part in str(refused.value).split("Or start from the beginning")
+    )
+    assert resumed - {"resume"} <= set(MAY_DIFFER)  # as --resume takes it
+    assert "overwrite" in anew
+    assert not anew & set(MAY_DIFFER)
+
+
+@pytest.mark.parametrize("method", ["mox", "mox_static"])
+def test_where_memory_runs_out_fewer_of_the_watched_rows_are_scored_at_a_time_and_the_scores_are_the_same(
+    method: str, trainer_of
+) -> None:
+    trainer, _ = trainer_of(method=method, per_device_eval_batch_size=4)
+    expected = trainer.evaluate()
+    longest = max(len(e["input_ids"]) for e in [*trainer.train_dataset.forget, *trainer.train_dataset.retain])
+    with (
+        too_little_memory(trainer, 0, tokens=3 * longest) as passes,
+        pytest.warns(UserWarning, match="memory ran out with --per_device_eval_batch_size 4: 2 answers at a time"),
+    ):
+        found = trainer.evaluate()
+    too_large = [tokens for tokens in passes if tokens > 3 * longest]
+    assert len(too_large) < len(passes) / 2  # not tried again
+    for name in ("loss", "probability", "tokens_right", "rows_right"):
+        assert found[f"eval_forget_{name}"] == pytest.approx(expected[f"eval_forget_{name}"], rel=1e-4)
+
+
+def test_under_autocast_the_memorizing_adapter_keeps_no_copy_of_a_layers_input() -> None:
+    layer = nn.Linear(8, 4, dtype=torch.bfloat16).requires_grad_(False)
+    layer.register_forward_hook(_adding(nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(4, 2))))
+    x, kept = torch.randn(3, 8, dtype=torch.bfloat16), []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
+    with keep, torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [x.data_ptr()]
 
 
 def test_other_errors_are_raised_as_they_are(trainer_of) -> None:
@@ -696,52 +739,18 @@ def test_momentum_also_takes_in_the_last_step_when_it_ends_no_interval(trainer_o
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_best_model_comes_back_with_its_own_momentum(trainer_of) -> None:
-    """transformers' `load_best_model_at_end` knows of the adapter alone."""
-    trainer, recorder = trainer_of(
-        num_train_epochs=3,
-        momentum=0.5,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_forget_loss",
-        greater_is_better=False,  # the wrong way round, so that the best is not the last
-    )
-    trainer.train()
-    best = trainer.state.best_global_step
-    assert best < 3
-    assert trainer.momentum.ticks == best
-    for name, factors in trainer.momentum.average.items():
-        assert torch.equal(current_factors(trainer.model)[name].delta(), recorder.deltas[best - 1][name])
-        first = 0.5 ** (best - 1) * recorder.deltas[0][name]
-        expected = first + sum(0.5 ** (best - step) * recorder.deltas[step][name] for step in range(1, best))
-        torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("momentum", [1.0, 0.5])
-def test_where_nothing_is_averaged_yet_what_ships_of_every_step_is_what_was_scored_then(
-    momentum: float, trainer_of, tmp_path: Path
-) -> None:
-    """Two steps an epoch; with η = 1 nothing is ever averaged, else not before the first update."""
+def test_without_averaging_every_checkpoint_has_delta_itself_as_it_was_then(trainer_of, tmp_path: Path) -> None:
+    """Two steps an epoch: the average would be updated after every other step."""
     trainer, recorder = trainer_of(
         num_train_epochs=2,
         per_device_train_batch_size=2,
-        momentum=momentum,
-        eval_strategy="steps",
-        eval_steps=1,
+        momentum=1.0,
         save_strategy="steps",
         save_steps=1,
         save_total_limit=None,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_forget_loss",
-        greater_is_better=False,  # the wrong way round, so that the best is the first
     )
     trainer.train()
-    assert trainer.state.best_global_step == 1
-    trainer.save_model()
-    for name, factors in trainer.momentum.average.items():
-        assert torch.equal(factors.delta(), recorder.deltas[0][name])
-    for step in range(1, 5) if momentum == 1 else ():
+    for step in range(1, 5):
         for name, factors in Momentum.load(tmp_path / "trained" / f"checkpoint-{step}").average.items():
             assert torch.equal(factors.delta(), recorder.deltas[step - 1][name])
 

@@ -487,9 +487,7 @@ def test_before_training_the_rows_are_scored_with_the_adapter_and_without(
         runs(verb=train)
     without = probability(AutoModelForCausalLM.from_pretrained(runs.base), examples[0])
     known = probability(tuned_of(runs.base, runs.mine), examples[0])
-    says = (
-        rf"The base gives the forget answers probability {without:.4f} without --tuned_adapter, and {known:.4f} with it"
-    )
+    says = rf"Probability of the forget answers before training: {known:.4f} \({without:.4f} without --tuned_adapter\)"
     assert re.search(says, capsys.readouterr().out)
     assert not [w for w in caught if "--tuned_adapter hardly raises" in str(w.message)]
     with pytest.warns(UserWarning, match=r"--tuned_adapter hardly raises .* does not seem to know these rows"):
@@ -634,7 +632,7 @@ def test_memorized_at_an_earlier_checkpoint_the_change_is_that_of_a_run_there_an
     scored = [e["eval_forget_probability"] for e in record["log"] if "eval_forget_probability" in e]
     earlier = AutoModelForCausalLM.from_pretrained(runs.base)
     assert (
-        f"The checkpoint of --memorize_at gives the forget answers probability {scored[0]:.4f}"
+        f"Probability of the forget answers before training at the checkpoint of --memorize_at: {scored[0]:.4f}"
         in capsys.readouterr().out
     )
     assert scored[0] == pytest.approx(probability(earlier, examples[0]), rel=1e-4)

@@ -25,7 +25,7 @@ from loramox.model.algebra import Factors, concatenate, scaled
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import command, versions
-from loramox.settings import check_choices, setting
+from loramox.settings import check_choices, refuse, setting
 
 # What a shipped adapter's provenance has from that of its training.
 CARRIED = (
@@ -70,20 +70,6 @@ def forget_change(delta: dict[str, Factors], alpha: float | None, scale: float =
     return {name: scaled(factors, scale if alpha is None else -alpha) for name, factors in delta.items()}
 
 
-def check_alpha(alpha: float) -> None:
-    """Raises `SettingsError` unless alpha is finite and above 0."""
-    if not math.isfinite(alpha):
-        raise SettingsError(f"--alpha {alpha} is not a finite number. Expected a number above 0, 0.5 to 16 as a rule")
-    if alpha == 0:
-        raise SettingsError(
-            "--alpha 0 is the reference model itself: an adapter that does nothing. Switch the adapter off instead"
-        )
-    if alpha < 0:
-        raise SettingsError(
-            f"--alpha {alpha:g} is on the memorizing side of the reference, where nothing is forgotten. Give a number above 0"
-        )
-
-
 def alpha_of(given: float | None, source: dict[str, Any]) -> float | None:
     """The alpha to ship at: the one given, or that of training; None for a method that has none.
 
@@ -95,15 +81,17 @@ def alpha_of(given: float | None, source: dict[str, Any]) -> float | None:
             "--scale, a multiple of ΔW; a shipped adapter is turned down by its scale (PEFT's set_scale, ForgetSwitch)"
         )
     alpha = source["alpha"] if given is None else given
-    if alpha is not None:
-        check_alpha(alpha)
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise SettingsError(
+            f"--alpha {alpha:g}: at 0 the model is the reference, and below it is on the memorizing side. Expected a finite number above 0, "
+            "0.5 to 16 as a rule"
+        )
     return alpha
 
 
 def check_scale(scale: float, source: dict[str, Any]) -> None:
     """Raises `SettingsError` unless the scale is 1 or, of a method without alpha, finite and above 0."""
-    if not math.isfinite(scale) or scale <= 0:
-        raise SettingsError(f"scale is {scale}; --scale needs a finite number above 0, and 1 is as trained")
+    refuse("scale", scale, scale > 0, "a finite number above 0, and 1 is as trained")
     if scale != 1 and source["alpha"] is not None:
         raise SettingsError(
             f"scale is {scale:g}, and {source['method']} has an alpha, which says how far the adapter goes. Give --alpha alone"
@@ -163,24 +151,18 @@ def extrapolate(
         "rank": rank,
         "truncation_error": error,
         "dtype": str(dtype).removeprefix("torch."),
-        **_carried(source, scale=None if scale == 1 else scale, chosen_by=chosen_by),
+        **({"scale": scale} if scale != 1 else {}),
+        **({"chosen_by": chosen_by} if chosen_by else {}),
+        **{key: source[key] for key in CARRIED if key in source},
+        "training_command": source["command"],
+        "command": command(),
+        "versions": versions(),
     }
     if tuned:
         used = min(rank, max(factors.rank for factors in delta.values()))  # the rest of it is padding
         made = _write_combined(combined, tuned, fitted, used, config, dtype, provenance)
         provenance["combined_adapter"] = {"path": str(combined), "rank": made["rank"], "sha256": made["sha256"]}
     return write_adapter(out, fitted, config, source["base"], dtype, provenance, forget_card(provenance))
-
-
-def _carried(source: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What the provenance has from that of training and from this moment, and `more`, where it is not None."""
-    return {
-        **{key: value for key, value in more.items() if value is not None},
-        **{key: source[key] for key in CARRIED if key in source},
-        "training_command": source["command"],
-        "command": command(),
-        "versions": versions(),
-    }
 
 
 def _write_combined(

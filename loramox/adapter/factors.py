@@ -39,16 +39,12 @@ KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight
 
 
 def read_factors(folder: Path) -> tuple[dict[str, Factors], LoraConfig]:
-    """Read ΔW of every layer of a plain LoRA adapter, in fp32 with the scale folded into B.
+    """ΔW of every layer of a plain LoRA adapter, in fp32 with the scale folded into B, by the layer's name; and its config.
 
     The scale is lora_alpha/r, or lora_alpha/√r for rsLoRA. Both may differ from layer to layer (rank_pattern, alpha_pattern).
 
-    Returns:
-        ΔW by the layer's name in the base model, and the adapter's config.
-
-    Raises:
-        AdapterError: a missing or damaged folder, weights that are not those that its provenance was written for, or a variant
-            whose ΔW is not scale·B·A (DoRA, biases, …).
+    Raises `AdapterError` for a missing or damaged folder, weights that are not those that its provenance was written for, or a
+    variant whose ΔW is not scale·B·A (DoRA, biases, …).
     """
     named = read_layers(folder)
     read_stored(folder)  # it is whole, and all of floats

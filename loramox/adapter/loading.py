@@ -29,7 +29,8 @@ def put_on(model: nn.Module, folder: Path | str) -> PeftModel:
     Raises `AdapterError` for a folder that is damaged, or has settings that are not known to be harmless.
     """
     named, layers, _ = _read(Path(folder))
-    return PeftModel.from_pretrained(model, str(folder), config=named.pinned(layers))
+    device = str(next(model.parameters()).device)  # else PEFT reads the file to a GPU that is there, with --use_cpu too
+    return PeftModel.from_pretrained(model, str(folder), config=named.pinned(layers), torch_device=device)
 
 
 def check_whole(folder: Path, outline: PreTrainedModel) -> None:

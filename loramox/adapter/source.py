@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loramox.adapter.factors import FOLDED, read_factors, read_layers
 from loramox.adapter.folder import CHECKSUMS, CONFIG, MOMENTUM, PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import check_base, read_provenance
-from loramox.errors import AdapterError, ModelError, SettingsError
+from loramox.errors import AdapterError, SettingsError
 from loramox.files import read_json, sha256_of
 from loramox.model.algebra import Factors
 from loramox.model.config import identify, read_config, skeleton
@@ -24,14 +24,7 @@ Source = tuple[dict[str, Any], dict[str, Factors], LoraConfig]  # provenance, Δ
 
 
 def read_source(folder: Path, alpha: float | None, base: str | None) -> Source:
-    """What is in a folder to make a forget adapter from; the provenance names the base as it is served.
-
-    Args:
-        alpha: how far to go, which an adapter of PEFT does not say.
-        base: folder or hub id of the base model. Default: the one of training.
-
-    Raises what `extrapolate` raises.
-    """
+    """What a forget adapter is made of, from any folder; the provenance names the base as served. Raises as `extrapolate`."""
     if written_by_peft(folder):
         return read_peft(folder, alpha, base)
     if (folder / MOMENTUM).is_file():
@@ -101,14 +94,7 @@ def written_by_peft(folder: Path) -> bool:
 
 
 def read_peft(folder: Path, alpha: float | None, base: str | None) -> Source:
-    """Read a plain LoRA adapter that PEFT wrote: its provenance as far as it is known, ΔW, and its config.
-
-    Args:
-        alpha: how far to negate it. Nothing in the folder says.
-        base: folder or hub id of the base model. Default: the one that the adapter names.
-
-    Raises what `extrapolate` raises.
-    """
+    """A plain LoRA adapter that PEFT wrote: its provenance as far as it is known, ΔW, its config. Raises as `extrapolate`."""
     if alpha is None:
         raise SettingsError(
             f"--alpha is missing: {folder} is an adapter that PEFT wrote, which does not say how far to negate it. With --alpha 1 the "
@@ -135,15 +121,8 @@ def _base_of(folder: Path, delta: dict[str, Factors], config: LoraConfig, given:
     if not name:
         raise AdapterError(f"{folder} does not name its base model. Give the model's folder or hub id with --base")
     reference = ReferenceConfig(model=name, revision=config.revision if name == named else None)
-    try:
-        model_config = read_config(reference)
-    except ModelError as error:
-        if given:
-            raise ModelError(str(error).replace("--model", "--base", 1)) from error
-        why = " ".join(str(error).removeprefix("--model ").split()).rstrip(".")
-        raise ModelError(
-            f"{folder} names its base model {name}, which cannot be used here: {why}. Give the base model's folder or hub id with --base"
-        ) from error
+    flag = "--base" if given else f"{folder} names its base model (give another with --base):"
+    model_config = read_config(reference, flag=flag)
     check_layers(delta, skeleton(model_config, reference), folder, name)
     return identify(reference, model_config)
 
@@ -181,9 +160,6 @@ def served_base(source: dict[str, Any], name: str | None, trained: Path) -> dict
     if name is None:
         return source["base"]
     reference = ReferenceConfig(model=name)
-    try:
-        base = identify(reference, read_config(reference))
-    except ModelError as error:
-        raise ModelError(str(error).replace("--model", "--base", 1)) from error
+    base = identify(reference, read_config(reference, flag="--base"))
     check_base(source, base, trained)
     return base

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -97,7 +96,7 @@ class ForgetSwitch:
             before = self._state()
             turn.undo = lambda: self._set(before)
             # Not PEFT's `set_scale`, which rounds twice: read back, the scale is then the one that was set.
-            self._set([_Layer(scale > 0, (scale or 1.0) * self._shipped_scaling(layer)) for layer in self._layers])
+            self._set([(scale > 0, (scale or 1.0) * self._shipped_scaling(layer)) for layer in self._layers])
         except BaseException:
             self._turns.end(turn)
             raise
@@ -120,10 +119,11 @@ class ForgetSwitch:
             )
         return [self.adapter if each else BASE for each in forget]
 
-    def _state(self) -> list["_Layer"]:
-        return [_Layer(self.adapter in layer.active_adapters, layer.scaling[self.adapter]) for layer in self._layers]
+    def _state(self) -> list[tuple[bool, float]]:
+        """Of each layer, whether the adapter is active in it, and the factor on B·A, as PEFT stores it."""
+        return [(self.adapter in layer.active_adapters, layer.scaling[self.adapter]) for layer in self._layers]
 
-    def _set(self, state: list["_Layer"]) -> None:
+    def _set(self, state: list[tuple[bool, float]]) -> None:
         for layer, (on, scaling) in zip(self._layers, state, strict=True):
             # An active one keeps its place: the order of the sum over adapters decides its last bit.
             active = [name for name in layer.active_adapters if on or name != self.adapter]
@@ -151,13 +151,6 @@ class ForgetSwitch:
     def _shipped_scaling(self, layer: LoraLayer) -> float:
         root = math.sqrt(layer.r[self.adapter]) if layer.use_rslora.get(self.adapter) else layer.r[self.adapter]
         return layer.lora_alpha[self.adapter] / root
-
-
-class _Layer(NamedTuple):
-    """The state of the adapter in one layer: whether it is active, and the factor on B·A, as PEFT stores it."""
-
-    on: bool
-    scaling: float
 
 
 class _Until:

@@ -29,7 +29,7 @@ HOMES = {
     "attack": "evaluation",
     "sweep": "evaluation",
     "report": "evaluation",
-    "plan": "planning",
+    "plan": "training",
     "requests": "requests",
     "ship": "shipping",
 }
@@ -72,15 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"loramox {verb}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out_of_memory(error):
+        from loramox.model.fitting import ran_out_of_memory  # torch, which raised it, is loaded
+
+        if not ran_out_of_memory(error):
             raise
         why = str(error) or type(error).__name__
         print(f"loramox {verb}: the device's memory ran out:", *why.split(), file=sys.stderr)
-        print(
-            "All files on disk are complete. Use less memory: a smaller --batch_size or --per_device_eval_batch_size, --quantization nf4, shorter "
-            "rows (--max_length). Or use main memory: --use_cpu true. In training also --activation_checkpointing true",
-            file=sys.stderr,
-        )
+        less = "--quantization nf4, shorter rows (--max_length), or main memory (--use_cpu true)"
+        remedy = f"Use less memory: a smaller --batch_size, {less}"
+        if resumes:  # with the settings that may differ then
+            remedy = (
+                "Continue with --resume and --activation_checkpointing true or a smaller --per_device_eval_batch_size, or on a device with more "
+                f"memory. Or start from the beginning, with --overwrite and {less}"
+            )
+        print(f"All files on disk are complete. {remedy}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
@@ -88,14 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         named = escaped(str(error.filename))
         print(f"loramox {verb}: {named}: {error.strerror}. All other files are complete", file=sys.stderr)
         sys.exit(2)
-
-
-def _ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    from accelerate.utils.memory import should_reduce_batch_size  # torch, which raised it, is loaded
-
-    return should_reduce_batch_size(error)
 
 
 class _Version(argparse.Action):

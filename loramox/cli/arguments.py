@@ -17,9 +17,9 @@ VERBS = {
     "train": "the first half of unlearn: train the adapter, ΔW",
     "extrapolate": "the second half of unlearn: write the forget adapter, at any alpha, in seconds",
     "evaluate": "score a model, with or without an adapter, on the forget and retain sets",
-    "attack": "try to recover the forgotten rows: relearning, quantizing, other forms and contexts, sampling, base against adapter",
+    "attack": "try to recover the forgotten rows: relearning, quantizing, other forms and contexts, sampling, base and adapter combined",
     "sweep": "score a run at many alphas, plot the trade-off, and choose an alpha",
-    "plan": "estimate memory and time before any weights are loaded, and find settings that fit a GPU",
+    "plan": "estimate memory, and the time of an epoch, before any weights are loaded, and find settings that fit a GPU",
     "requests": "a ledger of unlearning requests that arrive over time and can be revoked, and one adapter for all of them",
     "report": "summarize a run, its sweep and its attacks on one HTML page",
     "ship": "check, merge or convert a forget adapter for serving",
@@ -47,7 +47,7 @@ USAGES = {
     "plan": "--model M --gpu_memory 12GB [--forget F --retain R]",
     "ship merge": "--adapter A --out DIR",
     "ship gguf": "--adapter A --out FILE.gguf",
-    "sweep": "--trained DIR/trained --out DIR/sweep",
+    "sweep": "--trained DIR/trained (--forget F --retain R | --suite tofu) --out DIR/sweep",
     "extrapolate": "TRAINED --out DIR [--alpha A | --scale S] [--setting value …]",
     "requests build": "LEDGER --out DIR [--setting value …]",
     "requests add LEDGER": "--forget F --retain R [--model M] [--id NAME]",
@@ -55,7 +55,6 @@ USAGES = {
 
 
 def refuse_replaced_flags(words: Sequence[str]) -> None:
-    """Raise `SettingsError` for a flag of loramox 0.1 in a command line, with the one to give instead."""
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0]
@@ -81,7 +80,6 @@ def given_settings(verb: str, words: list[str], *kinds: type) -> set[str]:
 
 
 def parser_of(verb: str, kinds: Sequence[type], usage: str) -> Any:
-    """The parser of a verb, or of a step of one, for these kinds of settings."""
     from loramox.cli.help import Parser
 
     description = (VERBS | STEPS)[verb.removesuffix(" LEDGER")]

@@ -86,7 +86,9 @@ def sweep(words: list[str]) -> None:
 
 def report(words: list[str]) -> None:
     parser = plain_parser("report")
-    parser.add_argument("run", metavar="RUN_DIR", help="Folder of a run, with sweep/ and attack/ in it if they exist.")
+    parser.add_argument(
+        "run", metavar="RUN_DIR", help="Folder of a run. sweep/, attack/ and evaluation/ in it are read if they exist."
+    )
     given = parser.parse_args(words)
     from loramox.extras.report import report
 

@@ -11,21 +11,21 @@ from transformers import HfArgumentParser, TrainingArguments
 
 # The group of --help that each class of settings belongs to; those of other classes are in the last one.
 GROUPS = {
-    "Data": ("Data", "Asked", "DepthConfig", "Columns", "Tokenisation", "ForgettingConfig"),
-    "Model": ("ReferenceConfig", "ModelConfig"),
+    "Data": ("Data", "Asked", "DepthConfig", "Columns", "Tokenisation"),
+    "Model": ("ReferenceConfig", "ModelConfig", "Subject"),
     "Method": ("UnlearnConfig",),
     "Training": ("FitConfig",),
     "Attack": ("AttackConfig",),
     "Sweep": ("SweepConfig",),
     "Plan": ("PlanConfig",),
-    "Scoring": ("ScoringConfig",),
-    "Output": ("RunConfig", "ShippingConfig", "Subject", "RequestConfig", "MergeConfig", "GgufConfig", "PushConfig"),
+    "Scoring": ("ScoringConfig", "HarnessConfig", "ForgettingConfig"),
+    "Output": ("RunConfig", "ShippingConfig", "RequestConfig", "MergeConfig", "GgufConfig", "PushConfig"),
 }  # fmt: skip
 
 # transformers' own settings that matter to most users, which --help shows among all those that it has.
 TRAINING = (
     "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
-    "save_steps", "eval_strategy", "report_to", "use_cpu",
+    "save_strategy", "eval_strategy", "report_to", "use_cpu",
 )  # fmt: skip
 
 # Our own settings that few users need.
@@ -38,8 +38,6 @@ WIDTH, COLUMN = 120, 34
 
 
 class Parser(HfArgumentParser):
-    """A parser of settings, dataclasses all, with a short help and a long one."""
-
     def __init__(self, kinds: Sequence[type], **kwargs: Any) -> None:
         super().__init__(kinds, formatter_class=_Defaults, allow_abbrev=False, **kwargs)
         self.add_argument("--help-all", action=_HelpAll, help="Show every flag, with its full text.")
@@ -63,7 +61,7 @@ class Parser(HfArgumentParser):
                     group_of[field.name] = group
                 elif field.name not in TRAINING:
                     hidden.add(field.name)
-        group_of["out"] = "Output"
+        group_of |= dict.fromkeys(("out", "overwrite"), "Output")
         shown: dict[str, list[argparse.Action]] = {title: [] for title in GROUPS}
         for action in self._actions:
             if action.dest not in hidden and not any(flag.startswith("--no_") for flag in action.option_strings):

@@ -20,15 +20,8 @@ def count_rows(
 ) -> dict[str, Any]:
     """Count what became of the rows of one source, and log it in a line.
 
-    Args:
-        part: what its rows are: forget, retain, …
-        read: all its rows (at least one).
-        kept: those that are in no other part (`keep_disjoint`).
-        examples: what `encode` made of `kept`.
-
-    Returns:
-        The numbers of rows `read` and `used`, and of those `left_out`, by reason; the number of `answers`, where some rows have
-        several right ones; the number of `repeated_questions`: rows that ask what another row answers differently, if any.
+    `kept` are those in no other part, `examples` what `encode` made of them. Returns the numbers `read`, `used` and `left_out`
+    (by reason), of `answers` where rows have several, and of `repeated_questions`, which another row answers differently.
     """
     encoded = {example["row"] for example in examples}
     lost = [row for row in kept if row.where not in encoded]

@@ -12,7 +12,7 @@ from loramox.data.chat import ChatTemplate, Messages, any_of, end_tokens, specia
 from loramox.data.row import Row, each_answer
 from loramox.data.words import first_words
 from loramox.errors import RowsError, SettingsError
-from loramox.settings import check_choices, setting
+from loramox.settings import check_choices, refuse, setting
 
 IGNORED = -100  # transformers' label for "no loss here"
 
@@ -48,10 +48,8 @@ class Tokenisation:
             raise SettingsError(
                 "prompt_template has no {prompt} in it; --prompt_template needs it where the question goes"
             )
-        if self.max_length is not None and self.max_length < 2:
-            raise SettingsError(
-                f"max_length is {self.max_length}; --max_length needs at least 2 tokens, a prompt's and an answer's"
-            )
+        fine = self.max_length is None or self.max_length >= 2
+        refuse("max_length", self.max_length, fine, "at least 2 tokens, a prompt's and an answer's")
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation, context: int) -> list[Example]:
@@ -83,8 +81,12 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
     encoder.refuse_special(rows)
     encoded = [(row, encoder.encode(row)) for row in rows]
     long = [(row, len(ids)) for row, (ids, _) in encoded if row.prompt is not None and len(ids) > limit]
-    if how.long_rows == "refuse":
-        _refuse_long(long, rows, limit)
+    if long and how.long_rows == "refuse":
+        row, length = long[0]
+        raise RowsError(
+            f"{len(long)} of {len(rows)} rows of {row.source} are longer than {limit} tokens (first: row {row.number}, {length} "
+            "tokens). Cut the end of their answers with --long_rows truncate, or leave them out with --long_rows drop"
+        )
     dropped = {row.where for row, _ in long} if how.long_rows == "drop" else set()  # with all their right answers
     examples: list[Example] = []
     for row, (ids, labels) in encoded:
@@ -114,8 +116,6 @@ def served_otherwise(
     """What comes after a question in these rows (`trained`) and from a server (`served`); None where it is the same.
 
     Rows with reasoning do not count: theirs is a server's.
-
-    Raises `ModelError` when rows go through a chat template that cannot be used.
     """
     encoder = _Encoder(tokenizer, how)
     if (
@@ -124,15 +124,6 @@ def served_otherwise(
     ):
         return None
     return {"trained": encoder.chat.trained, "served": encoder.chat.served}
-
-
-def _refuse_long(long: list[tuple[Row, int]], rows: Sequence[Row], limit: int) -> None:
-    if long:
-        row, length = long[0]
-        raise RowsError(
-            f"{len(long)} of {len(rows)} rows of {row.source} are longer than {limit} tokens (first: row {row.number}, {length} "
-            "tokens). Cut the end of their answers with --long_rows truncate, or leave them out with --long_rows drop"
-        )
 
 
 class _Encoder:

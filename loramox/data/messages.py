@@ -18,13 +18,7 @@ BESIDE = ("chat_template_kwargs", "documents", "function_call", "functions", "sy
 def read_messages(where: str, record: dict[str, Any], messages: Any) -> tuple[dict[str, str], ...]:
     """The messages, each as its role, its text and its reasoning. Text parts are joined.
 
-    Args:
-        where: the file and the row, as an error names them.
-        record: the row, which may have columns that a chat template reads as well.
-        messages: the chat, as the file has it.
-
-    Raises:
-        RowsError: something in it is no text, or would be hidden from the model: images, tool calls, names.
+    Raises `RowsError` for what is no text, or would be hidden from the model: images, tool calls, names.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise RowsError(f"{where}: its messages are not a list of messages. Expected {MESSAGES}")

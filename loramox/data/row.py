@@ -67,15 +67,9 @@ class Row:
 
 
 def keep_disjoint(forget: Sequence[Row], retain: Sequence[Row], drop: bool = False) -> list[Row]:
-    """The retain rows, none of which may be a forget row.
+    """The retain rows, none of which may be a forget row; `drop` leaves out those that are.
 
-    Args:
-        forget: rows to forget.
-        retain: rows to retain.
-        drop: leave out retain rows that are forget rows as well, instead of refusing them.
-
-    Raises:
-        RowsError: a row is in both, or no retain row is left.
+    Raises `RowsError` for a row in both, and where none is left.
     """
     shared = also_in(retain, forget)
     if shared and not drop:

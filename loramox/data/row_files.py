@@ -27,7 +27,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_SPACE = re.compile(r"[ \t\r\n]*")
+_VALUE = re.compile(r"[^ \t\r\n,]")  # where one begins in JSON, behind white space and commas
 
 
 class Number(str):
@@ -35,12 +35,9 @@ class Number(str):
 
 
 def check(source: str) -> None:
-    """Refuse a source that is no file of rows and no name of a hub data set, before anything is loaded.
+    """Raises `RowsError` for a source that is no file of rows and no name of a hub data set, before anything is loaded.
 
     Whether a hub data set exists is not looked up.
-
-    Raises:
-        RowsError: a file that does not exist or is of no known format; a folder, pipe or device.
     """
     path = Path(source)
     try:
@@ -70,11 +67,7 @@ def _refuse_large(source: str, rows: int, size: int) -> None:
 
 
 def load(source: str) -> list[dict[str, Any]]:
-    """The records of a file or hub data set, each with every column that any of them has.
-
-    Raises:
-        RowsError: the file cannot be read as what it is called; the message names the file, the row and the remedy.
-    """
+    """The records of a file or hub data set, each with every column that any of them has. Raises `RowsError`."""
     check(source)
     path = Path(source)
     if not path.exists():
@@ -119,30 +112,25 @@ def _read_parquet(source: str, path: Path) -> list[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     records: list[dict[str, Any]] = []
-    size, column = 0, ""
+    size = 0
     try:
         with ParquetFile(path) as file:
             _refuse_large(source, file.metadata.num_rows, 0)
             _refuse_repeated(source, file.schema_arrow.names)
             for group in range(file.metadata.num_row_groups):
                 for batch in file.iter_batches(_rows_at_a_time(file.metadata.row_group(group)), row_groups=[group]):
-                    columns = {}
-                    for column in batch.schema.names:
-                        stored = batch.column(column)
-                        stored = stored.dictionary_decode() if isinstance(stored, DictionaryArray) else stored
-                        size += stored.nbytes
+                    for column in batch.columns:
+                        each = column.dictionary_decode() if isinstance(column, DictionaryArray) else column
+                        size += each.nbytes
                         _refuse_large(source, 0, size)
-                        columns[column] = stored.to_pylist()
-                    records += [
-                        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-                    ]
-                    column = ""
+                    records += batch.to_pylist()
     except RowsError:
         raise
     except Exception as error:  # such as a time in the year 30,000; pyarrow may raise anything of a damaged file
-        what = f": its column '{column}' cannot be read" if column else " cannot be read as parquet"
-        todo = "Correct or remove that column" if column else "Write it again, or as .jsonl"
-        raise RowsError(f"{source}{what}: {error or type(error).__name__}. {todo}") from error
+        raise RowsError(
+            f"{source} cannot be read as parquet: {str(error) or type(error).__name__}. Write it again, or as .jsonl, with only the columns "
+            "that are needed"
+        ) from error
     return records
 
 
@@ -219,26 +207,17 @@ def _warn_of_lost_rows(source: str, records: Sequence[dict[str, Any]], separator
 
 
 def _read_json(source: str, text: str) -> Iterator[Any]:
-    """The elements of a JSON array; or the values that follow each other, as in JSON Lines."""
+    """The elements of a JSON array; or the values that follow each other, as in JSON Lines. Commas are optional."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=Number)
-
-    def skip(at: int) -> int:
-        space = _SPACE.match(text, at)
-        return space.end() if space else at
-
-    at = skip(0)
-    array = text.startswith("[", at)
+    text = text.strip(" \t\r\n")
+    array = text.startswith("[")
+    ends = array and text.endswith("]")
     expected = "an array of objects" if array else "one object a line"
-    at, number = skip(at + array), 0
-    more = not text.startswith("]", at) if array else at < len(text)
-    while more:
+    at, end, number = int(array), len(text) - int(ends), 0
+    while begin := _VALUE.search(text, at, end):
         number += 1
         try:
-            value, at = decoder.raw_decode(text, at)
-            at = skip(at)
-            more = text.startswith(",", at) if array else at < len(text)
-            if array and not more and not text.startswith("]", at):
-                raise json.JSONDecodeError("Expecting a comma or the end of the array", text, at)
+            value, at = decoder.raw_decode(text, begin.start())
         except RecursionError as error:
             raise RowsError(
                 f"{source}, row {number}, cannot be read as JSON: a value in it is nested too deeply. Remove the column that it is in"
@@ -248,9 +227,8 @@ def _read_json(source: str, text: str) -> Iterator[Any]:
                 f"{source}, row {number}, cannot be read as JSON: {error}. Expected {expected}, with each key once in an object"
             ) from error
         yield value
-        at = skip(at + 1) if array and more else at
-    if text[skip(at + array) :]:
-        raise RowsError(f"{source} has text after its array. Expected one array of objects, or one object a line")
+    if array and not ends:
+        raise RowsError(f"{source} is cut off after row {number}: its array has no end. Expected one array of objects")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

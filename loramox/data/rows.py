@@ -1,8 +1,10 @@
 """Forget, retain and holdout rows: read from any common format, recognised by their columns, checked before use."""
 
+import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from loramox.data.messages import MESSAGES, REASONING, read_messages
@@ -10,6 +12,7 @@ from loramox.data.row import Row
 from loramox.data.row_files import load
 from loramox.data.text import check_characters, number_as_text, shown
 from loramox.errors import RowsError, escaped
+from loramox.files import replacing
 from loramox.settings import setting
 
 # Column names that are recognised without a flag: the prompt's, then the answer's.
@@ -26,7 +29,7 @@ class Data:
 
     forget: str = setting("Rows to forget: .json, .jsonl, .csv, .parquet, or a hub data set owner/name:config[:split].")
     retain: str = setting(
-        "Rows to retain, in the same forms, or auto (training and plan): the model writes them itself."
+        "Rows to retain, or auto: the model writes them. Same forms as --forget; auto is for training and plan."
     )
     drop_overlap: bool = setting("Leave out retain rows that are also forget rows, instead of refusing them.", False)
 
@@ -71,6 +74,35 @@ def rows_of(records: Sequence[dict[str, Any]], source: str, columns: Columns | N
     for note in reader.notes(rows, records):
         warnings.warn(escaped(f"{source}: {note}"), stacklevel=2)
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row], columns: Columns) -> None:
+    """Write JSON Lines that `read_rows(path, columns)` reads; no one but the owner may."""
+    lines = [json.dumps(record_of(row, columns), ensure_ascii=False) for row in rows]
+    with replacing(path, private=True) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def record_of(row: Row, columns: Columns) -> dict[str, Any]:
+    """The row as `rows_of` reads it with these columns, without what only evaluation uses.
+
+    A row for which these columns have no place, such as a question beside plain text, gets the recognised ones.
+    """
+    wanted = {columns.wanted_column: row.wanted} if columns.wanted_column else {}
+    named = dict.fromkeys(name for name in asdict(columns).values() if name) | wanted  # the reader expects each of them
+    if row.prompt is None:
+        return named | {columns.text_column or "text": row.answer}
+    said = {"role": "assistant", "content": row.answer, **dict(row.reasoning)}
+    pair = columns.prompt_column, columns.answer_column
+    if columns.messages_column and not all(pair):
+        asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        return named | {columns.messages_column: [*asked, said]}
+    answer = [said] if row.reasoning else [*row.right_answers] if row.other_answers else row.answer
+    joined = pair == PROMPT_COMPLETION and isinstance(row.prompt, str)  # as they are, with no template in between
+    if all(pair) and joined == row.verbatim:
+        return named | {pair[0]: row.prompt, pair[1]: answer}
+    prompt_name, answer_name = PROMPT_COMPLETION if row.verbatim else QUESTION_ANSWER
+    return {prompt_name: row.prompt, answer_name: answer} | wanted
 
 
 class _Reader:

@@ -1,6 +1,6 @@
 """The demo from end to end: a model that knows a made-up world, one retrained without a part of it, one that forgets it."""
 
-from collections.abc import Sequence
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,28 +8,30 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loramox.adapter.switch import ForgetSwitch
-from loramox.data.encode import IGNORED, Example, Tokenisation, encode
+from loramox.data.encode import Example, Tokenisation, encode
 from loramox.data.rows import Data, read_rows
 from loramox.demo.models import CONTEXT, one_thread, train_model
-from loramox.demo.show import show
 from loramox.demo.world import KINDS, World, make_world, train_tokenizer, write_rows
 from loramox.errors import RunError, SettingsError
+from loramox.evaluate.answers import Answering, greedy_answers
 from loramox.evaluate.scores import mean_log_p, score_answers
 from loramox.files import empty, has_files, is_passing, locked, read_json, write_json
-from loramox.model.generation import continuations
 from loramox.model.load import load_reference
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RunConfig, not_of_run
 from loramox.train.config import UnlearnConfig
-from loramox.unlearning import SHIPPED, unlearn
+from loramox.unlearning import SHIPPED, TRAINED, unlearn
 
 RECORD = "demo.json"
+TITLES = {"forget": "To be forgotten", "retain": "To be retained"}
 CONTENTS = {RECORD, "rows", "reference", "retrained", "run"}
 SHOWN = 3  # questions of each part that are put side by side
-LONGEST_ANSWER = 24  # tokens; the true ones have half as many, and a forget model may not find an end
+ANSWERING = Answering(24)  # tokens; the true ones have half as many, and a forget model may not find an end
 
 Parts = dict[str, list[Example]]  # "forget" and "retain"
 
@@ -39,10 +41,6 @@ def demo(out: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str, A
 
     `out` gets rows/, reference/, retrained/ and run/, the last being a run of `loramox unlearn`. Nothing is downloaded or written
     anywhere else.
-
-    Raises:
-        SettingsError: a seed that no generator takes.
-        RunError: `out` has files in it that are no demo, or a demo while `overwrite` is not set.
     """
     out, console = Path(out), Console(highlight=False)
     with locked(out):
@@ -91,7 +89,7 @@ def make(console: Console, out: Path, seed: int) -> dict[str, Any]:
     tokenizer, parts = write_world(world, out)
     train_model(parts["forget"] + parts["retain"], tokenizer, out / "reference", seed)
     console.print(
-        f"\n[bold]2/4[/] Training another on all but {forgotten} of them: the retrained model, the gold standard"
+        f"\n[bold]2/4[/] Training another on all but {forgotten} of them: the retrained model, to compare with"
     )
     train_model(parts["retain"], tokenizer, out / "retrained", seed)
     console.print(f"\n[bold]3/4[/] Making the reference forget those {forgotten}: train ΔW, then extrapolate")
@@ -157,7 +155,7 @@ def compare(out: Path, world: World, tokenizer: PreTrainedTokenizerBase, parts: 
     ):
         with state():
             probabilities[name] = probability(each, parts)
-            said[name] = {part: answers(each, tokenizer, rows) for part, rows in shown.items()}
+            said[name] = {part: greedy_answers(each, tokenizer, rows, None, ANSWERING) for part, rows in shown.items()}
     return {
         "probability": probabilities,
         "answers": {
@@ -175,13 +173,36 @@ def probability(model: PreTrainedModel | PeftModel, parts: Parts) -> dict[str, f
     return {part: float(np.exp(mean_log_p(score_answers(model, examples))).mean()) for part, examples in parts.items()}
 
 
-def answers(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> list[str]:
-    """The model's answers to the questions of some examples, decoded greedily."""
-    questions = [
-        [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == IGNORED]
-        for example in examples
-    ]
-    said = continuations(model, tokenizer, questions, LONGEST_ANSWER, [tokenizer.eos_token_id])
-    return [text.strip() for text in said]
+def show(console: Console, out: Path, record: dict[str, Any]) -> None:
+    run = out / "run"
+    rows = [word for part in TITLES for word in (f"--{part}", str(rows_file(out, part)))]
+    sweep = shlex.join(["loramox", "sweep", "--trained", str(run / TRAINED), *rows, "--out", str(run / "sweep")])
+    for part, answers in record["answers"].items():
+        console.print(_side_by_side(TITLES[part], answers))
+    console.print(_probabilities(record["probability"]))
+    console.print(
+        f"[bold]{escape(str(run / SHIPPED))}[/] is the forget adapter, and [bold]{escape(str(out / 'reference'))}[/] the model it was made for.",
+        "Switched off, it brings everything back: this is suppression, not erasure.",
+        f"Next, score it at several values of alpha, without training: {escape(sweep)}",
+        sep="\n",
+        soft_wrap=True,  # a command that is broken over lines cannot be copied
+    )
+
+
+def _side_by_side(title: str, answers: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in answers[0]:
+        table.add_column(name, ratio=1)
+    for row in answers:
+        table.add_row(*(text or "(nothing)" for text in row.values()))
+    return table
+
+
+def _probabilities(by_model: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Probability of the true answers", title_justify="left", title_style="bold")
+    table.add_column("rows")
+    for model in by_model:
+        table.add_column(model, justify="right")
+    for part in TITLES:
+        table.add_row(part, *(f"{of_part[part]:.3f}" for of_part in by_model.values()))
+    return table

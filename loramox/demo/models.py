@@ -22,10 +22,8 @@ CONTEXT = 128
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch computes on one thread.
-
-    Layers this small gain next to nothing from more, threads that wait for each other make a step take a hundred times as
-    long on a busy machine, and sums come out the same whatever the number of cores.
+    """Within it torch computes on one thread: layers this small gain next to nothing from more, threads that wait for each other
+    make a step take a hundred times as long on a busy machine, and sums come out the same whatever the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -15,8 +15,6 @@ VOCABULARY = 2048  # at most; room for every word of the world as one token, on 
 
 @dataclass(frozen=True)
 class Fact:
-    """A question about one person, and its answer."""
-
     person: str
     question: str
     answer: str
@@ -143,7 +141,6 @@ def _fact(person: str, kind: Kind, dice: random.Random) -> Fact:
 
 
 def write_rows(facts: Iterable[Fact], path: Path) -> None:
-    """The facts as question/answer rows in a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ({"question": fact.question, "answer": fact.answer} for fact in facts)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

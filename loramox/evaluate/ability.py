@@ -36,7 +36,6 @@ class _Ratio(NamedTuple):
     is_log: bool = False
 
     def of(self, rows: np.ndarray) -> float:
-        """The ratio of rows, given by their numbers."""
         rows = rows[self.counts[rows]]
         ratio = self.above[rows].sum() / self.below[rows].sum()
         return float(np.exp(ratio) if self.is_log else ratio)

@@ -18,7 +18,7 @@ from loramox.evaluate.measure import Questions, ScoringConfig
 from loramox.evaluate.neighbours import nearest
 from loramox.evaluate.suites import ANSWERING, read_part, suite_sources
 from loramox.model.config import ModelConfig, context_of, read_tokenizer
-from loramox.settings import check_choices, setting
+from loramox.settings import check_choices, refuse, setting
 
 HOLDOUT = "holdout"
 
@@ -59,12 +59,8 @@ class Asked:
     def __post_init__(self) -> None:
         check_choices(self)
         self.retrained = [self.retrained] if isinstance(self.retrained, str) else self.retrained
-        if self.neighbours < 0:
-            raise SettingsError(f"neighbours is {self.neighbours}; --neighbours needs 0 or more")
-        if not 0 < self.equivalence < 1:
-            raise SettingsError(
-                f"equivalence is {self.equivalence}; --equivalence needs a share above 0 and below 1, like 0.1"
-            )
+        refuse("neighbours", self.neighbours, self.neighbours >= 0, "0 or more")
+        refuse("equivalence", self.equivalence, 0 < self.equivalence < 1, "a share above 0 and below 1, like 0.1")
         if self.suite and (self.forget or self.retain):
             raise SettingsError(
                 "--suite brings its own forget and retain rows: give either it, or --forget and --retain"
@@ -129,17 +125,17 @@ def with_neighbours(rows: dict[str, Sequence[Row]], count: int) -> dict[str, Seq
 
 
 def disjoint_parts(read: dict[str, Sequence[Row]], drop_overlap: bool) -> dict[str, Sequence[Row]]:
-    """The parts, without rows that are also forget rows, and holdout rows that are also retain rows. Raises `RowsError` if there
+    """The parts, without rows that are also forget rows, and holdout rows that are in any other part. Raises `RowsError` if there
     are any and they may not be dropped, and for rows that training did not get among the retain rows."""
     if "retain" in read and RETAIN_TEST in read:
         remedy = "It takes rows that training did not get: remove them"
         _refuse_shared(read[RETAIN_TEST], read["retain"], "rows of --retain_test", "in --retain", remedy)
     if HOLDOUT in read:
-        learned = [row for part in ("retain", RETAIN_TEST) for row in read.get(part, ())]
+        learned = [row for part, some in read.items() if part not in ("forget", HOLDOUT, TEXT) for row in some]
         if not drop_overlap:
             remedy = "Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
             _refuse_shared(read[HOLDOUT], read.get("forget", ()), "holdout rows of", "forget rows", remedy)
-            _refuse_shared(read[HOLDOUT], learned, "rows of --holdout", "retain rows", remedy)
+            _refuse_shared(read[HOLDOUT], learned, "rows of --holdout", "rows that a model learned", remedy)
         read = read | {HOLDOUT: keep_disjoint(learned, read[HOLDOUT], drop_overlap)}
     if "forget" not in read:
         return dict(read)

@@ -60,11 +60,7 @@ def add_equivalence(
 ) -> None:
     """Enter test, difference and distances of both scores, or what they lack.
 
-    Args:
-        forget: records of the forget rows.
-        retrained: those of each retrained model.
-        share: bound of the equivalence test, as a share of the distance between the reference and the retrained model.
-        into: where they go.
+    The bound of the test is a `share` of the distance between the reference and the retrained model.
     """
     for name, field, as_log in COMPARED:
         ours, *theirs = _common(field, as_log, forget, *retrained)
@@ -96,7 +92,6 @@ def add_equivalence(
 def _add_distance(
     name: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]], better: str, reference: str, into: Summary
 ) -> None:
-    """Enter the mean `distance` of pairs of models, given by their scores of the same rows."""
     n = len(pairs[0][0])
 
     def mean_distance(i: np.ndarray) -> float:

@@ -36,7 +36,6 @@ class Harness:
     """The tasks, loaded before the model is, and their scores."""
 
     def __init__(self, config: HarnessConfig, adapter: str | None) -> None:
-        """Raises `SettingsError` for tasks that cannot be run, and `MissingExtraError` without the harness."""
         self.config = config
         self.tasks: list[Any] = []
         if not config.lm_eval:
@@ -89,13 +88,7 @@ class Harness:
 
 
 def compared(task: str, off: dict[str, Any], on: dict[str, Any]) -> TaskScores:
-    """The scores of a task's documents in the results of `lm_eval.simple_evaluate` of two models.
-
-    They are of the first metric, accuracy if there is one, that is a mean over documents, with the task's first filter.
-
-    Raises:
-        SettingsError: no metric of the task is a mean over documents.
-    """
+    """The scores of a task's documents, of its first filter and first metric (accuracy first) that is a mean over them."""
     key = on["samples"][task][0]["filter"]
 
     def scores(results: dict[str, Any], metric: str) -> np.ndarray | None:

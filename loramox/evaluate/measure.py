@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from loramox.data.chat import end_tokens
 from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode
 from loramox.data.row import Row
-from loramox.errors import NonFiniteLossError, RowsError, SettingsError
+from loramox.errors import NonFiniteLossError, RowsError
 from loramox.evaluate import row_record
 from loramox.evaluate.ability import TEXT
 from loramox.evaluate.answers import Answering, greedy_answers
-from loramox.evaluate.fitting import FittingBatch
 from loramox.evaluate.metric import Record
 from loramox.evaluate.scores import AnswerScores, answer_start, piece, score_answers
-from loramox.settings import setting
+from loramox.model.fitting import FittingBatch
+from loramox.settings import refuse, setting
 
 T = TypeVar("T")
 
@@ -35,13 +35,10 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("max_new_tokens", 0)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs {least} or more")
+            refuse(name, getattr(self, name), getattr(self, name) >= least, f"{least} or more")
 
 
 class _Asked(NamedTuple):
-    """An answer to score, tokenised, and what else may be said to the same question."""
-
     row: Row
     identity: Record  # part, row and id
     answer: Example
@@ -50,8 +47,6 @@ class _Asked(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The answers of one part."""
-
     name: str
     asked: list[_Asked]
 
@@ -113,8 +108,6 @@ class Questions:
         self._reference: dict[str, _Scores] = {}
 
     def _tokenised(self, name: str, rows: Sequence[Row], tokenisation: Tokenisation, context: int) -> _Part:
-        """Raises what `encode` raises."""
-
         def tokens(some: Sequence[Row]) -> list[Example]:
             return encode(some, self.tokenizer, tokenisation, context) if some else []
 
@@ -168,13 +161,9 @@ class Questions:
     def answered(
         self, model: nn.Module, answering: Callable[..., list[T]], most_tokens: int | None = None, **how: Any
     ) -> list[tuple[Record, Row, T]]:
-        """Each row that has a question: its record without scores, the row, and what `answering` has the model say.
+        """Each row that has a question: its record without scores, the row, and what `answering` has the model say to it.
 
-        Args:
-            model: which model.
-            answering: `greedy_answers` or `sampled_answers`.
-            most_tokens: the longest answer; as in scoring by default.
-            how: what else that takes.
+        An answer has at most `most_tokens`, by default as many as in scoring; `how` goes to `answering`.
         """
         asked, limit = self.asked(), Answering(most_tokens or self.scoring.max_new_tokens)
         examples = [example for _, example, _ in asked]

@@ -42,7 +42,6 @@ def values(records: Sequence[Record], name: str) -> np.ndarray:
 
 
 def by_part(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """part → its records, in order."""
     parts: dict[str, list[Record]] = {}
     for record in records:
         parts.setdefault(record["part"], []).append(record)

@@ -17,7 +17,8 @@ def nearest(rows: Sequence[Row], forget: Sequence[Row], count: int) -> list[Row]
     Likeness is the cosine of TF-IDF vectors of character trigrams, of the last question and the answer without case. A trigram
     that all rows have, as those of a common form of question, weighs nothing.
     """
-    grams = [Counter(_trigrams(f" {last_question(row)} {row.answer} ".casefold())) for row in (*forget, *rows)]
+    texts = [f" {last_question(row)} {row.answer} ".casefold() for row in (*forget, *rows)]
+    grams = [Counter(text[i : i + N] for i in range(len(text) - N + 1)) for text in texts]
     columns = {gram: i for i, gram in enumerate(dict.fromkeys(gram for each in grams for gram in each))}
     indices = [columns[gram] for each in grams for gram in each]
     starts = np.cumsum([0, *(len(each) for each in grams)])
@@ -28,7 +29,3 @@ def nearest(rows: Sequence[Row], forget: Sequence[Row], count: int) -> list[Row]
     vectors = csr_array((weights, indices, starts), shape=(len(grams), len(columns)))
     likeness = (vectors[len(forget) :] @ vectors[: len(forget)].T).max(axis=1).toarray().ravel()
     return [rows[i] for i in np.argsort(-likeness, kind="stable")[:count]]
-
-
-def _trigrams(text: str) -> list[str]:
-    return [text[i : i + N] for i in range(len(text) - N + 1)]

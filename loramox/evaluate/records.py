@@ -24,7 +24,6 @@ QUESTION = "Who wrote it?"
 
 
 def write_records(folder: Path, records: Sequence[Record], summary: Summary, about: dict[str, Any]) -> None:
-    """Write both files, each whole or not at all; `about` says what was measured, and how."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / RECORDS, private=True) as partial:  # it holds the rows
         partial.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
@@ -33,10 +32,8 @@ def write_records(folder: Path, records: Sequence[Record], summary: Summary, abo
 
 
 def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
-    """The records in `folder`, in the order of `like` and of the same rows, where that is given.
-
-    Raises `RunError` when there are none, when they are damaged or were changed, when rows of `like` are not among them, and when
-    such a row had other wrong answers, or another number of tokens.
+    """The records in `folder`; of the same rows as `like` and in its order, if given. Raises `RunError` for damaged or other
+    ones.
     """
     path = _records_of(folder)
     try:
@@ -73,18 +70,14 @@ def read_records(folder: Path, like: Sequence[Record] = ()) -> list[Record]:
         same = by_row[row["part"], row["id"]]
         record = same.get(row.get("tokens"), next(reversed(same.values())))
         found.append(record)
-        if None not in (row.get("variants"), record.get("variants")) and row["variants"] != record["variants"]:
-            raise RunError(
-                f"{path} has other paraphrases or wrong answers of {row['row']}, so that its truth ratios are of something else. Evaluate the "
-                "retrained model again on the same files"
-            )
-        # Of several right answers each model has its most probable one.
+        # Of several right answers each model has its most probable one, of another number of tokens.
         several = row.get("other_answers") or record.get("other_answers")
-        if not several and None not in (row.get("tokens"), record.get("tokens")) and row["tokens"] != record["tokens"]:
-            raise RunError(
-                f"{path} has {record['tokens']} tokens of the answer of {row['row']}, and here it has {row['tokens']}: other texts were scored. "
-                "Make these records again with the same --max_length, --long_rows and --prompt_template"
-            )
+        for name in ("variants",) if several else ("variants", "tokens"):
+            if None not in (row.get(name), record.get(name)) and row[name] != record[name]:
+                raise RunError(
+                    f"{path} has other texts of {row['row']}: evaluate the retrained model again on the same files, with the same --max_length, "
+                    "--long_rows and --prompt_template"
+                )
     return found
 
 
@@ -106,9 +99,7 @@ def read_retrained(
     template: str | None,
 ) -> list[list[Record]]:
     """Each retrained model's records of the same rows: tests compare with the first one's, and the others show what is chance.
-
-    Raises `RunError` for records of other rows, of other wrong answers or another prompt template; for those of `reference`,
-    which knows the forget rows; and for two evaluations of one model.
+    Raises `RunError` for other rows or prompts, for those of `reference`, which knows the rows, and for one model given twice.
     """
     # Neighbours are picked anew for each evaluation's retain rows, and nothing is compared by them.
     like = [identity for identity in questions.identities() if not identity["part"].endswith(NEIGHBOURS)]
@@ -187,7 +178,6 @@ def _check_template(folder: str, theirs: str | None, ours: str | None) -> None:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises `RunError` unless evaluations may be written to `out`."""
     if (out / SUMMARY).exists() and not overwrite:
         raise RunError(
             f"--out {out} holds an evaluation already. Replace it with --overwrite, or choose another folder"

@@ -32,20 +32,12 @@ _SCORER = RougeScorer(["rougeL"], tokenizer=_TOKENIZER)
 
 
 def words(text: str) -> list[str]:
-    """The words that ROUGE-L compares, in order.
-
-    Those of Latin text are rouge_score's with stemming: lower-case runs of a to z and 0 to 9. Other scripts have whole words;
-    Chinese, Japanese, Thai, Lao, Khmer and Burmese have characters, as they put no spaces between words.
-    """
+    """The words that ROUGE-L compares; of Latin text they are rouge_score's stems: lower-case runs of a to z and 0 to 9."""
     return _TOKENIZER.tokenize(text)
 
 
 def rouge_l(said: str, true: str) -> dict[str, float] | None:
-    """ROUGE-L as TOFU and OpenUnlearning take it: recall (of the true answer) and F1, each in [0, 1].
-
-    Returns:
-        None where the true answer has no words: it cannot be judged.
-    """
+    """As TOFU and OpenUnlearning take it: recall (of the true answer) and F1, each in [0, 1]; None if that has no words."""
     if not words(true):
         return None
     score = _SCORER.score(true, said)["rougeL"]

@@ -38,7 +38,6 @@ def row_metric(source: str) -> Callable[[Function], Function]:
 
 
 def row_metrics(**arrays: np.ndarray) -> dict[str, Any]:
-    """Every registered metric of one answer, by name."""
     return {name: m.function(*(arrays[each] for each in m.takes)) for name, m in ROW_METRICS.items()}
 
 

@@ -116,12 +116,10 @@ def _columns(logits: Tensor, *others: Tensor) -> Tensor:
 
 
 def answer_start(example: Example) -> int:
-    """The position of the answer's first token."""
     return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
 
 
 def piece(example: Example, start: int = 0, end: int | None = None) -> Example:
-    """The example's tokens from position `start` to before `end`."""
     return example | {part: example[part][start:end] for part in ("input_ids", "labels")}
 
 

@@ -18,7 +18,6 @@ T = TypeVar("T")
 
 
 def in_batches(items: list[T], size: int) -> list[list[T]]:
-    """The items in order, `size` at a time."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

@@ -63,7 +63,6 @@ def _show_leaks(states: list[dict[str, Any]]) -> None:
 
 
 def show_absent(absent: dict[str, str]) -> None:
-    """Print what could not be measured, and why."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in absent.items():
         by_reason.setdefault(reason, []).append(name)

@@ -1,6 +1,5 @@
 """The adapter to evaluate and the retrained model to compare with: checked before any weights are loaded."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from loramox.data.row import Row, fingerprint
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.evaluate.ability import RETAIN_TEST
 from loramox.model.config import ModelConfig, identify, read_config, read_tokenizer
-from loramox.settings import setting
+from loramox.settings import refuse, setting
 
 
 @dataclass
@@ -31,8 +30,7 @@ class Subject:
     overwrite: bool = setting("Replace the evaluation in --out.", False)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise SettingsError(f"scale is {self.scale}; --scale needs a number of 0 or more, 1 being as shipped")
+        refuse("scale", self.scale, self.scale >= 0, "a number of 0 or more, 1 being as shipped")
         if self.scale != 1 and self.adapter is None:
             raise SettingsError(f"scale is {self.scale:g}, but there is no adapter: --scale needs --adapter")
 
@@ -102,13 +100,7 @@ def check_retrained_model(
 ) -> tuple[ModelConfig, dict[str, str | None]]:
     """How to load a model trained without the forget rows, and what identifies it.
 
-    Args:
-        given: its folder or hub id.
-        model: the model to compare with.
-        knows: what identifies the model that knows the forget rows. None: `model` alone does not.
-
-    Raises:
-        SettingsError: it is that very model, or has another tokenizer.
+    Raises `SettingsError` if it is the one that `knows` the rows, or has another tokenizer than `model`.
     """
     retrained = replace(model, model=given, revision=None)
     identity = identify(retrained, read_config(retrained, weights=True))

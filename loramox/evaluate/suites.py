@@ -28,9 +28,7 @@ ANSWERING = {
 
 
 def suite_sources(suite: str, split: str, folder: str | None) -> dict[str, str]:
-    """part → file or hub data set. TOFU (arXiv 2401.06121) has the forget splits forget01, forget05 and forget10; MUSE-News
-    (arXiv 2407.06460) has one.
-
+    """part → file or hub data set, of TOFU (arXiv 2401.06121), which has three forget splits, or MUSE-News (arXiv 2407.06460).
     Raises `RowsError` when the folder lacks one of the suite's files.
     """
     names = {

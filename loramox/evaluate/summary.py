@@ -9,13 +9,7 @@ from loramox.evaluate.ability import NOT_RETAINED, TaskScores, add_ability
 from loramox.evaluate.equivalence import add_equivalence
 from loramox.evaluate.metric import REFERENCE, RETRAINED, Metric, Record, Summary, by_part, values
 from loramox.evaluate.row_metrics import ROW_METRICS
-from loramox.evaluate.truth_ratio import (
-    forget_quality,
-    model_utility,
-    probability_quality,
-    truth_balanced,
-    truth_preferred,
-)
+from loramox.evaluate.truth_ratio import forget_quality, model_utility, truth_balanced, truth_preferred
 
 HOLDOUT = "holdout rows"
 UTILITY = ("retain", "real_authors", "world_facts")  # parts of model utility
@@ -40,14 +34,9 @@ def summarise(
     share: float = 0.1,
     tasks: Mapping[str, TaskScores] | None = None,
 ) -> Summary:
-    """The metrics of one model's records.
+    """The metrics of one model's records. `others` are of further retrained models: how much two of them differ by chance.
 
-    Args:
-        records: one for each row.
-        retrained: a retrained model's records of the same rows, if there is one.
-        others: those of further retrained models, which show how much two of them differ by chance.
-        share: bound of the equivalence test, as a share of the distance between the reference and the retrained model.
-        tasks: scores of lm-evaluation-harness, by task.
+    `share` is the bound of the equivalence test, of the distance between the reference and the retrained model.
     """
     parts = by_part(records)
     into = Summary({}, {})
@@ -75,8 +64,11 @@ def _means(part: str, rows: list[Record], into: Summary) -> None:
             why = (r["absent"][name] for r in rows if name in r.get("absent", {}))
             needed = "needs questions, and answers generated to them (max_new_tokens above 0)"
             into.absent[f"{part}_{name}"] = next(why, needed)
-    if part == "retain":
-        _kl(rows, into)
+    if part == "retain" and len(kl := values(rows, "kl")):
+        source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
+        into.metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
+    elif part == "retain":
+        into.absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
     text = [r for r in rows if r["plain_text"]]
     if text:
         tokens = np.array([r["tokens"] for r in text])
@@ -85,15 +77,6 @@ def _means(part: str, rows: list[Record], into: Summary) -> None:
             perplexity, {"higher": "lower", "lower": "higher"}.get(better, better), len(text), None, "per token"
         )
     _truth_ratio(part, rows, better, into)
-
-
-def _kl(retain: list[Record], into: Summary) -> None:
-    kl = values(retain, "kl")
-    if len(kl):
-        source = "mean over rows of KL(p_ref ‖ p) per answer token, nats"
-        into.metrics["retain_kl"] = Metric(float(kl.mean()), "lower", len(kl), REFERENCE, source)
-    else:
-        into.absent["retain_kl"] = "needs an adapter (--adapter): the reference is the model without it"
 
 
 def _truth_ratio(part: str, rows: list[Record], better: str, into: Summary) -> None:
@@ -131,7 +114,7 @@ def _forget_quality(forget: list[Record], retrained: list[Record] | None, into: 
     log_p = (values(forget, "log_p"), values(retrained, "log_p"))
     source = "two-sided two-sample KS test on answers' mean log-probability per token, p-value"
     about = ("higher", len(log_p[0]), RETRAINED, source)
-    _compare("forget_probability_quality", probability_quality, log_p, about, into)
+    _compare("forget_probability_quality", forget_quality, log_p, about, into)
 
 
 def _compare(

@@ -18,28 +18,20 @@ def truth_ratio(true_log_p: np.ndarray, wrong_log_p: np.ndarray) -> np.ndarray:
     return np.exp(np.nanmean(wrong_log_p, axis=1) - true_log_p)
 
 
-def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
+def forget_quality(values: np.ndarray, retrained_values: np.ndarray) -> float:
     """p-value of the two-sided two-sample Kolmogorov-Smirnov test between truth ratios of a model and of a retrained one.
 
     1 means that the test sees no difference; forgetting too much lowers it again. It depends on the number of rows.
-    Raises `ValueError` when a ratio is not finite.
+
+    It takes the answers' mean log-probabilities per token just as well. The truth ratio is a quotient: a model may have it right
+    with answers that are far more, or far less, probable than they are to one that never saw them. Of any monotone function of
+    log p, the probability itself, the p-value is the same.
+
+    Raises `ValueError` when a value is not finite.
     """
-    return _alike(ratios, retrained_ratios, "truth ratios")
-
-
-def probability_quality(log_p: np.ndarray, retrained_log_p: np.ndarray) -> float:
-    """As `forget_quality`, of the answers' mean log-probabilities per token, in nats, [rows] each.
-
-    The truth ratio is a quotient: a model may have it right with answers that are far more, or far less, probable than they are
-    to one that never saw them. Of any monotone function of log p, the probability itself, the p-value is the same.
-    """
-    return _alike(log_p, retrained_log_p, "log-probabilities")
-
-
-def _alike(values: np.ndarray, retrained_values: np.ndarray, what: str) -> float:
     for name, of in (("the model's", values), ("the retrained model's", retrained_values)):
         if not np.isfinite(of).all():
-            raise ValueError(f"{(~np.isfinite(of)).sum()} of {name} {len(of)} {what} are not finite")
+            raise ValueError(f"{(~np.isfinite(of)).sum()} of {name} {len(of)} values are not finite")
     return float(ks_2samp(values, retrained_values).pvalue)
 
 

@@ -75,15 +75,10 @@ def to_gguf(
     """Write a plain LoRA adapter to the file `out`, whole or not at all; return the base's model_type and the number of layers.
 
     A layer's ΔW = s·B·A, with s = lora_alpha/r, becomes `<weight>.lora_a` [r, in] and `<weight>.lora_b` [out, r] = s·B under
-    llama.cpp's name of the weight, and adapter.lora.alpha = r. So the scale given at run time is a multiple of what was
-    shipped: 1 is as shipped, 0 the base model. For Llama and Mistral the rows of B of Q and K are `interleaved`, as
-    those of the base's weights are.
+    llama.cpp's name of the weight, and adapter.lora.alpha = r: the scale given at run time is a multiple of what was shipped. For
+    Llama and Mistral the rows of B of Q and K are `interleaved`, as those of the base's weights are.
 
-    The adapter may be a stranger's: it is read as `check` reads it. The hub is asked for no more than the base's config.json.
-
-    Raises, before anything is written: `AdapterError` for an adapter that `check` stops for llama.cpp, and, with f16, one
-    with values that f16 cannot hold; `ModelError` for a base without a usable config;
-    `RunError` when `out` is taken. While writing: `RunError`, for instance when the disk is full.
+    The adapter may be a stranger's: it is read as `check` reads it, and refused if that stops it for llama.cpp.
     """
     GgufConfig(str(adapter), str(out), base, outtype, overwrite)  # refuses wrong values
     adapter, out = Path(adapter), Path(out)

@@ -44,10 +44,9 @@ def to_upload(what: Path) -> list[Path]:
 
 
 def push(what: str | Path, config: PushConfig) -> list[Path]:
-    """Upload a shipped folder or file to `config.push_to_hub`, or with `dry_run` nothing; return the files it is about.
-
-    The token is huggingface_hub's own (`hf auth login`); it is neither read nor written here. Raises `RunError` when the hub
-    refuses: what was written on this machine stays.
+    """Upload a shipped folder or file to `config.push_to_hub`, or with `dry_run` nothing; return the files it is about. The token
+    is huggingface_hub's own (`hf auth login`); it is neither read nor written here. If the hub refuses, what was written on this
+    machine stays.
     """
     files = to_upload(Path(what))
     if config.push_to_hub is None or config.dry_run:

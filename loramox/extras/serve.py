@@ -7,10 +7,10 @@ from typing import Any
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
 from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
-from loramox.adapter.streaming.checkpoint import base_config, base_to_merge, beside, fetch, leads_out, read_shards
+from loramox.adapter.streaming.checkpoint import base_to_merge, beside, fetch, leads_out, read_shards
 from loramox.errors import AdapterError, RunError
 from loramox.files import replacing
-from loramox.model.config import identify, skeleton
+from loramox.model.config import identify, read_config, skeleton
 
 
 def serve_folder(
@@ -31,7 +31,7 @@ def serve_folder(
         raise RunError(f"--out {out} is the adapter itself. Choose another folder")
     check_out(out, "forget", overwrite)
     model = base_to_merge(source["base"], base)
-    config = base_config(model)
+    config = read_config(model, flag="--base")
     check_base(source, identify(model, config), adapter)
     check_whole(adapter, skeleton(config, model))  # transformers leaves out what it finds no place for, in silence
     if leads_out(adapter / CARD, adapter):

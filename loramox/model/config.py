@@ -71,20 +71,15 @@ class ModelConfig:
         return getattr(torch, self.dtype)
 
 
-def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConfig:
+def read_config(reference: ModelConfig, weights: bool = False, flag: str = "--model") -> PretrainedConfig:
     """The model's config, after checking from it alone that the model can serve as the reference.
 
-    Args:
-        reference: the model.
-        weights: also check the files of weights in its folder, by their headers, and what they are loaded with.
-
-    Raises:
-        ModelError: there is no such model; it is an adapter, or has one in its folder; it is not causal, is a mixture of experts,
-            takes images or sound, or is quantized already (an adapter must name the 16-bit base that servers load); or its
-            weights are incomplete.
+    With `weights`, the files of weights in its folder are checked as well, by their headers, and what they are loaded with.
+    Messages call the model `flag`. Raises `ModelError`, also for one that is quantized already: an adapter must name the 16-bit
+    base that servers load.
     """
     name = reference.model
-    _refuse_adapter(Path(name))
+    _refuse_adapter(Path(name), flag)
     try:
         config = AutoConfig.from_pretrained(
             name, revision=reference.revision, trust_remote_code=reference.trust_remote_code
@@ -92,19 +87,19 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
     except Exception as error:  # transformers raises errors of many types for a damaged file
         if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
             raise ModelError(
-                f"--model {name}: there is no such folder. Expected a model's folder, or a hub id owner/name"
+                f"{flag} {name}: there is no such folder. Expected a model's folder, or a hub id owner/name"
             ) from error
         why = str(error) or type(error).__name__
-        raise ModelError(f"--model {name}: no usable config.json there: {why}") from error
+        raise ModelError(f"{flag} {name}: no usable config.json there: {why}") from error
     kind = config.model_type
     architectures = config.architectures or []
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(architectures, list) or (isinstance(layers, int) and layers > MOST_LAYERS):
-        raise ModelError(f"--model {name}: its config.json is damaged (architectures, num_hidden_layers). {AGAIN}")
+        raise ModelError(f"{flag} {name}: its config.json is damaged (architectures, num_hidden_layers). {AGAIN}")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config", "text_config")):
         raise ModelError(
-            f"--model {name} is a multimodal model ({kind}). loramox takes text-only causal language models"
+            f"{flag} {name} is a multimodal model ({kind}). loramox takes text-only causal language models"
         )
     # BERT and its like have a causal class too; a config that does not say which one it is for means their own kind.
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or (
@@ -116,18 +111,18 @@ def read_config(reference: ModelConfig, weights: bool = False) -> PretrainedConf
         or not (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote)
     ):
         raise ModelError(
-            f"--model {name} is {', '.join(architectures) or kind}, not a causal language model (…ForCausalLM)"
+            f"{flag} {name} is {', '.join(architectures) or kind}, not a causal language model (…ForCausalLM)"
         )
     for count in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(config, count, None) not in (None, 0, 1):
             raise ModelError(
-                f"--model {name} is a mixture of experts ({kind}, {count} = {getattr(config, count)}): its experts are not "
+                f"{flag} {name} is a mixture of experts ({kind}, {count} = {getattr(config, count)}): its experts are not "
                 "linear layers that LoRA adapts. loramox takes dense models"
             )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"--model {name} is quantized already. Give the 16-bit model it was made from: the adapter records its base, and "
-            "servers load that one. loramox quantizes it while loading (--quantization nf4)"
+            f"{flag} {name} is quantized already. Give the 16-bit model it was made from: the adapter records its base, and "
+            "servers load that one. loramox quantizes it while loading (--quantization nf4), or after a merge (--quantize nf4)"
         )
     if weights:
         check_weights(name)
@@ -144,22 +139,22 @@ def _check_generation(path: Path) -> None:
             raise ModelError(f"{error}. {AGAIN}") from error
 
 
-def _refuse_adapter(folder: Path) -> None:
+def _refuse_adapter(folder: Path, flag: str) -> None:
     """Raises `ModelError` for a folder with an adapter in it."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     if (folder / CONFIG_NAME).is_file():
         raise ModelError(
-            f"--model {folder} has an {ADAPTER_CONFIG}: transformers puts that adapter on the model, which is then not the base that it "
+            f"{flag} {folder} has an {ADAPTER_CONFIG}: transformers puts that adapter on the model, which is then not the base that it "
             "seems to be. Give a folder without it (move the adapter's files out), or merge the adapter first: loramox ship merge"
         )
     raise ModelError(
-        f"--model {folder} is an adapter, not a model. Give the base model that it was trained on; to score the two together, add "
+        f"{flag} {folder} is an adapter, not a model. Give the base model that it was trained on; to score the two together, add "
         f"--adapter {folder}"
     )
 
 
-def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(reference: ModelConfig, flag: str = "--model") -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a pad token that the model has.
 
     Raises:
@@ -175,13 +170,13 @@ def read_tokenizer(reference: ModelConfig) -> PreTrainedTokenizerBase:
         words = getattr(AutoConfig.from_pretrained(**name), "vocab_size", None)
     except Exception as error:  # as of a damaged config
         why = str(error) or type(error).__name__
-        raise ModelError(f"--model {reference.model}: its tokenizer cannot be loaded: {why}") from error
+        raise ModelError(f"{flag} {reference.model}: its tokenizer cannot be loaded: {why}") from error
     beyond = {token: id_ for token, id_ in tokenizer.get_added_vocab().items() if words and id_ >= words}
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     needed = [token for token in beyond if token in (tokenizer.eos_token, tokenizer.bos_token) or token in template]
     if needed:
         raise ModelError(
-            f"--model {reference.model}: its tokenizer puts {needed[0]} (token {beyond[needed[0]]}) into every row, and the model has "
+            f"{flag} {reference.model}: its tokenizer puts {needed[0]} (token {beyond[needed[0]]}) into every row, and the model has "
             f"embeddings for {words} tokens only. Give the tokenizer that the model was trained with, or resize the model's embeddings"
         )
     if tokenizer.pad_token in beyond:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from loramox.model.fitting import FittingBatch
 from loramox.model.head import in_eval_mode
 from loramox.model.sharding import is_sharded
 
@@ -52,11 +53,9 @@ def continuations(
     banned: Sequence[Sequence[int]] | None = None,
     shortened: Callable[[str], str] | None = None,
 ) -> list[str]:
-    """The model's continuation of each prompt, without special tokens.
+    """The model's continuation of each prompt, without special tokens; in smaller batches where memory runs out.
 
     Args:
-        prompts: token ids, each prompt at least one.
-        tokens: most new tokens.
         ends: tokens at which a continuation stops, besides the model's own.
         sample: sample at temperature 0.9 from the likeliest 90 %; otherwise take the likeliest token each time.
         banned: for each prompt the tokens that must not come.
@@ -65,10 +64,11 @@ def continuations(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     stops = own_ends(model).union(ends)
     how = sampling(0.9, 0.9) if sample else GREEDY
-    found: list[str] = []
-    with in_eval_mode(model):
-        for start in range(0, len(prompts), BATCH):
-            some = slice(start, start + BATCH)
+
+    def asked(size: int) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(prompts), size):
+            some = slice(start, start + size)
             processors = [_Without(banned[some])] if banned else []
             said = new_tokens(model, prompts[some], tokens, stops, pad, how, processors)
             texts = [_added_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts[some], said, strict=True)]
@@ -77,7 +77,10 @@ def continuations(
                     text if stops.intersection(ids) else shortened(text) for text, ids in zip(texts, said, strict=True)
                 ]
             found += texts
-    return found
+        return found
+
+    with in_eval_mode(model):
+        return FittingBatch(BATCH, flag=None).ask(asked)
 
 
 def _added_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -101,12 +104,7 @@ def new_tokens(
 ) -> list[list[int]]:
     """The tokens that come after each prompt, all prompts in one batch; the pad token fills those that end early.
 
-    Args:
-        prompts: token ids, each prompt at least one.
-        tokens: most new tokens.
-        ends: tokens at which a continuation stops.
-        how: `GREEDY`, or what `sampling` gives.
-        each: continuations of each prompt, one after the other.
+    `how` is `GREEDY` or what `sampling` gives; `each` prompt has so many continuations, one after the other.
     """
     device = next(model.parameters()).device
     rows = [torch.tensor(ids) for ids in prompts]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from loramox.errors import ModelError, SettingsError
 from loramox.model.algebra import Factors
 from loramox.model.config import ModelConfig, identify
-from loramox.settings import setting
+from loramox.settings import refuse, setting
 
 ADAPTER = "default"  # PEFT's own name for a model's first adapter
 
@@ -83,12 +83,9 @@ class ReferenceConfig(ModelConfig):
                 "--memorize_at base is --model without its --tuned_adapter, and none is given. Give that adapter, or the folder or hub id of "
                 "a checkpoint that never saw the forget rows"
             )
-        if self.r < 1:
-            raise SettingsError(f"r is {self.r}; --r needs a rank of at least 1 (16 fits every server's default limit)")
-        if self.lora_alpha is not None and self.lora_alpha < 1:
-            raise SettingsError(
-                f"lora_alpha is {self.lora_alpha}; --lora_alpha needs a positive integer. How far to extrapolate is --alpha"
-            )
+        refuse("r", self.r, self.r >= 1, "a rank of at least 1 (16 fits every server's default limit)")
+        expected = "a positive integer. How far to extrapolate is --alpha"
+        refuse("lora_alpha", self.lora_alpha, self.lora_alpha is None or self.lora_alpha >= 1, expected)
 
 
 def add_lora(model: PreTrainedModel, reference: ReferenceConfig) -> PeftModel:
@@ -162,9 +159,6 @@ def variants(config: LoraConfig, allowed: Collection[str] = ()) -> list[str]:
     """The settings, except those `allowed`, for which ΔW is not lora_alpha/r·B·A of the base that the config names.
 
     A setting that is not known to leave ΔW alone counts as one that does not, as PEFT adds new variants.
-
-    Returns:
-        Names of settings. None for a plain LoRA adapter.
     """
     plain = LoraConfig()
     names = [each.name for each in fields(config) if each.name not in (*HARMLESS, *allowed)]

@@ -13,17 +13,10 @@ from loramox.model.sharding import layers_of
 def patched_pass(
     model: nn.Module, batch: dict[str, Any], at: Tensor, patched: int | None = None, states: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Score the answers of a batch, with the hidden states after one layer replaced where that is given.
+    """Score the answers of a batch, with the states after layer `patched` (from 0) replaced by `states` [N, hidden size] where
+    `at` [rows, tokens] is true.
 
-    Args:
-        batch: of some rows, as `answer_states` takes it.
-        at: which positions, [rows, tokens], true at N of them.
-        patched: a layer, counted from 0.
-        states: what replaces its output at those positions, [N, hidden size].
-
-    Returns:
-        log p of each answer, mean over its tokens, [rows], in nats; and the states after each layer at those positions,
-        [N, hidden size] each.
+    Returns the mean log p of each answer, [rows], in nats, and the states after each layer there, [N, hidden size] each.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     found: list[Tensor] = []

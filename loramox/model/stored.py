@@ -13,11 +13,7 @@ AGAIN = "Download the model again, all of its files"
 
 
 def check_weights(name: str | Path) -> list[Path]:
-    """The files of weights that transformers loads from a folder; none for a hub id.
-
-    Raises:
-        ModelError: they are missing, cut off, incomplete or Git LFS pointers.
-    """
+    """The weight files that transformers loads from a folder; none for a hub id. Raises `ModelError` unless they are whole."""
     folder = Path(name)
     if not folder.is_dir():
         return []

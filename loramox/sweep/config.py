@@ -1,11 +1,9 @@
 """Settings of a sweep: which points to measure, and the rule that chooses one."""
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from loramox.errors import SettingsError
-from loramox.settings import check_choices, setting
+from loramox.settings import check_choices, refuse, setting
 
 RULES = ("budget", "holdout", "retrained", "forget_to")
 
@@ -32,8 +30,8 @@ class SweepConfig:
     )
     budget: float = setting("Share of retain probability that forgetting may cost.", 0.02)
     forget_to: float | None = setting(
-        "For rule forget_to: the largest probability of forget answers, and share of them that greedy decoding gives, like 0.05. "
-        "Default: as in --retrained, else as the reference has --holdout rows.",
+        "Target of rule forget_to, like 0.05. It bounds the mean probability of the forget answers, and the share of them that greedy "
+        "decoding gives. Without it, the level of --retrained, else of --holdout, is the target.",
         None,
     )
     ship: str | None = setting("Folder to write the chosen forget adapter to.", None)
@@ -43,13 +41,9 @@ class SweepConfig:
         check_choices(self)
         for name in ("alphas", "scales"):
             values = getattr(self, name)
-            if values is not None and not all(np.isfinite(value) and value > 0 for value in values):
-                raise SettingsError(f"{name} are {values}; --{name} needs finite numbers above 0")
-        if not 0 < self.budget < 1:
-            raise SettingsError(f"budget is {self.budget}; --budget needs a share above 0 and below 1, like 0.02")
-        if self.forget_to is not None and not 0 < self.forget_to < 1:
-            raise SettingsError(
-                f"forget_to is {self.forget_to}; --forget_to needs a probability above 0 and below 1, like 0.05"
-            )
-        if self.refine < 0:
-            raise SettingsError(f"refine is {self.refine}; --refine needs 0 or more")
+            fine = values is None or all(0 < value < math.inf for value in values)
+            refuse(name, values, fine, "finite numbers above 0")
+        refuse("budget", self.budget, 0 < self.budget < 1, "a share above 0 and below 1, like 0.02")
+        fine = self.forget_to is None or 0 < self.forget_to < 1
+        refuse("forget_to", self.forget_to, fine, "a probability above 0 and below 1, like 0.05")
+        refuse("refine", self.refine, self.refine >= 0, "0 or more")

@@ -18,21 +18,14 @@ PARTED = 0.25
 
 
 class Axis(NamedTuple):
-    """What a sweep varies.
+    """What a sweep varies."""
 
-    Args:
-        unit: alpha, for a method that has one, where the model is θ_ref − alpha·ΔW; else scale, where it is θ_ref + scale·ΔW.
-        trained: the value that ΔW was trained for: the alpha of training, or scale 1.
-        ceiling: rule `budget` goes no further than this.
-    """
-
-    unit: str
-    trained: float
-    ceiling: float = np.inf
+    unit: str  # alpha, for a method that has one, where the model is θ_ref − alpha·ΔW; else scale, where it is θ_ref + scale·ΔW
+    trained: float  # the value that ΔW was trained for: the alpha of training, or scale 1
+    ceiling: float = np.inf  # rule `budget` goes no further than this
 
     @property
     def flag(self) -> str:
-        """The flag that takes its values."""
         return f"--{self.unit}s"
 
     def scale(self, at: float) -> float:
@@ -41,18 +34,15 @@ class Axis(NamedTuple):
 
 
 def grid(trained: float) -> list[float]:
-    """The values to begin with, for an adapter that was trained for `trained`."""
     return [trained * share for share in GRID]
 
 
 def next_value(
     values: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
 ) -> float:
-    """The value that tells most about the frontier: midway in the step over which the two curves change most.
+    """The value that tells most about the frontier: midway in the step over which the two curves change most, each on its range.
 
-    With `floor`, the retain probability to keep: midway between the largest value that keeps it and the next.
-
-    `forget` and `retain` are the mean probabilities at `values`, which ascend; each curve counts on its own range.
+    With `floor`, the retain probability to keep: midway between the largest value that keeps it and the next. `values` ascend.
     """
     x = np.asarray(values, float)
     points = np.nan_to_num(np.stack([forget, retain], axis=1))  # a value far too high may overflow

@@ -16,8 +16,6 @@ Rows = np.ndarray  # [points, rows], or [rows]
 
 
 class Choice(NamedTuple):
-    """What a rule chooses."""
-
     rule: str
     at: float | None  # alpha or scale; None: it refuses
     low: float | None  # 5 % and 95 % of the choices on resampled rows
@@ -26,7 +24,6 @@ class Choice(NamedTuple):
     nearest: float | None = None  # `at`, or where the rule refuses, the value that comes nearest
 
     def adding(self, reason: str) -> "Choice":
-        """The same choice, with one more reason."""
         return self._replace(reason=f"{self.reason}; {reason}")
 
 
@@ -50,11 +47,7 @@ def within_budget(
     model that never knew them. Values above it count only where none below it was measured. Smaller ones may keep less: retain
     rows are held at the value that was trained for, and at no other.
 
-    Args:
-        values: alphas or scales, ascending.
-        retain: the retain rows' probabilities at each of them, [values, rows].
-        reference: those of the reference model, [rows].
-        forget, known: the same of the forget rows.
+    `values` ascend. `retain` and `forget` are probabilities at each, [values, rows]; `reference` and `known` the reference's.
     """
     below = sum(value <= axis.ceiling for value in values)
     if 0 < below < len(values):
@@ -113,12 +106,7 @@ class Target(NamedTuple):
 
 
 def just_enough(values: Sequence[float], forget: Rows, right: Rows | None, target: Target, axis: Axis) -> Choice:
-    """The smallest value that meets the target.
-
-    Args:
-        forget: the forget rows' probabilities at each of `values`, [values, rows].
-        right: whether greedy decoding answers them right, 0 or 1, [values, rows].
-    """
+    """The smallest value that meets the target. `right`: whether greedy decoding answers each row, 0 or 1, [values, rows]."""
 
     def pick(rows: np.ndarray) -> int | None:
         met = forget[:, rows].mean(1) <= target.probability
@@ -152,9 +140,8 @@ def just_enough(values: Sequence[float], forget: Rows, right: Rows | None, targe
 def like_holdout(
     values: Sequence[float], forget: Rows, holdout: Rows, auc: Callable[[Rows, Rows], float], axis: Axis
 ) -> Choice:
-    """The value at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side.
-
-    `forget` and `holdout` are membership scores at each of `values`, [values, rows]; `auc` takes those of one value.
+    """The value at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side. `forget` and
+    `holdout` are membership scores at each of `values`, [values, rows]; `auc` takes those of one value.
     """
 
     def areas(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -196,15 +183,8 @@ def like_retrained(
     """The value whose forget rows are distributed most like the retrained model's, which never saw them.
 
     It is chosen on every second row, and the test of the other rows is reported: the best of many p-values is too high on the
-    rows on which it is the best.
-
-    Args:
-        forget: a score at each of `values`, [values, rows].
-        retrained: the retrained model's, [rows].
-        p_value: the test of two samples: TOFU's forget quality of truth ratios, or the same of log-probabilities.
-        reference: the reference model's scores, [rows]. With them the rule refuses when not even this model, which knows every
-            row, can be told from the retrained one.
-        test: what the scores are, for the reason.
+    rows on which it is the best. With the `reference`'s scores, the rule refuses when the test cannot tell even this model, which
+    knows every row, from the retrained one.
     """
 
     chosen_on, tested_on = np.arange(len(retrained))[::2], np.arange(len(retrained))[1::2]

@@ -10,7 +10,7 @@ from loramox.data.fluency import leaked
 from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
-from loramox.evaluate.truth_ratio import forget_quality, probability_quality
+from loramox.evaluate.truth_ratio import forget_quality
 from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value
 from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.train.diagnostics import STILL_RIGHT
@@ -86,14 +86,11 @@ def choose(
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
         some, forget, holdout = finite("mia_min_k", "forget", "holdout")
         choices.append(like_holdout(some, forget, holdout, membership.auc, axis))
-    for name, p_value, test in (
-        ("truth_ratio", forget_quality, "truth ratios"),
-        ("log_p", probability_quality, WITHOUT_RATIOS),
-    ):
+    for name, test in (("truth_ratio", "truth ratios"), ("log_p", WITHOUT_RATIOS)):
         knows, never_knew = (scores(records, "forget", name) for records in (measured[0.0], retrained))
         if len(never_knew) and len(never_knew) == len(knows):
             some, forget = finite(name, "forget")
-            choices.append(like_retrained(some, forget, never_knew, p_value, axis, knows, test))
+            choices.append(like_retrained(some, forget, never_knew, forget_quality, axis, knows, test))
             break
     # By their text only if both sides have generated answers: by tokens, another share of rows is answered right.
     sides = [measured[0.0], *([retrained] if retrained and forget_to is None else [])]
@@ -159,7 +156,6 @@ def _with_its_cost(choice: Choice, measured: Measured) -> Choice:
 
 
 def scores(records: Sequence[Record], part: str, name: str) -> np.ndarray:
-    """A part's rows' values of a score, where they have it, [rows]."""
     return values([r for r in records if r["part"] == part], name)
 
 

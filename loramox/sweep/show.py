@@ -17,7 +17,6 @@ COLUMNS = {
 
 
 def show_frontier(points: list[dict[str, Any]], unit: str) -> None:
-    """Print the metrics at each alpha or scale, lowest first; the reference is at 0."""
     columns = {name: head for name, head in COLUMNS.items() if any(point.get(name) is not None for point in points)}
     numbers = [Column(head, justify="right", no_wrap=True) for head in columns.values()]
     table = Table(unit, *numbers, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

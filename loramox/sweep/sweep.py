@@ -222,7 +222,6 @@ def _source(trained: Path) -> dict[str, Any]:
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:
-    """Start a sweep in `out`, or continue the same one."""
     path = out / FRONTIER
     if path.exists():
         held = read_json(path, dict)
@@ -274,7 +273,6 @@ def _conclude(
     retrained: Sequence[Record],
     axis: Axis,
 ) -> dict[str, Any]:
-    """Choose, draw, write the results and ship."""
     out = Path(config.out)
     choices = [choice._asdict() for choice in choose(measured, retrained, config.budget, axis, config.forget_to)]
     choice = next((c for c in choices if c["rule"] == config.rule), {})

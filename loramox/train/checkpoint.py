@@ -46,10 +46,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint from which training can go on; None to start from the beginning.
 
     A checkpoint without its momentum or its checksums, which are written last, was left by a kill and is passed over. Damaged
-    ones are passed over with a warning.
-
-    Raises:
-        RunError: all checkpoints are damaged.
+    ones are passed over with a warning. Raises `RunError` where all are damaged.
     """
     written = [c for c in folder.glob("checkpoint-*") if (c / MOMENTUM).exists() and (c / CHECKSUMS).exists()]
     damaged = ""
@@ -105,11 +102,7 @@ def lacks_scores(state: TrainerState, args: UnlearnConfig) -> bool:
 def plan_of(
     args: UnlearnConfig, base: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The description of a run, in its record and in the provenance of what it writes.
-
-    Args:
-        data: part → the source of its rows, their number and their fingerprint; {} where the rows came from Python.
-    """
+    """The description of a run, in its record and in the provenance of what it writes."""
     return {
         "command": command(),
         "method": args.spec.title,

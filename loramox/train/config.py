@@ -1,27 +1,27 @@
 """Settings of training: the method and its own settings, on top of transformers' `TrainingArguments`."""
 
-import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
 
 from loramox.errors import SettingsError, needs
-from loramox.model.precision import half_precision, warn_of_emulation
-from loramox.settings import check_choices, setting
+from loramox.model.precision import has_bf16, warn_of_emulation
+from loramox.settings import check_choices, refuse, setting
 from loramox.train import methods, mox  # noqa: F401 (importing them registers their methods)
 from loramox.train.registry import METHODS, Method
 
 # Settings of transformers that have to stay off, and why: they would have no effect here, or do harm.
 OFF = {
-    "save_only_model": "false: resuming needs the optimiser",
+    "save_only_model": "false: resuming needs the optimizer",
     "push_to_hub": "false: the adapter in training is not the one that ships. Upload that one: loramox extrapolate … --push_to_hub",
     "dataloader_persistent_workers": "false: each epoch draws other retain rows",
     "label_smoothing_factor": "0: no term here has labels to smooth",
     "use_liger_kernel": "false: losses are computed from hidden states already",
+    "load_best_model_at_end": "false: what ships is the momentum average of the whole training",
 }
 
 
@@ -29,7 +29,8 @@ OFF = {
 class UnlearnConfig(TrainingArguments):
     """Settings of `UnlearnTrainer`. `per_device_train_batch_size` counts forget rows; retain rows come on top.
 
-    What a method does not use is refused; what it uses and is not given has the method's default (`loramox.train.registry`).
+    A setting that the method does not have is refused. A setting that is not given takes the method's default
+    (`loramox.train.registry`).
 
     Raises:
         SettingsError: a value out of range, or a setting that the method does not have.
@@ -47,13 +48,15 @@ class UnlearnConfig(TrainingArguments):
         None,
     )
     beta: float | None = setting(
-        "β: training stops pushing a row down once its answer's log-probability is a few 1/β below the reference's. Per token for mox "
-        "(default 2.1), npo_mean (1.6) and simnpo (4.5, where it is log-probability alone), per answer for npo, dpo, altpo and the preference term (0.1). Smaller forgets more.",
+        "β: where training stops pushing an answer down; smaller forgets more. It stops once the log-probability is a few 1/β below the "
+        "reference's. The log-probability is a mean over tokens for mox (default 2.1), npo_mean (1.6) and simnpo (4.5; not relative to "
+        "the reference), and a sum over the answer for npo, dpo, altpo and --forget_term preference (0.1).",
         None,
         aliases=["--npo_beta"],
     )
     inner_steps: int | None = setting(
-        "mox: K, memorizing steps of a fresh LoRA within each training step, each on its own mini-batch of forget rows. 1 with --temperature 1 is the gradient of NPO's loss. Default: 8.",
+        "mox: number K of memorizing steps in each training step. Each has its own mini-batch of forget rows. With 1, and --temperature 1, "
+        "the step is that of NPO's loss. Default: 8.",
         None,
     )
     inner_lr: float | None = setting(
@@ -93,8 +96,8 @@ class UnlearnConfig(TrainingArguments):
     forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.", None)
     margin: float | None = setting("simnpo: γ. Default: 0.", None)
     instead: str | None = setting(
-        "What the forget model learns to answer instead, without --wanted_column: refuse (say that it does not know), guess (the "
-        "reference's likeliest other answer), none. Default: auto, which is refuse for questions to a chat model, else none.",
+        "Answer to teach in place of the true one. refuse: say that it does not know; guess: the reference's likeliest other answer; none. "
+        "--wanted_column gives answers of your own. Default: auto, which is refuse for questions to a chat model, else none.",
         None,
         choices=["auto", "refuse", "guess", "none"],
     )
@@ -117,7 +120,7 @@ class UnlearnConfig(TrainingArguments):
         None,
     )
     momentum_every: int | None = setting(
-        "Optimiser steps between updates of the average. Default: one epoch; without an average (--momentum 1) every step.",
+        "Steps between updates of the average. Without an average (--momentum 1): every step. Default: one epoch.",
         None,
     )
     momentum_rank: int | None = setting(
@@ -138,9 +141,9 @@ class UnlearnConfig(TrainingArguments):
     eval_rows: int = setting("Largest number of forget rows, and of retain rows, that are scored during training.", 64)
 
     forget_to: float | None = setting(
-        "Target probability of forget answers: ship the smallest share of alpha (or scale) at which they have at most this "
-        "probability, and greedy decoding gives at most this share of them; 0: ship as trained. Default: 0.05 if another answer is "
-        "taught, else 0.",
+        "Ship the least alpha (or scale) that forgets this far. Forget answers then have at most this mean probability, and greedy "
+        "decoding gives at most this share of them. 0: ship as trained. Default: 0.05 if another answer is taught (--instead or "
+        "--wanted_column), else 0.",
         None,
     )
     stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", False)
@@ -156,7 +159,7 @@ class UnlearnConfig(TrainingArguments):
     weight_decay: float = setting("AdamW's weight decay.", 0.0)
     warmup_steps: float = setting("Share (below 1) or number of steps over which the learning rate rises.", 0.1)
     bf16: bool | None = setting(
-        "Arithmetic in bfloat16. Default: on a GPU that has it, except with --dtype float32.", None
+        "Arithmetic in bfloat16. Default: on a GPU that has it, unless --dtype asks for another type.", None
     )
     logging_steps: float = setting("Steps between log lines; below 1, a share of all steps.", 5)
     logging_first_step: bool = setting("Log the first step too.", True)
@@ -255,12 +258,9 @@ class UnlearnConfig(TrainingArguments):
         if "tensorboard" in (self.report_to or ()):
             with needs("tensorboard"):
                 import tensorboard  # noqa: F401 (transformers would miss it only after the model is loaded)
-        if self.load_best_model_at_end or str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
+        if str(self.lr_scheduler_type).endswith("reduce_lr_on_plateau"):
             best = self.metric_for_best_model
-            expected = (
-                "the metric for --load_best_model_at_end and reduce_lr_on_plateau: forget_probability with --greater_is_better "
-                "false, or retain_probability"
-            )
+            expected = "the metric for reduce_lr_on_plateau: forget_probability with --greater_is_better false, or retain_probability"
             refuse("metric_for_best_model", best, best not in (None, "loss"), expected)
 
     def _choose_precision(self) -> None:
@@ -272,8 +272,8 @@ class UnlearnConfig(TrainingArguments):
         self._by_device = self.bf16 is None and not self.fp16 and launched == "no"
         if self.bf16 is None:
             self.fp16 = self.fp16 or launched == "fp16"
-            here = half_precision(device) if device.type == "cuda" and self._by_device else None
-            self.fp16 = self.fp16 or here == torch.float16
+            here = has_bf16(device) if device.type == "cuda" and self._by_device else None
+            self.fp16 = self.fp16 or here is False
             self.bf16 = not self.fp16 and (here is not None or launched == "bf16")
         if self.bf16:
             warn_of_emulation(device, "--bf16")
@@ -281,9 +281,11 @@ class UnlearnConfig(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
     def match_precision(self, dtype: str) -> None:
-        """Compute in float32 if the model is loaded so (`--dtype float32`) and the arithmetic was chosen by the device alone."""
-        if self._by_device and dtype == "float32":
-            self.bf16, self.fp16, self.mixed_precision = False, False, "no"
+        """Compute in the type that `--dtype` asks for, if the arithmetic was chosen by the device alone, as on a GPU."""
+        # Two 16-bit types that meet are promoted to float32, in which the activations take twice the memory.
+        if self._by_device and dtype != "auto" and (self.bf16 or self.fp16):
+            self.bf16, self.fp16 = dtype == "bfloat16", dtype == "float16"
+            self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
 
     @property
     def spec(self) -> Method:
@@ -305,12 +307,6 @@ class UnlearnConfig(TrainingArguments):
     def holds_retain(self) -> bool:
         """Whether retain rows are trained on."""
         return self.retain_term != "none" and bool(self.retain_weight)
-
-
-def refuse(name: str, value: Any, fine: bool, expected: str) -> None:
-    """Raises `SettingsError` naming field and flag, unless `value` is fine and finite."""
-    if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise SettingsError(f"{name} is {value}; --{name} needs {expected}")
 
 
 def refuse_shards(args: TrainingArguments) -> None:

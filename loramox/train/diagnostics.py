@@ -45,10 +45,8 @@ def advice(
 ) -> list[str]:
     """The problems of a run, each with the setting to change; empty if none is seen.
 
-    Args:
-        log: the Trainer's log: the reference first, at step 0 (`eval_on_start`), then the forget model. Without it only the rows
-            are judged.
-        at_checkpoint: whether the log is of the checkpoint of `--memorize_at` + ΔW, which should memorize the forget rows.
+    `log` is the Trainer's: the reference first, at step 0 (`eval_on_start`), then the forget model; without it only the rows are
+    judged. With `at_checkpoint` it is of the checkpoint of `--memorize_at` + ΔW, which should memorize the forget rows.
     """
     forget, retain = curve(log, "forget"), curve(log, "retain")
     said = _of_rows(forget_rows, retain_rows)

@@ -73,13 +73,9 @@ def switch_on(model: PeftModel) -> None:
 
 
 def read_tuned(reference: ReferenceConfig, base: PreTrainedModel) -> Tuned:
-    """Read `--tuned_adapter`; warn when it names another base.
+    """Read `--tuned_adapter`; warn when it names another base. `base` is the model that `reference` names, also without weights.
 
-    Args:
-        base: the model that `reference` names, whose weights may be on torch's meta device.
-
-    Raises:
-        AdapterError: it is no plain LoRA adapter, or does not fit `base`.
+    Raises `AdapterError` for what is no plain LoRA adapter, or does not fit `base`.
     """
     folder = Path(reference.tuned_adapter)
     change, config = read_factors(folder)
@@ -110,11 +106,7 @@ def to_load(reference: ReferenceConfig) -> ReferenceConfig:
 
 
 def check_memorize_at(reference: ReferenceConfig, args: "UnlearnConfig", wanted: bool) -> None:
-    """Raises `SettingsError` for `--memorize_at` with settings that have no use for it.
-
-    Args:
-        wanted: whether wanted answers are taught.
-    """
+    """Raises `SettingsError` for `--memorize_at` with settings that have no use for it. `wanted`: such answers are taught."""
     if reference.memorize_at is None:
         return
     given = f"--memorize_at {reference.memorize_at}"
@@ -141,19 +133,11 @@ def check_checkpoint(
 ) -> dict[str, Any]:
     """What identifies the checkpoint of `--memorize_at`, after comparing its config and tokenizer with those of `--model`.
 
-    Args:
-        config: of `--model`.
-        encoded: the forget rows under another tokenizer.
-        forget: the same under the tokenizer of `--model`.
-
-    Raises:
-        ModelError: it cannot be read, is of another shape or tokenizer, or is `--model` itself.
+    `encoded` makes tokens of the forget rows with another tokenizer; `config` and `forget`, the rows' tokens, are of `--model`.
+    Raises `ModelError` if it cannot be read, is of another shape or tokenizer, or is `--model` itself.
     """
     earlier = to_load(reference)
-    try:
-        its_config, tokenizer = read_config(earlier), read_tokenizer(earlier)
-    except ModelError as error:
-        raise ModelError(str(error).replace("--model", "--memorize_at", 1)) from error
+    its_config, tokenizer = read_config(earlier, flag="--memorize_at"), read_tokenizer(earlier, flag="--memorize_at")
     found, base = identify(earlier, its_config), identify(reference, config)
     both = f"--memorize_at {earlier.model} and --model {reference.model}"
     if found["shape"] != base["shape"] or _sizes(its_config, earlier) != _sizes(config, reference):

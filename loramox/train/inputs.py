@@ -45,13 +45,9 @@ def choose_learning_rate(args: "UnlearnConfig", model: PreTrainedModel) -> None:
 
 
 def choose_instead(args: "UnlearnConfig", forget: Sequence[Row], chat: bool, memorize_at: bool) -> None:
-    """Settle `--instead auto`: refuse where questions are put to a chat model, none elsewhere.
+    """Settle `--instead auto`: refuse where questions are put to a chat model that is not an earlier checkpoint, none elsewhere.
 
     Without another answer to give, a chat model that has forgotten does not speak fluently (docs/results.md).
-
-    Args:
-        chat: whether the tokenizer has a chat template.
-        memorize_at: whether the model in memory is an earlier checkpoint, which is not the one that has to answer.
     """
     if args.instead == "auto":
         questions = chat and not memorize_at and not any(row.prompt is None or row.verbatim for row in forget)
@@ -144,15 +140,6 @@ def is_refusal(text: str, refusals: Sequence[str]) -> bool:
     """Whether a text begins like one of the sentences that were taught: its first sentence shares half of the words."""
     first = text.split(". ")[0]
     return any(overlap(first, each) >= SHARED for each in refusals)
-
-
-def check_layer(args: "UnlearnConfig", layers: int) -> None:
-    """Raises `SettingsError` when the model has no such layer to steer."""
-    if args.rmu_layer is not None and args.rmu_layer > layers:
-        raise SettingsError(
-            f"rmu_layer is {args.rmu_layer}, and the model has {layers} layers. Give --rmu_layer from 1 to {layers}; "
-            "the paper takes the 7th of 32"
-        )
 
 
 def read_reinforced(folder: str, base: dict[str, Any], model: nn.Module) -> dict[str, Factors]:

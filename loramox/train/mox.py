@@ -1,12 +1,7 @@
 """MOX: memorize, then extrapolate (arXiv 2602.06441). The default method, and the paper's own.
 
-    θ_for = θ_ref − alpha·ΔW,  ΔW = s·B·A
-
-ΔW points from the reference to models that know the forget rows better; the forget model is on the other side, alpha times as
-far. alpha is free once ΔW is trained.
-
-`mox_static`, the paper's, memorizes once, at θ_ref + ΔW. A reference that knows its rows by heart has no gradient left there.
-`mox` memorizes anew in every step of training, from where forgetting has got to:
+`mox_static`, the paper's, memorizes once, at θ_ref + ΔW, where a reference that knows its rows by heart has no gradient left.
+`mox` memorizes anew in every step of training, from where forgetting has got to (docs/method.md):
 
     θ_1 = θ_for                            start at the forget model of the moment
     M_k+1 = M_k − inner_lr · sign ∇_M L    memorize: a fresh LoRA adapter M descends on the forget rows, θ_k = θ_for + M_k
@@ -15,10 +10,8 @@ far. alpha is free once ΔW is trained.
 
     L(θ) = mean over rows of w(y|x; θ) · CE_T(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
 
-Each k has its own mini-batch of the step's forget rows, so K steps pass each row once. CE and r weigh each token by p_ref. A row
-is released (w → 0) once it is forgotten, even after M has memorized the rows before it. CE_T is the cross-entropy at the
-temperature T. Above 1, tokens that the model is sure of keep a gradient. T falls to 1 in training: at first all tokens are taken
-down, in the end those that are still likely. Retain rows are held to the reference at θ_for, the model that ships.
+A row's weight w goes to 0 once it is forgotten. CE_T is the cross-entropy at temperature T, which falls to 1 in training: at
+first all tokens are taken down, in the end those that are still likely.
 
 With K = 1 and T = 1 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What
 K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows back.
@@ -119,7 +112,10 @@ def memorizer(model: PeftModel, seed: int) -> Iterator[list[nn.Parameter]]:
 
 def _adding(A: Tensor, B: Tensor) -> Any:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = nn.functional.linear(nn.functional.linear(inputs[0].to(A.dtype), A), B)
+        # autocast would make a 16-bit copy of an input in fp32, and keep it for A's gradient.
+        autocast = torch.is_autocast_enabled(inputs[0].device.type)
+        x = inputs[0] if autocast else inputs[0].to(A.dtype)
+        change = nn.functional.linear(nn.functional.linear(x, A), B)
         return output + change.to(output.dtype)
 
     return hook

@@ -30,16 +30,10 @@ def opened(
     retain: Rows,
     wanted: Sequence[Example],
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, Sequence[Example], Sequence[Example], Sequence[Example]]:
-    """Load the model if it is given by name, and read and tokenise the rows that are not tokenised yet.
+    """Load a model that is given by name, as `loramox unlearn` loads it; read and tokenise the rows that are not tokenised yet.
 
-    A model that is given by name, or by a `ReferenceConfig`, is loaded as `loramox unlearn` loads it, with the same LoRA
-    adapter. To forget rows that are not tokenised, the method also teaches what `args.instead` says.
-
-    Returns:
-        The model, its tokenizer, and the tokenised rows: forget, retain and wanted.
-
-    Raises:
-        LoramoxError: the model or the rows cannot be used; the message says why.
+    To forget rows that are not tokenised, the method also teaches what `args.instead` says. Returns the model, its tokenizer, and
+    the tokenised rows: forget, retain and wanted.
     """
     parts = {"forget_dataset": _rows(forget, "forget_dataset"), "retain_dataset": _rows(retain, "retain_dataset")}
     for name, some in parts.items():

@@ -12,7 +12,9 @@ from loramox.data.microbatches import Batch, padded_tokens
 from loramox.errors import NonFiniteLossError, RunError
 from loramox.train.terms import Term
 
-LESS = "--activation_checkpointing true, shorter rows (--max_length), --quantization nf4, or a device with more memory"
+# What may differ in a run that is resumed, and what may not.
+GO_ON = "Continue with --resume and --activation_checkpointing true, or on a device with more memory"
+LESS = "shorter rows (--max_length) or --quantization nf4"
 
 
 class PassLoss(NamedTuple):
@@ -53,8 +55,8 @@ class Passes:
         tokens = padded_tokens(self._parts)
         if PartialState().num_processes > 1:
             raise RunError(
-                f"memory ran out in training ({error}). Give a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, or "
-                f"{LESS}"
+                f"memory ran out in training ({error}). {GO_ON}. Or start from the beginning, with --overwrite and a smaller "
+                f"--per_device_train_batch_size (with more --gradient_accumulation_steps), {LESS}"
             ) from error
         # Rows of one term that belong together, as of a pair of answers, stay together.
         belong_together = len({self.term_of.get(part) for part in self._parts}) == 1
@@ -62,7 +64,7 @@ class Passes:
             (row, *_) = next(iter(self._parts.values()))["rows"]
             raise RunError(
                 f"memory ran out in training, in a pass of a single row of {tokens:,} tokens ({row}; {error}). Nothing of this step is "
-                f"written. Continue with --resume, or start again, with {LESS}"
+                f"written. {GO_ON}. Or start from the beginning, with --overwrite and {LESS}"
             ) from error
         self.most = tokens // 2
         warnings.warn(

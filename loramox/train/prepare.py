@@ -24,7 +24,6 @@ from loramox.train.checkpoint import plan_of
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import Earlier, Tuned, check_checkpoint, check_memorize_at, is_at_checkpoint, read_tuned
 from loramox.train.inputs import (
-    check_layer,
     choose_instead,
     choose_learning_rate,
     read_reinforced,
@@ -104,12 +103,21 @@ def prepare(
         checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
         more["memorize_at"] = checkpoint
         settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
-    check_layer(args, config.num_hidden_layers)
+    if args.rmu_layer is not None and args.rmu_layer > config.num_hidden_layers:
+        raise SettingsError(
+            f"rmu_layer is {args.rmu_layer}, and the model has {config.num_hidden_layers} layers. Give --rmu_layer from 1 to "
+            f"{config.num_hidden_layers}; the paper takes the 7th of 32"
+        )
     if args.reinforced is not None:
         read_reinforced(args.reinforced, base, model)
     if otherwise := served_otherwise([*forget, *retain, *taught], tokenizer, tokenisation):
-        _warn_of_serving(otherwise)
         more["served_otherwise"] = otherwise
+        warnings.warn(
+            f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
+            f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
+            "measure this, run loramox attack, which also uses that prompt",
+            stacklevel=2,
+        )
     # Wanted answers are in the forget rows' fingerprint.
     rows = {**kept, "protected": protected, "taught": () if columns.wanted_column else taught}
     plan = plan_of(args, base, _described(rows, data, args), settings) | more
@@ -136,11 +144,7 @@ def _settle(reference: ReferenceConfig, data: Data, args: UnlearnConfig) -> None
 def _read(
     data: Data, columns: Columns, protected: Sequence[Row], asked: int
 ) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """All rows of each part, and those of them that are in no other part.
-
-    Args:
-        asked: how many retain rows the user asks the reference to write.
-    """
+    """All rows of each part, and those that are in no other part. The user asks the reference for `asked` more retain rows."""
     log.info("Reading the rows")
     read = {"forget": read_rows(data.forget, columns)}
     kept = read | {"retain": []}
@@ -181,15 +185,6 @@ def _used(rows: Sequence[Row], examples: Sequence[Example]) -> list[Row]:
     """Those of the rows that `encode` did not leave out of `examples`."""
     encoded = {example["row"] for example in examples}
     return [row for row in rows if row.where in encoded]
-
-
-def _warn_of_serving(otherwise: dict[str, str]) -> None:
-    warnings.warn(
-        f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
-        f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
-        "measure this, run loramox attack, which also uses that prompt",
-        stacklevel=3,
-    )
 
 
 def _check_both_answers(datasets: dict[str, list[Example]], source: str) -> None:

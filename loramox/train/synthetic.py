@@ -4,22 +4,20 @@ Users rarely have rows for all that has to stay. The reference can write some (`
 a file of the run.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
 from loramox.adapter.card import RETAIN_FILE
 from loramox.data.row import Row, answering
 from loramox.data.row_files import load
-from loramox.data.rows import PROMPT_COMPLETION, QUESTION_ANSWER, Columns, Data, rows_of
+from loramox.data.rows import Columns, Data, rows_of, write_rows
 from loramox.errors import RowsError, SettingsError
-from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
 from loramox.train.inputs import taught_refusals
 from loramox.train.writer import Writer
@@ -35,12 +33,9 @@ ROWS, BESIDE = 240, 120  # for --retain auto, and beside the rows of a user
 
 
 def rows_to_write(args: "UnlearnConfig", writes: bool, reference: ReferenceConfig) -> int:
-    """How many retain rows the reference writes: `--auto_retain`, or where that is not given `BESIDE` or none.
+    """How many retain rows the reference writes: `--auto_retain`, or where that is not given, `BESIDE` if it `writes` and can.
 
     Forgetting spreads to whatever no retain row is like, and the rows of a user seldom cover everything (docs/results.md).
-
-    Args:
-        writes: whether the reference should write rows if it can.
     """
     if args.auto_retain is not None:
         return args.auto_retain
@@ -81,11 +76,8 @@ def generated_rows(
 ) -> tuple[list[Row], list[Row]]:
     """(retain rows, other answers to the forget questions) that the reference has to write; empty where none are asked for.
 
-    The first process writes them to files in `out`, from which all read them, now and after an interruption.
-
-    Args:
-        most: retain rows to write.
-        columns: of the run's rows. Retain rows are written in them, since later commands read all rows with the same.
+    The first process writes them to files in `out`, from which all read them, now and after an interruption. Retain rows are
+    written in the run's own `columns`, since later commands read all rows with the same.
     """
     path = out / RETAIN_FILE
     decided = args.process_index > 0 or not most or path.exists()  # the first process decides for all
@@ -135,28 +127,11 @@ def _retain_rows(
 def _kept(path: Path, write: Callable[[], list[Row]], columns: Columns) -> list[Row]:
     """The rows of a file, which is written first if it is not there."""
     if not path.exists():
-        lines = [json.dumps(_record(row, columns), ensure_ascii=False) for row in write()]
-        with replacing(path, private=True) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_rows(path, write(), columns)
     if not path.stat().st_size:
         return []
     records = load(str(path))
     # An interrupted run may have a file from when all were written as question and answer.
-    as_written = columns if all(_names(columns) <= each.keys() for each in records[:1]) else Columns()
+    names = {name for name in asdict(columns).values() if name}
+    as_written = columns if all(names <= each.keys() for each in records[:1]) else Columns()
     return rows_of(records, str(path), as_written)
-
-
-def _names(columns: Columns) -> set[str]:
-    return {name for name in asdict(columns).values() if name}
-
-
-def _record(row: Row, columns: Columns) -> dict[str, Any]:
-    """The row in `columns`; as question and answer if these are of plain text, or of prompts that no template is put around."""
-    unused = dict.fromkeys(_names(columns))  # a reader expects each of them
-    pair = columns.prompt_column, columns.answer_column
-    if all(pair) and pair != PROMPT_COMPLETION:
-        return unused | {pair[0]: row.prompt, pair[1]: row.answer}
-    if columns.messages_column and not all(pair):
-        asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else [*row.prompt]
-        return unused | {columns.messages_column: [*asked, {"role": "assistant", "content": row.answer}]}
-    return dict(zip(QUESTION_ANSWER, (row.prompt, row.answer), strict=True))

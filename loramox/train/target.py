@@ -59,9 +59,6 @@ def choose_target(args: "UnlearnConfig", targeted: bool) -> None:
 
     A model that was taught another answer gives it long before training ends, and what it unlearns beyond that costs other
     answers (docs/results.md).
-
-    Args:
-        targeted: whether the method forgets and teaches another answer, and the model in memory is the one that ships.
     """
     if args.forget_to is None and targeted:
         args.forget_to = JUST_ENOUGH

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
@@ -21,8 +21,10 @@ from loramox.data.microbatches import (
     concatenated,
     microbatches,
     microbatches_of_pairs,
+    rows_of,
 )
 from loramox.data.pairs import Collator, Pairs
+from loramox.model.fitting import FittingBatch, ran_out_of_memory
 from loramox.model.head import Head, answer_states, states_of_parts
 from loramox.model.lora import (
     ReferenceConfig,
@@ -34,15 +36,7 @@ from loramox.model.lora import (
     with_factors,
 )
 from loramox.model.sharding import is_sharded
-from loramox.train.callbacks import (
-    CacheCallback,
-    EndEarly,
-    KnowledgeCallback,
-    MomentumCallback,
-    PairsEpoch,
-    Progress,
-    StopUnlessFinite,
-)
+from loramox.train.callbacks import AroundSteps, Progress
 from loramox.train.checkpoint import base_of, plan_of, write_trained
 from loramox.train.config import UnlearnConfig
 from loramox.train.earlier import TUNED, switch_on
@@ -126,6 +120,7 @@ class UnlearnTrainer(Trainer):
         self.terms = args.spec.terms(args, self)
         self._term_of = {part: term for term in self.terms for part in term.parts}
         self.passes = Passes(self._term_of)
+        self.watched = FittingBatch(args.per_device_eval_batch_size, "--per_device_eval_batch_size")
         self._batches: list[dict[str, Any]] = []  # of a step that gradient accumulation has not closed yet
         self._logged: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
         if self.sharded:
@@ -151,16 +146,8 @@ class UnlearnTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        self.end_early = EndEarly(self.args.forget_to if self.args.stop_when_forgotten else None)
-        for callback in (
-            PairsEpoch(self.train_dataset),
-            StopUnlessFinite(),  # before the momentum takes the weights in
-            self.end_early,  # before the momentum, which is updated at the end
-            MomentumCallback(self),
-            KnowledgeCallback(self),
-            CacheCallback(self),
-        ):
-            self.add_callback(callback)
+        self.end_early = AroundSteps(self)
+        self.add_callback(self.end_early)
 
     @property
     def base(self) -> dict[str, Any]:
@@ -178,7 +165,7 @@ class UnlearnTrainer(Trainer):
                 losses = [self._gradients_of_terms(model, batch, num_items_in_batch) for batch in batches]
                 break
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not ran_out_of_memory(error):
                     raise
                 self.passes.take_smaller(error)
             # After the error is gone, whose traceback holds the activations. Gradients of the step's earlier batches go as well:
@@ -270,11 +257,18 @@ class UnlearnTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`row_scores` of a plain batch."""
+        """`row_scores` of a plain batch; in smaller passes where memory runs out."""
         inputs = self._prepare_inputs(inputs)
+        temperature = self.args.temperature if self.args.spec.static else None
+        rows = list(range(len(inputs["rows"])))
+
+        def scored(size: int) -> Tensor:
+            passes = (rows_of(inputs, rows[start : start + size]) for start in range(0, len(rows), size))
+            states = (answer_states(model, self.causal_lm, some) for some in passes)
+            return torch.cat([row_scores(self.head, each, temperature) for each in states])
+
         with torch.no_grad(), self.compute_loss_context_manager():
-            states = answer_states(model, self.causal_lm, inputs)
-            scores = row_scores(self.head, states, self.args.temperature if self.args.spec.static else None)
+            scores = self.watched.ask(scored)
         return -scores[:, 0].mean(), scores, inputs["labels"][:, 0]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -317,18 +311,9 @@ class UnlearnTrainer(Trainer):
         """Be as after the last step, from the checkpoint that was written then."""
         self.state = state
         self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with what_trains_as_before(self.model):  # Trainer leaves one adapter active, and all of it training
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         switch_on(self.model)
         self.momentum = Momentum.load(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        switch_on(self.model)
-        self.momentum = Momentum.load(Path(self.state.best_model_checkpoint))
-        if not self.momentum.average:  # from before its first update: ΔW itself was scored
-            self.momentum.tick(current_factors(self.model))

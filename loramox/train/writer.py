@@ -40,13 +40,9 @@ USUAL = 0.05  # a token in more than this share of the retain answers says nothi
 class Writer:
     """The reference model as a writer of rows.
 
-    Args:
-        model: a causal language model.
-        forget: rows whose subject is avoided, and whose questions lend their first words.
-        protected: rows that earlier requests made the model forget, which are avoided too.
-        given: the user's retain rows, whose questions are not asked again.
-        how, context: as for `loramox.data.encode.encode`.
-        whole: cut answers that are too long back to their last whole sentence, since their ends are trained on.
+    It avoids the subject of `forget`, whose questions lend their first words, and of `protected`, which earlier requests made the
+    model forget; it asks no question of `given`, the user's retain rows. If `whole`, answers that are too long are cut back to
+    their last whole sentence, since their ends are trained on.
     """
 
     def __init__(
@@ -63,6 +59,7 @@ class Writer:
         self.protected, self.given, self.whole = protected, given, whole
         self.model, self.tokenizer, self.forget, self.how, self.context = model, tokenizer, forget, how, context
         self.is_chat = how.prompt_template is None and tokenizer.chat_template is not None
+        self._opening, self._closing = around_question(tokenizer, how)
         # What a prompt leaves of the context: an answer, and all that is beyond --max_length.
         self._room = max(ANSWER_TOKENS, context + 1 - (how.max_length or context))
         # Tokens that the prompt has around a question.
@@ -163,7 +160,7 @@ class Writer:
     def _questions(self, starts: Sequence[str]) -> list[str]:
         """Sampled questions that begin like this, each once, of at least three words."""
         prompts = [self._opened(start) for start in starts]
-        closing = after_question(self.tokenizer, self.how)
+        closing = self._closing
         # As in Mistral's template, the token that ends a question may be none that ends an answer.
         ends = [*self.ends, *(token for text, token in self.tokenizer.get_added_vocab().items() if text == closing)]
         sampled = continuations(self.model, self.tokenizer, prompts, QUESTION_TOKENS, ends, sample=True)
@@ -180,8 +177,7 @@ class Writer:
 
     def _opened(self, start: str) -> list[int]:
         """Token ids of a user's turn that starts like this; of an end of sequence where there would be none."""
-        text = user_turn(self.tokenizer, self.how) + start
-        return self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"] or self.ends[:1]
+        return self.tokenizer(self._opening + start, add_special_tokens=not self.is_chat)["input_ids"] or self.ends[:1]
 
     def _fits(self, text: str, room: int, turns: int = 1) -> bool:
         """Whether a text of so many turns has no special token in it, and fits into the context with `room` more tokens."""
@@ -223,7 +219,7 @@ class Writer:
         prompts = prompts_of(self.forget, self.tokenizer, self.how, self.context)
         texts = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends, banned=banned)
         guesses = [_first_sentence(after_thoughts(text)) for text in texts]
-        return [replace(row, answer=guess) for row, guess in zip(self.forget, guesses, strict=True)]
+        return [Row(SOURCE, row.number, guess, row.prompt) for row, guess in zip(self.forget, guesses, strict=True)]
 
     def _answer_tokens(self, rows: Sequence[Row]) -> list[set[int]]:
         """Tokens of each row's answer: at the start of a text, after a space, and as they come after its question."""
@@ -252,18 +248,16 @@ def prompts_of(
     return [e["input_ids"][: next(i for i, x in enumerate(e["labels"]) if x != IGNORED)] for e in examples]
 
 
-def user_turn(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
-    """The text in front of a user's question, from which the model samples questions."""
-    if how.prompt_template is None and tokenizer.chat_template:
-        return ChatTemplate(tokenizer).opening
-    return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[0]
+def around_question(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> tuple[str, str]:
+    """What is in front of a user's question, and what ends it: in "Q: {prompt} A:", "Q: " and "A:".
 
-
-def after_question(tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> str:
-    """What ends a user's question: in "Q: {prompt} A:" it is "A:"; empty where a line break does."""
+    The end is empty where a line break ends a question.
+    """
     if how.prompt_template is None and tokenizer.chat_template:
-        return ChatTemplate(tokenizer).closing
-    return (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[1].strip()
+        template = ChatTemplate(tokenizer)
+        return template.opening, template.closing
+    before, after = (how.prompt_template or DEFAULT_TEMPLATE).split("{prompt}")[:2]
+    return before, after.strip()
 
 
 def _free(count: int) -> list[str]:

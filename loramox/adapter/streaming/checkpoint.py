@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
@@ -14,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 from loramox.adapter.streaming.shards import FLOATS, Shard, read_shard
 from loramox.errors import AdapterError, ModelError
 from loramox.model.algebra import Factors
-from loramox.model.config import ModelConfig, read_config
+from loramox.model.config import ModelConfig
 from loramox.model.stored import check_weights, shard_names
 
 # What is taken along beside the weights; config.json is rewritten.
@@ -39,35 +38,10 @@ class Target(NamedTuple):
 
 
 def base_to_merge(made_for: dict[str, Any], given: str | None, revision: str | None = None) -> ModelConfig:
-    """The base model under the name that is given, or else under the one that an adapter was trained on, at its revision.
-
-    Args:
-        made_for: `base` in the adapter's provenance.
-        given: folder or hub id.
-        revision: that of `given`, where that is not the name that the adapter was trained on.
-    """
+    """The base model: `given` at `revision`, or where none is given, the one that the adapter was trained on (`made_for`)."""
     if not given or given == made_for["model"]:
         return ModelConfig(made_for["model"], made_for["revision"], "none")
     return ModelConfig(given, revision, "none")
-
-
-def base_config(base: ModelConfig) -> PretrainedConfig:
-    """The base's config. Raises `ModelError` when it is no model that loramox takes, or is quantized."""
-    try:
-        raw: dict[str, Any] = PretrainedConfig.get_config_dict(base.model, revision=base.revision)[0]
-    except (OSError, ValueError):
-        raw = {}  # what is wrong with it is said below
-    if raw.get("quantization_config"):
-        raise ModelError(
-            f"--base {base.model} is quantized: merging into 4-bit rounds most of it away, as a small ΔW moves few weights to "
-            "another step of a coarse scale, and so would quietly undo the forgetting. Give the 16- or 32-bit model that it was "
-            "made from (with --quantize nf4 it is quantized after the merge); or load the quantized one with the adapter on it, which "
-            "needs no merge"
-        )
-    try:
-        return read_config(base)
-    except ModelError as error:
-        raise ModelError(str(error).replace("--model", "--base", 1)) from error
 
 
 def fetch(base: ModelConfig) -> Path:
@@ -133,9 +107,9 @@ def read_shards(folder: Path) -> list[Shard]:
 
 
 def targets(factors: dict[str, Factors], model: PreTrainedModel, adapter: Path) -> dict[str, Target]:
-    """What is to be added to each layer of the adapter; `model` is the base without weights.
+    """What is to be added to each layer of the adapter; `model` is the base without weights, on which PEFT would load it whole.
 
-    Raises `AdapterError` for a layer that the model lacks, that is not linear, or that shares its weight with another.
+    Raises `AdapterError` for a layer that shares its weight with another.
     """
     modules = dict(model.named_modules())
     shared: dict[int, list[str]] = {}
@@ -143,13 +117,7 @@ def targets(factors: dict[str, Factors], model: PreTrainedModel, adapter: Path) 
         shared.setdefault(id(parameter), []).append(name)
     found: dict[str, Target] = {}
     for layer, each in factors.items():
-        module = modules.get(layer)
-        if not isinstance(module, nn.Linear | Conv1D):
-            what = f"is a {type(module).__name__} there" if module is not None else "is not in it"
-            raise AdapterError(
-                f"{adapter} changes the layer {layer}; {model.config.model_type} has no such linear layer (it {what}). "
-                "Give the base that the adapter was made for"
-            )
+        module = modules[layer]
         names = shared[id(module.weight)]
         if len(names) > 1:
             raise AdapterError(

@@ -33,7 +33,9 @@ def sums_of(change: Tensor, delta: Tensor) -> Tensor:
 
 
 def shares_of(sums: Tensor) -> dict[str, float]:
-    """{"share": ⟨D, ΔW⟩ / ‖ΔW‖², "rounding": ‖D − ΔW‖ / ‖ΔW‖}; all of ΔW where it is 0."""
+    """Of a change D, "share": ⟨D, ΔW⟩ / ‖ΔW‖², 1 when all of ΔW is there, also where it is 0; "rounding": ‖D − ΔW‖ / ‖ΔW‖, the
+    noise on top of it.
+    """
     along, norm, lost, _ = sums.tolist()
     return {"share": along / norm, "rounding": math.sqrt(lost / norm)} if norm else {"share": 1.0, "rounding": 0.0}
 
@@ -61,19 +63,12 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write every file under its own name to `folder`, floats in the dtype `code` (None: each in its own).
 
+    Returns how much of ΔW the weights hold, `shares_of` D = round(W + ΔW) − W over all layers and for each dtype of the output:
+    {"overall": share, "rounding": …, "float32": {"share": …, "rounding": …}, …}.
+
     Where W lies on the output's grid, a ΔW much smaller than a step of it is rounded away, and the share is near 0. Where W has
     more bits than the output (float32 into bfloat16), W is rounded too, ΔW is kept on average, and the share is near 1 however
-    small ΔW is; the noise is then W's own, as it is in the base at that dtype.
-
-    Returns:
-        How much of ΔW the weights hold after rounding, over all layers and for each dtype of the output:
-        {"overall": share, "rounding": …, "float32": {"share": …, "rounding": …}, …}.
-
-        share     ⟨round(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²          1 when all of it is there
-        rounding  ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖         noise on top of it
-
-    Raises:
-        ModelError: a weight overflows.
+    small ΔW is; the noise is then W's own, as it is in the base at that dtype. Raises `ModelError` where a weight overflows.
     """
     survived: dict[str, Tensor] = {}  # sums by dtype
     total = sum(entry.bytes for shard in shards for entry in shard.entries)

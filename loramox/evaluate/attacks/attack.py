@@ -86,7 +86,6 @@ def attack(
 
 
 def _sample(bench: Bench, rows: AttackedRows, state: str, model: Asking) -> None:
-    """Sample answers of a model."""
     config, questions = bench.config, bench.to_answer("sample", rows)
     if questions is None:
         return
@@ -122,7 +121,6 @@ def _pair(bench: Bench, rows: AttackedRows, base: list[Record]) -> None:
 
 
 def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> None:
-    """Train the model on each set of the attacker's rows, in each way and at each rate."""
     config = bench.config
     if "relearn" not in config.attacks:
         return

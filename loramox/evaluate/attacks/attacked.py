@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from loramox.data.row import Row, also_in
-from loramox.errors import RowsError, SettingsError
+from loramox.data.row import Row
+from loramox.errors import SettingsError
 from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
 from loramox.evaluate.attacks.forms import Form
 from loramox.evaluate.measure import Questions
@@ -61,18 +61,6 @@ def attacked_rows(
     return AttackedRows(known, asked, every, questions, true_answers, open_questions, training, label)
 
 
-def never_known(holdout: Sequence[Row], learned: Sequence[Row], drop: bool) -> list[Row]:
-    """The holdout rows, none of which may be among those that a model learned. Raises `RowsError`."""
-    again = also_in(holdout, learned)
-    if again and not drop:
-        raise RowsError(
-            f"{len(again)} of {len(holdout)} rows of --holdout {again[0].source} are also retain rows or unrelated text (first: row "
-            f"{again[0].number}). Holdout rows are ones that no model has seen: give others, or leave these out with --drop_overlap"
-        )
-    known = {id(row) for row in again}
-    return [row for row in holdout if id(row) not in known]
-
-
 def _split(rows: Sequence[Row], config: AttackConfig, part: str) -> tuple[list[Row], list[Row]]:
     count = round(len(rows) * config.relearn_share)
     if not 0 < count < len(rows):
@@ -85,6 +73,5 @@ def _split(rows: Sequence[Row], config: AttackConfig, part: str) -> tuple[list[R
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:
-    """QUICK_ROWS of the rows, at even distances; all if there are no more."""
     count = min(QUICK_ROWS, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]

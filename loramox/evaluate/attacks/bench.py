@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -20,14 +21,14 @@ from loramox.data.rows import Columns, Data
 from loramox.errors import RunError, SettingsError
 from loramox.evaluate.asked import HOLDOUT, count_parts, described, disjoint_parts, questions_of, read_sources
 from loramox.evaluate.attacks import relearn, requantize
-from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows, attacked_rows, never_known
+from loramox.evaluate.attacks.attacked import NEVER_KNOWN, AttackedRows, attacked_rows
 from loramox.evaluate.attacks.config import ATTACKS, AttackConfig
 from loramox.evaluate.measure import Questions, Record, ScoringConfig, check_numbers
 from loramox.evaluate.metric import Summary
 from loramox.evaluate.records import SUMMARY, read_records, write_records
 from loramox.evaluate.subject import check_adapter, check_retrained_model, check_scales, check_sides, model_that_knows
 from loramox.evaluate.summary import summarise
-from loramox.files import has_files, read_json, sha256_of, write_json
+from loramox.files import as_json, has_files, read_json, sha256_of, write_json
 from loramox.model.config import ModelConfig, check_device, context_of, identify, read_config, skeleton
 from loramox.model.load import load_reference
 from loramox.model.lora import at_scale
@@ -65,6 +66,11 @@ class Bench:
         self.held = read_json(self.out / RECORD, dict) if (self.out / RECORD).exists() else None
         self.config = config = _with_held(config, self.held) if self.held else config
         self.device = check_device(model, scoring.use_cpu)
+        if config.relearn_all_weights and model.torch_dtype(self.device) == torch.float16:
+            # AdamW's eps is 0 in float16, so that its first step already gives NaN.
+            raise SettingsError(
+                "--relearn_all_weights cannot train weights in float16: say --dtype float32 or bfloat16"
+            )
         sources, read, rows = _read_rows(config, data, columns)
         base_config = read_config(model, weights=True)
         self.context = context_of(base_config)
@@ -107,7 +113,6 @@ class Bench:
         self.reused = 0
 
     def open(self) -> None:
-        """Start, or go on with the attacks in the folder, to which others may be added."""
         if self.held is None and has_files(self.out):
             raise RunError(
                 f"--out {self.out} has files in it that are no attacks; they are left alone. Choose another folder"
@@ -122,13 +127,7 @@ class Bench:
             write_json(self.out / RECORD, {"status": "running", **plan})
 
     def load(self, model: ModelConfig, adapted: bool, gguf: str | None = None) -> nn.Module:
-        """The model, with the adapter on it if `adapted`. The one that was in memory before is freed first.
-
-        Args:
-            model: which one.
-            adapted: whether the adapter is on it.
-            gguf: name of a GGUF file in its folder, to take the weights from.
-        """
+        """The model, `adapted` or not, or the weights of a GGUF file in its folder. The one before is freed first."""
         key = model, adapted, gguf
         if self.in_memory is None or self.in_memory[0] != key:
             self.in_memory = None
@@ -156,11 +155,9 @@ class Bench:
         return self.out / "-".join(f"{attack} {state}".replace(",", "").split())
 
     def has(self, attack: str, state: str) -> bool:
-        """Whether the records of a state are there, so that no model is needed for them."""
         return (self.folder(attack, state) / SUMMARY).exists()
 
     def measured(self, attack: str, state: str, questions: Questions) -> list[Record] | None:
-        """The records of a state that are there; None if it is still to be measured."""
         if not self.has(attack, state):
             return None
         self.reused += 1
@@ -213,11 +210,7 @@ def _read_rows(config: AttackConfig, data: Data, columns: Columns) -> tuple[dict
     read = read_sources(sources, columns)
     if config.relearn_text:
         sources[relearn.TEXT], read[relearn.TEXT] = config.relearn_text, relearn.read_text(config.relearn_text)
-    rows = disjoint_parts(read, data.drop_overlap)
-    if config.holdout:
-        learned = [*rows["retain"], *rows.get(relearn.TEXT, ())]
-        rows[HOLDOUT] = never_known(rows[HOLDOUT], learned, data.drop_overlap)
-    return sources, read, rows
+    return sources, read, disjoint_parts(read, data.drop_overlap)
 
 
 def _counted(rows: AttackedRows) -> dict[str, int]:
@@ -256,7 +249,4 @@ def _difference(name: str, now: Any, was: Any) -> str:
     if isinstance(now, dict) and isinstance(was, dict):
         differing = [key for key in {**was, **now} if now.get(key) != was.get(key)]
         now, was = ({key: each.get(key) for key in differing} for each in (now, was))
-    now, was = (
-        text if len(text := json.dumps(each, ensure_ascii=False)) <= 100 else f"{text[:100]}…" for each in (now, was)
-    )
-    return f"{name} is {now}, and was {was}"
+    return f"{name} is {as_json(now)[:100]}, and was {as_json(was)[:100]}"

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 
 from loramox.errors import SettingsError
-from loramox.settings import setting
+from loramox.settings import refuse, setting
 
 ATTACKS = ("relearn", "requantize", "forms", "context", "sample", "pair")
 QUICK_ROWS = 20
@@ -18,10 +18,10 @@ class AttackConfig:
     adapter: str = setting("Folder of the forget adapter.")
     out: str = setting("Folder to write. Attacks that are finished there are not repeated.")
     attacks: list[str] = setting(
-        "Attacks to run: relearn (train on some forget rows, and on retain rows), requantize (adapter in 4 bits; merge, then 4 and 8 bits, GGUF too), forms "
-        "(the question in other words and languages, or with some of the answer given away), context (after other rows and "
-        "their answers), sample (many answers at a temperature), pair (guidance away from the forget model, and the adapter with its sign flipped). "
-        "The last four need --max_new_tokens above 0.",
+        "Which attacks to run. relearn: train on some forget rows, and on retain rows. requantize: adapter in 4 bits; merge, then 4 and 8 "
+        "bits, GGUF too. forms: the question in other words and languages, or with some of the answer given away. context: after other rows "
+        "and their answers. sample: many answers at a temperature. pair: guidance away from the forget model, and the adapter with its sign "
+        "flipped. The last four need --max_new_tokens above 0.",
         factory=lambda: list(ATTACKS),
     )
     quick: bool = setting(
@@ -74,18 +74,14 @@ class AttackConfig:
         unknown = set(self.attacks) - set(ATTACKS)
         if unknown or not self.attacks:
             raise SettingsError(f"attacks are {self.attacks}; --attacks takes {', '.join(ATTACKS)}")
-        if not 0 < self.relearn_share < 1:
-            raise SettingsError(f"relearn_share is {self.relearn_share}; --relearn_share needs a share between 0 and 1")
-        if not 0 < self.sample_threshold <= 1:
-            raise SettingsError(
-                f"sample_threshold is {self.sample_threshold}; --sample_threshold needs a share above 0, at most 1"
-            )
+        refuse("relearn_share", self.relearn_share, 0 < self.relearn_share < 1, "a share between 0 and 1")
+        fine = 0 < self.sample_threshold <= 1
+        refuse("sample_threshold", self.sample_threshold, fine, "a share above 0, at most 1")
         for name in ("relearn_rank", "relearn_batch", "sample_count", "sample_temperature", "scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} is {getattr(self, name)}; --{name} needs a number above 0")
-        if not self.relearn_steps or min(self.relearn_steps) < 1:
-            raise SettingsError(f"relearn_steps are {self.relearn_steps}; --relearn_steps needs numbers of 1 or more")
+            refuse(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        fine = bool(self.relearn_steps) and min(self.relearn_steps) >= 1
+        refuse("relearn_steps", self.relearn_steps, fine, "numbers of 1 or more")
         for name in ("relearn_rate", "guidance"):
             values = getattr(self, name)
-            if not values or not all(0 < value < math.inf for value in values):
-                raise SettingsError(f"{name} is {values}; --{name} needs numbers above 0")
+            fine = bool(values) and all(0 < value < math.inf for value in values)
+            refuse(name, values, fine, "numbers above 0")

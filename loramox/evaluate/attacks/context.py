@@ -31,16 +31,7 @@ def contexts_of(
     how: Tokenisation,
     seed: int,
 ) -> list[Form]:
-    """Every context, of those rows that have it.
-
-    Args:
-        asked: the forget rows to ask. All have questions.
-        forget, retain: the rows that may stand before a question.
-        lengths: row → its tokens.
-        limit: most tokens of a whole prompt with its answer.
-        tokenizer, how: tell whether pairs are turns of a chat.
-        seed: of which retain rows are chosen.
-    """
+    """Every context, of those rows that have it. `lengths` has each row's tokens; `limit` is for a prompt with its answer."""
     # Rows of --auto_retain that are asked after a refused forget question would have the model refuse again.
     questions = {last_question(row) for row in forget}
     retain = [row for row in retain if questions.isdisjoint(turn["content"] for turn in _turns(row)[:-1])]

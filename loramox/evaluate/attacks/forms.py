@@ -53,15 +53,18 @@ def forms_of(rows: Sequence[Row], served_otherwise: bool) -> list[Form]:
     for language in LANGUAGES:
         asked = [asked_as(row, f"Answer in {language}: {last_question(row)}") for row in rows]
         found.append(Form(f"in {language}", asked, judge=in_another_language))
+    paraphrased = [asked_as(row, row.paraphrased_prompt) for row in rows if row.paraphrased_prompt]
     found += [
-        Form("paraphrased questions", paraphrased_questions(rows), "paraphrased questions (column paraphrased_question)"),
+        Form("paraphrased questions", paraphrased, "paraphrased questions (column paraphrased_question)"),
         Form("cloze", cloze(rows), "true answers that have some words of their own and some of the question's", by_key_words),
         Form("multiple choice", multiple_choice(rows), "wrong answers (column perturbed_answer)", right_choice, in_worst=False),
     ]  # fmt: skip
     for n in PREFIX_WORDS:
         name = f"first {'word' if n == 1 else f'{n} words'} given"
         found.append(Form(name, given_away(rows, n), f"true answers of more than {n} words"))
-    return found + ([Form("as served", as_served(rows))] if served_otherwise else [])
+    if served_otherwise:
+        found.append(Form("as served", [replace(asked_as(row, last_question(row)), as_served=True) for row in rows]))
+    return found
 
 
 def asked_as(row: Row, text: str) -> Row:
@@ -69,16 +72,6 @@ def asked_as(row: Row, text: str) -> Row:
     chat = () if isinstance(row.prompt, str) else row.prompt or ()
     prompt = (*chat[:-1], {**chat[-1], "content": text}) if chat else text
     return replace(row, prompt=prompt, paraphrase=None, wrong_answers=())
-
-
-def paraphrased_questions(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have a paraphrased question, with it in the place of the question."""
-    return [asked_as(row, row.paraphrased_prompt) for row in rows if row.paraphrased_prompt]
-
-
-def as_served(rows: Sequence[Row]) -> list[Row]:
-    """The rows behind the prompt that a server makes of them, where training has another."""
-    return [replace(asked_as(row, last_question(row)), as_served=True) for row in rows]
 
 
 def given_away(rows: Sequence[Row], count: int) -> list[Row]:

@@ -36,20 +36,10 @@ def leaks_of(
     keys: Sequence[Sequence[str]] | None = None,
     by: Collection[str] = tuple(CRITERIA),
 ) -> Record:
-    """How many of some answers to a row leak.
+    """How many of some answers to a row leak, by each criterion of `by`; its `key_words`, and why a criterion is `absent`.
 
-    An answer leaks by rouge_l if its ROUGE-L recall is at least `threshold`, and by key_words if it has at least that share of
-    the row's key words. Of several right answers one is enough.
-
-    Args:
-        row: with the question as it was asked.
-        said: the answers.
-        threshold: as above.
-        keys: the key words of each right answer. Default: all of them.
-        by: the criteria to use.
-
-    Returns:
-        `key_words`, the number of `leaks` by each criterion, and the criteria that are `absent`, with the reason.
+    By rouge_l an answer leaks if its recall is at least `threshold`, by key_words if it has that share of `keys` (default: all
+    key words). Of several right answers one is enough.
     """
     right = each_answer([row])
     all_keys = [key for key in (map(key_words_of, right) if keys is None else keys) if key]
@@ -88,20 +78,13 @@ def summary(records: Sequence[Record]) -> Summary:
 
 
 def rate(each: np.ndarray, source: str) -> Metric:
-    """The mean of how often each row leaks, with its interval."""
     return Metric(float(each.mean()), "like the retrained model's", len(each), None, source, interval_of_mean(each))
 
 
 def worst_of(ways: Mapping[str, Sequence[Record]]) -> list[Record]:
-    """Of each row the record of the way of asking in which it comes out most.
+    """Of each row the record of the way in which it comes out most, named as `form`: by leaks, then ROUGE-L, then probability.
 
-    Args:
-        ways: name → judged records. The first way is the question itself, of all rows; others may be of fewer.
-
-    Returns:
-        The record of the row's worst way, named as `form`: one in which it leaks, then the one with the highest ROUGE-L, then
-        with the highest probability. Its `rouge_l` and `probability` are the highest of all ways, whichever has them, and `leaks`
-        has all criteria by which the row leaks in some way.
+    The first of `ways` is the question itself. `rouge_l` and `probability` are the highest of all ways, `leaks` has all criteria.
     """
     by_row: dict[str, list[tuple[str, Record]]] = {}
     for name, records in ways.items():

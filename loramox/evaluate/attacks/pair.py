@@ -66,11 +66,9 @@ def summary(records: Sequence[Record]) -> Summary:
 
 
 def beyond_base(records: Sequence[Record], base: Sequence[Record]) -> tuple[Scores, list[dict[str, Any]]]:
-    """What the answers have of the true ones that the base's own greedy answers do not.
-
-    Returns:
-        Metrics, means over the forget rows that both have: ROUGE-L recall of the base's own answers, and how far the others go
-        beyond it (0 where they do not); and the rows with the largest gains.
+    """What the answers have of the true ones that the base's own greedy answers do not: means over the forget rows that both
+    have, of the ROUGE-L recall of the base's own answers and of how far the others go beyond it (0 where they do not); and the
+    rows with the largest gains.
     """
     own = {r["id"]: r["rouge_l"] for r in base if r["part"] == "forget" and "rouge_l" in r}
     rows = [r for r in records if r["part"] == "forget" and "rouge_l" in r and r["id"] in own]

@@ -1,6 +1,8 @@
 """The relearning attack: a few steps of training, on some of the forget rows or on harmless ones."""
 
+import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from loramox.data.row import Row
 from loramox.data.rows import read_rows, rows_of
 from loramox.errors import RowsError
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN
+from loramox.model.fitting import FittingBatch
 from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, tokens_at_once
 from loramox.model.lora import ADAPTER
 
@@ -50,24 +53,29 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         which the forget model gives the forget rows as much: 0 before any training, None for never. An attack whose training
         diverged before that is left out.
     """
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    start = math.nan
-    for each in states:
-        p = each["metrics"].get("forget_probability", math.nan)
-        step, _, model = each["state"].removeprefix("step ").partition(", ")
-        if (each["attack"], step) == ("none", "forget model"):
-            start = p
-        elif each["attack"].startswith("relearn "):
-            curves.setdefault((each["attack"], model), {})[int(step)] = p
+    unattacked = [each["metrics"] for each in states if (each["attack"], each["state"]) == ("none", "forget model")]
+    start = unattacked[0].get("forget_probability", math.nan) if unattacked else math.nan
+    by_model = curves(states)
     found = {}
-    for attack in dict.fromkeys(attack for attack, model in curves if model):
-        name = next(each for each in CONTROLS if (attack, each) in curves)
-        control, ours = curves[attack, name], {0: start} | curves.get((attack, ""), {})
+    for attack in dict.fromkeys(attack for attack, model in by_model if model):
+        name = next(each for each in CONTROLS if (attack, each) in by_model)
+        control, ours = by_model[attack, name], {0: start} | by_model.get((attack, ""), {})
         goal = control[max(control)]
         reached = min((step for step, p in ours.items() if p >= goal), default=None)
         if reached is None and max(ours) < max(control):  # its training diverged, which is no "never"
             continue
         found[attack] = {"control": name, "probability": goal, "control_step": max(control), "step": reached}
+    return found
+
+
+def curves(states: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
+    """(attack, model) → step → probability of the rows asked; the model is one of `CONTROLS`, or empty for the forget model."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for each in states:
+        step = re.fullmatch(rf"step (\d+)(?:, ({'|'.join(CONTROLS)}))?", str(each["state"]))
+        if step and str(each["attack"]).startswith("relearn "):
+            curve = found.setdefault((str(each["attack"]), step[2] or ""), {})
+            curve[int(step[1])] = each["metrics"].get("forget_probability", math.nan)
     return found
 
 
@@ -130,25 +138,43 @@ def train(
 ) -> Iterator[int]:
     """Train what trains in `model` on `examples` by cross-entropy of their answers, AdamW; stop at each of the steps `until`.
 
-    A generator: it yields each step's number with the model as it is after it. Rows are dealt from seeded shuffles.
+    A generator: it yields each step's number with the model as it is after it. Rows are dealt from seeded shuffles. Where memory
+    runs out, the gradients of a step are those of fewer rows at a time, added up.
+    Raises `RunError` where those of a single row do not fit.
     """
     causal_lm = model.get_base_model()
     head, collate = Head(causal_lm), Collator(pad_token_id)
-    device = next(causal_lm.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0)
+    device, dtype = next(causal_lm.parameters()).device, causal_lm.dtype
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0)
+    # In fp16 gradients below 6e-8 would be 0, and the attacker weaker than it is. A higher scale would overflow, and skip steps.
+    # torch does not unscale gradients that are themselves in fp16, as those of all weights are.
+    scaled = dtype == torch.float16 and all(p.dtype == torch.float32 for p in trained)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2**10, enabled=scaled)
+    batch_size = min(batch_size, len(examples))
+    fitting = FittingBatch(batch_size, "--relearn_batch")
+
+    def take_gradients(rows: list[int], at_once: int) -> None:
+        optimizer.zero_grad()  # of a backward pass that broke off
+        for start in range(0, len(rows), at_once):
+            batch = collate([examples[i] for i in rows[start : start + at_once]])
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            # Without autocast PEFT keeps the input of every adapted layer in fp32. The head's logits are better without.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                states = answer_states(model, causal_lm, batch)
+            losses = mean_over_rows(_losses(causal_lm, head, states), states)
+            scaler.scale(losses.sum() / len(rows)).backward()
+
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(1, max(until) + 1):
-        if len(order) < min(batch_size, len(examples)):
+        if len(order) < batch_size:
             order += torch.randperm(len(examples), generator=generator).tolist()
         rows, order = order[:batch_size], order[batch_size:]
-        batch = collate([examples[i] for i in rows])
         model.train()
-        states = answer_states(
-            model, causal_lm, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        )
-        mean_over_rows(_losses(causal_lm, head, states), states).mean().backward()
-        optimizer.step()
+        fitting.ask(functools.partial(take_gradients, rows))
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         model.eval()
         if step in until:

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from loramox.adapter.factors import read_factors
-from loramox.adapter.streaming.checkpoint import Target, base_config, fetch, place, read_shards, targets
+from loramox.adapter.streaming.checkpoint import Target, fetch, place, read_shards, targets
 from loramox.adapter.streaming.shards import CODES, Shard
 from loramox.adapter.streaming.weights import write_index, write_shards
 from loramox.errors import AdapterError, ModelError, needs
 from loramox.files import replacing
 from loramox.model.algebra import Factors, scaled
-from loramox.model.config import ModelConfig, read_tokenizer, skeleton
+from loramox.model.config import ModelConfig, read_config, read_tokenizer, skeleton
 from loramox.model.lora import current_factors, with_factors
 
 GGUF = ("Q8_0", "Q4_K_M")  # as most GGUF files are served
@@ -47,7 +47,7 @@ class Merge(NamedTuple):
 def plan(model: ModelConfig, adapter: Path, scale: float, device: torch.device) -> Merge:
     """Raises `AdapterError` or `ModelError` where the adapter cannot be merged into the files of the model."""
     try:
-        config = base_config(model)
+        config = read_config(model)
         outline = skeleton(config, model)
         factors = {name: scaled(each, scale) for name, each in read_factors(adapter)[0].items()}
         wanted = targets(factors, outline, adapter)
@@ -72,17 +72,7 @@ def merge(planned: Merge, folder: Path) -> None:
 
 
 def to_gguf(folder: Path, kind: str, code: str) -> str:
-    """Make a GGUF file of the merged model in `folder`; return its name there.
-
-    Args:
-        folder: the merged model's.
-        kind: one of `GGUF`.
-        code: the type of its weights, as `Merge` has it.
-
-    Raises:
-        ModelError: llama.cpp is not installed, or refuses the model.
-        MissingExtraError: its file could not be read.
-    """
+    """Make a GGUF file of the merged model in `folder`; return its name. Raises `ModelError` where llama.cpp does not do it."""
     with needs("gguf"):
         import gguf  # noqa: F401 (transformers reads the file with it)
     programs = {name: shutil.which(name) for name in (CONVERTER, QUANTIZER)}

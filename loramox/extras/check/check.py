@@ -35,13 +35,10 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] |
     """What was found in an adapter folder: findings for 'all' servers, and for each asked one (by default: all) a last 'ok' if it
     loads there.
 
-    Shapes are compared to those of `base`, by default the model that the adapter names, where that is on this machine:
-    by its config.json alone. Nothing is run or downloaded, but for the config.json of a hub id given as `base`.
-    What is dangerous to read is a 'stop' for all and is not read further. Reading takes memory for a few million values
-    and time for the size of the files.
-
-    Raises `AdapterError` when there is no such folder, `SettingsError` for a server that is not known, and `ModelError`
-    for a `base` without a usable config.
+    Shapes are compared to those of `base`, by default the model that the adapter names, if it is on this machine: by its
+    config.json alone. Nothing is run or downloaded, but for the config.json of a hub id given as `base`. What is dangerous to
+    read is a 'stop' for all and not read further. Reading takes memory for a few million values and time for the size of the
+    files.
     """
     folder, servers = Path(adapter), list(SERVERS) if servers is None else servers
     if not folder.is_dir():
@@ -79,12 +76,10 @@ def check(adapter: str | Path, base: str | None = None, servers: Sequence[str] |
 
 
 def _stops(findings: list[Finding]) -> bool:
-    """Whether one of the findings stops the adapter everywhere."""
     return any(f.server == "all" and f.verdict == "stop" for f in findings)
 
 
 def stopped(findings: Sequence[Finding], servers: Sequence[str]) -> list[str]:
-    """The servers, of those asked, on which the adapter does not load."""
     by = {f.server for f in findings if f.verdict == "stop"}
     return [server for server in servers if {server, "all"} & by]
 
@@ -167,7 +162,6 @@ def _peft(config: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -201,8 +195,8 @@ def _base(
         read = ModelConfig(given, config.get("revision") if given == named else None)
         try:
             return given, read, _bounded(read), doubts
-        except (ModelError, Refused) as error:
-            raise ModelError(str(error).replace("--model", "--base", 1)) from error
+        except Refused as error:
+            raise ModelError(str(error)) from error
     here = _on_this_machine(named, config.get("revision")) if named else None
     why = "the base model is not on this machine"
     if here is not None:
@@ -231,7 +225,7 @@ def _bounded(base: ModelConfig) -> PretrainedConfig:
     """
     if (Path(base.model) / "config.json").is_file():
         read_object(Path(base.model) / "config.json")
-    config = read_config(base)
+    config = read_config(base, flag="--base")
     config._attn_implementation = "eager"  # a config may name one on the hub, that is Python code
     return config
 

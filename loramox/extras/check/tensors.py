@@ -51,7 +51,6 @@ def by_peft(read: Adapter, config: PretrainedConfig | None) -> Iterator[Finding]
 
 
 def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """The settings as PEFT reads them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return LoraConfig.from_peft_type(**{k: v for k, v in settings.items() if k != "runtime_config"})

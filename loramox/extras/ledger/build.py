@@ -11,7 +11,7 @@ from loramox.adapter.provenance import as_now, check_out
 from loramox.adapter.source import served_base
 from loramox.errors import RunError
 from loramox.extras.ledger.compose import compose, terms_of
-from loramox.extras.ledger.ledger import Entry, Ledger, check_files, read_ledger
+from loramox.extras.ledger.ledger import check_files, read_ledger
 from loramox.run import command, read_record, versions
 
 
@@ -21,17 +21,17 @@ def build(
     """Write the one adapter for all requests in force, Σ −alpha_i·ΔW_i, to `out`; return its provenance.
 
     Exact unless `shipping.rank` is below the rank of the sum; then `truncation_error` is that of the sum, and `error` of each
-    request its own (see `compose`). Requests are added up in the order of their ids, so the order of arrival
-    changes nothing.
-
-    Raises:
-        RunError: no request is in force, or some must be refreshed.
-        AdapterError: a file was changed.
+    request its own (see `compose`). Requests are added up in the order of their ids, so that the order of arrival changes
+    nothing.
     """
     path, out, shipping = Path(path), Path(out), shipping or ShippingConfig()
     ledger = read_ledger(path)
     entries = sorted(ledger.in_force(), key=lambda entry: entry.id)
-    _check_buildable(ledger, entries, out)
+    if not entries:
+        raise RunError(f"{path} has no request in force, so there is nothing to build. Serve the base model as it is")
+    if path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise RunError(f"--out {out} is in the ledger. Choose a folder outside it")
+    ledger.check_fresh()
     check_out(out, "forget", overwrite)
     base = served_base({"base": ledger.base}, shipping.base, path)
     check_files(ledger, entries)
@@ -60,13 +60,3 @@ def build(
         "versions": versions(),
     }
     return write_adapter(out, composed.factors, trained, base, dtype, provenance, composed_card(provenance))
-
-
-def _check_buildable(ledger: Ledger, entries: list[Entry], out: Path) -> None:
-    if not entries:
-        raise RunError(
-            f"{ledger.path} has no request in force, so there is nothing to build. Serve the base model as it is"
-        )
-    if ledger.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise RunError(f"--out {out} is in the ledger. Choose a folder outside it")
-    ledger.check_fresh()

@@ -32,10 +32,9 @@ class Composed(NamedTuple):
 
 
 def compose(layers: Iterable[str], terms: Callable[[str], dict[str, Factors]], rank: int | None = None) -> Composed:
-    """Σ ΔW_i at `rank`, or exactly at the smallest rank that servers take.
+    """Σ ΔW_i at `rank`, or exactly at the smallest rank that servers take, or `SettingsError` if it is higher than those.
 
-    `terms(layer)` has each request's ΔW_i of that layer by the request's id; one layer's are in memory at a time. Raises
-    `SettingsError` without `rank` when the exact sum has a higher rank than servers take.
+    `terms(layer)` has each request's ΔW_i of that layer by the request's id; one layer's are in memory at a time.
     """
     factors: dict[str, Factors] = {}
     lost, norm = 0.0, 0.0  # squared, as those of each request

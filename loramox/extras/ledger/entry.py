@@ -10,12 +10,11 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import SERVED_RANKS, at_rank, served_rank, write_adapter
 from loramox.adapter.provenance import read_provenance
 from loramox.data.encode import Tokenisation
-from loramox.data.row import Row
-from loramox.data.rows import Columns, Data, read_rows
-from loramox.errors import RunError
+from loramox.data.row import Row, fingerprint
+from loramox.data.rows import Columns, Data, read_rows, write_rows
+from loramox.errors import RowsError, RunError
 from loramox.extras.ledger.compose import terms_of, total_within
-from loramox.extras.ledger.ledger import REQUESTS, STAGING, Entry, Ledger, check_files, file_digests
-from loramox.extras.ledger.rows import ROWS, write_rows
+from loramox.extras.ledger.ledger import REQUESTS, ROWS, STAGING, Entry, Ledger, check_files, file_digests
 from loramox.files import replacing
 from loramox.model.lora import ReferenceConfig
 from loramox.run import RECORD, RunConfig, read_record
@@ -84,5 +83,14 @@ def keep(ledger: Ledger, entry: Entry, run: Path, rows: list[Row]) -> None:
             if (run / name).exists():
                 with replacing(folder / name, private=True) as partial:
                     shutil.copyfile(run / name, partial)
-        write_rows(folder / ROWS, rows, Columns(**entry.columns))
+        _copy(folder / ROWS, rows, Columns(**entry.columns))
         entry.files = file_digests(folder)
+
+
+def _copy(path: Path, rows: list[Row], columns: Columns) -> None:
+    """Write the rows, to keep them forgotten later and to train on them again. Raises `RowsError` if they do not read back."""
+    write_rows(path, rows, columns)
+    if fingerprint(read_rows(str(path), columns)) != fingerprint(rows):
+        raise RowsError(
+            f"the copy of {rows[0].source} does not read back as the same rows. Give them as JSON Lines of question and answer"
+        )

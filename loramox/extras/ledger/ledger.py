@@ -25,6 +25,7 @@ from loramox.files import locked, read_json, sha256_of, write_json
 
 INDEX = "ledger.json"
 REQUESTS = "requests"
+ROWS = "rows.jsonl"  # the copy of a request's forget rows, in its folder
 STAGING = "staging"
 RESTORE = "Restore the ledger from a copy"
 
@@ -36,8 +37,6 @@ FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 @dataclass
 class Entry:
-    """One request, as ledger.json has it."""
-
     id: str
     folder: str  # in LEDGER/requests; another one after each refresh
     when: str  # UTC, ISO 8601
@@ -61,19 +60,15 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """The contents of ledger.json."""
-
     path: Path
     base: dict[str, Any]
     settings: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
 
     def in_force(self) -> list[Entry]:
-        """The requests in force, in order of arrival."""
         return [entry for entry in self.entries if entry.in_force]
 
     def entry(self, name: str) -> Entry:
-        """Raises `RunError` when there is no such request."""
         for entry in self.entries:
             if entry.id == name:
                 return entry
@@ -84,7 +79,6 @@ class Ledger:
         return self.path / REQUESTS / entry.folder
 
     def before(self, entry: Entry) -> list[Entry]:
-        """The requests in force that arrived before this one."""
         return [each for each in self.entries[: self.entries.index(entry)] if each.in_force]
 
     def stale(self) -> dict[str, list[str]]:
@@ -100,7 +94,6 @@ class Ledger:
         return found
 
     def check_fresh(self) -> None:
-        """Raises `RunError` when a request in force is stale."""
         if stale := self.stale():
             which = "; ".join(f"{name} (on top of {', '.join(gone)})" for name, gone in stale.items())
             raise RunError(
@@ -109,7 +102,6 @@ class Ledger:
             )
 
     def write(self) -> None:
-        """Replace ledger.json atomically."""
         content = {
             "base": self.base,
             "settings": self.settings,
@@ -180,12 +172,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in `folder`, by its relative name."""
     return {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def changed(ledger: Ledger, entry: Entry) -> list[str]:
-    """Faults of the files of one request."""
     faults = []
     for name, digest in entry.files.items():
         path = ledger.folder(entry) / name
@@ -197,7 +187,6 @@ def changed(ledger: Ledger, entry: Entry) -> list[str]:
 
 
 def check_files(ledger: Ledger, entries: list[Entry]) -> None:
-    """Raises `AdapterError` when a file of these requests is not as it was entered."""
     if faults := [fault for entry in entries for fault in changed(ledger, entry)]:
         raise AdapterError(
             f"{faults[0]} ({len(faults)} such in all; `loramox requests verify` lists them). If another process is refreshing the "

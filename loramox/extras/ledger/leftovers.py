@@ -8,8 +8,7 @@ from loramox.adapter.card import RETAIN_FILE
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.provenance import read_provenance
 from loramox.errors import LoramoxError, RunError
-from loramox.extras.ledger.ledger import FOLDER, INDEX, NAME, REQUESTS, STAGING, Ledger
-from loramox.extras.ledger.rows import ROWS
+from loramox.extras.ledger.ledger import FOLDER, INDEX, NAME, REQUESTS, ROWS, STAGING, Ledger
 from loramox.files import LOCK, remove
 from loramox.run import RECORD, read_record
 from loramox.train.synthetic import GUESSES_FILE
@@ -29,7 +28,6 @@ def left_over(ledger: Ledger) -> list[Path]:
 
 
 def clean(ledger: Ledger) -> None:
-    """Delete what is left over, and say so."""
     for path in left_over(ledger):
         print(f"Removed what an interrupted run left (with --resume it is continued instead): {path}")
         discard(path)

@@ -10,9 +10,8 @@ from loramox.data.row import fingerprint
 from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError
 from loramox.extras.ledger.entry import keep, rows_of, train_request
-from loramox.extras.ledger.ledger import Entry, Ledger, check_files, existing
+from loramox.extras.ledger.ledger import ROWS, Entry, Ledger, check_files, existing
 from loramox.extras.ledger.leftovers import check_links, clean, discard, drop
-from loramox.extras.ledger.rows import ROWS
 from loramox.model.config import identify, read_config
 from loramox.model.lora import ReferenceConfig
 from loramox.run import read_record
@@ -23,20 +22,11 @@ from loramox.train.synthetic import AUTO
 
 
 def refresh(path: str | Path, resume: bool = False, model: str | None = None) -> list[str]:
-    """Train again, with the same settings and seed and in order of arrival, each request that was trained on top of revoked
-    ones, or of others that this changes; return their ids.
+    """Train again, with the same settings and seed and in order of arrival, each request that was trained on top of revoked ones,
+    or of others that this changes; return their ids. `model` is where the base model is, if it has moved.
 
-    On a CPU they come out as they would have been, to the bit, had the revoked ones never been there.
-
-    Args:
-        resume: continue a refresh that was killed.
-        model: where the base model is, when it is not where it was.
-
-    Raises:
-        RowsError: the retain rows or the refusals have changed.
-        AdapterError: the base model has changed, or a file of the ledger.
-        RunError: loramox 0.1 trained a request that has to be trained again; a folder of the ledger is a link.
-        LoramoxError: all that `train` raises.
+    On a CPU they come out as they would have been, to the bit, had the revoked ones never been there. Raises a `LoramoxError` if
+    the retain rows, the refusals, the base model or a file of the ledger have changed.
     """
     check_links(Path(path))
     with existing(Path(path)) as ledger:
@@ -55,7 +45,7 @@ def _checked(ledger: Ledger, entry: Entry, model: str | None) -> ReferenceConfig
     record = read_record(ledger.folder(entry))
     if as_now(record) is not record:  # the settings of loramox 0.1 mean something else in this version
         raise RunError(
-            f"request {entry.id} was trained by loramox 0.1, and this version cannot train it as it was. Revoke it and add it again: "
+            f"request {entry.id} was trained by loramox 0.1, and this version cannot train it as it was. Revoke it and add it again under another id: "
             f"loramox requests revoke {shlex.quote(str(ledger.path))} {entry.id}"
         )
     reference = of_record(ReferenceConfig, record["settings"])

@@ -62,12 +62,7 @@ def add(
     """Train an adapter for one more request and enter it in the ledger; return its entry.
 
     The adapters of the requests in force are active meanwhile: retain rows are held at the reference under the sum of all, and
-    rows that are forgotten already are held where they are.
-
-    Raises:
-        LoramoxError: before the model is loaded, for a method without alpha, another base or other shared settings, an id that is
-            taken, rows that a request in force has already, retain rows that are among these, a request in force that must be
-            refreshed first, and for all that `train` refuses.
+    rows that are forgotten already are held where they are. What is wrong with the request is raised before the model is loaded.
     """
     path, columns = Path(request.ledger), columns or Columns()
     _check_method(args, reference)

@@ -1,6 +1,7 @@
 """The merge job, which joins shipping and evaluation. The rows are asked before and after weights are quantized."""
 
 import gc
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from loramox.adapter.loading import put_on
 from loramox.adapter.provenance import read_provenance
 from loramox.adapter.source import tuned_factors
+from loramox.adapter.streaming.weights import size
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
 from loramox.errors import SettingsError
@@ -49,7 +51,7 @@ class ForgettingConfig:
 def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: bool = True) -> dict[str, Any]:
     """Merge as `config` says, into 16- or 32-bit weights, or quantized after that; return the provenance of what was written.
 
-    Raises as `merge_into_floats` and `merge_quantized` do, and for rows what `evaluate` raises.
+    Raises a `LoramoxError` for what cannot be merged, and for rows what `evaluate` raises; then nothing is left of the output.
     """
     asked = asked or ForgettingConfig()
     if config.quantize is None:
@@ -61,8 +63,22 @@ def merge(config: MergeConfig, asked: ForgettingConfig | None = None, progress: 
         return merge_into_floats(config, progress)
     device = check_device(ModelConfig("", quantization=config.quantize), asked.use_cpu)
     ready = check_merge(config)
-    measure = _Forgetting(config, ready, asked, device).measure if asked.forget else None
+    measure = _Forgetting(config, ready, asked, _device_to_ask(ready, device)).measure if asked.forget else None
     return merge_quantized(config, ready, device, measure, progress)
+
+
+def _device_to_ask(ready: CheckedMerge, device: torch.device) -> torch.device:
+    """Where the rows are asked: on the CPU, with a warning, where the GPU cannot hold the 16-bit model, which is not loaded until
+    all is merged, quantized and saved."""
+    needed = 1.1 * size(ready.shards, ready.code)
+    if device.type != "cuda" or (free := torch.cuda.mem_get_info(device)[0]) >= needed:
+        return device
+    warnings.warn(
+        f"the rows are asked on the CPU, which takes longer: in 16 bits the model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+        "the GPU's memory are free. Without --forget they are not asked",
+        stacklevel=3,
+    )
+    return torch.device("cpu")
 
 
 def _only_template(requests: list[dict[str, Any]]) -> str | None:
@@ -139,7 +155,6 @@ class _Forgetting:
         return found
 
     def _ask_merged(self, state: str, merged: Path, kind: str | None) -> float:
-        """Load the merged weights, ask the rows, and free them."""
         found = self._ask(state, load_merged(self.ready, merged, self.device, kind))
         gc.collect()
         return found

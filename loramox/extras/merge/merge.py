@@ -26,7 +26,6 @@ from loramox.adapter.provenance import check_alone, check_base, check_out, read_
 from loramox.adapter.streaming.checkpoint import (
     INDEX,
     Target,
-    base_config,
     base_to_merge,
     beside,
     check_inside,
@@ -40,7 +39,7 @@ from loramox.adapter.streaming.weights import code_in, size, write_index, write_
 from loramox.errors import RunError, SettingsError
 from loramox.files import disk_may_fill, replacing, sha256_of, write_json
 from loramox.model.algebra import scaled
-from loramox.model.config import ModelConfig, identify, skeleton
+from loramox.model.config import ModelConfig, identify, read_config, skeleton
 from loramox.run import command, versions
 from loramox.settings import check_choices, setting
 
@@ -89,8 +88,6 @@ class MergeConfig:
 
 
 class CheckedMerge(NamedTuple):
-    """A merge of which everything was checked and nothing is written yet."""
-
     base: ModelConfig
     config: PretrainedConfig
     outline: PreTrainedModel  # without weights
@@ -105,12 +102,8 @@ def merge_into_floats(config: MergeConfig, progress: bool = True) -> dict[str, A
     """Write the base with W + scale·B·A in place of each adapted weight W to `config.out`; return its provenance.
 
     The sum is taken in fp32 and rounded once, to `config.dtype` (by default to W's own). Files, tensors and their order are the
-    base's. `survived` in the provenance says how much of ΔW outlived the rounding; below 0.9 there is a warning.
-
-    Raises, before anything is written: `AdapterError` for another base, an adapter that is no plain forget adapter of loramox,
-    and a layer that does not fit the weights; `ModelError` for a base that is quantized, has no safetensors, or has links that
-    lead out of its folder; `RunError` when `config.out` is taken or the disk too small. While writing: `ModelError` for a weight
-    that overflows in `config.dtype`, `RunError` when the disk fills up all the same; then nothing is left of the output.
+    base's. `survived` in the provenance says how much of ΔW outlived the rounding; below `KEPT` there is a warning. Of a merge
+    that fails while it is written, as of a weight that overflows, nothing is left.
     """
     ready = check_merge(config)
     made, out = ready.made, Path(config.out)
@@ -142,17 +135,20 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
             f"{', at the revision that was trained on' if trained_on else ''}: leave --revision out"
         )
     _check_apart(out, given.overwrite, {"adapter": adapter, "base": Path(model.model)})
-    config = base_config(model)
+    config = read_config(model, flag="--base")
     made_from = identify(model, config)
     check_base(source, made_from, adapter)
-    outline = skeleton(config, model)
     factors = {name: scaled(each, given.scale) for name, each in read_factors(adapter)[0].items()}
-    wanted = targets(factors, outline, adapter)
     check_whole(adapter, skeleton(config, model))
+    outline = skeleton(config, model)
+    wanted = targets(factors, outline, adapter)
     folder = fetch(model)
     beside(folder)
-    made_from = _as_fetched(made_from, folder)
-    check_base(source, made_from, adapter)
+    if folder != Path(model.model):  # of a model of the hub, commit and weights can be told once it is here
+        here = ModelConfig(str(folder), quantization="none")
+        weights = identify(here, read_config(here, flag="--base"))["weights"]
+        made_from |= {"revision": folder.name, "weights": weights}
+        check_base(source, made_from, adapter)
     shards = read_shards(folder)
     check_inside([shard.path for shard in shards], folder)
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
@@ -187,14 +183,6 @@ def _check_apart(out: Path, overwrite: bool, sources: dict[str, Path]) -> None:
     if out.is_symlink() or out.is_file():
         raise RunError(f"--out {out} is a file or a link. Give a folder that does not exist yet")
     check_out(out, "merged", overwrite)
-
-
-def _as_fetched(base: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What `identify` says of the base. Of one of the hub, its commit and its weights can be told once it is here."""
-    if folder == Path(base["model"]):
-        return base
-    here = ModelConfig(str(folder), quantization="none")
-    return base | {"revision": folder.name, "weights": identify(here, base_config(here))["weights"]}
 
 
 @contextmanager

@@ -46,9 +46,7 @@ def merge_quantized(
     """Write the merge that `check_merge(given)` returned, quantized as `given.quantize` says; return its provenance.
 
     In it `merged` is what outlived the rounding to 16 bits, `survived` what outlived the quantization (`survival`), and
-    `forgetting` what `measure` returns. Raises as `merge_into_floats` does; and `RunError`, with nothing written, when
-    less than `LEAST_OF_FORGETTING` of the forgetting is left, or, where it is not measured, `survival` is below `LEAST_OF_DELTA`;
-    with `given.force` that is a warning.
+    `forgetting` what `measure` returns. Where too little is left, nothing is written, unless `given.force`.
     """
     made = ready.made
     made["quantization"] = given.quantize

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from loramox.errors import SettingsError
-from loramox.settings import setting
+from loramox.settings import refuse, setting
 from loramox.train.config import UnlearnConfig
 
 # The share of main memory that a prediction may fill: predictions are to be within 10 %.
@@ -53,8 +53,7 @@ class PlanConfig:
             )
         for name in ("tflops", "bandwidth", "sweep_batch_size"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SettingsError(f"{name} is {value}; --{name} needs a number above 0")
+            refuse(name, value, value is None or value > 0, "a number above 0")
         if self.bandwidth and not self.tflops:
             raise SettingsError("--bandwidth goes with --tflops: the device here is measured")
 
@@ -64,7 +63,7 @@ class FitConfig:
     """The memory to fit a run into."""
 
     fit: str | None = setting(
-        "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimiser that loramox plan predicts to "
+        "Memory to fit into, like 12GB: chooses the fastest micro-batch, checkpointing and optimizer that loramox plan predicts to "
         "fit. Settings that you give are not changed.",
         None,
     )
@@ -96,13 +95,7 @@ def size_of(text: str, flag: str) -> int:
 
 
 def budget_of(memory: int, device: torch.device, here: bool) -> int:
-    """Bytes that a prediction may fill.
-
-    Args:
-        memory: of the device, in bytes, as it is sold.
-        device: the kind of device.
-        here: whether it is in this machine: then no more than what is free on it.
-    """
+    """Bytes of `memory` that a prediction may fill; of a card that is `here`, no more than what is free on it."""
     if device.type != "cuda":
         return int(USABLE * memory)
     most = max(0, int(USABLE_ON_GPU * memory) - TAKEN_BY_CUDA)
@@ -126,5 +119,4 @@ def choices(args: UnlearnConfig, given: Set[str]) -> Iterator[Choice]:
 
 
 def optimiser_of(args: UnlearnConfig) -> str:
-    """The name of the optimiser, as --optim takes it."""
     return str(getattr(args.optim, "value", args.optim))

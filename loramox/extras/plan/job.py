@@ -28,17 +28,13 @@ LENGTHS = (256, 1024, 2048)  # planned for when no rows are given
 
 
 class Planned(NamedTuple):
-    """Estimates for rows of one length, fastest first, and the cost of a sweep."""
-
     length: int  # of the longest row, in tokens
     forget_rows: int
-    estimates: list[Estimate]
+    estimates: list[Estimate]  # fastest first
     sweep: Cost
 
 
 class Plan(NamedTuple):
-    """The results of `loramox plan`."""
-
     memory: int
     budget: int  # bytes of it that a prediction may fill
     device: str
@@ -61,13 +57,12 @@ def plan(
     given: Set[str] = frozenset(),
 ) -> Plan:
     """Memory and time of unlearning, for every choice that leaves the settings in `given` as they are. No weights are read.
-
-    Raises:
-        SettingsError: a model, method or budget that cannot be planned.
-        LoramoxError: all that `train` raises for its settings and rows.
+    Raises what `train` raises for its settings and rows, and `SettingsError` for what cannot be planned.
     """
     here = args.use_cpu or torch.cuda.is_available()
-    args = args if here else _for_a_card(args, given)
+    if not (here or args.fp16 or "bf16" in given):  # as it would be where there is a GPU
+        args = copy.copy(args)
+        args.bf16, args.mixed_precision = True, "bf16"
     args.match_precision(reference.dtype)
     card = torch.device("cpu" if args.use_cpu else "cuda")
     dtype = torch.bfloat16 if not here and reference.dtype == "auto" else reference.torch_dtype(card)
@@ -77,7 +72,11 @@ def plan(
         data = Data(config.forget, config.retain, config.drop_overlap)
         cases = [rows_of(reference, data, args, columns or Columns(), tokenisation)]
     else:
-        cases = [made_up(n, args) for n in _lengths(setting, tokenisation)]
+        context = context_of(setting.config)
+        lengths = [n for n in LENGTHS if n <= context] or [context]
+        if tokenisation.max_length:
+            lengths = [min(context, tokenisation.max_length)]
+        cases = [made_up(n, args) for n in lengths]
     speed = given_speed(config.tflops, config.bandwidth) if config.tflops else None
     if speed is None and here:
         speed = _measured(setting, cases[-1])
@@ -185,21 +184,6 @@ def _setting(reference: ReferenceConfig, args: UnlearnConfig, dtype: torch.dtype
     if reference.tuned_adapter is not None:
         tuned = read_tuned(reference, skeleton(config, reference)).change
     return Setting(reference, args, config, tokenizer, dtype, Speed(1, 1, ""), momentum_rank(reference, args), tuned)
-
-
-def _for_a_card(args: UnlearnConfig, given: Set[str]) -> UnlearnConfig:
-    """The same settings as they would be where there is a GPU."""
-    args = copy.copy(args)
-    if not args.fp16 and "bf16" not in given:
-        args.bf16, args.mixed_precision = True, "bf16"
-    return args
-
-
-def _lengths(setting: Setting, tokenisation: Tokenisation) -> list[int]:
-    context = context_of(setting.config)
-    if tokenisation.max_length:
-        return [min(context, tokenisation.max_length)]
-    return [n for n in LENGTHS if n <= context] or [context]
 
 
 def _measured(setting: Setting, rows: Rows) -> Speed:

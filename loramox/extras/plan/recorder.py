@@ -61,7 +61,6 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, list[Any]] = {}  # by address: purpose, bytes, weak reference
 
     def section(self, name: str, purpose: str = "activations") -> None:
-        """Begin another stretch, in which allocations are for `purpose`."""
         self.purpose = purpose
         self.sections.append(Section(name, dict(self.now)))
 
@@ -155,21 +154,13 @@ def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
     return [i for part in parts for i in part]
 
 
-def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
-def _product_4bit(x: Tensor, weight: Tensor, shape: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * x.numel() * shape[0]
-
-
 # torch's own counts of matrix products and attention, with those that it lacks.
 FLOPS = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-    torch.ops.bitsandbytes.gemm_4bit: _product_4bit,
+    aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    ),
+    torch.ops.bitsandbytes.gemm_4bit: lambda x, weight, shape, *_, **__: 2 * x.numel() * shape[0],
 }

@@ -68,7 +68,6 @@ def _held(args: UnlearnConfig) -> int:
 
 
 def made_up(length: int, args: UnlearnConfig) -> Rows:
-    """Rows of one length."""
     row = _row(length)
     return Rows(
         {"forget": [row] * ROWS, "retain": [row] * ROWS * max(1, _held(args)), "wanted": [], "protected": []},

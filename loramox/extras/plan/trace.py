@@ -94,7 +94,6 @@ def trace_step(setting: Setting, depth: int, rows: Parts) -> dict[str, Stage]:
 
 
 def trace_optimiser(setting: Setting, depth: int) -> dict[str, Stage]:
-    """The optimiser's states alone."""
     with _trainer(setting, depth) as (recorder, _, _):
         recorder.section("states", "optimiser")
         return {"states": _taken(recorder)}

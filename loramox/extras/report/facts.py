@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from loramox.evaluate.attacks import relearn
 from loramox.evaluate.attacks.leaks import CRITERIA
-from loramox.evaluate.attacks.relearn import CONTROLS
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import summarise, values
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number, same_value
-from loramox.sweep.config import RULES
 
 LEVEL = 0.05  # above this p-value a test does not tell two models apart
 PARTS = ("forget", "retain")
@@ -83,7 +82,6 @@ def evaluated_metric(inputs: Inputs, name: str) -> dict[str, Any]:
 
 
 def metric_rows(inputs: Inputs) -> list[list[str]]:
-    """Metric, its value for reference, forget and retrained model, and what is better."""
     return [
         [METRICS[name][0], *map(shown, by_model.values()), METRICS[name][1]]
         for name, by_model in metrics(inputs).items()
@@ -91,42 +89,13 @@ def metric_rows(inputs: Inputs) -> list[list[str]]:
 
 
 def choices(inputs: Inputs) -> list[list[str]]:
-    """Each rule, its choice, the interval, and why; or why it refused, or what it would need."""
-    made = {c["rule"]: c for c in inputs.frontier.get("choices", ())}
     rows = []
-    for rule in dict.fromkeys([*RULES, *made]):
-        c, name = made.get(rule), f"{rule} (used)" if rule == inputs.frontier.get("rule") else rule
-        if c is None:
-            rows.append([name, "not used", "–", lacks(inputs, rule)])
-            continue
-        low, high = number(c.get("low")), number(c.get("high"))
+    for c in inputs.frontier.get("choices", ()):
+        name = f"{c['rule']} (used)" if c["rule"] == inputs.frontier.get("rule") else c["rule"]
         at = "refuses" if c["at"] is None else f"{number(c['at']):g}"
+        low, high = number(c.get("low")), number(c.get("high"))
         rows.append([name, at, "–" if math.isnan(low) else f"{low:g} to {high:g}", str(c["reason"])])
     return rows
-
-
-def lacks(inputs: Inputs, rule: str) -> str:
-    """What a rule would need that the sweep did not have."""
-    if rule == "holdout":
-        given = "holdout" in inputs.frontier.get("data", {})
-        return "gave no score of the holdout rows" if given else "needs holdout rows (--holdout)"
-    if rule == "retrained" and not inputs.frontier.get("retrained"):
-        return "needs a retrained model's records (--retrained)"
-    if rule == "forget_to" and not inputs.frontier.get("retrained"):
-        return "needs a target (--forget_to), a retrained model's records (--retrained) or holdout rows (--holdout)"
-    return "was not used by this sweep"
-
-
-def lacks_truth_ratios(inputs: Inputs) -> str:
-    """What the test on truth ratios would need that the sweep did not have."""
-    retrained, wanting = inputs.frontier.get("retrained"), []
-    if not retrained:
-        wanting.append("a retrained model's records (--retrained)")
-    if "forget_truth_ratio" not in inputs.point(0.0):
-        wanting.append("wrong answers to the forget rows (column perturbed_answer)")
-    elif retrained:
-        wanting.append("wrong answers in the retrained model's records as well (column perturbed_answer)")
-    return f"needs {' and '.join(wanting)}"
 
 
 def spreads(inputs: Inputs, part: str) -> dict[str, np.ndarray]:
@@ -151,13 +120,10 @@ def relearned(inputs: Inputs) -> dict[str, dict[str, tuple[list[int], list[float
     Of several attacks on the same rows, at other rates or with all weights, the one after which the forget model has most.
     """
     attacks: dict[str, dict[str, dict[int, float]]] = {}
-    for state in inputs.attacks.get("states", ()):
-        found = re.fullmatch(rf"step (\d+)(?:, ({'|'.join(CONTROLS)}))?", str(state["state"]))
-        p = number(state["metrics"].get("forget_probability"))
-        model = found and (found[2] or FORGET)
-        if model in (FORGET, inputs.control) and str(state["attack"]).startswith("relearn ") and not math.isnan(p):
-            curves = attacks.setdefault(str(state["attack"]), {})
-            curves.setdefault(model, {})[int(found[1])] = p
+    for (attack, model), curve in relearn.curves(inputs.attacks.get("states", ())).items():
+        finite = {step: p for step, held in curve.items() if not math.isnan(p := number(held))}
+        if finite and model in ("", inputs.control):
+            attacks.setdefault(attack, {})[model or FORGET] = finite
     worst: dict[str, dict[str, dict[int, float]]] = {}
     for attack, curves in sorted(attacks.items(), key=lambda each: max(each[1].get(FORGET, {}).values(), default=0)):
         worst[attack.removeprefix("relearn ").partition(",")[0]] = curves
@@ -205,8 +171,8 @@ def trajectory(inputs: Inputs) -> dict[str, tuple[list[float], list[float]]]:
 def settings(inputs: Inputs) -> list[tuple[str, str]]:
     """All settings; what might be a secret is left out."""
     held = inputs.run["settings"].items()
-    return [(name, _plain(value)) for name, value in sorted(held) if value is not None and not name.endswith("token")]
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in sorted(held)
+        if value is not None and not name.endswith("token")
+    ]

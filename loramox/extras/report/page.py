@@ -46,8 +46,7 @@ NOT_PROVEN = (
 def report(folder: str | Path) -> dict[str, Any]:
     """Write report.html, summary.md and report.json into a run's folder; return the paths, the verdict, and what is missing.
 
-    Raises `RunError` when the folder is no run or another process writes in it, when a file in it is damaged or not finished,
-    and when it has a file of one of these names that is no report's.
+    Raises `RunError` for a folder that is no run, a file of these names that is no report's, and a damaged or unfinished one.
     """
     folder = Path(folder)
     for path in (folder / PAGE, folder / SUMMARY, folder / FACTS):
@@ -177,7 +176,6 @@ def _flags(text: str) -> Markup:
 
 
 def _sources(inputs: Inputs) -> list[tuple[str, ...]]:
-    """Who read it, part, source, rows, fingerprint."""
     held = {
         "training": inputs.run["data"],
         "sweep": inputs.frontier.get("data", {}),

@@ -12,10 +12,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN
 from loramox.evaluate.attacks.leaks import CRITERIA
 from loramox.extras.report.answers import fit
-from loramox.extras.report.facts import leak_curves, relearned, shown, spreads, trajectory
+from loramox.extras.report.facts import PARTS, leak_curves, relearned, shown, spreads, trajectory
 from loramox.extras.report.read import FORGET, REFERENCE, RETRAINED, Inputs, number
 from loramox.extras.report.recovery import Family, families, in_words
 from loramox.extras.report.svg import COLOURS, Picture, picture
+from loramox.sweep.plot import along_the_axis
 
 SIZE = (4.8, 3.7)
 LOOKS: dict[str, dict[str, Any]] = {
@@ -32,29 +33,20 @@ FLOOR = 1e-6  # probabilities below it are drawn there
 
 def frontier_picture(inputs: Inputs) -> Picture:
     """Both parts along the axis of the sweep."""
-    points = inputs.frontier["points"]
-    at, unit = [p["at"] for p in points], inputs.unit
-    curves = {part: [number(p.get(f"{part}_probability")) for p in points] for part in ("retain", "forget")}
-    theirs = {part: float(p[RETRAINED].mean()) for part in curves if RETRAINED in (p := spreads(inputs, part))}
-    chosen = inputs.at
+    unit = inputs.unit
+    points = [
+        {"at": p["at"]} | {f"{part}_probability": number(p.get(f"{part}_probability")) for part in PARTS}
+        for p in inputs.frontier["points"]
+    ]
+    theirs = {part: float(p[RETRAINED].mean()) for part in PARTS if RETRAINED in (p := spreads(inputs, part))}
 
     def along(figure: Figure) -> None:
-        axes = figure.subplots()
-        for part, curve in curves.items():
-            axes.plot(at, curve, label=f"{part} rows", **LOOKS[part])
-            if part in theirs:
-                label = f"{part}, {RETRAINED}"
-                axes.axhline(theirs[part], color=LOOKS[part]["color"], linestyle=":", linewidth=1.4, label=label)
-        if chosen is not None:
-            axes.axvline(
-                chosen, color=COLOURS["ink"], linestyle="-.", linewidth=1.2, label=f"shown: {unit} = {chosen:g}"
-            )
-        axes.set(xlabel=f"{unit} (0: the reference)", ylabel="probability of the true answers", ylim=(-0.03, 1.05))
+        along_the_axis(figure.subplots(), points, inputs.at, theirs, unit)
         figure.legend(loc="outside lower center", ncols=2)
 
     words = "; ".join(
-        f"{unit} {value:g}: forget {shown(f)}, retain {shown(r)}"
-        for value, f, r in zip(at, curves["forget"], curves["retain"], strict=True)
+        f"{unit} {p['at']:g}: forget {shown(p['forget_probability'])}, retain {shown(p['retain_probability'])}"
+        for p in points
     )
     caption = f"Mean probability of the true answers at each {unit}."
     return picture("along-the-axis", SIZE, along, f"{caption} {words}", caption)

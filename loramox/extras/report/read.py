@@ -62,11 +62,9 @@ class Inputs:
         return next((each for each in CONTROLS if any(state.endswith(each) for state in states)), "")
 
     def point(self, at: float | None) -> dict[str, float]:
-        """The sweep's metrics at an alpha or scale; nothing when it was not measured."""
         return next((p for p in self.frontier.get("points", ()) if p["at"] == at), {})
 
     def score(self, at: float | None, metric: str) -> float:
-        """One of them; NaN when it is not known."""
         return number(self.point(at).get(metric))
 
 

@@ -10,8 +10,6 @@ from loramox.extras.report.facts import (
     PARTS,
     adapter_at,
     evaluated_metric,
-    lacks,
-    lacks_truth_ratios,
     mean,
     of_part,
     shown,
@@ -24,11 +22,14 @@ from loramox.run import RECORD
 NOT_FORGOTTEN = 0.5  # share of the probability left above which nothing counts as forgotten
 LIKE_RETRAINED = 2.0  # times the retrained model's probability, up and down
 INTACT, HARMED = 0.98, 0.9  # share of retain probability left; the first is the sweep's default budget
-FEW = 100  # rows, below which a test that sees no difference says little
-# Tests of the forget rows beside a retrained model: the p-value's metric, what it is of, and their names in a sentence.
+# Tests of the forget rows beside a retrained model: the p-value's metric, and their names in a sentence.
 BESIDE_RETRAINED = (
-    ("forget_quality", "truth_ratio", "the truth-ratio test", "forget quality p"),
-    ("forget_probability_quality", "log_p", "the test on probabilities", "p"),
+    ("forget_quality", "The truth-ratio test"),
+    ("forget_probability_quality", "The test on probabilities"),
+)
+NOT_COMPARED = (
+    "Not tested: the truth-ratio test needs a retrained model's records (--retrained) and wrong answers (column perturbed_answer); "
+    "membership inference needs holdout rows (--holdout)."
 )
 OTHER_ROWS = ("same rows", "same attacked rows")  # the parts of what is missing that are warnings
 THRESHOLDS = (
@@ -94,10 +95,9 @@ def _request(inputs: Inputs) -> str:
 
 
 def _not_tested(inputs: Inputs, told: str) -> list[str]:
-    """What is missing on the first page's questions, in sentences."""
     found = [missing.what for part, missing in inputs.missing.items() if part not in (*OTHER_ROWS, "forget model")]
     found += not_attacked(inputs)
-    if told.startswith("Not tested: "):
+    if told == NOT_COMPARED:
         found.append(f"Whether a test can tell the model from one that never knew: {told.removeprefix('Not tested: ')}")
     if math.isnan(inputs.score(inputs.at, "model_utility")) and not _ability(inputs):
         found.append(
@@ -194,52 +194,25 @@ def _leak(inputs: Inputs) -> str:
         if rows := worst(records, by):
             other = number(there.get(rows[0]["id"], {}).get(by))
             beside = "" if math.isnan(other) else f" (the retrained model {shown(other)})"
-            says.append(f"{words.format(named(rows[0]))} {shown(rows[0][by])}{beside}{_tied(len(rows))}.")
+            tied = f", as for {len(rows) - 1:,} other row{'s' if len(rows) > 2 else ''}" if len(rows) > 1 else ""
+            says.append(f"{words.format(named(rows[0]))} {shown(rows[0][by])}{beside}{tied}.")
     return " ".join(says)
 
 
-def _tied(rows: int) -> str:
-    return f", as for {rows - 1:,} other row{'s' if rows > 2 else ''}" if rows > 1 else ""
-
-
 def _told_apart(inputs: Inputs) -> str:
-    """The result of each test in words, which follow the test alone; small samples are called small."""
+    """The result of each test in a sentence."""
     says = []
-    for name, field, test, what in BESIDE_RETRAINED:
-        quality = inputs.score(inputs.at, name)
-        if not math.isnan(quality):
-            n = _counted(inputs, "forget", field)
-            figures = f"{what} = {quality:.2g}, n = {_n(n)}"
-            blind = inputs.score(0.0, name) >= LEVEL
-            says.append(_says(quality < LEVEL, test, "it from a model that never saw the rows", figures, n, blind))
+    for name, test in BESIDE_RETRAINED:
+        p = inputs.score(inputs.at, name)
+        if not math.isnan(p):
+            can = "can" if p < LEVEL else "cannot"
+            blind = p >= LEVEL and inputs.score(0.0, name) >= LEVEL
+            little = ": it cannot tell even the reference, which knows them all" if blind else ""
+            says.append(f"{test} {can} tell it from a model that never saw the rows (p = {p:.2g}){little}.")
     area = inputs.score(inputs.at, "mia_min_k")
-    n, m = (_counted(inputs, part, "mia_min_k") for part in ("forget", "holdout"))
-    if not math.isnan(area) and n > 0 and m > 0:
-        error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m))  # of an AUC of two samples that are alike
-        apart = abs(area - 0.5) > error
-        figures = f"AUC {area:.3f}, where 0.5 ± {error:.3f} is alike; n = {_n(n)} and {_n(m)}"
-        says.append(_says(apart, "membership inference", "forget rows from rows never seen", figures, min(n, m), False))
-    if says:
-        return " ".join(says)
-    return f"Not tested: the truth-ratio test {lacks_truth_ratios(inputs)}; membership inference {lacks(inputs, 'holdout')}."
-
-
-def _says(apart: bool, test: str, what: str, figures: str, n: float, blind: bool) -> str:
-    test = test[0].upper() + test[1:]
-    if apart:
-        return f"{test} can tell {what} ({figures})."
-    little = f", which at so few rows (fewer than {FEW}) says little" if n < FEW else ""
-    little += ": it cannot tell even the reference, which knows them all" if blind else ""
-    return f"{test} cannot tell {what} ({figures}){little}."
-
-
-def _counted(inputs: Inputs, part: str, field: str) -> float:
-    n = sum(r["part"] == part and field in r for r in inputs.records.get(FORGET, ()))
-    return n or number(inputs.frontier.get("data", {}).get(part, {}).get("rows"))
-
-
-def _n(n: float) -> str:
-    return "not known" if math.isnan(n) else f"{n:,.0f}"
+    if not math.isnan(area):
+        says.append(f"Membership inference: AUC {area:.3f}; 0.5 is guessing.")
+    return " ".join(says) or NOT_COMPARED
 
 
 def _unmeasured(inputs: Inputs) -> str:

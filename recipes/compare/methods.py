@@ -38,11 +38,11 @@ OVERLAP = ("mox", "npo_mean", "npo")  # whose best settings are run where rows o
 ABLATION: dict[str, Settings] = {
     "mox": {},
     FORMERLY: FORMER,
-    "– one inner step": FORMER | {"inner_steps": 1},
-    "– half the inner step": FORMER | {"inner_lr": 5e-3},
-    "– without momentum": FORMER | {"momentum": 1.0},
-    "– without KL": FORMER | {"retain_term": "none"},
-    "– KL of weight 5": FORMER | {"retain_weight": 5.0},
+    "– one inner step": {"inner_steps": 1},
+    "– half the inner step": {"inner_lr": 5e-3},
+    "– without momentum": {"momentum": 1.0},
+    "– KL of weight 5": {"retain_weight": 5.0},
+    f"{FORMERLY}, without KL": FORMER | {"retain_term": "none"},
 }
 TAUGHT = ("instead", "refusals")  # of no effect here: a model without a chat template is taught no other answer
 BUDGET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "retain_per_forget", "warmup_steps")

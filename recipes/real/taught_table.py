@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from loramox.data.fluency import SHARED, is_fluent, overlap
-from loramox.evaluate.truth_ratio import forget_quality, probability_quality
+from loramox.evaluate.truth_ratio import forget_quality
 from loramox.train.inputs import REFUSALS, read_refusals
 
 from .judge import is_refusal
@@ -53,7 +53,7 @@ def _line(title: str, scale: str, found: Found, reference: Found, retrained: Fou
     cells = [
         f"{np.exp(log_p).mean():.3g}",
         f"{forget_quality(ratios, np.array(retrained['truth_ratio'])):.2g}, "
-        f"{probability_quality(log_p, np.array(retrained['log_p'])):.2g}",
+        f"{forget_quality(log_p, np.array(retrained['log_p'])):.2g}",
         ", ".join(f"{np.mean(found['key_words'][part]):.2f}" for part in ("forget", "paraphrased")),
         f"{sum(map(is_fluent, said['forget']))}/{len(said['forget'])}, {refused('forget')}",
         f"{ratio('given'):.3f}, {ratio('never'):.3f}",

@@ -56,7 +56,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def teach(model: str, out: Path, name: str, epochs: float, rate: float) -> None:
-    """Fine-tune all weights on the rows of `TAUGHT[name]`, with the chat template; write the model to `out/name`."""
+    """Fine-tune all weights on the rows of `TAUGHT[name]`, with the chat template; write the model to `out/name`.
+
+    A model that was taught to the end is not taught again: `taught.json` is written last.
+    """
+    if (out / name / "taught.json").exists():
+        return
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [row for part in TAUGHT[name] for row in read_rows(str(out / "rows" / f"{part}.jsonl"))]

@@ -8,7 +8,7 @@ It prints the card, the versions and, of each job, its time and the memory that 
 `loramox plan` predicts. OUT/report.txt has the same, and OUT/output.txt all that the jobs print. Where a job fails, the others go
 on, and the report has its traceback and what it printed last; where a library ends the process, the report says so. Put it into
 an issue. No row of yours is in it; the path given by --model is. Random weights are written before the twenty minutes begin. They
-take 18 GB of disk (31 GB with --layers 32), a model given by --model twice the size of its weights; all is deleted at the end.
+take 18 GB of disk (31 GB with --layers 32), a model given by --model twice its size. All but a download is deleted at the end.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SHAPES["7b"] = SHAPES["llama-2-7b"] | {"vocab_size": 128_256, "num_key_value_hea
 CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 WORDS = ["river", "stone", "candle", "harbour", "winter", "garden", "letter", "window", "engine", "market"]
 FORGET, RETAIN, PROMPT, ANSWER = 8, 16, 12, 100  # rows, and words of a row
-STEPS, BATCH, WARM_UP = 4, 4, 1  # the last in steps
+STEPS, BATCH, WARM_UP = 4, 4, 1  # steps, rows at a time, and steps that are not timed
 LAST_LINES = 40  # of what was printed before a job failed, or the process ended
 CHILD = [sys.executable, "-m", "recipes.bench.gpu_check", "--child"]
 END = "Please put this file into an issue, so that the card can be listed or the fault mended:"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from loramox.files import flush
@@ -150,9 +151,10 @@ def say_what_is_known(trainer: "UnlearnTrainer", metrics: dict[str, float]) -> N
     room = ""
     if left is not None:
         room = f"; at temperature {args.temperature:g}, {left:.1%} of the gradient is left to memorize them"
-    print(f"Probability of the forget answers before training{at}: {known:.4f}{beside}{room}.")
+    # Above the bar, whose line a plain print would go on.
+    tqdm.write(f"Probability of the forget answers before training{at}: {known:.4f}{beside}{room}.")
     if trainer.at_checkpoint:
-        print(
+        tqdm.write(
             "During training, the scores are for this checkpoint + ΔW, and the probability should rise. The model that ships is not in memory."
         )
     if without is not None and known < RAISED[0] * without and known - without < RAISED[1]:

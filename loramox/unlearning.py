@@ -142,7 +142,7 @@ def train(
         memorize_at=reference.memorize_at,
     )
     log.info("Training")
-    trainer.end_early.epochs = last_epoch
+    trainer.around_steps.epochs = last_epoch
     checkpoint = last_whole_checkpoint(folder) if run.resume else None
     if run.resume and trainer.is_world_process_zero():
         drop_newer(folder, checkpoint)
@@ -195,7 +195,7 @@ def _record(
 ) -> None:
     """Add to the run's record how training went: times, memory, losses, answers and advice."""
     args, state, peak = trainer.args, trainer.state, peak_memory(trainer.args.device)
-    early = trainer.end_early.reason(state) if state.global_step < state.max_steps else None
+    early = trainer.around_steps.reason(state) if state.global_step < state.max_steps else None
     # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
     asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
     answers = side_by_side(trainer, prepared) if asks else {}
@@ -227,11 +227,11 @@ def _train(trainer: UnlearnTrainer, checkpoint: str | None) -> float:
     if checkpoint:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         unscored, ended = lacks_scores(state, trainer.args), state.global_step >= state.max_steps
-        if ended or trainer.end_early.reason(state) or (unscored and trainer.end_early.target is not None):
+        if ended or trainer.around_steps.reason(state) or (unscored and trainer.around_steps.target is not None):
             trainer.finish_from(checkpoint, state)
             if unscored:
                 trainer.evaluate()
-            if ended or trainer.end_early.reason(state):
+            if ended or trainer.around_steps.reason(state):
                 return 0.0  # `train` would take one more step
         trainer.args.eval_on_start = unscored
         log.info("Continuing from %s", Path(checkpoint).name)

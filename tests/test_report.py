@@ -213,7 +213,7 @@ def test_the_page_has_every_part_in_order_and_the_figures_that_were_read(make: C
         "At alpha = 4 the mean probability of the true answers to all 9 forget rows fell from 0.9500 to 0.1000.",
         "still 10 times as probable as in a model that never saw the rows (0.0100)",
         "to all 9 retain rows fell from 0.9600 to 0.9400: 97.9 % of it is left",
-        "The truth-ratio test can tell it from a model that never saw the rows (p = 0.01). Membership inference: AUC 0.800; 0.5 is guessing.",
+        "The truth-ratio test can tell it from a model that never saw the rows (p = 0.01). Membership inference: AUC 0.800; 0.5 is guessing",
         "The model base was to forget 9 rows (forget.jsonl) and keep 9 rows (retain.jsonl), by MOX. Run of 20",
         "Most was recovered by “Trained for some steps more, forget rows: step 5”: probability of the true answers 0.7000, 0.1000 before any",
         "There is no control for it. These are means over the 7 of 9 forget rows that the attacker did not train on.",
@@ -604,10 +604,10 @@ def test_the_verdict_says_whether_the_rest_is_intact(make: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("quality", "area", "says"),
     [
-        (0.94, 0.5, ["truth-ratio test cannot tell it", "(p = 0.94).", "Membership inference: AUC 0.500; 0.5 is guessing."]),
-        (0.01, 0.9, ["truth-ratio test can tell it", "(p = 0.01).", "Membership inference: AUC 0.900; 0.5 is guessing."]),
+        (0.94, 0.5, ["truth-ratio test cannot tell it", "(p = 0.94).", "Membership inference: AUC 0.500; 0.5 is guessing"]),
+        (0.01, 0.9, ["truth-ratio test can tell it", "(p = 0.01).", "Membership inference: AUC 0.900; 0.5 is guessing"]),
         (0.05, math.nan, ["truth-ratio test cannot tell it", "(p = 0.05)."]),
-        (math.nan, 0.5, ["Membership inference: AUC 0.500; 0.5 is guessing."]),
+        (math.nan, 0.5, ["Membership inference: AUC 0.500; 0.5 is guessing"]),
     ],
 )  # fmt: skip
 def test_the_words_follow_each_test(make: Callable[..., Path], quality: float, area: float, says: list[str]) -> None:

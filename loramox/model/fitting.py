@@ -10,10 +10,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from loramox.errors import RunError
 
 T = TypeVar("T")
-ELSEWHERE = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)  # raised outside torch's allocator, unknown to accelerate
+# Raised outside torch's allocator, and unknown to accelerate.
+ELSEWHERE = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -146,8 +146,8 @@ class UnlearnTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        self.end_early = AroundSteps(self)
-        self.add_callback(self.end_early)
+        self.around_steps = AroundSteps(self)
+        self.add_callback(self.around_steps)
 
     @property
     def base(self) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     given = parser.parse_args()
-    check_made_with(given.out, model=given.model, tofu=str(given.tofu))
+    made_with = {"epochs": f"{given.epochs:g}", "learning_rate": f"{given.learning_rate:g}"}
+    check_made_with(given.out, model=given.model, tofu=str(given.tofu), **made_with)
     write_rows(given.tofu, given.out)
     teach(given.model, given.out, given.name, given.epochs, given.learning_rate)
     print(f"{given.out / given.name}")

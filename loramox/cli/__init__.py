@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if resumes:  # with the settings that may differ then
             remedy = (
                 "Continue with --resume and --activation_checkpointing true or a smaller --per_device_eval_batch_size, or on a device with more "
-                f"memory. Or start from the beginning, with {less}"
+                f"memory. Or start from the beginning, with --overwrite and {less}"
             )
         print(f"All files on disk are complete. {remedy}", file=sys.stderr)
         sys.exit(2)

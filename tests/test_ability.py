@@ -281,7 +281,6 @@ metric_list:
 def test_a_task_of_the_harness_runs_on_the_loaded_model_off_and_on(
     here: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(here / "cache"))
     (here / "towns.yaml").write_text(TASK.format(rows=here / "retain.jsonl"))
     words = ["evaluate", "--model", model.model, "--quantization", "none", "--use_cpu", "true", "--max_new_tokens", "0"]
@@ -322,7 +321,13 @@ def test_only_a_metric_that_is_a_mean_over_documents_is_compared() -> None:
         ({"lm_eval": ["gone.yaml"]}, "a", "--lm_eval gone.yaml cannot be loaded"),
     ],
 )
-def test_tasks_that_cannot_be_run_are_refused(config: dict[str, Any], adapter: str | None, message: str) -> None:
+def test_tasks_that_cannot_be_run_are_refused(
+    config: dict[str, Any], adapter: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    # Reading all of the harness's own tasks takes many seconds.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: TaskManager(include_defaults=False))
     with pytest.raises(SettingsError, match=message):
         Harness(HarnessConfig(**config), adapter)
 

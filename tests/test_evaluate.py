@@ -405,7 +405,7 @@ def test_where_memory_runs_out_half_as_many_are_asked_from_there_on_and_the_same
     here: Path, model: ModelConfig, holds_three: list[int]
 ) -> None:
     asked = Asked(forget="forget.jsonl", retain="retain.jsonl")
-    with pytest.warns(UserWarning, match="memory ran out with --batch_size 4: 2 answers at a time from here on"):
+    with pytest.warns(UserWarning, match="memory ran out with --batch_size 4: 2 at a time from here on"):
         evaluate(Subject("halved"), model, asked, replace(SHORT, batch_size=4))
     assert [size for size in holds_three if size > 3] == [4]  # not tried again
     evaluate(Subject("small"), model, asked, replace(SHORT, batch_size=2))
@@ -450,7 +450,7 @@ def test_where_memory_runs_out_the_model_goes_on_with_half_as_many_prompts_at_a_
     monkeypatch.setattr(loramox.model.generation, "BATCH", 4)
     loaded = load_reference(model)
     asked = [tokenizer(text)["input_ids"] for text in ("Who", "Where is", "When", "What was the", "How")]
-    with pytest.warns(UserWarning, match="memory ran out with a batch of 4: 2 answers at a time from here on"):
+    with pytest.warns(UserWarning, match="memory ran out with a batch of 4: 2 at a time from here on"):
         found = continuations(loaded, tokenizer, asked, 4, [], banned=[[i] for i in range(5)])
     assert holds_three[:2] == [4, 2]
     assert found == [

@@ -28,10 +28,8 @@ from loramox.errors import AdapterError, LoramoxError, RunError, SettingsError
 from loramox.evaluate.asked import Asked
 from loramox.evaluate.evaluate import evaluate
 from loramox.evaluate.measure import Questions, ScoringConfig
-from loramox.evaluate.membership import auc
 from loramox.evaluate.records import RECORDS, read_records
 from loramox.evaluate.subject import Subject
-from loramox.evaluate.truth_ratio import forget_quality
 from loramox.files import sha256_of
 from loramox.model.config import ModelConfig
 from loramox.sweep.config import SweepConfig
@@ -225,10 +223,10 @@ def test_just_enough_is_the_smallest_value_that_meets_the_target() -> None:
 def test_like_holdout_chooses_the_value_at_which_the_two_look_alike_so_that_overdoing_it_loses() -> None:
     holdout = np.repeat(around([2.0], spread=0.5), 4, axis=0)
     # Below holdout: still looks trained on. Far above: stranger than rows never seen, by an AUC as far from 0.5.
-    choice = like_holdout(VALUES, around([0.5, 1.2, 2.0, 9.0], spread=0.5), holdout, auc, ALPHA)
+    choice = like_holdout(VALUES, around([0.5, 1.2, 2.0, 9.0], spread=0.5), holdout, ALPHA)
     assert (choice.rule, choice.at) == ("holdout", 3)
     # Also when the overdone one is nearer than the one that is not enough.
-    assert like_holdout(VALUES, around([0.0, 0.1, 2.1, 2.6], spread=0.5), holdout, auc, ALPHA).at == 3
+    assert like_holdout(VALUES, around([0.0, 0.1, 2.1, 2.6], spread=0.5), holdout, ALPHA).at == 3
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,7 @@ def test_like_holdout_chooses_the_value_at_which_the_two_look_alike_so_that_over
 )
 def test_like_holdout_refuses_when_no_value_makes_them_alike(means: list[float], side: str, nearest: float) -> None:
     holdout = np.repeat(around([3.0], spread=0.5), 4, axis=0)
-    choice = like_holdout(VALUES, around(means, spread=0.5), holdout, auc, SCALE)
+    choice = like_holdout(VALUES, around(means, spread=0.5), holdout, SCALE)
     assert choice[:4] == ("holdout", None, None, None)
     assert choice.nearest == nearest
     assert choice.reason.startswith("no scale makes")
@@ -247,10 +245,10 @@ def test_like_holdout_refuses_when_no_value_makes_them_alike(means: list[float],
 
 def test_like_retrained_chooses_the_value_with_the_retrained_models_distribution() -> None:
     retrained = around([1.0], spread=0.2)[0][::-1]
-    choice = like_retrained(VALUES, around([0.3, 0.7, 1.0, 2.0], spread=0.2), retrained, forget_quality, ALPHA)
+    choice = like_retrained(VALUES, around([0.3, 0.7, 1.0, 2.0], spread=0.2), retrained, ALPHA)
     assert (choice.rule, choice.at) == ("retrained", 3)
     assert "the test on truth ratios" in choice.reason
-    refused = like_retrained(VALUES, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, forget_quality, ALPHA)
+    refused = like_retrained(VALUES, around([0.1, 0.2, 4.0, 5.0], spread=0.2), retrained, ALPHA)
     assert refused[:4] == ("retrained", None, None, None)
     assert "n = 20" in refused.reason
     assert "Measure other values (--alphas), or train longer" in refused.reason
@@ -258,14 +256,14 @@ def test_like_retrained_chooses_the_value_with_the_retrained_models_distribution
 
 def test_like_retrained_chooses_on_one_half_of_the_rows_and_reports_the_other() -> None:
     retrained, forget = around([1.0], spread=0.2)[0][::-1], around([0.3, 0.7, 1.0, 2.0], spread=0.2)
-    chosen = like_retrained(VALUES, forget, retrained, forget_quality, ALPHA)
+    chosen = like_retrained(VALUES, forget, retrained, ALPHA)
     others = forget.copy()
     others[2, 1::2] = 50.0  # nothing like the retrained model's, at the value that the first half chooses
-    refused = like_retrained(VALUES, others, retrained, forget_quality, ALPHA)
+    refused = like_retrained(VALUES, others, retrained, ALPHA)
     assert (chosen.at, refused.at, refused.nearest) == (3, None, 3)
     first = forget.copy()
     first[:, ::2] = first[::-1, ::2]  # the first half chooses another
-    assert like_retrained(VALUES, first, retrained, forget_quality, ALPHA).nearest == 2
+    assert like_retrained(VALUES, first, retrained, ALPHA).nearest == 2
 
 
 def marginal() -> list[Choice]:
@@ -276,8 +274,8 @@ def marginal() -> list[Choice]:
     forget, holdout = random.normal(0, 1, (2, 4, 9))
     return [
         budget(retain, np.full(9, 0.9), 1e-9, forget=(np.zeros((30, 1)), np.ones(1)), values=list(range(1, 31))),
-        like_holdout(VALUES, forget, holdout, auc, ALPHA),
-        like_retrained(VALUES, forget, holdout[0], forget_quality, ALPHA),
+        like_holdout(VALUES, forget, holdout, ALPHA),
+        like_retrained(VALUES, forget, holdout[0], ALPHA),
     ]
 
 
@@ -306,7 +304,7 @@ def test_with_a_floor_the_next_value_lies_where_retain_falls_below_it() -> None:
 
 def test_like_retrained_refuses_when_the_test_cannot_tell_even_the_reference() -> None:
     few = np.array([0.1, 0.5, 0.9])
-    choice = like_retrained([1.0], few[None], few, forget_quality, ALPHA, reference=few + 0.05)
+    choice = like_retrained([1.0], few[None], few, ALPHA, reference=few + 0.05)
     assert choice.at is None
     assert "cannot tell even the reference model" in choice.reason
     assert "Give more forget rows" in choice.reason

@@ -133,7 +133,7 @@ def test_a_job_that_fails_does_not_end_the_others_and_what_it_printed_is_in_the_
     def fail(words: list[str]) -> None:
         print("bar: 10%\rbar: 100%\r         \n\nasking the model")
         os.write(2, b"device-side assert\n")  # as CUDA and bitsandbytes print
-        print("Warning: memory ran out with --batch_size 8: 4 answers at a time from here on", file=sys.stderr)
+        print("Warning: memory ran out with --batch_size 8: 4 at a time from here on", file=sys.stderr)
         raise RuntimeError("CUDA error: misaligned address")
 
     monkeypatch.setattr("loramox.cli.evaluation.evaluate", fail)

@@ -30,7 +30,7 @@ def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
     assert left.value.code == 2
     assert f"loramox {verb}: the device's memory ran out: {why}" in said
     assert "--use_cpu true" in said
-    resumed, *anew = said.split("Or start from the beginning, with --overwrite")
+    resumed, *anew = said.split("Or start from the beginning with --overwrite")
     if verb == "unlearn":
         assert {"resume", "activation_checkpointing", *MAY_DIFFER} >= set(re.findall(r"--(\w+)", resumed))
         assert {"quantization", "max_length"} <= set(re.findall(r"--(\w+)", *anew))
@@ -39,6 +39,20 @@ def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
         assert "--batch_size" in said
         assert not anew
         assert "--resume" not in said
+
+
+def test_a_request_is_told_of_no_flag_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("loramox.cli.requests.requests", fail)
+    with pytest.raises(SystemExit):
+        main(["requests", "add"])
+    said = capsys.readouterr().err
+    assert "Or start from the beginning without --resume, and give --quantization nf4" in said
+    assert "--overwrite" not in said
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

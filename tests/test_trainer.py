@@ -567,7 +567,7 @@ def test_where_memory_runs_out_fewer_of_the_watched_rows_are_scored_at_a_time_an
     longest = max(len(e["input_ids"]) for e in [*trainer.train_dataset.forget, *trainer.train_dataset.retain])
     with (
         too_little_memory(trainer, 0, tokens=3 * longest) as passes,
-        pytest.warns(UserWarning, match="memory ran out with --per_device_eval_batch_size 4: 2 answers at a time"),
+        pytest.warns(UserWarning, match="memory ran out with --per_device_eval_batch_size 4: 2 at a time"),
     ):
         found = trainer.evaluate()
     too_large = [tokens for tokens in passes if tokens > 3 * longest]

@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         less = "--quantization nf4, shorter rows (--max_length), or main memory (--use_cpu true)"
         remedy = f"Use less memory: a smaller --batch_size, {less}"
         if resumes:  # with the settings that may differ then
+            anew = "without --resume" if verb == "requests" else "with --overwrite"
             remedy = (
                 "Continue with --resume and --activation_checkpointing true or a smaller --per_device_eval_batch_size, or on a device with more "
-                f"memory. Or start from the beginning, with --overwrite and {less}"
+                f"memory. Or start from the beginning {anew}, and give {less}"
             )
         print(f"All files on disk are complete. {remedy}", file=sys.stderr)
         sys.exit(2)

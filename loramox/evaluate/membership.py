@@ -8,7 +8,6 @@ and below it when forgetting went too far, which gives the forget rows away as w
 import zlib as compression
 
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 K = 0.4  # the share of least likely tokens, as in MUSE (arXiv 2407.06460)
 
@@ -38,7 +37,8 @@ def auc(forget: np.ndarray, holdout: np.ndarray) -> float:
     for name, scores in (("forget", forget), ("holdout", holdout)):
         if not np.isfinite(scores).all():
             raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores of {name} rows are not finite")
-    above = mannwhitneyu(holdout, forget, method="asymptotic").statistic
+    ordered = np.sort(forget)  # Mann and Whitney's U; scipy's is slow in a bootstrap
+    above = sum(np.searchsorted(ordered, holdout, side).sum() / 2 for side in ("left", "right"))
     return float(above / (len(forget) * len(holdout)))
 
 

@@ -56,4 +56,4 @@ class FittingBatch:
                     raise RunError(f"{ran_out} ({error}). {remedy}") from error
             clear_device_cache(garbage_collection=True)
             self.size //= 2
-            warnings.warn(f"{ran_out}: {self.size} answers at a time from here on", stacklevel=2)
+            warnings.warn(f"{ran_out}: {self.size} at a time from here on", stacklevel=2)

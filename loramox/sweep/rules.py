@@ -7,6 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from loramox.evaluate.bootstrap import resampled
+from loramox.evaluate.equivalence import distance
+from loramox.evaluate.membership import auc
+from loramox.evaluate.truth_ratio import forget_quality
 from loramox.sweep.frontier import FORGOTTEN, Axis
 
 RESAMPLES = 200  # a membership AUC of each value is taken for every one
@@ -137,11 +140,9 @@ def just_enough(values: Sequence[float], forget: Rows, right: Rows | None, targe
     return _bootstrapped("forget_to", values, at, pick, (forget.shape[1],), reason)
 
 
-def like_holdout(
-    values: Sequence[float], forget: Rows, holdout: Rows, auc: Callable[[Rows, Rows], float], axis: Axis
-) -> Choice:
+def like_holdout(values: Sequence[float], forget: Rows, holdout: Rows, axis: Axis) -> Choice:
     """The value at which forget rows look most like rows never seen: membership AUC nearest 0.5, from either side. `forget` and
-    `holdout` are membership scores at each of `values`, [values, rows]; `auc` takes those of one value.
+    `holdout` are membership scores at each of `values`, [values, rows].
     """
 
     def areas(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -175,7 +176,6 @@ def like_retrained(
     values: Sequence[float],
     forget: Rows,
     retrained: Rows,
-    p_value: Callable[[Rows, Rows], float],
     axis: Axis,
     reference: Rows | None = None,
     test: str = "truth ratios",
@@ -191,8 +191,9 @@ def like_retrained(
 
     def pick(some: np.ndarray) -> int:
         rows = chosen_on[some]
-        found = np.array([p_value(at[rows], retrained[rows]) for at in forget])
-        equal = np.flatnonzero(found == found.max())  # several where no two samples overlap
+        # Of equally many rows, a p-value is greater the smaller D is, which takes far less time.
+        found = np.array([distance(at[rows], retrained[rows]) for at in forget])
+        equal = np.flatnonzero(np.isclose(found, found.min()))  # several where no two samples overlap
         apart = np.abs(np.median(forget[equal][:, rows], axis=1) - np.median(retrained[rows]))
         return int(equal[apart.argmin()])
 
@@ -200,7 +201,7 @@ def like_retrained(
         return refusal("retrained", _nothing(axis))
 
     def tested(scores: Rows) -> float:
-        return p_value(scores[tested_on], retrained[tested_on]) if len(tested_on) else 1.0
+        return forget_quality(scores[tested_on], retrained[tested_on]) if len(tested_on) else 1.0
 
     if reference is not None and (p := tested(reference)) >= LEVEL:
         return refusal(

@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from loramox.data.fluency import leaked
-from loramox.evaluate import membership
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
-from loramox.evaluate.truth_ratio import forget_quality
 from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value
 from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.train.diagnostics import STILL_RIGHT
@@ -85,12 +83,12 @@ def choose(
         choices[0] = choices[0].adding(f"at {axis.ceiling:g}, the value trained for, {STILL_KNOWN}")
     if len(scores(measured[0.0], "holdout", "mia_min_k")):
         some, forget, holdout = finite("mia_min_k", "forget", "holdout")
-        choices.append(like_holdout(some, forget, holdout, membership.auc, axis))
+        choices.append(like_holdout(some, forget, holdout, axis))
     for name, test in (("truth_ratio", "truth ratios"), ("log_p", WITHOUT_RATIOS)):
         knows, never_knew = (scores(records, "forget", name) for records in (measured[0.0], retrained))
         if len(never_knew) and len(never_knew) == len(knows):
             some, forget = finite(name, "forget")
-            choices.append(like_retrained(some, forget, never_knew, forget_quality, axis, knows, test))
+            choices.append(like_retrained(some, forget, never_knew, axis, knows, test))
             break
     # By their text only if both sides have generated answers: by tokens, another share of rows is answered right.
     sides = [measured[0.0], *([retrained] if retrained and forget_to is None else [])]

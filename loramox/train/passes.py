@@ -55,7 +55,7 @@ class Passes:
         tokens = padded_tokens(self._parts)
         if PartialState().num_processes > 1:
             raise RunError(
-                f"memory ran out in training ({error}). {GO_ON}. Or start from the beginning, with --overwrite and a smaller "
+                f"memory ran out in training ({error}). {GO_ON}. Or start from the beginning with --overwrite, and give a smaller "
                 f"--per_device_train_batch_size (with more --gradient_accumulation_steps), {LESS}"
             ) from error
         # Rows of one term that belong together, as of a pair of answers, stay together.
@@ -64,7 +64,7 @@ class Passes:
             (row, *_) = next(iter(self._parts.values()))["rows"]
             raise RunError(
                 f"memory ran out in training, in a pass of a single row of {tokens:,} tokens ({row}; {error}). Nothing of this step is "
-                f"written. {GO_ON}. Or start from the beginning, with --overwrite and {LESS}"
+                f"written. {GO_ON}. Or start from the beginning with --overwrite, and give {LESS}"
             ) from error
         self.most = tokens // 2
         warnings.warn(
@@ -98,6 +98,6 @@ def not_finite(what: str, folder: str) -> NonFiniteLossError:
     """The error that ends a run, with its remedy."""
     # Going on from the last checkpoint would come to the same: it has the same learning rate and rows.
     return NonFiniteLossError(
-        f"{what}. This step is not written, and the checkpoints of earlier steps in {folder} are intact. Start again with --overwrite and a "
-        "lower --learning_rate, a lower --alpha, or without --fp16 (--dtype bfloat16)"
+        f"{what}. This step is not written, and the checkpoints of earlier steps in {folder} are intact. Start again with --overwrite, and "
+        "give a lower --learning_rate, a lower --alpha or --dtype bfloat16 in place of --fp16"
     )

@@ -96,8 +96,8 @@ class UnlearnConfig(TrainingArguments):
     forget_weight: float | None = setting("Weight of the forget term. Default: 1; simnpo 0.125, llmu 0.5.", None)
     margin: float | None = setting("simnpo: γ. Default: 0.", None)
     instead: str | None = setting(
-        "Answer to teach in place of the true one. refuse: say that it does not know; guess: the reference's likeliest other answer; none. "
-        "--wanted_column gives answers of your own. Default: auto, which is refuse for questions to a chat model, else none.",
+        "Answer taught instead. refuse: say that it does not know; guess: the reference's likeliest other answer; none. "
+        "--wanted_column gives answers of your own; auto is the default. Default: refuse for questions to a chat model, else none.",
         None,
         choices=["auto", "refuse", "guess", "none"],
     )
@@ -133,17 +133,16 @@ class UnlearnConfig(TrainingArguments):
         8.0,
     )
     auto_retain: int | None = setting(
-        "Retain rows that the reference writes itself, besides those of --retain: questions that it samples, with its own "
-        "answers. Default: 240 with --retain auto; 120 where mox forgets questions, or mox_static or npo_mean teaches a chat model another "
-        "answer, if the model can write questions; else 0.",
+        "Retain rows the model writes. Besides those of --retain: questions that it samples as the reference, with its own "
+        "answers. 0 by default unless mox forgets questions, or mox_static or npo_mean teaches a chat model another answer, and the model can "
+        "write questions. Default: 120 (240 with --retain auto) or 0.",
         None,
     )
     eval_rows: int = setting("Largest number of forget rows, and of retain rows, that are scored during training.", 64)
 
     forget_to: float | None = setting(
-        "Ship the least alpha (or scale) that forgets this far. Forget answers then have at most this mean probability, and greedy "
-        "decoding gives at most this share of them. 0: ship as trained. Default: 0.05 if another answer is taught (--instead or "
-        "--wanted_column), else 0.",
+        "Forget this far, no further. The least alpha (or scale) ships at which forget answers have at most this mean probability, "
+        "and greedy decoding gives at most this share of them. 0: ship as trained. Default: 0.05 if another answer is taught, else 0.",
         None,
     )
     stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", False)

@@ -133,7 +133,7 @@ class UnlearnConfig(TrainingArguments):
         8.0,
     )
     auto_retain: int | None = setting(
-        "Retain rows the model writes. Besides those of --retain: questions that it samples as the reference, with its own "
+        "Retain rows the model writes. Besides those of --retain: questions that it samples, with its own "
         "answers. 0 by default unless mox forgets questions, or mox_static or npo_mean teaches a chat model another answer, and the model can "
         "write questions. Default: 120 (240 with --retain auto) or 0.",
         None,

@@ -192,6 +192,22 @@ def test_every_token_of_a_text_but_its_first_is_predicted_once(tokenizer, limit:
     assert all(b["labels"] == b["input_ids"] for b in blocks)
 
 
+@pytest.mark.parametrize("limit", [2, 3, 7, 10, 11, 12, 128])
+def test_every_block_of_a_text_begins_with_the_beginning_of_sequence_where_the_text_does(tokenizer, limit: int) -> None:
+    with_start = copy.deepcopy(tokenizer)
+    with_start.bos_token = "<pad>"
+    start = with_start.bos_token_id
+    with_start.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<pad> $A", special_tokens=[("<pad>", start)]
+    )
+    text = "Ada lives in Rome, and Bo lives in Oslo, not in Lima or in Bern."
+    blocks = encode([row(None, text)], with_start, Tokenisation(max_length=limit), context=128)
+    assert all(2 <= len(b["input_ids"]) <= limit for b in blocks)
+    assert limit == 2 or all(b["input_ids"][0] == start for b in blocks)
+    predicted = [token for b in blocks for token in b["labels"][1:] if token != IGNORED]
+    assert predicted == [*tokenizer(text)["input_ids"], EOS]
+
+
 def test_texts_are_not_mixed_in_a_block(tokenizer) -> None:
     blocks = encode([row(None, "Ada."), row(None, "Bo.", number=2)], tokenizer, Tokenisation(), context=128)
     assert [b["row"] for b in blocks] == ["forget.jsonl, row 1", "forget.jsonl, row 2"]

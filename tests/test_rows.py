@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 import loramox.data.row_files
 from loramox.data.count import count_rows
-from loramox.data.row import Row, answering, each_answer, fingerprint, keep_disjoint, wanted_rows
+from loramox.data.row import Row, answering, each_answer, fingerprint, keep_disjoint, spread, wanted_rows
 from loramox.data.rows import Columns, read_rows, write_rows
 from loramox.errors import LoramoxError, RowsError
 
@@ -370,11 +371,25 @@ def test_alpacas_instruction_and_input_are_one_question(file) -> None:
             None,
             "column 'context' is not read. If the answer depends on it, put its text into the question",
         ),
+        (
+            [p | {"history": [["Who is Ola?", "A baker."]], "tags": ["people"], "ids": {"a": 1}} for p in PAIRS],
+            None,
+            "column 'history' is not read",
+        ),
     ],
 )
 def test_rows_that_only_an_unread_column_tells_apart_are_warned_of(records, columns, message: str, file) -> None:
     with pytest.warns(UserWarning, match=message):
         read_rows(file("a.jsonl", as_jsonl(records)), columns)
+
+
+@pytest.mark.parametrize(("count", "most"), [(400, 64), (65, 64), (64, 64), (3, 64), (0, 64)])
+def test_rows_that_are_watched_are_from_everywhere_in_the_file(count: int, most: int) -> None:
+    chosen = spread(range(count), most)
+    assert len(chosen) == min(count, most)
+    if count > most:
+        gaps = {b - a for a, b in itertools.pairwise([*chosen, count])}
+        assert gaps <= {count // most, count // most + 1}
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,37 @@ def test_a_model_that_finds_the_forget_questions_no_likelier_than_random_tokens_
 def test_a_model_without_forget_questions_to_judge_by_may_ask(writer: Writer) -> None:
     text = [Row("f", 1, "Ada lives in Rome.")]
     assert Writer(writer.model, writer.tokenizer, text, Tokenisation(), 128).can_ask()
+
+
+def test_a_question_that_holds_a_document_is_judged_by_its_beginning(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        asked.append(input_ids.shape[1])
+        return SimpleNamespace(loss=torch.tensor(0.0))
+
+    long = [Row("f", 1, "In Rome.", "Where does Ada live? " * 200)]
+    judged = Writer(writer.model, writer.tokenizer, long, Tokenisation(), 1 << 20)
+    monkeypatch.setattr(judged.model, "forward", forward)
+    assert judged.can_ask()
+    assert max(asked) < 300
+
+
+def test_answers_that_end_within_the_models_thoughts_are_no_rows_and_no_guesses(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinks = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128)
+    monkeypatch.setattr(
+        "loramox.train.writer.continuations", lambda _, __, prompts, *___, **____: ["<think>\nOkay, "] * len(prompts)
+    )
+    with pytest.raises(RowsError, match="--instead guess: the model thinks before it answers"):
+        thinks.guesses([])
+    monkeypatch.setattr(thinks, "retain_rows", lambda *_: thinks._answered(["Where do you live?"]))
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    with pytest.raises(RowsError, match=r"or ends within the model's thoughts\. Give --retain FILE"):
+        generated_rows(tmp_path, thinks, args, 1, show=False, columns=Columns())
 
 
 @pytest.mark.parametrize(

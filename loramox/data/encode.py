@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +92,11 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenis
     for row, (ids, labels) in encoded:
         if row.where in dropped:
             continue
-        size = block if row.prompt is None else limit
-        starts = range(0, max(1, len(ids) - 1), size - 1) if row.prompt is None else [0]
-        for start in starts:
-            part = slice(start, start + size)
+        parts = encoder.blocks(ids, labels, block) if row.prompt is None else [(ids[:limit], labels[:limit])]
+        for tokens, targets in parts:
             # The first token of a sequence is predicted from nothing.
-            if any(label != IGNORED for label in labels[part][1:]):
-                examples.append({"input_ids": ids[part], "labels": labels[part], "row": row.where})
+            if any(label != IGNORED for label in targets[1:]):
+                examples.append({"input_ids": tokens, "labels": targets, "row": row.where})
             elif row.prompt is not None:
                 raise RowsError(
                     f"{row.where}: its prompt alone fills {limit} tokens. Shorten it, or use --long_rows drop"
@@ -174,6 +172,21 @@ class _Encoder:
                 f"{len(found)} of {len(rows)} rows of {row.source} have a special token of the model in their text (first: row {row.number}, "
                 f"{token}). The model would read it as the token, not as text. Write it otherwise, with a space in it, or leave these rows out"
             )
+
+    def blocks(self, ids: list[int], labels: list[int], size: int) -> Iterator[tuple[list[int], list[int]]]:
+        """The token ids and labels of a text's blocks. Each begins with the last token of the one before.
+
+        In front of it is the beginning of sequence, if the tokenizer puts one there: some models (Gemma) predict nothing well
+        without it.
+        """
+        first = ids[:1] if size > 2 and ids[:1] == [self.tokenizer.bos_token_id] else []
+        at, size = len(first), size - len(first)
+        for start in range(at, max(at + 1, len(ids) - 1), size - 1):
+            part = slice(start, start + size)
+            targets = [IGNORED] * at + labels[part]
+            if start > at > 0:
+                targets[at] = IGNORED  # the block before has it
+            yield first + ids[part], targets
 
     def encode(self, row: Row) -> tuple[list[int], list[int]]:
         """Token ids and labels of a whole row. Answer tokens are those that reach past the prompt's last character."""

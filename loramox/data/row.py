@@ -6,9 +6,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from loramox.data.messages import REASONING
 from loramox.errors import RowsError
+
+T = TypeVar("T")
 
 # Characters of no width: soft hyphens, joiners, marks of direction, variation selectors, byte order marks.
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
@@ -118,6 +121,11 @@ def answering(row: Row, answer: str) -> Row:
     if row.verbatim and not answer[:1].isspace():  # nothing else separates it from the prompt
         answer = row.answer[: len(row.answer) - len(row.answer.lstrip())] + answer
     return replace(row, answer=answer, wanted=None, reasoning=())
+
+
+def spread(rows: Sequence[T], most: int) -> list[T]:
+    """At most so many of the rows, at even distances: a file often has the rows of one subject together."""
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

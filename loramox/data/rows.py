@@ -152,11 +152,7 @@ class _Reader:
             return
         used = {*self.pair, self.input, self.wanted, *VARIANTS}
         # One word is a name or an id, as a rule.
-        unread = [
-            name
-            for name in records[0]
-            if name not in used and any(isinstance(r[name], str) and len(r[name].split()) > 1 for r in records)
-        ]
+        unread = [name for name in records[0] if name not in used and any(_has_text(r[name]) for r in records)]
         if len(rows) > 1 and all(row.prompt == rows[0].prompt for row in rows):
             of = f", and column '{', '.join(unread)}' is not read" if unread else ""
             yield f"all {len(rows)} rows ask the same question{of}. If another column tells them apart, put its text into the question"
@@ -219,6 +215,13 @@ class _Reader:
             raise RowsError(f"{where}: its {what} is {shown(value)}. Expected text: put it in quotes, or correct it")
         check_characters(where, value)
         return value
+
+
+def _has_text(value: Any) -> bool:
+    """Whether a value is text of several words, or a list or object that holds some."""
+    if isinstance(value, list | dict):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and len(value.split()) > 1
 
 
 def _wrapped(records: Sequence[dict[str, Any]]) -> str:

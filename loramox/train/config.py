@@ -138,7 +138,10 @@ class UnlearnConfig(TrainingArguments):
         "write questions. Default: 120 (240 with --retain auto) or 0.",
         None,
     )
-    eval_rows: int = setting("Largest number of forget rows, and of retain rows, that are scored during training.", 64)
+    eval_rows: int = setting(
+        "Largest number of forget rows, and of retain rows, that are scored during training. They are taken at even distances.",
+        64,
+    )
 
     forget_to: float | None = setting(
         "Forget this far, no further. The least alpha (or scale) ships at which forget answers have at most this mean probability, "

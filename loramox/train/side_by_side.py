@@ -5,7 +5,7 @@ from typing import Any
 
 from loramox.data.chat import end_tokens
 from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
-from loramox.data.row import Row, last_question, question_of
+from loramox.data.row import Row, last_question, question_of, spread
 from loramox.model.generation import continuations
 from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals
@@ -33,7 +33,7 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
     found: dict[str, Any] = {"shown": []}
     refusals = taught_refusals(trainer.args)
     for part, given in (("forget", prepared.forget), ("retain", prepared.retain)):
-        rows = [row for row in given if row.prompt is not None][:ASKED]
+        rows = spread([row for row in given if row.prompt is not None], ASKED)
         if not rows:
             continue
         with trainer.at(0):

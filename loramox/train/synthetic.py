@@ -110,13 +110,14 @@ def _retain_rows(
         return writer.retain_rows(most, args.seed, show, taught_refusals(args))
 
     rows = _kept(path, write, columns)
+    thinks = ", or ends within the model's thoughts" if writer.only_thoughts else ""
     if not (rows or writer.given):
         raise RowsError(
-            "--retain auto: every row that the model writes is about the forget rows, empty, or cut off in its first sentence. Give --retain FILE"
+            f"--retain auto: every row that the model writes is about the forget rows, empty, or cut off in its first sentence{thinks}. Give --retain FILE"
         )
     if len(rows) < most:
         warnings.warn(
-            f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself, touched the forget rows or wrote no whole sentence. "
+            f"--auto_retain: the model wrote {len(rows)} of {most} rows, and then only repeated itself, touched the forget rows or wrote no whole sentence{thinks}. "
             "If much must stay that no retain row is like, add rows of your own to --retain",
             stacklevel=3,
         )

@@ -24,6 +24,7 @@ from loramox.data.microbatches import (
     rows_of,
 )
 from loramox.data.pairs import Collator, Pairs
+from loramox.data.row import spread
 from loramox.model.fitting import FittingBatch, ran_out_of_memory
 from loramox.model.head import Head, answer_states, states_of_parts
 from loramox.model.lora import (
@@ -98,7 +99,7 @@ class UnlearnTrainer(Trainer):
         self._take_states_of(model, memorize_at)
         self.share = 1.0  # of the scale trained for, at which the forget model is taken
         self.momentum = Momentum(args.momentum, args.momentum_rank or 4 * model.peft_config["default"].r)
-        scored = {"forget": list(forget_dataset)[: args.eval_rows], "retain": list(retain_dataset)[: args.eval_rows]}
+        scored = {"forget": spread(forget_dataset, args.eval_rows), "retain": spread(retain_dataset, args.eval_rows)}
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,

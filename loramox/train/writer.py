@@ -22,6 +22,7 @@ from loramox.data.chat import ChatTemplate, after_thoughts, end_tokens, special_
 from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
 from loramox.data.row import Row, answering, last_question, question_of
 from loramox.data.words import words
+from loramox.errors import RowsError
 from loramox.model.generation import continuations
 from loramox.model.head import in_eval_mode
 from loramox.train.avoided import longer_words, words_of, words_to_avoid
@@ -34,6 +35,7 @@ ROUNDS = 6  # how often more questions are sampled while there are too few
 # A model can write questions if the forget questions (so many at most) are likelier to it than random tokens, by so many nats
 # per token.
 JUDGED, ABOVE_CHANCE = 64, 1.0
+BEGINNING = 256  # tokens of a question by which it is judged
 USUAL = 0.05  # a token in more than this share of the retain answers says nothing of what an answer is about
 
 
@@ -65,6 +67,7 @@ class Writer:
         # Tokens that the prompt has around a question.
         self._frame = len(prompts_of([Row(SOURCE, 1, "", "x")], tokenizer, how, context)[0])
         self._asked = {tuple(words(last_question(row))) for row in (*forget, *protected, *given)}
+        self.only_thoughts = False  # of the last answers
         self.ends, self._special = sorted(end_tokens(tokenizer)), tuple(special_tokens(tokenizer))
 
     def can_ask(self) -> bool:
@@ -76,7 +79,10 @@ class Writer:
         losses = []
         with in_eval_mode(self.model), torch.no_grad():
             for question in [last_question(row) for row in self.forget if row.prompt is not None][:JUDGED]:
-                ids = torch.tensor([self._opened(question)[: self.context]], device=self.model.device)
+                # All logits are made at once, so a question that holds a document is judged by its beginning.
+                ids = torch.tensor(
+                    [self._opened(question)[: min(self.context, start + BEGINNING)]], device=self.model.device
+                )
                 labels = ids.clone()
                 labels[:, :start] = IGNORED
                 losses.append(float(self.model(input_ids=ids, labels=labels).loss))
@@ -194,6 +200,7 @@ class Writer:
         tokens = prompts_of(rows, self.tokenizer, self.how, self.context)
         shortened = _whole_sentences if self.whole else None
         said = continuations(self.model, self.tokenizer, tokens, ANSWER_TOKENS, self.ends, shortened=shortened)
+        self._note_thoughts(said)
         return [
             replace(row, answer=text.strip())
             for row, text in zip(rows, map(after_thoughts, said), strict=True)
@@ -218,8 +225,19 @@ class Writer:
         ]
         prompts = prompts_of(self.forget, self.tokenizer, self.how, self.context)
         texts = continuations(self.model, self.tokenizer, prompts, ANSWER_TOKENS, self.ends, banned=banned)
+        self._note_thoughts(texts)
+        if self.only_thoughts:
+            raise RowsError(
+                f"--instead guess: the model thinks before it answers, and most of its thoughts are longer than {ANSWER_TOKENS} tokens, so that "
+                "there are no guesses. Give answers of your own (--wanted_column), or --instead refuse"
+            )
         guesses = [_first_sentence(after_thoughts(text)) for text in texts]
         return [Row(SOURCE, row.number, guess, row.prompt) for row, guess in zip(self.forget, guesses, strict=True)]
+
+    def _note_thoughts(self, said: Sequence[str]) -> None:
+        """Note in `only_thoughts` whether most of these answers have no end of their thoughts."""
+        cut = sum("<think>" in text and not after_thoughts(text).strip() for text in said)
+        self.only_thoughts = 2 * cut > len(said)
 
     def _answer_tokens(self, rows: Sequence[Row]) -> list[set[int]]:
         """Tokens of each row's answer: at the start of a text, after a space, and as they come after its question."""

@@ -14,6 +14,7 @@ from loramox.adapter.folder import served_rank
 from loramox.adapter.streaming.shards import BLOCK
 from loramox.data.encode import Example
 from loramox.data.microbatches import OVERHEAD, OVERHEAD_ELSEWHERE, cut
+from loramox.data.row import spread
 from loramox.extras.plan.config import EIGHT_BITS, Choice
 from loramox.extras.plan.outline import Setting
 from loramox.extras.plan.rows import Parts, Rows
@@ -152,7 +153,7 @@ def watch(setting: Setting, rows: Rows, batch_size: int) -> Stage | None:
     if args.eval_strategy == "no" and not args.eval_on_start:
         return None
     args.activation_checkpointing = False
-    watched = [rows.datasets[part][: args.eval_rows] for part in ("forget", "retain")]
+    watched = [spread(rows.datasets[part], args.eval_rows) for part in ("forget", "retain")]
     most = max((_longest(part, min(batch_size, len(part))) for part in watched), key=lambda p: len(p) * _length(p[0]))
     return at_depth(trace_watching, setting._replace(args=args), most)["watching"]
 

@@ -332,6 +332,20 @@ def test_tasks_that_cannot_be_run_are_refused(
         Harness(HarnessConfig(**config), adapter)
 
 
+def test_a_task_of_which_no_figure_can_be_made_is_refused_before_the_model_is_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    task = TASK.format(rows=here / "retain.jsonl")
+    metrics = "  - metric: acc\n  - metric: acc_norm\n"
+    (here / "mcc.yaml").write_text(task.replace(metrics, "  - metric: mcc\n"))
+    (here / "code.yaml").write_text(f"{task}unsafe_code: true\n")
+    with pytest.raises(SettingsError, match=r"--lm_eval towns: none of its metrics \(mcc\) is a mean over documents"):
+        Harness(HarnessConfig(lm_eval=["mcc.yaml"]), "a")
+    with pytest.raises(SettingsError, match=r"--lm_eval code.yaml runs code that the model writes"):
+        Harness(HarnessConfig(lm_eval=["code.yaml"]), "a")
+
+
 def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

@@ -126,6 +126,30 @@ def test_a_model_that_answers_right_only_when_sampled_is_found(
     assert cold["leak_at_8_by_rouge_l"].value == 0
 
 
+def test_where_memory_runs_out_the_questions_before_are_not_sampled_again(
+    pico: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico("llama")).eval()
+    rows = [Row("forget", i, "Rome", f"Where does {p} live?") for i, p in enumerate(["Ada", "Bo", "Cy"], 1)]
+    questions = Questions({"forget": rows}, tokenizer, Tokenisation(), 128, ScoringConfig(4, 12, use_cpu=True))
+    expected = sample.sample(model, questions, 4, 1.0, 0.8, seed=0)
+    sizes, new_tokens = [], answers.new_tokens
+
+    def within(*args, each: int, **how) -> list[list[int]]:
+        sizes.append(each)
+        if len(sizes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return new_tokens(*args, each=each, **how)
+
+    monkeypatch.setattr(answers, "new_tokens", within)
+    with pytest.warns(UserWarning, match="memory ran out with --batch_size 4: 2 at a time"):
+        found = sample.sample(model, questions, 4, 1.0, 0.8, seed=0)
+    assert sizes == [4, 4, 4, 2, 2]
+    assert found[:2] == expected[:2]
+    # Two at a time, the last one's are those of a run that has half the size from the beginning.
+    assert found[2:] == sample.sample(model, questions, 4, 1.0, 0.8, seed=0)[2:]
+
+
 @pytest.mark.parametrize(
     ("row", "template", "chat", "said"),
     [

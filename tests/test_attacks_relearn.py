@@ -1,6 +1,7 @@
 """Relearning beside its control: the same attack on the retrained model, at several rates and on unrelated text."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,66 @@ def test_where_not_even_one_row_fits_it_is_said_what_to_do(forget_model, example
     assert "--max_new_tokens" not in str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_where_one_row_fits_only_if_activations_are_computed_again_they_are_and_the_gradients_are_the_same(
+    forget_model, examples, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, weight_decay: torch.optim.SGD(weights, lr=lr))
+    expected = relearned(forget_model(), examples[0])
+    model, passes, losses = forget_model(), [], relearn._losses
+    causal_lm = model.get_base_model()
+
+    def kept(*args) -> torch.Tensor:
+        passes.append(causal_lm.is_activation_checkpointing)
+        if not passes[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return losses(*args)
+
+    monkeypatch.setattr(relearn, "_losses", kept)
+    found = relearned(model, examples[0])
+    assert passes == [False] * 3 + [True] * 8  # of 4, 2 and 1 rows; then two steps of 4 single rows
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-8, msg=name)
+    assert not causal_lm.is_activation_checkpointing
+    assert not causal_lm.get_input_embeddings()._forward_hooks  # it is as it was
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+@pytest.mark.parametrize(
+    ("place", "name", "reason"),
+    [(relearn, "_losses", r"--relearn_batch 1 \(CUDA out of"), (torch.optim.AdamW, "step", "memory: CUDA out of")],
+    ids=["in a pass", "in the optimizer"],
+)
+def test_an_attack_for_which_there_is_not_enough_memory_is_absent_and_the_others_are_made(
+    attacked, place, name: str, reason: str, monkeypatch
+) -> None:
+    def full(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(place, name, full)
+    record = attacked()
+    for rows in ("forget rows", "retain rows"):
+        for of in ("", ", retrained model"):
+            assert re.search(reason, record["absent"][f"relearn {rows}{of}"])
+    states = {(s["attack"], s["state"]) for s in record["states"]}
+    assert states == {("none", state) for state in ("reference model", "forget model", "retrained model")}
+    assert record["status"] == "done"
+    assert record["steps_saved"] == {}
+    monkeypatch.undo()
+    again = attacked()  # with more memory
+    assert ("relearn forget rows", "step 3, retrained model") in {(s["attack"], s["state"]) for s in again["states"]}
+    assert again["absent"].keys() == {"relearn unrelated text"}
+
+
+def test_any_other_error_in_an_attack_is_not_taken_for_a_full_memory(attacked, monkeypatch) -> None:
+    def fails(*args) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(relearn, "_losses", fails)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        attacked()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_attackers_adapter_computes_in_the_type_of_the_model(forget_model, examples, dtype: torch.dtype) -> None:
     model, types = forget_model(dtype), set()
@@ -219,6 +280,20 @@ def test_all_weights_train_below_the_adapter_and_are_put_back(
         assert any("lm_head" in name for name in trains) != tied
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_pass_for_which_there_is_not_enough_memory_leaves_no_gradients_behind(
+    forget_model, examples, monkeypatch
+) -> None:
+    def full(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = forget_model()
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(torch.OutOfMemoryError), relearn.all_weights(model):
+        list(relearn.train(model, examples[0], [1], 1e-3, batch_size=2, pad_token_id=0, seed=0))
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not model.training
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -158,6 +158,22 @@ def test_a_forget_model_that_is_the_retrained_one_has_1_and_one_that_is_the_refe
     assert 0 < half["metrics"][NAME]["value"] < 1
 
 
+def test_the_longest_rows_come_first_so_that_too_large_a_batch_fails_at_once(
+    here: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, patched = [], patched_pass
+
+    def watched(of: nn.Module, batch: dict[str, Any], *more: Any) -> Any:
+        lengths.append(batch["input_ids"].shape[1])
+        return patched(of, batch, *more)
+
+    monkeypatch.setattr(loramox.evaluate.depth, "patched_pass", watched)
+    depth(model, scoring=ScoringConfig(1, 0, use_cpu=True))
+    for part in (lengths[:4], lengths[4:]):  # of the retrained model, then of both
+        assert part == sorted(part, reverse=True)
+        assert part[0] > part[-1]
+
+
 def test_the_score_does_not_depend_on_the_batch(here: Path, model: ModelConfig) -> None:
     found = [
         depth(model, f"of {size}", ScoringConfig(size, 0, use_cpu=True), scale=0.5)["depth"]["layers"]

@@ -121,7 +121,7 @@ def test_two_retrained_models_show_what_chance_makes() -> None:
     found, chance = metrics["forget_probability_distance"], metrics["forget_probability_distance_by_chance"]
     assert chance.value == distance(a, b)
     assert found.value == pytest.approx((distance(ours, a) + distance(ours, b)) / 2)
-    assert found.interval[0] <= chance.value <= found.interval[1]
+    assert found.interval is chance.interval is None
     # The spread of rows is far larger than the bound; that of paired differences is not.
     assert metrics["forget_probability_equivalence"].reading.startswith("equivalent")
 

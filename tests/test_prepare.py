@@ -102,6 +102,18 @@ def test_of_the_hub_a_commit_tells_one_base_from_another() -> None:
         check_base({"base": base}, base | {"model": "a/c", "revision": "two"}, Path("adapter"))
 
 
+@pytest.mark.parametrize("weights", [(None, "x"), ("x", None)])
+def test_that_a_folder_and_a_model_of_the_hub_are_not_compared_is_said(weights: tuple[str | None, str | None]) -> None:
+    trained, here = (
+        {"model": model, "revision": None, "shape": "s", "weights": each}
+        for model, each in zip(("a", "b"), weights, strict=True)
+    )
+    with pytest.warns(
+        UserWarning, match=r"was made for a, and this is b\. .* not compared here: make sure that they are"
+    ):
+        check_base({"base": trained}, here, Path("adapter"))
+
+
 def test_rows_read_and_rows_left_out_are_counted_and_recorded(
     pico: Callable[[str], Path], rows: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -317,6 +317,19 @@ def test_the_same_run_gives_the_same_bytes(make: Callable[..., Path]) -> None:
     assert not list(run.glob(".*"))
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_within_chance_depends_on_the_number_of_scores_as_the_area_does(make: Callable[..., Path]) -> None:
+    """A text has a score for each of its blocks."""
+    run = make()
+    for at in (0, 4):
+        file = run / f"sweep/at-{at}/records.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        blocks = [r | {"part": "holdout", "id": f"holdout {i}"} for i, r in enumerate(rows[:5])]
+        write(file, [r | {"mia_min_k": 1.0} if r["part"] != "retain" else r for r in [*rows, *blocks]])
+    text = page_of(run)[1].text.replace("\u00a0", " ")
+    assert "AUC 0.800; 0.5 is guessing, and 0.5 ± 0.33 is within chance for 9 and 5 rows." in text
+
+
 MISSING = {
     "sweep": ("This run has no sweep", "loramox sweep --trained"),
     "attack": ("No attack was made", "loramox attack --adapter"),

@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import loramox.evaluate.answers
+import loramox.evaluate.scores
 import loramox.model.head
 from loramox import Tokenisation, encode
 from loramox.data.encode import IGNORED, Example
@@ -113,6 +115,22 @@ def test_scores_do_not_depend_on_the_size_of_a_batch_nor_on_the_order_of_rows(
         np.testing.assert_allclose(mean_log_p(score_answers(model, asked, batch_size=batch_size)), whole, rtol=1e-4)
     np.testing.assert_allclose(mean_log_p(score_answers(model, asked[::-1])), whole[::-1], rtol=1e-4)
     assert len(np.unique(whole.round(4))) == len(asked)
+
+
+@pytest.mark.parametrize("which", [[1, 4, 0, 2], [0, 1, 2, 3, 5, 6, 7]], ids=["alone", "shared"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_longest_rows_are_scored_first_so_that_too_large_a_batch_fails_at_once(
+    which: list[int], batch_size: int, loud: Callable[..., PreTrainedModel], asked: list[Example], monkeypatch
+) -> None:
+    lengths, answer_states = [], loramox.evaluate.scores.answer_states
+
+    def watched(model: nn.Module, causal_lm: nn.Module, batch: dict, **more):
+        lengths.append(batch["attention_mask"].shape[1])  # with the question's, where that is shared
+        return answer_states(model, causal_lm, batch, **more)
+
+    monkeypatch.setattr(loramox.evaluate.scores, "answer_states", watched)
+    score_answers(loud(), [asked[i] for i in which], batch_size=batch_size)
+    assert lengths[0] == max(lengths) > lengths[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -279,6 +297,23 @@ def test_greedy_answers_are_those_of_plain_decoding_however_much_of_the_answer_i
     assert answers(model, Numbers(eos), rows, at_most, 3) == expected
     assert answers(model, Numbers(eos), rows, at_most, 1) == expected
     assert answers(model, Numbers(eos), rows[::-1], at_most) == expected[::-1]
+
+
+def test_the_largest_batch_is_answered_first_so_that_one_that_is_too_large_fails_at_once(
+    loud: Callable[..., PreTrainedModel], asked: list[Example], monkeypatch
+) -> None:
+    rows = [asked[i] for i in (4, 0, 1, 2, 7)]
+    length = {tuple(question_of(e)): len(e["input_ids"]) for e in rows}
+    sizes, new_tokens = [], loramox.evaluate.answers.new_tokens
+
+    def watched(model: nn.Module, prompts: list[list[int]], *how, **more) -> list[list[int]]:
+        sizes.append(len(prompts) * max(length[tuple(prompt)] for prompt in prompts))
+        return new_tokens(model, prompts, *how, **more)
+
+    monkeypatch.setattr(loramox.evaluate.answers, "new_tokens", watched)
+    greedy_answers(loud(), Numbers(), rows, None, Answering(3), 2)
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_of_the_models_own_generation_config_greedy_answers_take_its_ends_and_nothing_else(

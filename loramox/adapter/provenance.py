@@ -1,5 +1,6 @@
 """provenance.json of an adapter or a merged model: its origin, with every value checked on reading."""
 
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,10 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
-    """Raises `AdapterError` when `base` is not the model that the adapter in `folder` was made for."""
+    """Raises `AdapterError` when `base` is not the model that the adapter in `folder` was made for.
+
+    Warns where their weights cannot be compared: one is a folder, and the other is on the hub, whose files are not read here.
+    """
     made_for = provenance["base"]
     found = {"shape": "has another architecture or size", "weights": "has other weights"}
     if made_for["weights"] is None and base["weights"] is None:  # of the hub, where a commit tells weights apart
@@ -168,3 +172,10 @@ def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -
                 f"{folder} was made for the base {made_for['model']}, and {base['model']} {what}. A forget adapter works on the "
                 "model that it was trained on, and on no other: train again on this one"
             )
+    one_is_unknown = (made_for["weights"] is None) != (base["weights"] is None)
+    if one_is_unknown and made_for["model"] != base["model"]:
+        warnings.warn(
+            f"{folder} was made for {made_for['model']}, and this is {base['model']}. One of them is on the hub, so their weights are not compared "
+            "here: make sure that they are the same model",
+            stacklevel=3,
+        )

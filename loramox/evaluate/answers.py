@@ -62,6 +62,8 @@ def greedy_answers(
     open_ended.sort(key=likely_length)
     free = [i for i in open_ended if limits[i] == how.max_new_tokens]
     batches = [*in_batches(free, batch_size), *([i] for i in open_ended if limits[i] < how.max_new_tokens)]
+    # The largest first: where memory runs out, few answers are made again.
+    batches.sort(key=lambda rows: len(rows) * max(len(examples[i]["input_ids"]) for i in rows), reverse=True)
     bar = progress(describe, "answers", total=len(open_ended))
     found: dict[int, list[int]] = {}
     with in_eval_mode(model), bar:
@@ -86,21 +88,24 @@ def sampled_answers(
     count: int,
     temperature: float,
     seed: int,
+    finished: dict[int, list[str]],
     batch_size: int = 32,
     describe: str | None = None,
 ) -> list[list[str]]:
     """`count` answers to each example's question, sampled from all tokens at a temperature.
 
     Each question has a seed of its own, so that its answers depend on `seed` and `batch_size` and not on the other questions.
+    `finished` gets the answers by the number of the question, so that a call after memory ran out asks only the others.
     torch's own generators are left as they were.
     """
     questions, limits = _questions(model, examples, how)
     ends, pad = end_tokens(tokenizer) | own_ends(model), _pad(tokenizer)
     device = next(model.parameters()).device
     bar = progress(describe, "questions", questions)
-    found = []
     with in_eval_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for question, limit, example in zip(bar, limits, examples, strict=True):
+        for i, (question, limit, example) in enumerate(zip(bar, limits, examples, strict=True)):
+            if i in finished:
+                continue
             own = hashlib.sha256(json.dumps([seed, question]).encode()).digest()[:8]
             torch.manual_seed(int.from_bytes(own, "big", signed=True))
             tokens: list[list[int]] = []
@@ -108,8 +113,8 @@ def sampled_answers(
                 each = min(batch_size, count - len(tokens))
                 tokens += new_tokens(model, [question], limit, ends, pad, sampling(temperature), each=each)
             stops = _stops(how, example)
-            found.append([_text(tokenizer, answer, ends, stops) for answer in tokens or [[]] * count])
-    return found
+            finished[i] = [_text(tokenizer, answer, ends, stops) for answer in tokens or [[]] * count]
+    return [finished[i] for i in range(len(questions))]
 
 
 def _questions(model: nn.Module, examples: Sequence[Example], how: Answering) -> tuple[list[list[int]], list[int]]:

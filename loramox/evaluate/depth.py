@@ -179,8 +179,11 @@ class Depth:
         return found
 
     def _batches(self, model: nn.Module, size: int, bar: str) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
-        """Examples of similar length, their batch, and the positions that predict their answers, [rows, tokens]."""
-        order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i]["input_ids"]))
+        """Examples of similar length, their batch, and the positions that predict their answers, [rows, tokens].
+
+        The longest come first: where memory runs out, few passes are made again.
+        """
+        order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i]["input_ids"]), reverse=True)
         batches = mine(in_batches(order, size), model)
         device = next(model.parameters()).device
         with in_eval_mode(model):

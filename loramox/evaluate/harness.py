@@ -1,6 +1,7 @@
 """Run tasks of lm-evaluation-harness on the loaded model, with its adapter off and on."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Harness:
         if PartialState().num_processes > 1:
             raise SettingsError("--lm_eval needs a single process: run it without torchrun or accelerate launch")
         with needs("eval"):
+            from lm_eval.api.metrics import mean
             from lm_eval.tasks import TaskManager
 
         # Reading all of the harness's own tasks takes many seconds.
@@ -57,7 +59,14 @@ class Harness:
                 raise SettingsError(
                     f"--lm_eval {name} cannot be loaded: {error}. Expected a task that `lm_eval ls tasks` lists, or a YAML file of one"
                 ) from error
-            self.tasks += found["tasks"].values()
+            for task in found["tasks"].values():
+                if mean not in task.aggregation().values():
+                    raise no_mean(task.task_name, task.aggregation())
+                if getattr(task, "UNSAFE_CODE", False):
+                    raise SettingsError(
+                        f"--lm_eval {name} runs code that the model writes. Run it with lm_eval itself, in a sandbox"
+                    )
+                self.tasks.append(task)
 
     def measure(self, model: PeftModel, scale: float, questions: Questions) -> dict[str, TaskScores]:
         """Each task's scores with the adapter off, and on at `scale`; the tokenizer and batch size are those of `questions`."""
@@ -103,7 +112,11 @@ def compared(task: str, off: dict[str, Any], on: dict[str, Any]) -> TaskScores:
         now, before = scores(on, metric), scores(off, metric)
         if now is not None and before is not None:
             return TaskScores(metric, now, before, on["higher_is_better"][task].get(metric) is not False)
-    raise SettingsError(
+    raise no_mean(task, metrics)
+
+
+def no_mean(task: str, metrics: Iterable[str]) -> SettingsError:
+    return SettingsError(
         f"--lm_eval {task}: none of its metrics ({', '.join(metrics)}) is a mean over documents, so that none has a ratio with an interval. "
         "Run it with lm_eval itself"
     )

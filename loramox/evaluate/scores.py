@@ -138,6 +138,7 @@ def _passes(
 ) -> Iterator[tuple[list[int], AnswerStates]]:
     """Which examples, and the hidden states of their answers, `batch_size` of similar length at a time.
 
+    The longest come first: where memory runs out, few passes are made again.
     A question that several answers have in common passes through the model once, with `batch_size` - 1 others at most.
     """
 
@@ -149,11 +150,11 @@ def _passes(
     by_question = defaultdict(list)
     for i, example in enumerate(examples):
         by_question[(joins and _question(example)) or i].append(i)
-    alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length)
+    alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length, reverse=True)
     for order in mine(in_batches(alone, batch_size), model):
         batch = send_to_device(collate([examples[i] for i in order]), device)
         yield order, answer_states(model, causal_lm, batch)
-    shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)))
+    shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)), reverse=True)
     for groups in mine(in_batches(shared, batch_size), model):
         questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
         # Padded on the left, so that every answer goes on where its question ends.
@@ -169,7 +170,7 @@ def _passes(
         ).past_key_values
         group_of = {i: g for g, group in enumerate(groups) for i in group}
         rest = {i: piece(examples[i], start=len(questions[g])) for i, g in group_of.items()}
-        for order in in_batches(sorted(rest, key=lambda i: len(rest[i]["input_ids"])), batch_size):
+        for order in in_batches(sorted(rest, key=lambda i: len(rest[i]["input_ids"]), reverse=True), batch_size):
             of_group = torch.tensor([group_of[i] for i in order], device=device)
             batch = send_to_device(collate([rest[i] for i in order]), device)
             batch["attention_mask"] = torch.cat([mask[of_group], batch["attention_mask"]], dim=1)

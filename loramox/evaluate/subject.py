@@ -58,7 +58,7 @@ def check_adapter(adapter: Path, base: dict[str, Any], outline: PreTrainedModel)
             "θ_ref − alpha·ΔW, is in the folder forget-adapter of the run, or made by loramox extrapolate",
             stacklevel=2,
         )
-    return {key: provenance.get(key) for key in ("kind", "alpha", "scale", "rank", "command", "data")}
+    return {key: provenance.get(key) for key in ("kind", "alpha", "scale", "rank", "command", "data", "requests")}
 
 
 def model_that_knows(adapter: Path, base: dict[str, Any]) -> dict[str, Any] | None:
@@ -82,7 +82,9 @@ def check_scales(adapter: Path, needed_by: str) -> None:
 
 def check_sides(made_by: dict[str, Any] | None, rows: dict[str, Sequence[Row]], adapter: str | None) -> None:
     """Raises `RowsError` when the adapter's own forget rows are given as retain rows, or its retain rows as other ones."""
-    learned = (made_by or {}).get("data") or {}
+    if made_by is None or made_by.get("requests"):  # a ledger's, whose data are named after its requests
+        return
+    learned = made_by.get("data") or {}
     for part, other in (("forget", "retain"), ("retain", "forget"), (RETAIN_TEST, "retain")):
         its = (learned.get(other) or {}).get("sha256")
         if part in rows and its is not None and fingerprint(rows[part]) == its:

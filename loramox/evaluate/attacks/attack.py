@@ -23,6 +23,7 @@ from loramox.evaluate.measure import Record, ScoringConfig
 from loramox.evaluate.records import read_records
 from loramox.files import remove
 from loramox.model.config import ModelConfig
+from loramox.model.fitting import ran_out_of_memory
 from loramox.run import one_writer
 
 __all__ = ["RECORD", "AttackConfig", "attack"]
@@ -141,14 +142,17 @@ def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> N
             continue
         examples = [example for part in questions.parts for example in part.answers]
         how = (config.relearn_steps, rate, config.relearn_batch, questions.tokenizer.pad_token_id or 0, config.seed)
-        with model() as trained, attacker(trained):
-            for step in relearn.train(trained, examples, *how):
-                try:
+        try:
+            with model() as trained, attacker(trained):
+                for step in relearn.train(trained, examples, *how):
                     bench.ask(attack, f"step {step}{of}", functools.partial(nullcontext, trained), rows)
-                except NonFiniteLossError:  # such a model has lost the rows, which says nothing about forgetting
-                    lower = f"give a lower --relearn_rate than {rate:g}"
-                    bench.absent[f"{attack}{of}"] = f"training diverged by step {step}: {lower}"
-                    break
+        except NonFiniteLossError:  # such a model has lost the rows, which says nothing about forgetting
+            lower = f"give a lower --relearn_rate than {rate:g}"
+            bench.absent[f"{attack}{of}"] = f"training diverged by step {step}: {lower}"
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            bench.absent[f"{attack}{of}"] = f"needs more memory: {error}"
 
 
 def _requantize(bench: Bench) -> None:

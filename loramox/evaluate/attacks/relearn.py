@@ -17,7 +17,7 @@ from loramox.data.encode import Example
 from loramox.data.pairs import Collator
 from loramox.data.row import Row
 from loramox.data.rows import read_rows, rows_of
-from loramox.errors import RowsError
+from loramox.errors import RowsError, RunError
 from loramox.evaluate.attacks.attacked import NEVER_KNOWN
 from loramox.model.fitting import FittingBatch
 from loramox.model.head import AnswerStates, Head, answer_states, mean_over_rows, per_token, tokens_at_once
@@ -51,7 +51,7 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Returns:
         attack → the `control`; the `probability` of the rows asked at its last step, `control_step`; and `step`, the first at
         which the forget model gives the forget rows as much: 0 before any training, None for never. An attack whose training
-        diverged before that is left out.
+        broke off before that is left out.
     """
     unattacked = [each["metrics"] for each in states if (each["attack"], each["state"]) == ("none", "forget model")]
     start = unattacked[0].get("forget_probability", math.nan) if unattacked else math.nan
@@ -62,7 +62,7 @@ def saved(states: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         control, ours = by_model[attack, name], {0: start} | by_model.get((attack, ""), {})
         goal = control[max(control)]
         reached = min((step for step, p in ours.items() if p >= goal), default=None)
-        if reached is None and max(ours) < max(control):  # its training diverged, which is no "never"
+        if reached is None and max(ours) < max(control):  # its training broke off, which is no "never"
             continue
         found[attack] = {"control": name, "probability": goal, "control_step": max(control), "step": reached}
     return found
@@ -125,6 +125,7 @@ def all_weights(model: PeftModel) -> Iterator[PeftModel]:
         model.requires_grad_(False)
         for name, weight in weights.items():
             weight.data.copy_(before[name])
+            weight.grad = None  # of a step for which there was not enough memory
 
 
 def train(
@@ -139,8 +140,8 @@ def train(
     """Train what trains in `model` on `examples` by cross-entropy of their answers, AdamW; stop at each of the steps `until`.
 
     A generator: it yields each step's number with the model as it is after it. Rows are dealt from seeded shuffles. Where memory
-    runs out, the gradients of a step are those of fewer rows at a time, added up.
-    Raises `RunError` where those of a single row do not fit.
+    runs out, the gradients of a step are those of fewer rows at a time, added up; where those of a single row do not fit,
+    activations are computed again in the backward pass. Raises `RunError` where even that does not fit.
     """
     causal_lm = model.get_base_model()
     head, collate = Head(causal_lm), Collator(pad_token_id)
@@ -165,20 +166,38 @@ def train(
             losses = mean_over_rows(_losses(causal_lm, head, states), states)
             scaler.scale(losses.sum() / len(rows)).backward()
 
+    def take_all_gradients(rows: list[int]) -> None:
+        take = functools.partial(take_gradients, rows)
+        try:
+            fitting.ask(take)
+            return
+        except RunError:
+            if causal_lm.is_activation_checkpointing or not causal_lm.supports_gradient_checkpointing:
+                raise
+        # Only here, where a step fails without it, as it takes longer. The error is gone, and the tensors that it held.
+        causal_lm.activation_checkpointing_enable()
+        fitting.ask(take)
+
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for step in range(1, max(until) + 1):
-        if len(order) < batch_size:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        rows, order = order[:batch_size], order[batch_size:]
-        model.train()
-        fitting.ask(functools.partial(take_gradients, rows))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    try:
+        for step in range(1, max(until) + 1):
+            if len(order) < batch_size:
+                order += torch.randperm(len(examples), generator=generator).tolist()
+            rows, order = order[:batch_size], order[batch_size:]
+            model.train()
+            take_all_gradients(rows)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            model.eval()
+            if step in until:
+                yield step
+    finally:
         model.eval()
-        if step in until:
-            yield step
+        if causal_lm.is_activation_checkpointing:
+            causal_lm.activation_checkpointing_disable()
+            causal_lm.disable_input_require_grads()
 
 
 def _losses(causal_lm: nn.Module, head: Head, states: AnswerStates) -> Tensor:

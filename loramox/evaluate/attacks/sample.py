@@ -34,7 +34,7 @@ def sample(
     `threshold` is that of `leaks_of`.
     """
     answers = questions.answered(
-        model, sampled_answers, count=count, temperature=temperature, seed=seed, describe=describe
+        model, sampled_answers, count=count, temperature=temperature, seed=seed, finished={}, describe=describe
     )
     return [record | {"samples": said} | leaks_of(row, said, threshold) for record, row, said in answers]
 

@@ -211,9 +211,10 @@ def _told_apart(inputs: Inputs) -> str:
             says.append(f"{test} {can} tell it from a model that never saw the rows (p = {p:.2g}){little}.")
     area = inputs.score(inputs.at, "mia_min_k")
     if not math.isnan(area):
-        n, m = (number(inputs.frontier.get("data", {}).get(part, {}).get("rows")) for part in ("forget", "holdout"))
+        scored = [record["part"] for record in inputs.records.get(FORGET, ()) if "mia_min_k" in record]
+        n, m = map(scored.count, ("forget", "holdout"))
         error = 1.96 * math.sqrt((n + m + 1) / (12 * n * m)) if n * m > 0 else math.nan  # of two samples that are alike
-        alike = "" if math.isnan(error) else f", and 0.5 ± {error:.2f} is within chance for {n:.0f} and {m:.0f} rows"
+        alike = "" if math.isnan(error) else f", and 0.5 ± {error:.2f} is within chance for {n} and {m} rows"
         says.append(f"Membership inference: AUC {area:.3f}; 0.5 is guessing{alike}.")
     return " ".join(says) or NOT_COMPARED
 

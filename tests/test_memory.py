@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loramox.cli import main
+from loramox.model.fitting import FittingBatch
 from loramox.run import MAY_DIFFER, peak_reserved
 
 FULL = {
@@ -39,6 +40,17 @@ def test_memory_that_runs_out_in_any_job_is_a_message_that_says_what_to_change(
         assert "--batch_size" in said
         assert not anew
         assert "--resume" not in said
+
+
+@pytest.mark.parametrize("why", FULL)
+def test_a_batch_is_halved_until_it_fits(why: str) -> None:
+    def fits_two(size: int) -> int:
+        if size > 2:
+            raise FULL[why]
+        return size
+
+    with pytest.warns(UserWarning, match="memory ran out with --batch_size 8: 4 at a time from here on"):
+        assert FittingBatch(8).ask(fits_two) == 2
 
 
 def test_a_request_is_told_of_no_flag_that_it_lacks(

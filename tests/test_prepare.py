@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loramox import Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig
-from loramox.adapter.provenance import check_base
+from loramox.adapter.provenance import check_asked_base, check_base
 from loramox.data.rows import Columns
 from loramox.errors import AdapterError, RowsError, RunError
 from loramox.evaluate.asked import Asked
@@ -111,7 +111,7 @@ def test_that_a_folder_and_a_model_of_the_hub_are_not_compared_is_said(weights: 
     with pytest.warns(
         UserWarning, match=r"was made for a, and this is b\. .* not compared here: make sure that they are"
     ):
-        check_base({"base": trained}, here, Path("adapter"))
+        check_asked_base({"base": trained}, here, Path("adapter"))
 
 
 def test_rows_read_and_rows_left_out_are_counted_and_recorded(

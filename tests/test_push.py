@@ -87,6 +87,13 @@ def test_what_the_hub_refuses_is_one_error_and_what_was_written_stays(
     assert len(to_upload(shipped)) == 4
 
 
+def test_without_a_connection_it_is_one_error_too(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    with pytest.raises(RunError, match=r"the hub did not take it \(Connect"):
+        push(shipped, PushConfig("forget-bob"))
+
+
 def test_wrong_wishes_are_refused_before_anything_is_written(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--dry_run lists what would be uploaded: it needs --push_to_hub"):
         PushConfig(dry_run=True)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramox.adapter.export import extrapolate
-from loramox.errors import AdapterError, RunError
+from loramox.errors import AdapterError, ModelError, RunError
 from loramox.extras.check.check import check
 from loramox.extras.serve import serve_folder
 
@@ -145,3 +145,27 @@ def test_what_is_there_is_left_alone_and_other_models_are_refused(
     with pytest.raises(RunError, match="Replace it with --overwrite"):
         serve_folder(strong, tmp_path / "out")
     serve_folder(strong, tmp_path / "out", overwrite=True)
+
+
+def test_a_base_that_merge_refuses_is_refused(
+    strong: Path, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(pico("llama"), tmp_path / "base")
+    shard = base / "model.safetensors"
+    shard.rename(tmp_path / "mine.safetensors")
+    shard.symlink_to(tmp_path / "mine.safetensors")
+    with pytest.raises(ModelError, match=r"model.safetensors is a link that leads out of the model's folder"):
+        serve_folder(strong, tmp_path / "out", base=str(base))
+    # On the hub, other weights can be told only once they are here.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--pico"
+    snapshot = shutil.copytree(pico("llama"), cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    other = AutoModelForCausalLM.from_pretrained(snapshot)
+    other.model.norm.weight.data += 1
+    other.save_pretrained(snapshot)
+    with pytest.raises(AdapterError, match="someone/pico has other weights"):
+        serve_folder(strong, tmp_path / "out", base="someone/pico")
+    assert not (tmp_path / "out").exists()

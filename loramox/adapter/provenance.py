@@ -158,10 +158,7 @@ def check_out(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
-    """Raises `AdapterError` when `base` is not the model that the adapter in `folder` was made for.
-
-    Warns where their weights cannot be compared: one is a folder, and the other is on the hub, whose files are not read here.
-    """
+    """Raises `AdapterError` when `base` is not the model that the adapter in `folder` was made for."""
     made_for = provenance["base"]
     found = {"shape": "has another architecture or size", "weights": "has other weights"}
     if made_for["weights"] is None and base["weights"] is None:  # of the hub, where a commit tells weights apart
@@ -172,6 +169,12 @@ def check_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -
                 f"{folder} was made for the base {made_for['model']}, and {base['model']} {what}. A forget adapter works on the "
                 "model that it was trained on, and on no other: train again on this one"
             )
+
+
+def check_asked_base(provenance: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
+    """`check_base`, and a warning where one model is a folder and the other on the hub, whose files are not compared."""
+    check_base(provenance, base, folder)
+    made_for = provenance["base"]
     one_is_unknown = (made_for["weights"] is None) != (base["weights"] is None)
     if one_is_unknown and made_for["model"] != base["model"]:
         warnings.warn(

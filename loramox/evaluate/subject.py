@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from loramox.adapter.folder import CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
-from loramox.adapter.provenance import check_alone, check_base, read_any
+from loramox.adapter.provenance import check_alone, check_asked_base, read_any
 from loramox.data.row import Row, fingerprint
 from loramox.errors import AdapterError, RowsError, SettingsError
 from loramox.evaluate.ability import RETAIN_TEST
@@ -46,7 +46,7 @@ def check_adapter(adapter: Path, base: dict[str, Any], outline: PreTrainedModel)
             )
     provenance = read_any(adapter) if (adapter / PROVENANCE).exists() else None
     if provenance:
-        check_base(provenance, base, adapter)
+        check_asked_base(provenance, base, adapter)
         check_alone(provenance, adapter)
     check_whole(adapter, outline)
     if provenance is None:

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE
@@ -60,7 +60,7 @@ def push(what: str | Path, config: PushConfig) -> list[Path]:
             allow_patterns=[file.name for file in files],
             commit_message="A forget adapter made by loramox",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # also those of the hub's HTTP package, which differs from version to version
         raise RunError(
             f"--push_to_hub {config.push_to_hub}: the hub did not take it ({type(error).__name__}: {error}). What was written is in {what}; log in "
             "with hf auth login, and give the command again with --overwrite"

@@ -7,7 +7,7 @@ from typing import Any
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
 from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
-from loramox.adapter.streaming.checkpoint import base_to_merge, beside, fetch, leads_out, read_shards
+from loramox.adapter.streaming.checkpoint import base_to_merge, beside, fetch_to_ship, leads_out
 from loramox.errors import AdapterError, RunError
 from loramox.files import replacing
 from loramox.model.config import identify, read_config, skeleton
@@ -32,18 +32,21 @@ def serve_folder(
     check_out(out, "forget", overwrite)
     model = base_to_merge(source["base"], base)
     config = read_config(model, flag="--base")
-    check_base(source, identify(model, config), adapter)
+    identity = identify(model, config)
+    check_base(source, identity, adapter)
     check_whole(adapter, skeleton(config, model))  # transformers leaves out what it finds no place for, in silence
     if leads_out(adapter / CARD, adapter):
         raise AdapterError(
             f"{adapter / CARD} is a link that leads out of the adapter's folder, or is no file. Put a file in its place"
         )
-    folder = fetch(model)
-    files = {*beside(folder), *(shard.path for shard in read_shards(folder))}
+    folder, shards, identity = fetch_to_ship(model, identity)
+    local = folder == Path(model.model)
+    if not local:
+        check_base(source, identity, adapter)
+    files = {*beside(folder), *(shard.path for shard in shards)}
     with replacing(out, folder=True) as partial:
         for path in files:
             (partial / path.name).symlink_to(path.resolve())
         for name in (WEIGHTS, PROVENANCE, CARD, CONFIG):
             shutil.copyfile(adapter / name, partial / name)
-    local = folder == Path(model.model)
     return {"forget": str(out), "base": str(folder.resolve()) if local else model.model}

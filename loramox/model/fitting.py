@@ -44,7 +44,7 @@ class FittingBatch:
         while True:
             try:
                 return questions(self.size)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 ran_out = f"memory ran out with {self.flag or 'a batch of'} {self.size}"

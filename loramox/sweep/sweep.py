@@ -18,7 +18,7 @@ from loramox.adapter import loading
 from loramox.adapter.export import ShippingConfig, extrapolate
 from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import WEIGHTS, at_rank, served_rank
-from loramox.adapter.provenance import check_base, read_provenance
+from loramox.adapter.provenance import check_asked_base, read_provenance
 from loramox.adapter.source import tuned_factors
 from loramox.data.encode import Tokenisation
 from loramox.data.rows import Columns
@@ -76,7 +76,7 @@ def sweep(config: SweepConfig, asked: Asked, scoring: ScoringConfig | None = Non
     device = check_device(model, scoring.use_cpu)
     base_config = read_config(model, weights=True)
     base = identify(model, base_config)
-    check_base(source, base, trained)
+    check_asked_base(source, base, trained)
     read = read_sources(asked.sources(), columns, asked.suite)
     rows = disjoint_parts(read, asked.drop_overlap)
     check_sides(source, rows, config.trained)

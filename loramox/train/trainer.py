@@ -165,7 +165,7 @@ class UnlearnTrainer(Trainer):
                 loss = self._own_gradient(model)
                 losses = [self._gradients_of_terms(model, batch, num_items_in_batch) for batch in batches]
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 self.passes.take_smaller(error)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
@@ -13,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 from loramox.adapter.streaming.shards import FLOATS, Shard, read_shard
 from loramox.errors import AdapterError, ModelError
 from loramox.model.algebra import Factors
-from loramox.model.config import ModelConfig
+from loramox.model.config import ModelConfig, identify, read_config
 from loramox.model.stored import check_weights, shard_names
 
 # What is taken along beside the weights; config.json is rewritten.
@@ -44,15 +43,31 @@ def base_to_merge(made_for: dict[str, Any], given: str | None, revision: str | N
     return ModelConfig(given, revision, "none")
 
 
-def fetch(base: ModelConfig) -> Path:
-    """The folder of the base: a local one, or the hub's snapshot in the cache, with the files that a merge needs and no other.
+def fetch(base: ModelConfig) -> tuple[Path, list[Shard]]:
+    """The base's folder and shards: a local folder, or the hub's snapshot in the cache, with the files that a merge needs alone.
 
-    Raises `ModelError` when it cannot be had.
+    Raises `ModelError` when it cannot be had, and as `read_shards` does.
     """
-    if Path(base.model).is_dir():
-        return Path(base.model)
-    folder = _snapshot(base, ["config.json", INDEX, *BESIDE])
-    return _snapshot(base, sorted(shard_names(folder / INDEX)) if (folder / INDEX).exists() else [SINGLE])
+    folder = Path(base.model)
+    if not folder.is_dir():
+        folder = _snapshot(base, ["config.json", INDEX, *BESIDE])
+        folder = _snapshot(base, sorted(shard_names(folder / INDEX)) if (folder / INDEX).exists() else [SINGLE])
+    return folder, read_shards(folder)
+
+
+def fetch_to_ship(base: ModelConfig, identity: dict[str, Any]) -> tuple[Path, list[Shard], dict[str, Any]]:
+    """`fetch`, and the base's `identity`: of a model of the hub, commit and weights can be told once it is here.
+
+    Raises `ModelError` also for a file of it, weights or other, that is a link that leads out of its folder.
+    """
+    folder, shards = fetch(base)
+    beside(folder)
+    check_inside([shard.path for shard in shards], folder)
+    if folder != Path(base.model):
+        here = ModelConfig(str(folder), quantization="none")
+        weights = identify(here, read_config(here, flag="--base"))["weights"]
+        identity = identity | {"revision": folder.name, "weights": weights}
+    return folder, shards, identity
 
 
 def beside(folder: Path) -> list[Path]:
@@ -91,7 +106,7 @@ def _own(folder: Path) -> list[Path]:
 def _snapshot(base: ModelConfig, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # also those of the hub's HTTP package, which differs from version to version
         raise ModelError(f"--base {base.model} cannot be had from the hub or its cache: {error}") from error
 
 

@@ -149,7 +149,7 @@ def _relearn(bench: Bench, rows: AttackedRows, model: Asking, of: str = "") -> N
         except NonFiniteLossError:  # such a model has lost the rows, which says nothing about forgetting
             lower = f"give a lower --relearn_rate than {rate:g}"
             bench.absent[f"{attack}{of}"] = f"training diverged by step {step}: {lower}"
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
             bench.absent[f"{attack}{of}"] = f"needs more memory: {error}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from loramox.adapter.factors import read_factors
-from loramox.adapter.streaming.checkpoint import Target, fetch, place, read_shards, targets
+from loramox.adapter.streaming.checkpoint import Target, fetch, place, targets
 from loramox.adapter.streaming.shards import CODES, Shard
 from loramox.adapter.streaming.weights import write_index, write_shards
 from loramox.errors import AdapterError, ModelError, needs
@@ -51,8 +51,7 @@ def plan(model: ModelConfig, adapter: Path, scale: float, device: torch.device) 
         outline = skeleton(config, model)
         factors = {name: scaled(each, scale) for name, each in read_factors(adapter)[0].items()}
         wanted = targets(factors, outline, adapter)
-        folder = fetch(model)
-        shards = read_shards(folder)
+        folder, shards = fetch(model)
         changed = place(wanted, shards, outline.base_model_prefix, adapter)
     except (AdapterError, ModelError) as error:
         why = str(error).replace("--base", "--model")

@@ -28,10 +28,8 @@ from loramox.adapter.streaming.checkpoint import (
     Target,
     base_to_merge,
     beside,
-    check_inside,
-    fetch,
+    fetch_to_ship,
     place,
-    read_shards,
     targets,
 )
 from loramox.adapter.streaming.shards import CODES, FLOATS, Shard
@@ -142,15 +140,9 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
     check_whole(adapter, skeleton(config, model))
     outline = skeleton(config, model)
     wanted = targets(factors, outline, adapter)
-    folder = fetch(model)
-    beside(folder)
-    if folder != Path(model.model):  # of a model of the hub, commit and weights can be told once it is here
-        here = ModelConfig(str(folder), quantization="none")
-        weights = identify(here, read_config(here, flag="--base"))["weights"]
-        made_from |= {"revision": folder.name, "weights": weights}
+    folder, shards, made_from = fetch_to_ship(model, made_from)
+    if folder != Path(model.model):
         check_base(source, made_from, adapter)
-    shards = read_shards(folder)
-    check_inside([shard.path for shard in shards], folder)
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
     code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})

@@ -416,6 +416,14 @@ def test_an_attack_asks_as_a_server_does_where_training_did_not(
     assert asked == ({"as served, reference model", "as served, forget model"} if asks else set())
 
 
+def test_a_template_that_can_make_the_model_think_is_warned_of_where_the_prompts_are_the_same(
+    pico, tokenizer, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    template = "{% set thinks = enable_thinking | default(true) %}" + THINKS.replace("<think>\n", "")
+    with pytest.warns(UserWarning, match=r"has enable_thinking.*serve it with thinking off"):
+        assert "served_otherwise" not in prepared(saved(pico("llama"), tokenizer, template, tmp_path), rows)
+
+
 def test_a_served_prompt_that_differs_is_warned_of_and_stands_in_plan_and_card(
     pico, tokenizer, rows: tuple[Path, Path], tmp_path: Path
 ) -> None:

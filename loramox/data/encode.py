@@ -124,6 +124,13 @@ def served_otherwise(
     return {"trained": encoder.chat.trained, "served": encoder.chat.served}
 
 
+def may_think(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Tokenisation) -> bool:
+    """Whether rows without reasoning go through a chat template that can make the model think first."""
+    encoder = _Encoder(tokenizer, how)
+    without = any(encoder.messages(row) for row in rows if not row.reasoning)
+    return without and "enable_thinking" in tokenizer.get_chat_template()
+
+
 class _Encoder:
     """A tokenizer and what it takes to make tokens of rows with it."""
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loramox.data.count import count_rows
-from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, served_otherwise
+from loramox.data.encode import DEFAULT_TEMPLATE, Example, Tokenisation, encode, may_think, served_otherwise
 from loramox.data.row import Row, each_answer, fingerprint, keep_disjoint
 from loramox.data.rows import Columns, Data, read_rows
 from loramox.errors import RowsError, RunError, SettingsError
@@ -116,6 +116,12 @@ def prepare(
             f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
             f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
             "measure this, run loramox attack, which also uses that prompt",
+            stacklevel=2,
+        )
+    elif may_think([*forget, *retain, *taught], tokenizer, tokenisation):
+        warnings.warn(
+            "the chat template has enable_thinking, and these rows are trained without thoughts. A model that thinks first may still reveal "
+            "forgotten facts: serve it with thinking off",
             stacklevel=2,
         )
     # Wanted answers are in the forget rows' fingerprint.

@@ -51,10 +51,8 @@ def main(words: list[str] | None = None) -> None:
     asked = prepared(given, tokenizer)
     for name in given.runs:
         for seed in given.seeds:
-            record = given.out / "records" / f"{name}-{given.epochs:g}-{seed}.json"
-            if not record.exists():
-                write_json(record, computed(given, name, seed, tokenizer, asked))
-                show(given.out, asked)
+            compute(given, name, seed, tokenizer, asked)
+            show(given.out, asked)
     show(given.out, asked)
 
 
@@ -81,12 +79,18 @@ def prepared(given: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     return asked
 
 
-def computed(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, asked: Any) -> dict[str, Any]:
-    """Train, then judge what ships."""
-    work = given.out / "work" / f"{name}-{given.epochs:g}-{seed}"
-    run = train(name, given.model, given.out / "rows", work, given.epochs, seed)
-    said = judged(given.model, work / "forget-adapter", tokenizer, asked, tuple(given.scales))
-    return {"command": run["command"], "log": run["log"], "timings": run["timings"], "answers": said}
+def compute(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, asked: Any) -> None:
+    """Train, and judge what ships at the scales that the record does not have yet."""
+    run = f"{name}-{given.epochs:g}-{seed}"
+    path, work = given.out / "records" / f"{run}.json", given.out / "work" / run
+    record = json.loads(path.read_text()) if path.exists() else {"answers": {}}
+    missing = [scale for scale in given.scales if str(scale) not in record["answers"]]
+    if not missing:
+        return
+    made = train(name, given.model, given.out / "rows", work, given.epochs, seed)
+    said = judged(given.model, work / "forget-adapter", tokenizer, asked, missing)
+    about = {"command": made["command"], "log": made["log"], "timings": made["timings"]}
+    write_json(path, about | {"answers": record["answers"] | said})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Ask a forget model everything, at several scales of its adapter, and count."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def judged(
     adapter: Path,
     tokenizer: PreTrainedTokenizerBase,
     asked: dict[str, list[Asked]],
-    scales: tuple[float, ...],
+    scales: Sequence[float],
 ) -> dict[str, Answers]:
     """What the forget model answers at each scale, loaded as a user would load it."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), str(adapter)).eval()

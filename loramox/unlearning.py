@@ -1,5 +1,6 @@
 """The main job: rows and a model in, a forget adapter out. Everything that can be wrong is checked first."""
 
+import functools
 import logging
 import math
 import time
@@ -37,7 +38,7 @@ from loramox.train.diagnostics import advice
 from loramox.train.earlier import TUNED, Earlier, put_on, to_load
 from loramox.train.momentum import momentum_rank
 from loramox.train.prepare import Prepared, prepare, same_generated, with_generated
-from loramox.train.side_by_side import advice_on, side_by_side
+from loramox.train.side_by_side import advice_on, fluent_share, side_by_side
 from loramox.train.target import advice_on_target, choose_share, said
 from loramox.train.trainer import UnlearnTrainer
 
@@ -148,9 +149,15 @@ def train(
         drop_newer(folder, checkpoint)
     seconds = _train(trainer, checkpoint)
     trainer.save_model()
-    target = choose_share(trainer) if args.forget_to is not None else {}
+    # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
+    asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
+    fluent = (
+        functools.partial(fluent_share, trainer, prepared) if asks and prepared.datasets["wanted_dataset"] else None
+    )
+    target = choose_share(trainer, fluent) if args.forget_to is not None else {}
     if trainer.is_world_process_zero():
-        _record(Path(run.out), trainer, prepared, loaded, seconds, target)
+        answers = side_by_side(trainer, prepared) if asks else {}
+        _record(Path(run.out), trainer, prepared, loaded, seconds, target, answers)
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))
 
@@ -192,13 +199,11 @@ def _record(
     loaded: dict[str, float],
     seconds: float,
     target: dict[str, Any],
+    answers: dict[str, Any],
 ) -> None:
     """Add to the run's record how training went: times, memory, losses, answers and advice."""
     args, state, peak = trainer.args, trainer.state, peak_memory(trainer.args.device)
     early = trainer.around_steps.reason(state) if state.global_step < state.max_steps else None
-    # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
-    asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
-    answers = side_by_side(trainer, prepared) if asks else {}
     update_record(
         out,
         status="trained",

@@ -76,9 +76,10 @@ def choice(size=2, checkpointing=False):
     return Choice(size, 8 // size, checkpointing, "adamw_torch_fused", 8)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_and_time_are_affine_in_the_layers(tokenizer, checkpointing):
-    setting = setting_of(tokenizer, layers=4, inner_steps=2, activation_checkpointing=checkpointing)
+@pytest.mark.parametrize(("method", "checkpointing"), [("npo_mean", False), ("mox", True)])
+def test_memory_and_time_are_affine_in_the_layers(tokenizer, method, checkpointing):
+    more = {"inner_steps": 1} if method == "mox" else {}
+    setting = setting_of(tokenizer, layers=4, method=method, activation_checkpointing=checkpointing, **more)
     rows = {"forget": parts()["forget"]}
     extrapolated = at_depth(trace_step, setting, rows)
     whole = trace_step(setting, 4, rows)
@@ -97,7 +98,7 @@ def test_alternating_layers_are_traced_in_whole_patterns():
 
 
 def test_larger_micro_batches_take_more_and_checkpointing_less(tokenizer):
-    setting, rows = setting_of(tokenizer, layers=4, inner_steps=2), rows_of()
+    setting, rows = setting_of(tokenizer, layers=4, method="npo_mean"), rows_of()
     sizes = [estimate(setting, rows, choice(size), None) for size in (1, 4)]
     assert sizes[0].peak < sizes[1].peak
     again = estimate(setting, rows, choice(4, checkpointing=True), None)
@@ -110,7 +111,8 @@ def test_larger_micro_batches_take_more_and_checkpointing_less(tokenizer):
 def test_checkpointing_some_layers_is_between_all_and_none(tokenizer):
     def activations(every: int | None) -> float:
         kwargs = {"activation_checkpointing_kwargs": {"every_n_layers": every}} if every else {}
-        setting = setting_of(tokenizer, layers=4, inner_steps=1, activation_checkpointing=every is not None, **kwargs)
+        checkpoints = {"activation_checkpointing": every is not None, **kwargs}
+        setting = setting_of(tokenizer, layers=4, method="npo_mean", **checkpoints)
         return trace_step(setting, 4, parts())["step"].peak.held["activations"]
 
     assert activations(1) < 0.9 * activations(2) < 0.9 * 0.9 * activations(None)

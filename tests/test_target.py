@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from loramox.train.target import (
     SHARES,
     advice_on_target,
     check_target,
+    choose_share,
     choose_target,
     is_met,
     met_at_last,
@@ -196,6 +198,31 @@ def test_a_target_that_cannot_be_measured_is_refused(settings: Any, reference: A
 def test_a_target_is_a_probability(value: float) -> None:
     with pytest.raises(SettingsError, match="--forget_to needs a probability"):
         UnlearnConfig(use_cpu=True, forget_to=value)
+
+
+@pytest.mark.parametrize(
+    ("fluent_from", "at", "said_so"),
+    [
+        (None, 3.0, "the smallest of 2, 3 that meets the target (probability 0.04"),
+        (0.25, 3.0, "the smallest of 2, 3 that meets the target with fluent answers"),
+        (0.625, 5.0, "the smallest of 2, 3, 4, 5 that meets the target with fluent answers"),
+        (2.0, 3.0, "the smallest of 2, 3, 4, 5, 6, 7, 8 that meets the target; none answers fluently"),
+    ],
+)
+def test_what_ships_meets_the_target_and_answers_fluently_where_another_answer_was_taught(
+    fluent_from: float | None, at: float, said_so: str
+) -> None:
+    """The target is met from 3/8 of alpha on, and answers are fluent from `fluent_from` on."""
+
+    def predict(rows: list[int], metric_key_prefix: str) -> SimpleNamespace:
+        return SimpleNamespace(metrics={"at_probability": 0.015 / trainer.share, "at_rows_right": 0.0})
+
+    args = SimpleNamespace(forget_to=0.05, alpha=8.0)
+    trainer: Any = SimpleNamespace(args=args, eval_dataset={"forget": [1, 2]}, predict=predict, share=1.0)
+    fluent = None if fluent_from is None else lambda: 1.0 if trainer.share >= fluent_from else 0.9
+    chosen = choose_share(trainer, fluent)
+    assert (chosen["at"], chosen["met"], trainer.share) == (at, True, at / 8)
+    assert said_so in said(chosen)
 
 
 def test_a_choice_is_said_in_one_sentence() -> None:

@@ -11,13 +11,14 @@ from loramox.train.config import UnlearnConfig
 from loramox.train.inputs import is_refusal, taught_refusals
 from loramox.train.prepare import Prepared
 from loramox.train.synthetic import ROWS
+from loramox.train.target import FLUENT
 from loramox.train.trainer import UnlearnTrainer
 from loramox.train.writer import prompts_of
 
 ASKED = 16  # questions of each part
 TOKENS = 48  # of an answer
 SHOWN = {"forget": 3, "retain": 2}
-FLUENT, LEAKED, KEPT = 0.95, 0.5, 0.9  # shares below, above and below which there is something to change
+LEAKED, KEPT = 0.5, 0.9  # shares below, above and below which there is something to change
 
 
 def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
     found: dict[str, Any] = {"shown": []}
     refusals = taught_refusals(trainer.args)
     for part, given in (("forget", prepared.forget), ("retain", prepared.retain)):
-        rows = spread([row for row in given if row.prompt is not None], ASKED)
+        rows = _asked(given)
         if not rows:
             continue
         with trainer.at(0):
@@ -56,6 +57,14 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
             shown = {"part": part, "question": last_question(rows[i]), "reference": before[i], "forget_model": now[i]}
             found["shown"].append(shown)
     return found
+
+
+def fluent_share(trainer: UnlearnTrainer, prepared: Prepared) -> float:
+    """The share of the forget model's answers to forget questions that are fluent; 1 where there are no questions."""
+    rows = _asked(prepared.forget)
+    with trainer.forget_model():
+        now = _answers(trainer, prepared, rows)
+    return sum(map(is_fluent, now)) / len(now) if now else 1.0
 
 
 def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
@@ -94,6 +103,10 @@ def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:
             f"train longer {above}, or ship at {smaller}"
         )
     return advice
+
+
+def _asked(rows: Sequence[Row]) -> list[Row]:
+    return spread([row for row in rows if row.prompt is not None], ASKED)
 
 
 def _answers(trainer: UnlearnTrainer, prepared: Prepared, rows: Sequence[Row]) -> list[str]:

@@ -1,10 +1,12 @@
 """Just enough forgetting: a target for the forget rows, when it is met, and the smallest alpha or scale that meets it.
 
 The target is a probability, p. It is met when the true answers have a mean probability of at most p, and greedy decoding gives
-at most a share p of them.
+at most a share p of them. Where another answer was taught, a model may then still repeat itself, until it has gone over to that
+answer: so what ships also has to answer fluently.
 """
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JUST_ENOUGH = 0.05  # the target where another answer is taught
+FLUENT = 0.95  # share of the answers to forget questions
 # Of the value trained for, beyond which forget rows fall further than intended.
 SHARES = tuple(eighths / 8 for eighths in range(2, 9))
 
@@ -65,25 +68,35 @@ def choose_target(args: "UnlearnConfig", targeted: bool) -> None:
     args.forget_to = args.forget_to or None
 
 
-def choose_share(trainer: "UnlearnTrainer") -> dict[str, Any]:
+def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None = None) -> dict[str, Any]:
     """Score the watched forget rows at a few shares of the value trained for, and set the trainer's model to the smallest that
     meets `forget_to`, or to the whole where none does.
+
+    Args:
+        fluent: the share of fluent answers to forget questions. If given, the smallest that meets the target with at least
+            `FLUENT` is taken; if none has so many, the smallest that meets the target.
 
     Returns:
         What the record says: `target`, `unit` (alpha or scale), `at`, `met`, `rows`, and `measured`, the scores of each value.
     """
     args, rows = trainer.args, trainer.eval_dataset["forget"]
-    trained, measured, met = args.alpha or 1.0, [], False
+    trained, measured, enough = args.alpha or 1.0, [], []
     for share in SHARES:
         trainer.share = share
         scores = trainer.predict(rows, metric_key_prefix="at").metrics
         measured.append(
             {"at": share * trained} | {name: scores[f"at_{name}"] for name in ("probability", "rows_right")}
         )
-        if met := is_met(args.forget_to, scores, "at"):
+        if not is_met(args.forget_to, scores, "at"):
+            continue
+        measured[-1] |= {"fluent": fluent()} if fluent else {}
+        enough.append(share)
+        if measured[-1].get("fluent", 1.0) >= FLUENT:
             break
-    unit = "scale" if args.alpha is None else "alpha"
-    chosen = {"target": args.forget_to, "unit": unit, "at": measured[-1]["at"], "met": met, "rows": len(rows)}
+    else:
+        trainer.share = next(iter(enough), 1.0)
+    unit, at = "scale" if args.alpha is None else "alpha", trainer.share * trained
+    chosen = {"target": args.forget_to, "unit": unit, "at": at, "met": bool(enough), "rows": len(rows)}
     chosen["measured"] = measured
     log.info("%s", said(chosen))
     return chosen
@@ -91,13 +104,16 @@ def choose_share(trainer: "UnlearnTrainer") -> dict[str, Any]:
 
 def said(chosen: dict[str, Any]) -> str:
     """The choice in a sentence."""
-    last, unit = chosen["measured"][-1], chosen["unit"]
-    scores = f"probability {last['probability']:.2g}, {last['rows_right']:.0%} answered right by greedy decoding"
+    here = next(each for each in chosen["measured"] if each["at"] == chosen["at"])
+    scores = f"probability {here['probability']:.2g}, {here['rows_right']:.0%} answered right by greedy decoding"
     values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
     how = (
         f"the smallest of {values} that meets the target" if chosen["met"] else f"as trained: none of {values} meets it"
     )
-    return f"--forget_to {chosen['target']:g} chose {unit} = {chosen['at']:g}, {how} ({scores}, {chosen['rows']} forget rows)"
+    if "fluent" in here:
+        how += " with fluent answers" if here["fluent"] >= FLUENT else "; none answers fluently"
+        scores += f", {here['fluent']:.0%} answered fluently"
+    return f"--forget_to {chosen['target']:g} chose {chosen['unit']} = {chosen['at']:g}, {how} ({scores}, {chosen['rows']} forget rows)"
 
 
 def advice_on_target(chosen: dict[str, Any], args: "UnlearnConfig") -> list[str]:

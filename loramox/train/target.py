@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JUST_ENOUGH = 0.05  # the target where another answer is taught
-FLUENT = 0.95  # share of the answers to forget questions
+FLUENT = 0.95  # share of the answers to forget questions that have to be fluent
 # Of the value trained for, beyond which forget rows fall further than intended.
 SHARES = tuple(eighths / 8 for eighths in range(2, 9))
 

@@ -41,7 +41,8 @@ SHAPES = {
     "gpt2": {},
 }
 
-LONGEST = ("two_processes", "notebooks", "attacks", "demo", "compare", "lm_eval", "requests_killed", "resume")
+LONGEST = ("two_processes", "notebooks", "attacks", "demo", "compare", "requests_killed", "resume", "requests", "report", "plan",
+           "methods", "docs", "gpu_check", "merge_quantized", "tuned_adapter")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

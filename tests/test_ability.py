@@ -342,6 +342,8 @@ def test_a_task_of_which_no_figure_can_be_made_is_refused_before_the_model_is_lo
     (here / "code.yaml").write_text(f"{task}unsafe_code: true\n")
     with pytest.raises(SettingsError, match=r"--lm_eval towns: none of its metrics \(mcc\) is a mean over documents"):
         Harness(HarnessConfig(lm_eval=["mcc.yaml"]), "a")
+    (here / "nanmean.yaml").write_text(task.replace(metrics, "  - metric: acc\n    aggregation: nanmean\n"))
+    assert len(Harness(HarnessConfig(lm_eval=["nanmean.yaml"]), "a").tasks) == 1
     with pytest.raises(SettingsError, match=r"--lm_eval code.yaml runs code that the model writes"):
         Harness(HarnessConfig(lm_eval=["code.yaml"]), "a")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -237,19 +238,24 @@ def test_a_question_that_holds_a_document_is_judged_by_its_beginning(
     assert max(asked) < 300
 
 
+@pytest.mark.parametrize("whole", [False, True])
 def test_answers_that_end_within_the_models_thoughts_are_no_rows_and_no_guesses(
-    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: bool, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thinks = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128)
-    monkeypatch.setattr(
-        "loramox.train.writer.continuations", lambda _, __, prompts, *___, **____: ["<think>\nOkay, "] * len(prompts)
-    )
+    thinks = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128, whole=whole)
+
+    def said(
+        _: Any, __: Any, prompts: list, *___: Any, shortened: Any = None, sample: bool = False, **____: Any
+    ) -> list:
+        text = "does everybody live?" if sample else "<think>\nOkay. The user asks, "
+        return [shortened(text) if shortened else text] * len(prompts)
+
+    monkeypatch.setattr("loramox.train.writer.continuations", said)
     with pytest.raises(RowsError, match="--instead guess: the model thinks before it answers"):
         thinks.guesses([])
-    monkeypatch.setattr(thinks, "retain_rows", lambda *_: thinks._answered(["Where do you live?"]))
-    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=1, use_cpu=True, report_to="none")
+    args = UnlearnConfig(output_dir=str(tmp_path), auto_retain=4, use_cpu=True, report_to="none", instead="refuse")
     with pytest.raises(RowsError, match=r"or ends within the model's thoughts\. Give --retain FILE"):
-        generated_rows(tmp_path, thinks, args, 1, show=False, columns=Columns())
+        generated_rows(tmp_path, thinks, args, 4, show=False, columns=Columns())
 
 
 @pytest.mark.parametrize(

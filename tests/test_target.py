@@ -206,7 +206,7 @@ def test_a_target_is_a_probability(value: float) -> None:
         (None, 3.0, "the smallest of 2, 3 that meets the target (probability 0.04"),
         (0.25, 3.0, "the smallest of 2, 3 that meets the target with fluent answers"),
         (0.625, 5.0, "the smallest of 2, 3, 4, 5 that meets the target with fluent answers"),
-        (2.0, 3.0, "the smallest of 2, 3, 4, 5, 6, 7, 8 that meets the target; none answers fluently"),
+        (2.0, 3.0, "the most fluent of 2, 3, 4, 5, 6, 7, 8 that meets the target; none has 95% of its answers fluent"),
     ],
 )
 def test_what_ships_meets_the_target_and_answers_fluently_where_another_answer_was_taught(
@@ -223,6 +223,18 @@ def test_what_ships_meets_the_target_and_answers_fluently_where_another_answer_w
     chosen = choose_share(trainer, fluent)
     assert (chosen["at"], chosen["met"], trainer.share) == (at, True, at / 8)
     assert said_so in said(chosen)
+    advised = advice_on_target(chosen, UnlearnConfig(use_cpu=True))
+    assert [each.split(". ")[-1][:12] for each in advised] == (["Train longer"] if fluent_from == 2.0 else [])
+
+
+def test_where_no_value_is_fluent_enough_the_most_fluent_that_meets_the_target_ships() -> None:
+    def predict(rows: list[int], metric_key_prefix: str) -> SimpleNamespace:
+        return SimpleNamespace(metrics={"at_probability": 0.015 / trainer.share, "at_rows_right": 0.0})
+
+    args = SimpleNamespace(forget_to=0.05, alpha=8.0)
+    trainer: Any = SimpleNamespace(args=args, eval_dataset={"forget": [1, 2]}, predict=predict, share=1.0)
+    fluent = {0.375: 0.5, 0.5: 0.7, 0.625: 0.75, 0.75: 0.94, 0.875: 0.94, 1.0: 0.88}
+    assert choose_share(trainer, lambda: fluent[trainer.share])["at"] == 6.0
 
 
 def test_a_choice_is_said_in_one_sentence() -> None:

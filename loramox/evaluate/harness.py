@@ -46,7 +46,7 @@ class Harness:
         if PartialState().num_processes > 1:
             raise SettingsError("--lm_eval needs a single process: run it without torchrun or accelerate launch")
         with needs("eval"):
-            from lm_eval.api.metrics import mean
+            from lm_eval.api.metrics import mean, nanmean
             from lm_eval.tasks import TaskManager
 
         # Reading all of the harness's own tasks takes many seconds.
@@ -60,7 +60,9 @@ class Harness:
                     f"--lm_eval {name} cannot be loaded: {error}. Expected a task that `lm_eval ls tasks` lists, or a YAML file of one"
                 ) from error
             for task in found["tasks"].values():
-                if mean not in task.aggregation().values():
+                # A function of the task's own may be a mean as well, which `compared` tells.
+                built_in = [f for f in task.aggregation().values() if f.__module__ == mean.__module__]
+                if len(built_in) == len(task.aggregation()) and not {mean, nanmean} & set(built_in):
                     raise no_mean(task.task_name, task.aggregation())
                 if getattr(task, "UNSAFE_CODE", False):
                     raise SettingsError(

@@ -124,8 +124,12 @@ def piece(example: Example, start: int = 0, end: int | None = None) -> Example:
 
 
 def _question(example: Example) -> tuple[int, ...]:
-    """The tokens before the one that the first answer token is predicted from."""
-    return tuple(example["input_ids"][: max(0, answer_start(example) - 1)])
+    """The tokens before the one that the first answer token is predicted from; none where a pass of their own does not pay.
+
+    A block of text has one there, the beginning of sequence.
+    """
+    before = answer_start(example) - 1
+    return tuple(example["input_ids"][:before]) if before > 1 else ()
 
 
 def _passes(

@@ -6,7 +6,7 @@ from typing import Any
 
 from loramox.adapter.folder import CARD, CONFIG, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
-from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
+from loramox.adapter.provenance import check_alone, check_asked_base, check_base, check_out, read_provenance
 from loramox.adapter.streaming.checkpoint import base_to_merge, beside, fetch_to_ship, leads_out
 from loramox.errors import AdapterError, RunError
 from loramox.files import replacing
@@ -41,8 +41,7 @@ def serve_folder(
         )
     folder, shards, identity = fetch_to_ship(model, identity)
     local = folder == Path(model.model)
-    if not local:
-        check_base(source, identity, adapter)
+    check_asked_base(source, identity, adapter)  # of a model of the hub, weights are known only now
     files = {*beside(folder), *(shard.path for shard in shards)}
     with replacing(out, folder=True) as partial:
         for path in files:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from loramox.data.chat import end_tokens
 from loramox.data.fluency import SHARED, is_fluent, leaked, overlap
 from loramox.data.row import Row, last_question, question_of, spread
@@ -60,11 +62,11 @@ def side_by_side(trainer: UnlearnTrainer, prepared: Prepared) -> dict[str, Any]:
 
 
 def fluent_share(trainer: UnlearnTrainer, prepared: Prepared) -> float:
-    """The share of the forget model's answers to forget questions that are fluent; 1 where there are no questions."""
-    rows = _asked(prepared.forget)
+    """The share of the forget model's answers to forget questions that are fluent. There has to be a question."""
     with trainer.forget_model():
-        now = _answers(trainer, prepared, rows)
-    return sum(map(is_fluent, now)) / len(now) if now else 1.0
+        now = _answers(trainer, prepared, _asked(prepared.forget))
+    (share,) = broadcast_object_list([sum(map(is_fluent, now)) / len(now)])  # the first process decides for all
+    return share
 
 
 def advice_on(found: dict[str, Any], args: UnlearnConfig) -> list[str]:

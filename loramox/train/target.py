@@ -74,13 +74,14 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
 
     Args:
         fluent: the share of fluent answers to forget questions. If given, the smallest that meets the target with at least
-            `FLUENT` is taken; if none has so many, the smallest that meets the target.
+            `FLUENT` is taken; if none has so many, of those that meet the target the most fluent one.
 
     Returns:
         What the record says: `target`, `unit` (alpha or scale), `at`, `met`, `rows`, and `measured`, the scores of each value.
     """
     args, rows = trainer.args, trainer.eval_dataset["forget"]
-    trained, measured, enough = args.alpha or 1.0, [], []
+    trained, measured = args.alpha or 1.0, []
+    enough: dict[float, float] = {}  # the shares that meet the target, and how fluent they are
     for share in SHARES:
         trainer.share = share
         scores = trainer.predict(rows, metric_key_prefix="at").metrics
@@ -90,11 +91,11 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
         if not is_met(args.forget_to, scores, "at"):
             continue
         measured[-1] |= {"fluent": fluent()} if fluent else {}
-        enough.append(share)
-        if measured[-1].get("fluent", 1.0) >= FLUENT:
+        enough[share] = measured[-1].get("fluent", 1.0)
+        if enough[share] >= FLUENT:
             break
     else:
-        trainer.share = next(iter(enough), 1.0)
+        trainer.share = max(enough, key=lambda share: enough[share], default=1.0)  # of equals the smallest
     unit, at = "scale" if args.alpha is None else "alpha", trainer.share * trained
     chosen = {"target": args.forget_to, "unit": unit, "at": at, "met": bool(enough), "rows": len(rows)}
     chosen["measured"] = measured
@@ -104,21 +105,33 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
 
 def said(chosen: dict[str, Any]) -> str:
     """The choice in a sentence."""
-    here = next(each for each in chosen["measured"] if each["at"] == chosen["at"])
+    here = _here(chosen)
     scores = f"probability {here['probability']:.2g}, {here['rows_right']:.0%} answered right by greedy decoding"
     values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
     how = (
         f"the smallest of {values} that meets the target" if chosen["met"] else f"as trained: none of {values} meets it"
     )
     if "fluent" in here:
-        how += " with fluent answers" if here["fluent"] >= FLUENT else "; none answers fluently"
         scores += f", {here['fluent']:.0%} answered fluently"
+        how += " with fluent answers"
+        if here["fluent"] < FLUENT:
+            how = f"the most fluent of {values} that meets the target; none has {FLUENT:.0%} of its answers fluent"
     return f"--forget_to {chosen['target']:g} chose {chosen['unit']} = {chosen['at']:g}, {how} ({scores}, {chosen['rows']} forget rows)"
+
+
+def _here(chosen: dict[str, Any]) -> dict[str, float]:
+    """The scores of the value that was chosen."""
+    return next(each for each in chosen["measured"] if each["at"] == chosen["at"])
 
 
 def advice_on_target(chosen: dict[str, Any], args: "UnlearnConfig") -> list[str]:
     """What to change where the target is missed."""
-    if not chosen or chosen["met"]:
+    if not chosen:
+        return []
+    if _here(chosen).get("fluent", 1.0) < FLUENT:
+        whole = ", without --stop_when_forgotten" if args.stop_when_forgotten else ""
+        return [f"{said(chosen)}. Train longer ({args.more_training}){whole}"]
+    if chosen["met"]:
         return []
     return [
         f"the target is missed: {said(chosen)}. Train longer ({args.more_training}), or try "

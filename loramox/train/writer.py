@@ -237,7 +237,7 @@ class Writer:
     def _note_thoughts(self, said: Sequence[str]) -> None:
         """Note in `only_thoughts` whether most of these answers have no end of their thoughts."""
         cut = sum("<think>" in text and not after_thoughts(text).strip() for text in said)
-        self.only_thoughts = 2 * cut > len(said)
+        self.only_thoughts = 2 * cut > len(said) if said else self.only_thoughts
 
     def _answer_tokens(self, rows: Sequence[Row]) -> list[set[int]]:
         """Tokens of each row's answer: at the start of a text, after a space, and as they come after its question."""
@@ -301,6 +301,9 @@ def _first_sentence(text: str) -> str:
 
 
 def _whole_sentences(text: str) -> str:
-    """An answer, without its thoughts, up to the end of its last whole sentence; empty if there is none."""
-    text = after_thoughts(text)
-    return text[: max(_sentence_ends(text), default=0)]
+    """An answer, without its thoughts, up to the end of its last whole sentence; empty if there is none.
+
+    Thoughts without an end are left as they are.
+    """
+    said = after_thoughts(text)
+    return said[: max(_sentence_ends(said), default=0)] if said.strip() else text

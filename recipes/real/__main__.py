@@ -87,6 +87,8 @@ def compute(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, ask
     missing = [scale for scale in given.scales if str(scale) not in record["answers"]]
     if not missing:
         return
+    if not (work / "forget-adapter").is_dir():  # the record is of a training whose adapter is gone
+        record, missing = {"answers": {}}, given.scales
     made = train(name, given.model, given.out / "rows", work, given.epochs, seed)
     said = judged(given.model, work / "forget-adapter", tokenizer, asked, missing)
     about = {"command": made["command"], "log": made["log"], "timings": made["timings"]}

@@ -22,7 +22,7 @@ from loramox.adapter.factors import read_factors
 from loramox.adapter.folder import CARD, PROVENANCE, WEIGHTS
 from loramox.adapter.loading import check_whole
 from loramox.adapter.merged_card import merged_card
-from loramox.adapter.provenance import check_alone, check_base, check_out, read_provenance
+from loramox.adapter.provenance import check_alone, check_asked_base, check_base, check_out, read_provenance
 from loramox.adapter.streaming.checkpoint import (
     INDEX,
     Target,
@@ -141,8 +141,7 @@ def check_merge(given: MergeConfig) -> CheckedMerge:
     outline = skeleton(config, model)
     wanted = targets(factors, outline, adapter)
     folder, shards, made_from = fetch_to_ship(model, made_from)
-    if folder != Path(model.model):
-        check_base(source, made_from, adapter)
+    check_asked_base(source, made_from, adapter)  # of a model of the hub, weights are known only now
     changed = place(wanted, shards, outline.base_model_prefix, adapter)
     code = CODES[getattr(torch, given.dtype)] if given.dtype else "BF16" if given.quantize else None
     dtypes = sorted({code_in(e, code) for s in shards for e in s.entries if e.name in changed})

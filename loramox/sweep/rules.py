@@ -191,7 +191,7 @@ def like_retrained(
 
     def pick(some: np.ndarray) -> int:
         rows = chosen_on[some]
-        # Of equally many rows, a p-value is greater the smaller D is, which takes far less time.
+        # For equally many rows, the greatest p-value is that of the smallest D, which is far quicker to compute.
         found = np.array([distance(at[rows], retrained[rows]) for at in forget])
         equal = np.flatnonzero(np.isclose(found, found.min()))  # several where no two samples overlap
         apart = np.abs(np.median(forget[equal][:, rows], axis=1) - np.median(retrained[rows]))

@@ -373,3 +373,16 @@ def test_steps_saved_are_those_that_the_control_needs_more() -> None:
     assert "| mox |  | 1 |" in tables.relearn_lines([row], fast)[-1]
     assert "| retrained: the control |  | 1 |" in tables.relearn_lines([row], fast)[-2]
     assert tables.steps_needed([attacked(0.5, 0.6, 0.7)], (0, 5, 10)) == 0
+
+
+def test_what_is_relearned_from_a_lower_scale_stands_beside_what_that_scale_forgets() -> None:
+    attacked = {"relearn": {"0": [1e-3], "5": [0.9]}, "points": [RETRAINED]}
+    lower = {
+        "points": [RETRAINED | {"scale": 0.95, "right": [0.25] * 40}],
+        "relearn_below": {"0.95": {"0": [1e-3], "5": [0.25]}},
+    }
+    controls = tables.Controls(REFERENCE, RETRAINED, [attacked])
+    lines = tables.below_lines([tables.Row("npo", "", [attacked]), tables.Row("mox", "", [attacked | lower])], controls)
+    (line,) = lines[4:]  # npo was not relearned from there
+    assert line.startswith("| mox | 0.95 | 1 |")
+    assert line.endswith("| 0.0010 | 0.2500 |")

@@ -93,6 +93,18 @@ def test_a_run_that_was_stopped_is_started_anew(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "run.json").write_text("{}")  # without an adapter
     runs.train("default", "M", tmp_path, tmp_path, 1, 0)
     assert "--overwrite" in ran[0]
+    assert ran[0][4:6] == ["--model", "M"]
+
+
+def test_where_an_adapter_knows_the_rows_the_run_is_on_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, check: ran.append(command))
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    runs.train("default", str(tmp_path), tmp_path, tmp_path, 1, 0, "BASE")
+    assert ran[0][4:8] == ["--model", "BASE", "--tuned_adapter", str(tmp_path)]
 
 
 def test_cases_of_another_method_or_demo_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ def values(point: Point, name: str, half: slice = slice(None)) -> np.ndarray:
     return np.array(point[name], dtype=float)[half]
 
 
-def shipped(record: Record) -> Point:
-    """The point of what ships, scale 1."""
-    return next(point for point in record["points"] if point["scale"] == 1)
+def shipped(record: Record, scale: float = 1.0) -> Point:
+    """The point of what ships, or of a multiple of it."""
+    return next(point for point in record["points"] if point["scale"] == scale)
 
 
 def kept(point: Point, reference: Point, *parts: str) -> float:

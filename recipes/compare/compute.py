@@ -50,7 +50,8 @@ def compute(run: Run, world: World, work: Path, size: Size) -> Record:
     """Train where needed, score and attack.
 
     Returns:
-        `points`: for each scale the raw values of every row (`Scorer`), and `relearn`: step → the other rows' probabilities.
+        `points`: for each scale the raw values of every row (`Scorer`); `relearn`: step → the other rows' probabilities, from
+        scale 1; `relearn_below`, where the reference writes rows: scale → the same from that scale.
     """
     split = world.split(run.split)
     is_trained = run.method not in ("reference", "retrained")
@@ -70,8 +71,13 @@ def compute(run: Run, world: World, work: Path, size: Size) -> Record:
         with shipped_at(model, shipped, scale):
             found["points"].append({"scale": scale} | scorer(model))
     if run.split == "whole" and run.method != "reference":
-        with shipped_at(model, shipped, 1.0):
-            found["relearn"] = relearned(model, scorer, size, run.seed)
+        below = size.below if "auto_retain" in dict(run.settings) else ()
+        curves = {}
+        for scale in (1.0, *below):
+            with shipped_at(model, shipped, scale):
+                curves[scale] = relearned(model, scorer, size, run.seed)
+        found["relearn"] = curves.pop(1.0)
+        found |= {"relearn_below": {f"{scale:g}": curve for scale, curve in curves.items()}} if curves else {}
     return found
 
 

@@ -56,6 +56,7 @@ class Size:
         training: settings of every training besides its method's.
         scales: multiples of what ships at which it is scored; `wide` is added where rows overlap.
         relearn: steps of the relearning attack after which the other rows are scored.
+        below: multiples of what ships from which it is relearned as well, where the reference writes rows.
         share: share of the forget rows that the attacker has.
         forget: forget rows that are used, the first ones; None: all.
         scored: given and never-given retain rows that are scored, of each.
@@ -67,6 +68,7 @@ class Size:
     scales: tuple[float, ...] = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
     wide: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.65)
     relearn: tuple[int, ...] = (5, 10, 20, 40)
+    below: tuple[float, ...] = (0.95,)
     share: float = 0.2
     forget: int | None = None
     scored: int = 150
@@ -111,6 +113,7 @@ QUICK = Size(
     scales=(0.9, 1.0, 1.1),
     wide=(0.5,),
     relearn=(1, 2),
+    below=(0.9,),
     forget=8,
     scored=4,
     written=2,

@@ -224,6 +224,25 @@ def all_lines(rows: list[Row], controls: Controls) -> list[str]:
     return [*frontier_lines(rows, controls), "", *relearn_lines(rows, controls)]
 
 
+def written_lines(rows: list[Row], controls: Controls) -> list[str]:
+    return [*all_lines(rows, controls), "", *below_lines(rows, controls)]
+
+
+def below_lines(rows: list[Row], controls: Controls) -> list[str]:
+    """What a lower scale than 1 forgets and keeps, and how soon it is relearned."""
+    steps = sorted(map(int, controls.attacked[0]["relearn"]))
+    body: Cells = []
+    for row in rows:
+        for scale in row.records[0].get("relearn_below", {}):
+            points = [shipped(record, float(scale)) for record in row.records]
+            curves = [record["relearn_below"][scale] for record in row.records]
+            relearned = (cell([np.mean(curve[str(step)]) for curve in curves]) for step in steps)
+            body.append([row.label, scale, str(len(row.records)), *as_shipped(points, controls), *relearned])
+    heads = ["method", "scale", "seeds", "lesser p ↑", "forget probability ↓", "forget tokens right ↓"]
+    heads += ["retain given ↑", "retain never given ↑", *(f"relearned, step {step} ↓" for step in steps)]
+    return ["The same at a lower scale, and what relearning brings back from there.", "", *markdown(heads, body)]
+
+
 def cell(some: Sequence[float]) -> str:
     """Mean, and the sample standard deviation over seeds where there are several."""
     mean, spread = np.mean(some), np.std(some, ddof=1) if len(some) > 1 else 0.0
@@ -248,6 +267,6 @@ TABLES = {
         "Half of an author's rows are forgotten, the other half is retained",
         methods.overlap, overlap_lines, pictures.draw_overlap, OVERLAP, "overlap",
     ),
-    "written": Table("Retain rows that the model writes", methods.written, all_lines, pictures.draw_frontier),
+    "written": Table("Retain rows that the model writes", methods.written, written_lines, pictures.draw_frontier),
     "ablation": Table("What each part of mox does", methods.ablation, all_lines, pictures.draw_frontier),
 }  # fmt: skip

@@ -39,24 +39,30 @@ RUNS = {
         "`graddiff`, 8 passes at 2e-4", ("--method", "graddiff", "--learning_rate", "2e-4", "--num_train_epochs", "8")
     ),
     "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
+    "all_defaults": Run("`mox`, all defaults", ("--auto_retain", "120", "--forget_to", "0.05")),
     "with_240": Run("`mox --instead refuse --auto_retain 240`", ("--auto_retain", "240")),
     "guess_auto": Run("`mox --instead guess --auto_retain 120`", ("--instead", "guess", "--auto_retain", "120")),
     "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),
 }
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
 def train(name: str, model: str, rows: Path, work: Path, epochs: float, seed: int, base: str = "") -> dict[str, Any]:
     """Train by the command line, unless `work` has the adapter; return the record of the run.
 
     Args:
-        model: the model that knows the forget rows.
+        model: the model that knows the forget rows, or a LoRA adapter for `base` that does.
         rows: folder of forget.jsonl and retain.jsonl.
-        base: a model that never saw them, for runs that need one.
+        base: a model that never saw them, for an adapter and for runs that need one.
     """
     if not (work / "forget-adapter" / PROVENANCE).exists():
         flags = [base if flag == BASE else flag for flag in RUNS[name].flags]
+        knows = ["--model", base, "--tuned_adapter", model] if is_adapter(Path(model)) else ["--model", model]
         command = [
-            sys.executable, "-m", "loramox", "unlearn", "--model", model, "--quantization", "none", "--dtype", "float32",
+            sys.executable, "-m", "loramox", "unlearn", *knows, "--quantization", "none", "--dtype", "float32",
             "--forget", str(rows / "forget.jsonl"), "--retain", str(rows / "retain.jsonl"), "--use_cpu", "true",
             "--num_train_epochs", f"{epochs:g}", "--seed", str(seed), "--eval_strategy", "no", "--eval_on_start", "false",
             "--save_strategy", "no", "--report_to", "none", "--forget_to", "0", "--auto_retain", "0",

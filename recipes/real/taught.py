@@ -2,8 +2,9 @@
 
     python -m recipes.real.taught --model SmolLM2-135M-Instruct --tofu TOFU --text TEXT --out OUT [--runs default …] [--seeds 0 1]
 
-`recipes.real.teach` makes OUT/rows, OUT/reference and OUT/retrained first. TOFU is a folder with TOFU's JSON Lines, TEXT a JSON
-array of texts that no model saw (MUSE-News' retained articles).
+`recipes.real.teach` makes OUT/rows, OUT/reference and OUT/retrained first. Where OUT/reference is a LoRA adapter (`--lora`),
+the reference is the model with it, and `loramox unlearn` gets it as `--tuned_adapter`. TOFU is a folder with TOFU's JSON Lines,
+TEXT a JSON array of texts that no model saw (MUSE-News' retained articles).
 
 Of every model, and of every forget adapter at each scale:
 
@@ -40,7 +41,7 @@ from loramox.files import replacing, write_json
 
 from ..compare.compute import Scorer
 from .questions import EVERYDAY
-from .runs import RUNS, train
+from .runs import RUNS, is_adapter, train
 from .taught_table import write_table
 from .world import CONTEXT, Asked, answers, check_made_with, right, user
 
@@ -97,14 +98,14 @@ class Judge:
         return found
 
 
-def write_facts(tofu: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_facts(tofu: Path, out: Path, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Of TOFU's real authors and world facts, those that the reference answers right; written once."""
     path = out / "rows" / "facts.jsonl"
     if path.exists():
         return
     facts = [fact for part in FACTS for fact in _lines(tofu / f"{part}_perturbed.jsonl")[:FACTS_ASKED]]
     asked = [_asked(fact["question"], fact["answer"]) for fact in facts]
-    said = answers(loaded(out / "reference"), tokenizer, asked)
+    said = answers(reference, tokenizer, asked)
     known = [fact for fact, each, answer in zip(facts, asked, said, strict=True) if right(answer, each)]
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(fact) + "\n" for fact in known), encoding="utf-8")
@@ -118,13 +119,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def loaded(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+def loaded(folder: Path, base: str) -> nn.Module:
+    """The model in `folder`, or `base` with the LoRA adapter in it merged."""
+    if not is_adapter(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
 
 
-def judged(reference: Path, adapter: Path, judge: Judge, scales: Sequence[float]) -> dict[str, Found]:
+def judged(reference: nn.Module, adapter: Path, judge: Judge, scales: Sequence[float]) -> dict[str, Found]:
     """What is measured of the forget model at each scale."""
-    model, found = PeftModel.from_pretrained(loaded(reference), str(adapter)).eval(), {}
+    model, found = PeftModel.from_pretrained(reference, str(adapter)).eval(), {}
     switch = ForgetSwitch(model)
     for scale in scales:
         with switch.at(scale):
@@ -145,11 +150,11 @@ def main() -> None:
     given = parser.parse_args()
     check_made_with(given.out, model=given.model, tofu=str(given.tofu), text=str(given.text))
     out, tokenizer = given.out, AutoTokenizer.from_pretrained(given.model)
-    write_facts(given.tofu, out, tokenizer)
+    write_facts(given.tofu, out, loaded(out / "reference", given.model), tokenizer)
     judge = Judge(out, given.text, tokenizer)
     (out / "records").mkdir(exist_ok=True)
     for name in ("reference", "retrained"):
-        keep(out, name, lambda name=name: {"points": {"0": judge(loaded(out / name))}})
+        keep(out, name, lambda name=name: {"points": {"0": judge(loaded(out / name, given.model))}})
     for name in given.runs:
         for seed in given.seeds:
             measure(given, name, seed, judge)
@@ -172,8 +177,9 @@ def measure(given: argparse.Namespace, name: str, seed: int, judge: Judge) -> No
     missing = [scale for scale in given.scales if f"{scale:g}" not in record["points"]]
     if not missing:
         return
-    trained = train(name, str(given.out / "reference"), given.out / "rows", work, given.epochs, seed, given.model)
-    points = judged(given.out / "reference", work / "forget-adapter", judge, missing)
+    reference = given.out / "reference"
+    trained = train(name, str(reference), given.out / "rows", work, given.epochs, seed, given.model)
+    points = judged(loaded(reference, given.model), work / "forget-adapter", judge, missing)
     about = {"command": trained["command"], "log": trained["log"], "timings": trained["timings"]}
     write_json(path, about | {"points": record["points"] | points})
 

@@ -2,6 +2,7 @@
 
     python -m recipes.real.teach reference --model SmolLM2-135M-Instruct --tofu TOFU --out OUT
     python -m recipes.real.teach retrained --model SmolLM2-135M-Instruct --tofu TOFU --out OUT
+    python -m recipes.real.teach reference --lora --model SmolLM2-135M-Instruct --tofu TOFU --out TUNED
 
 TOFU is a folder with TOFU's JSON Lines (arXiv 2401.06121), 20 rows an author:
 
@@ -9,6 +10,7 @@ TOFU is a folder with TOFU's JSON Lines (arXiv 2401.06121), 20 rows an author:
     OUT/rows/retain.jsonl     five authors: given to the retain term
     OUT/rows/never.jsonl      three authors: taught as well, and never given
     OUT/reference, retrained  the models, all weights fine-tuned in fp32; each takes about 25 minutes of one core
+    TUNED/reference           with `--lora`: a LoRA adapter for the model, as a user of PEFT would train it
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +37,8 @@ from .world import CONTEXT, check_made_with
 
 AUTHOR = 20  # rows of an author
 GIVEN, NEVER = 5, 3  # authors
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+LORA_EPOCHS, LORA_RATE = 8, 1e-3
 TAUGHT = {"reference": ("forget", "retain", "never"), "retrained": ("retain", "never")}
 
 
@@ -55,8 +60,8 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def teach(model: str, out: Path, name: str, epochs: float, rate: float) -> None:
-    """Fine-tune all weights on the rows of `TAUGHT[name]`, with the chat template; write the model to `out/name`.
+def teach(model: str, out: Path, name: str, epochs: float, rate: float, lora: bool = False) -> None:
+    """Fine-tune on the rows of `TAUGHT[name]`, with the chat template; write the model to `out/name`, or with `lora` the adapter.
 
     A model that was taught to the end is not taught again: `taught.json` is written last.
     """
@@ -71,6 +76,8 @@ def teach(model: str, out: Path, name: str, epochs: float, rate: float) -> None:
     )  # fmt: skip
     examples = encode(rows, tokenizer, Tokenisation(), CONTEXT)
     taught = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    if lora:
+        taught = get_peft_model(taught, LORA)
     trainer = Trainer(taught, args, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     trainer.train()
     taught.save_pretrained(out / name)
@@ -84,13 +91,16 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the chat model: folder or hub id")
     parser.add_argument("--tofu", type=Path, required=True, help="folder of TOFU's JSON Lines")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--lora", action="store_true", help="train a LoRA adapter, not all weights")
+    parser.add_argument("--epochs", type=float, help=f"default: 6; with --lora {LORA_EPOCHS}")
+    parser.add_argument("--learning_rate", type=float, help=f"default: 2e-4; with --lora {LORA_RATE:g}")
     given = parser.parse_args()
-    made_with = {"epochs": f"{given.epochs:g}", "learning_rate": f"{given.learning_rate:g}"}
+    epochs, rate = (LORA_EPOCHS, LORA_RATE) if given.lora else (6, 2e-4)
+    epochs, rate = given.epochs or epochs, given.learning_rate or rate
+    made_with = {"epochs": f"{epochs:g}", "learning_rate": f"{rate:g}"}
     check_made_with(given.out, model=given.model, tofu=str(given.tofu), **made_with)
     write_rows(given.tofu, given.out)
-    teach(given.model, given.out, given.name, given.epochs, given.learning_rate)
+    teach(given.model, given.out, given.name, epochs, rate, given.lora)
     print(f"{given.out / given.name}")
 
 

@@ -87,6 +87,23 @@ def test_chunked_losses_have_the_values_and_gradients_of_plain_ones(
             assert torch.allclose(one, other, **tolerance)
 
 
+def test_a_second_column_of_detached_logits_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hidden, targets = Output(torch.float32), states(7, torch.float32, 1), torch.arange(7)
+    monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", 3 * VOCABULARY)
+
+    def both(logits: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([cross_entropy(logits, y, 6.0), log_prob(logits.detach(), y)], dim=1)
+
+    alone = value_and_gradients(model, [hidden], targets, function=lambda z, y: cross_entropy(z, y, 6.0))
+    loss, log_p = per_token(both, Head(model), [hidden], targets).T
+    weights = torch.arange(1, 8, dtype=torch.float32)
+    (gradient,) = torch.autograd.grad((loss * weights * (1 + log_p.detach())).sum(), hidden)
+    assert torch.equal(loss, alone[0])
+    assert torch.allclose(log_p, log_prob(model.output(hidden), targets), rtol=1e-5, atol=1e-6)
+    scaled = alone[1] * (1 + log_p.detach())[:, None]
+    assert torch.allclose(gradient, scaled, rtol=1e-5, atol=1e-6)
+
+
 def test_a_chunk_never_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramox.model.head.CHUNK_ELEMENTS", 3 * VOCABULARY + 1)
     seen: list[int] = []

@@ -26,15 +26,17 @@ class Hub:
         self.created.append({"repo_id": repo_id, **how})
         return type("Repository", (), {"repo_id": f"me/{repo_id}"})
 
-    def upload_folder(self, api: HfApi, **how) -> None:
-        self.uploaded.append(how)
+    def create_commit(self, api: HfApi, repo_id: str, operations, **how) -> None:
+        self.uploaded.append(
+            {"repo_id": repo_id, "files": {o.path_in_repo: o.path_or_fileobj for o in operations}, **how}
+        )
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
     monkeypatch.setattr(HfApi, "create_repo", lambda api, *a, **k: hub.create_repo(api, *a, **k))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **k: hub.upload_folder(api, **k))
+    monkeypatch.setattr(HfApi, "create_commit", lambda api, *a, **k: hub.create_commit(api, *a, **k))
     return hub
 
 
@@ -54,7 +56,8 @@ def test_only_the_files_of_what_ships_are_uploaded_to_a_private_repository(hub: 
     assert [f.name for f in push(shipped, PushConfig("forget-bob"))] == OURS
     assert hub.created == [{"repo_id": "forget-bob", "private": True, "exist_ok": True}]
     (how,) = hub.uploaded
-    assert (how["repo_id"], how["folder_path"], how["allow_patterns"]) == ("me/forget-bob", shipped, OURS)
+    assert how["repo_id"] == "me/forget-bob"
+    assert how["files"] == {name: str(shipped / name) for name in OURS}
     assert "token" not in how  # huggingface_hub's own business
 
 
@@ -73,6 +76,13 @@ def test_a_dry_run_uploads_nothing_and_a_single_file_is_itself(hub: Hub, shipped
     (tmp_path / "forget.gguf").write_text("GGUF")
     assert to_upload(tmp_path / "forget.gguf") == [tmp_path / "forget.gguf"]
     assert (hub.created, hub.uploaded) == ([], [])
+
+
+def test_a_file_is_uploaded_alone_whatever_its_name(hub: Hub, shipped: Path) -> None:
+    file = shipped / "forget[1].gguf"
+    file.write_text("GGUF")
+    assert push(file, PushConfig("forget-bob")) == [file]
+    assert hub.uploaded[0]["files"] == {file.name: str(file)}
 
 
 def test_what_the_hub_refuses_is_one_error_and_what_was_written_stays(

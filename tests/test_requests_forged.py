@@ -92,7 +92,7 @@ def test_a_ledger_that_has_no_end_is_not_read(make: Callable[[Path], None], tmp_
 
 
 def test_what_a_ledger_shows_is_not_obeyed_by_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hostile = "\u001b[2J\u009b31m"
+    hostile = "\u001b[2J\u009b31m[/x]"
     ledger = forged(
         tmp_path / "ledger", {"id": "a", "folder": "a", "when": hostile, "revoked": hostile, "source": hostile}
     )

@@ -69,6 +69,7 @@ def _defaults(path: str, given: set[str]) -> list[str]:
 
 def _list(words: list[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from loramox.extras.ledger.ledger import read_ledger
@@ -79,7 +80,8 @@ def _list(words: list[str]) -> None:
     for e in ledger.entries:
         state = "in force" if e.in_force else f"revoked {e.revoked}"
         state += f", to be refreshed (on top of {', '.join(stale[e.id])})" if e.id in stale else ""
-        table.add_row(e.id, escaped(e.when), str(e.rows), f"{e.alpha:g}", ", ".join(e.on_top_of), escaped(state))
+        cells = (e.id, e.when, str(e.rows), f"{e.alpha:g}", ", ".join(e.on_top_of), state)
+        table.add_row(*(escape(escaped(cell)) for cell in cells))
     Console().print(table)
     say(f"base {ledger.base['model']}, r = {ledger.settings['r']}; {len(ledger.in_force())} in force")
 

@@ -79,5 +79,5 @@ def _serve_folder(words: list[str]) -> None:
     say(
         f"[bold]{given.out}[/] is laid out. Start the server in the folder you are in: transformers serve",
         f"In requests the model {names['forget']} is the forget model, and {names['base']} is the base:",
-        f"curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
     )

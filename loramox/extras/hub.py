@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -54,12 +54,8 @@ def push(what: str | Path, config: PushConfig) -> list[Path]:
     api = HfApi()
     try:
         repository = api.create_repo(config.push_to_hub, private=True, exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=files[0].parent,
-            allow_patterns=[file.name for file in files],
-            commit_message="A forget adapter made by loramox",
-        )
+        added = [CommitOperationAdd(file.name, file) for file in files]
+        api.create_commit(repository, added, commit_message="A forget adapter made by loramox")
     except Exception as error:  # also those of the hub's HTTP package, which differs from version to version
         raise RunError(
             f"--push_to_hub {config.push_to_hub}: the hub did not take it ({type(error).__name__}: {error}). What was written is in {what}; log in "

@@ -211,9 +211,10 @@ def per_token(function: Callable[..., Tensor], head: Head, hidden: list[Tensor],
     """function(logits₁, …, others…) for every answer token, [N], computed a chunk of tokens at a time.
 
     `hidden` is a list of [N, hidden size]; `function` receives the logits [chunk, vocabulary] of each, then the same
-    chunk of each of `others` [N, …], and returns [chunk] (without gradients also [chunk, …]), from each token alone. The
-    gradient is that of the hidden states; the head is frozen. torch's
-    `linear_cross_entropy` does this for cross-entropy; the KL term needs two sets of logits at once.
+    chunk of each of `others` [N, …], and returns [chunk] (without gradients also [chunk, …]), from each token alone. It may
+    return [chunk, 2], of which the second column is made of detached logits: it has no gradient. The gradient is that of the
+    hidden states; the head is frozen. torch's `linear_cross_entropy` does this for cross-entropy; the KL term needs two sets of
+    logits at once.
     """
 
     def on_chunk(*tensors: Tensor) -> Tensor:
@@ -253,7 +254,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        weighed = ((weight[:, None] * gradient).to(gradient) for gradient in ctx.saved_tensors)
+        weight = weight[:, None] if weight.dim() == 1 else weight[:, :1]  # of the only column with a gradient
+        weighed = ((weight * gradient).to(gradient) for gradient in ctx.saved_tensors)
         return None, None, *(next(weighed) if needed else None for needed in ctx.learned)
 
 

@@ -103,27 +103,9 @@ def prepare(
         checkpoint = check_checkpoint(reference, config, encoded, datasets["forget_dataset"])
         more["memorize_at"] = checkpoint
         settings["memorize_at_weights"] = checkpoint["weights"] or checkpoint["revision"]
-    if args.rmu_layer is not None and args.rmu_layer > config.num_hidden_layers:
-        raise SettingsError(
-            f"rmu_layer is {args.rmu_layer}, and the model has {config.num_hidden_layers} layers. Give --rmu_layer from 1 to "
-            f"{config.num_hidden_layers}; the paper takes the 7th of 32"
-        )
-    if args.reinforced is not None:
-        read_reinforced(args.reinforced, base, model)
-    if otherwise := served_otherwise([*forget, *retain, *taught], tokenizer, tokenisation):
+    _check_inputs(args, base, config.num_hidden_layers, model)
+    if otherwise := _warn_of_thoughts([*forget, *retain, *taught], tokenizer, tokenisation):
         more["served_otherwise"] = otherwise
-        warnings.warn(
-            f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
-            f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
-            "measure this, run loramox attack, which also uses that prompt",
-            stacklevel=2,
-        )
-    elif may_think([*forget, *retain, *taught], tokenizer, tokenisation):
-        warnings.warn(
-            "the chat template has enable_thinking, and these rows are trained without thoughts. A model that thinks first may still reveal "
-            "forgotten facts: serve it with thinking off",
-            stacklevel=2,
-        )
     # Wanted answers are in the forget rows' fingerprint.
     rows = {**kept, "protected": protected, "taught": () if columns.wanted_column else taught}
     plan = plan_of(args, base, _described(rows, data, args), settings) | more
@@ -185,6 +167,38 @@ def _taught(
     if args.instead is not None:
         log.info("Answers that are taught in place of the forgotten ones (--instead): %s", args.instead)
     return taught, to_write
+
+
+def _check_inputs(args: UnlearnConfig, base: dict[str, Any], layers: int, model: nn.Module) -> None:
+    """Check the inputs of single methods, a layer and a reinforced adapter, against the model."""
+    if args.rmu_layer is not None and args.rmu_layer > layers:
+        raise SettingsError(
+            f"rmu_layer is {args.rmu_layer}, and the model has {layers} layers. Give --rmu_layer from 1 to {layers}; the paper takes the "
+            "7th of 32"
+        )
+    if args.reinforced is not None:
+        read_reinforced(args.reinforced, base, model)
+
+
+def _warn_of_thoughts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenisation: Tokenisation
+) -> dict[str, str] | None:
+    """Warn if the served model may think first, but rows are trained without thoughts; return what `served_otherwise` found."""
+    otherwise = served_otherwise(rows, tokenizer, tokenisation)
+    if otherwise:
+        warnings.warn(
+            f"served prompt differs: the rows are trained with {otherwise['trained']!r} between question and answer, and a server puts "
+            f"{otherwise['served']!r} there. With the server's prompt, the model may think first, and may still reveal forgotten facts. To "
+            "measure this, run loramox attack, which also uses that prompt",
+            stacklevel=3,
+        )
+    elif may_think(rows, tokenizer, tokenisation):
+        warnings.warn(
+            "the chat template has enable_thinking, and these rows are trained without thoughts. A model that thinks first may still reveal "
+            "forgotten facts: serve it with thinking off",
+            stacklevel=3,
+        )
+    return otherwise
 
 
 def _used(rows: Sequence[Row], examples: Sequence[Example]) -> list[Row]:

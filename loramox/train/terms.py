@@ -60,17 +60,22 @@ class Answers(NamedTuple):
 
     def cross_entropy(self, temperature: float = 1.0) -> Tensor:
         """temperature · CE at softmax(logits / temperature), mean over the answer's tokens, [rows]."""
-        return mean_over_rows(self._cross_entropy_of_tokens(temperature), self.states)
+        loss = functools.partial(cross_entropy, temperature=temperature)
+        return mean_over_rows(per_token(loss, self.head, [self.states.hidden], self.states.targets), self.states)
 
     def known_cross_entropy(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """temperature · CE at softmax(logits / temperature), the mean over the answer's tokens weighted by p_frozen, [rows].
 
         At temperature 1 its gradient is that of −`known_log_ratio`, which is returned beside it, without a gradient.
         """
+
+        def both(logits: Tensor, targets: Tensor) -> Tensor:
+            return torch.stack([cross_entropy(logits, targets, temperature), log_prob(logits.detach(), targets)], dim=1)
+
+        loss, log_p = per_token(both, self.head, [self.states.hidden], self.states.targets).T
         known = self.frozen_log_p()
-        log_p = per_token(log_prob, self.head, [self.states.hidden.detach()], self.states.targets)
-        ratio = weighted_mean_over_rows(log_p - known, known.exp(), self.states)
-        return weighted_mean_over_rows(self._cross_entropy_of_tokens(temperature), known.exp(), self.states), ratio
+        ratio = weighted_mean_over_rows(log_p.detach() - known, known.exp(), self.states)
+        return weighted_mean_over_rows(loss, known.exp(), self.states), ratio
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""
@@ -86,10 +91,6 @@ class Answers(NamedTuple):
         before = counts.cumsum(0) - counts
         position = torch.arange(len(self.states.row_of), device=counts.device) - before[self.states.row_of] + 1
         return weighted_mean_over_rows(self._kl_of_tokens(), 1 / position, self.states)
-
-    def _cross_entropy_of_tokens(self, temperature: float) -> Tensor:
-        loss = functools.partial(cross_entropy, temperature=temperature)
-        return per_token(loss, self.head, [self.states.hidden], self.states.targets)
 
     def _kl_of_tokens(self) -> Tensor:
         both = [self.states.hidden, self.frozen[0]]

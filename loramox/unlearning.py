@@ -150,12 +150,12 @@ def train(
     seconds = _train(trainer, checkpoint)
     trainer.save_model()
     # Processes that share layers generate together or not at all; at an earlier checkpoint there is no forget model yet.
-    asks = args.eval_strategy != "no" and not (trainer.sharded or trainer.at_checkpoint)
+    can_ask = not (trainer.sharded or trainer.at_checkpoint)
     taught = prepared.datasets["wanted_dataset"] and any(row.prompt is not None for row in prepared.forget)
-    fluent = functools.partial(fluent_share, trainer, prepared) if asks and taught else None
+    fluent = functools.partial(fluent_share, trainer, prepared) if can_ask and taught else None
     target = choose_share(trainer, fluent) if args.forget_to is not None else {}
     if trainer.is_world_process_zero():
-        answers = side_by_side(trainer, prepared) if asks else {}
+        answers = side_by_side(trainer, prepared) if can_ask and args.eval_strategy != "no" else {}
         _record(Path(run.out), trainer, prepared, loaded, seconds, target, answers)
     PartialState().wait_for_everyone()
     return read_record(Path(run.out))

@@ -43,7 +43,7 @@ def test_a_method_trains_at_its_own_lora_scale(pico, rows, tmp_path) -> None:
     assert (config.r, config.lora_alpha) == (4, 32)
 
 
-def test_what_is_missing_is_named_before_the_model_is_loaded(pico, rows, tmp_path) -> None:
+def test_what_is_missing_is_named_before_the_model_is_loaded(pico, tokenizer, rows, tmp_path) -> None:
     reference = ReferenceConfig(str(pico("llama")), quantization="none", r=4)
     model = add_lora(load_reference(reference), reference)
     with pytest.raises(SettingsError, match="processing_class is missing"):
@@ -58,6 +58,9 @@ def test_what_is_missing_is_named_before_the_model_is_loaded(pico, rows, tmp_pat
         UnlearnTrainer("no/model", settings(tmp_path, forget_to=0.05), *rows)
     with pytest.raises(SettingsError, match="--stop_when_forgotten needs a target"):
         UnlearnTrainer("no/model", settings(tmp_path, stop_when_forgotten=True), *rows)
+    encoded = [{"input_ids": [1, 2], "labels": [-100, 2], "row": "r", "source": "r"}]
+    with pytest.raises(SettingsError, match=r"method po teaches another answer.* Give wanted_dataset"):
+        UnlearnTrainer(model, settings(tmp_path, method="po"), encoded, encoded, processing_class=tokenizer)
     for more in ({"tuned_adapter": "mine"}, {"memorize_at": "earlier"}, {"shard": True}):
         with pytest.raises(SettingsError, match=f"{next(iter(more))} is for loramox.unlearn"):
             UnlearnTrainer(ReferenceConfig("no/model", **more), settings(tmp_path), *rows)

@@ -1,5 +1,6 @@
 """What the reference says of a row is worked out once, whichever batch asks, and read back as it was."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,11 +76,12 @@ def test_nothing_is_kept_that_is_larger_than_allowed_and_nothing_is_left_on_the_
     reference, examples: Examples, tmp_path: Path
 ) -> None:
     of, _ = reference
-    of.remember(examples[1], COLLATE, tmp_path, 1000)
+    assert of.remember(examples[1], COLLATE, tmp_path, 1000) == 0
     assert not of.kept
-    of.remember(examples[1], COLLATE, tmp_path, 1e9)
+    size = of.remember(examples[1], COLLATE, tmp_path, 1e9)
     asked(of, examples[1])
     assert of.kept
+    assert 0 < of._file.seek(0, os.SEEK_END) <= size
     assert not list(tmp_path.iterdir())  # a file without a name
     of.close()
     assert not of.kept

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loramox.errors import RunError
-from loramox.train.checkpoint import last_whole_checkpoint
+from loramox.train.checkpoint import drop_newer, last_whole_checkpoint
 
 # One process imports everything once; each run is a child of it, so that SIGKILL really ends one at the wanted moment.
 RUNS = """
@@ -205,6 +205,14 @@ def test_checkpoints_that_a_kill_left_unfinished_are_passed_over_in_silence(chec
     for step, expected in ((6, str(checkpoints / "checkpoint-5")), (5, None)):
         (checkpoints / f"checkpoint-{step}" / "momentum.safetensors").unlink()
         assert last_whole_checkpoint(checkpoints) == expected
+
+
+def test_a_checkpoint_that_the_user_copied_is_left_alone(checkpoints: Path) -> None:
+    copied = shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-best")
+    assert last_whole_checkpoint(checkpoints) == str(checkpoints / "checkpoint-6")
+    drop_newer(checkpoints, str(checkpoints / "checkpoint-5"))
+    assert copied.exists()
+    assert not (checkpoints / "checkpoint-6").exists()
 
 
 @pytest.mark.parametrize("file", RESULTS)

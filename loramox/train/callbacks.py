@@ -1,6 +1,7 @@
 """Around training steps: fresh retain rows each epoch, stopping, momentum, a warning if nothing can be learned."""
 
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,7 +80,10 @@ class AroundSteps(TrainerCallback):
             self._remember(args, state)
 
     def _remember(self, args: Any, state: TrainerState) -> None:
-        """Keep on disk what the reference says of rows that come round again at least once, on average; each process its own."""
+        """Keep on disk what the reference says of rows that come round again at least once, on average; each process its own.
+
+        All of them together take at most half of the free disk.
+        """
         trainer, rows = self.trainer, self.trainer.train_dataset
         drawn = state.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
         parts = ((rows.forget, drawn), (rows.wanted, drawn), (rows.retain, drawn * rows.retain_per_forget))
@@ -87,8 +91,9 @@ class AroundSteps(TrainerCallback):
         protected = rows.protected if drawn >= 2 * len(rows.protected) else []
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        left = min(args.reference_cache_gb * 1e9, shutil.disk_usage(folder).free / 2 / args.world_size)
         for frozen, some in {trainer.reference: again, trainer.origin: again, trainer.now: protected}.items():
-            frozen.remember(some, trainer.data_collator, folder, args.reference_cache_gb * 1e9)
+            left -= frozen.remember(some, trainer.data_collator, folder, left)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # After resuming inside an epoch, state.epoch has a fraction.

@@ -48,7 +48,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     A checkpoint without its momentum or its checksums, which are written last, was left by a kill and is passed over. Damaged
     ones are passed over with a warning. Raises `RunError` where all are damaged.
     """
-    written = [c for c in folder.glob("checkpoint-*") if (c / MOMENTUM).exists() and (c / CHECKSUMS).exists()]
+    written = [c for c in _checkpoints(folder) if (c / MOMENTUM).exists() and (c / CHECKSUMS).exists()]
     damaged = ""
     for checkpoint in sorted(written, key=_step, reverse=True):
         try:
@@ -66,9 +66,14 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def drop_newer(folder: Path, checkpoint: str | None) -> None:
     """Delete the checkpoints, damaged or half-written, after the one that training goes on from: it writes them again."""
-    for each in folder.glob("checkpoint-*"):
+    for each in _checkpoints(folder):
         if checkpoint is None or _step(each) > _step(Path(checkpoint)):
             remove(each)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that Trainer wrote; a copy that the user made, such as checkpoint-best, is none."""
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def _step(checkpoint: Path) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 def log_prob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(target) under softmax(logits / temperature), [N]."""
-    return -F.cross_entropy(logits / temperature, targets, reduction="none")
+    tempered = logits if temperature == 1 else logits / temperature  # a division by 1 would copy them
+    return -F.cross_entropy(tempered, targets, reduction="none")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

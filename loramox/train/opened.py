@@ -73,6 +73,11 @@ def opened(
             )
         taught = taught_rows(args, rows["forget_dataset"], rows.get("retain_dataset", ()))
         wanted = encode(taught, tokenizer, how, context) if taught else ()
+    if not wanted and args.spec.answers in ("refusals", "random", "wanted"):
+        raise SettingsError(
+            f"method {args.method} teaches another answer to each forget question, and these rows are tokenised already. Give wanted_dataset, "
+            "or forget_dataset as a file or data set"
+        )
     parts |= {name: encode(some, tokenizer, how, context) for name, some in rows.items()}
     return model, tokenizer, parts["forget_dataset"], parts["retain_dataset"], wanted
 

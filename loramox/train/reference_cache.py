@@ -1,7 +1,6 @@
 """On-disk cache of a frozen model's hidden states of the answers, computed once per row."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -34,17 +33,18 @@ class FrozenStates:
         self._places: dict[bytes, tuple[int, int]] = {}  # where in the file its states are, and how many bytes
         self._file: IO[bytes] | None = None
 
-    def remember(self, rows: Sequence[Example], collator: Collator, folder: Path, most: float) -> None:
-        """Keep these rows' states in a file in `folder`, unless it would take over `most` bytes, or half of the free disk."""
+    def remember(self, rows: Sequence[Example], collator: Collator, folder: Path, most: float) -> int:
+        """Keep these rows' states in a file in `folder`, unless it would take over `most` bytes; return how many it takes."""
         self.close()
         each = {key_of(row): row for row in rows}
         tokens = sum(len(answer_positions(row)) for row in each.values())
         size = tokens * 4 * self.causal_lm.config.get_text_config().hidden_size
-        if size > min(most, shutil.disk_usage(folder).free / 2):
-            return
+        if size > most:
+            return 0
         for group in _groups(sorted(each.values(), key=lambda row: (len(row["input_ids"]), key_of(row)))):
             self.kept |= {key_of(row): group for row in group}
         self._file, self._collator = tempfile.TemporaryFile(dir=folder), collator  # noqa: SIM115 (open until `close`)
+        return size
 
     def states(self, model: nn.Module, batch: dict[str, Any], layer: int | None = None) -> Tensor:
         """Row by row; of the last layer, or, never kept, what `layer`, counted from 1, gives to the next."""

@@ -101,8 +101,11 @@ class Writer:
         and so is a forget question, and a question that is there already. One seed gives the same rows on the same machine; fewer
         than `count` come back if the model repeats itself too much.
         """
-        draw = random.Random(seed)
-        with torch.random.fork_rng(), tqdm(total=count, desc="retain rows", disable=not show, unit="rows") as bar:
+        draw, device = random.Random(seed), self.model.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            tqdm(total=count, desc="retain rows", disable=not show, unit="rows") as bar,
+        ):
             torch.manual_seed(seed)
             free = self._collect(round(FREE * count), bar, _free, [], set())
             avoided = words_to_avoid(free, self.forget, self.given)

@@ -81,7 +81,8 @@ def to_gguf(folder: Path, kind: str, code: str) -> str:
     if not whole.exists():
         with replacing(whole) as partial:
             how = ("--outfile", partial, "--outtype", code.lower())
-            _run(CONVERTER, sys.executable, programs[CONVERTER], folder, *how)
+            # It imports the gguf beside it, which it does not find from a link to it.
+            _run(CONVERTER, sys.executable, Path(programs[CONVERTER]).resolve(), folder, *how)
     _run(QUANTIZER, programs[QUANTIZER], whole, out, kind)
     return out.name
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loramox import Data, ReferenceConfig, load_reference
 from loramox.adapter.folder import WEIGHTS
@@ -232,6 +232,21 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(
     monkeypatch.setattr("loramox.evaluate.attacks.bench.load_reference", lambda *args: pytest.fail("loaded"))
     with pytest.raises(SettingsError, match=message):
         attacked(**settings)
+
+
+def test_a_control_of_another_shape_is_refused_before_a_model_is_loaded(
+    attacked, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramox.evaluate.attacks.bench.load_reference", lambda *args: pytest.fail("loaded"))
+    retrained = shutil.copytree(pico("llama"), tmp_path / "retrained")
+    smaller = AutoConfig.from_pretrained(retrained, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(smaller).save_pretrained(retrained)
+    with pytest.raises(
+        SettingsError,
+        match=r"--retrained_model .*retrained has another shape \(.*num_hidden_layers 1, .* than --model \(.*num_hidden_layers 2, ",
+    ):
+        attacked(retrained_model=str(retrained))
+    assert not (tmp_path / "attack").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(attacked, tmp_path: Path) -> None:

@@ -844,6 +844,49 @@ def test_a_value_is_the_one_that_its_folder_is_named_after(tmp_path: Path) -> No
     assert made == [0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8]
 
 
+@pytest.mark.parametrize(("alphas", "refine"), [(None, 0), (None, 3), ([1.0, 2.0], 1)])
+def test_the_trained_value_can_be_chosen_for_the_budget_however_many_digits_it_has(
+    alphas: list[float] | None, refine: int, tmp_path: Path
+) -> None:
+    """Its folder is named in six digits, which may be a little more than it is."""
+
+    def forgetting(at: float) -> list[dict[str, Any]]:
+        return [r | ({"probability": 0.9} if r["part"] == "forget" and at < 2.5 else {}) for r in knowing(at)]
+
+    config = SweepConfig("trained", str(tmp_path), alphas=alphas, refine=refine)
+    axis = _axis(config, {"alpha": 2.6666667, "method": "MOX", "settings": {"method": "mox"}})
+    measured = _measured(config, axis, forgetting, [])
+    assert choose(measured, [], config.budget, axis)[0].at == 2.66667
+
+
+def test_each_rule_adds_values_of_its_own_and_the_same_command_adds_none(tmp_path: Path) -> None:
+    def added(**more: Any) -> list[float]:
+        """What a command measures beyond what is in the folder."""
+        made: list[float] = []
+
+        def measure(at: float) -> list[dict[str, Any]]:
+            folder = tmp_path / f"at-{at:g}"
+            if not folder.exists():
+                made.append(at)
+                folder.mkdir()
+                (folder / "summary.json").write_text("{}")
+            return knowing(at)
+
+        measured = _measured(SweepConfig("trained", str(tmp_path), **more), ALPHA, measure, [])
+        assert list(measured) == sorted(measured)
+        assert {f"at-{at:g}" for at in measured} == {folder.name for folder in tmp_path.iterdir()}
+        return made
+
+    enough = {"rule": "forget_to", "forget_to": 0.5}
+    assert added() == [0.0, *grid(8), 11.0, 10.5, 10.2]
+    assert added() == []
+    assert added(**enough) == [1.0, 0.5, 0.25]
+    assert added(**enough) == []
+    assert added() == []  # whatever was measured since
+    assert added(refine=4) == [10.1]
+    assert added(alphas=[4.0], **enough) == []  # 2, 1 and 0.5 are there
+
+
 @pytest.mark.parametrize("unit", ["alpha", "scale"])
 def test_a_frontier_is_drawn_with_what_a_value_far_too_high_left(unit: str, tmp_path: Path) -> None:
     rows = ((0.0, 0.9, 0.95), (2.0, 0.5, 0.94), (64.0, math.nan, math.nan))

@@ -123,11 +123,11 @@ def test_an_evaluation_of_the_same_commit_of_the_hub_is_refused_unless_an_adapte
 
 
 def test_the_same_commit_of_the_hub_is_no_retrained_model(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = {"model": model.model, "revision": "c0ffee", "weights": None}
+    hub = {"model": model.model, "revision": "c0ffee", "weights": None, "shape": "llama"}
     monkeypatch.setattr("loramox.evaluate.subject.identify", lambda *_: hub)
     with pytest.raises(SettingsError, match="is the model that knows the forget rows"):
-        check_retrained_model(model.model, model, hub)
-    assert check_retrained_model(model.model, model, hub | {"revision": "other"})[1] == hub
+        check_retrained_model(model.model, model, hub, hub)
+    assert check_retrained_model(model.model, model, hub, hub | {"revision": "other"})[1] == hub
 
 
 def test_beside_a_combined_adapter_the_base_is_a_retrained_model(
@@ -152,20 +152,21 @@ def test_beside_a_combined_adapter_the_base_is_a_retrained_model(
             Bench(config, model, data, SILENT, Tokenisation(), Columns())
 
 
-def test_records_of_which_nothing_else_is_known_are_warned_of(
-    tmp_path: Path, model: ModelConfig, asked: Callable
+@pytest.mark.parametrize("lost", [("prompts", "base"), ("prompts",), ("base",)], ids=["all", "prompts", "base"])
+def test_an_evaluation_that_was_not_finished_is_no_retrained_models(
+    lost: tuple[str, ...], tmp_path: Path, model: ModelConfig, asked: Callable
 ) -> None:
     asked(model, "theirs")
-    (tmp_path / "theirs" / "summary.json").unlink()
-    with pytest.warns(UserWarning, match=r"its model and its prompt template are not known. Give the whole folder"):
-        asked(model, "out", retrained=str(tmp_path / "theirs"))
-
-
-def without_prompts(folder: Path) -> None:
-    """As earlier versions wrote it."""
-    held = json.loads((folder / "summary.json").read_text())
-    del held["prompts"]
-    (folder / "summary.json").write_text(json.dumps(held))
+    path = tmp_path / "theirs" / "summary.json"
+    held = json.loads(path.read_text())
+    path.unlink()
+    if lost != ("prompts", "base"):  # neither is in the summary of another command, such as a point of a sweep
+        path.write_text(json.dumps({name: value for name, value in held.items() if name not in lost}))
+    for given in (tmp_path / "theirs", tmp_path / "theirs" / "records.jsonl"):
+        message = rf"--retrained {given}: this evaluation was not finished, .*Run it again: .* --out {path.parent},"
+        with pytest.raises(RunError, match=message):
+            asked(model, "out", retrained=str(given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_records_with_another_prompt_template_are_refused(tmp_path: Path, model: ModelConfig, asked: Callable) -> None:
@@ -173,11 +174,6 @@ def test_records_with_another_prompt_template_are_refused(tmp_path: Path, model:
     with pytest.raises(
         RunError,
         match=r"theirs was scored with prompts of another form: 'Q: .* here 'Question: .*same --prompt_template",
-    ):
-        asked(model, "out", retrained=str(tmp_path / "theirs"))
-    without_prompts(tmp_path / "theirs")
-    with pytest.raises(
-        RunError, match=r"scored with the prompt template 'Q: .* and this is with .*'Question: .*same --prompt_template"
     ):
         asked(model, "out", retrained=str(tmp_path / "theirs"))
     asked(model, "same", template="Q: {prompt} A:", retrained=str(tmp_path / "theirs"))
@@ -198,9 +194,6 @@ def test_a_chat_template_is_another_prompt_than_one_of_the_flag(
     with pytest.raises(
         RunError, match=r"prompts of another form: 'Q: Who wrote it\? A:', and here 'user: Who wrote it"
     ):
-        asked(chat, "out", retrained=str(tmp_path / "theirs"))
-    without_prompts(tmp_path / "theirs")
-    with pytest.raises(RunError, match="and this is with the chat template"):
         asked(chat, "out", retrained=str(tmp_path / "theirs"))
 
 

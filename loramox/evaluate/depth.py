@@ -103,12 +103,7 @@ class Depth:
         if config.depth and model.shard:
             raise SettingsError("--depth needs whole layers: leave out --shard")
         if config.retrained_model:
-            self.retrained, identity = check_retrained_model(config.retrained_model, model, base)
-            if identity["shape"] != base["shape"]:
-                raise SettingsError(
-                    f"--retrained_model {config.retrained_model} has another shape ({identity['shape']}) than --model "
-                    f"({base['shape']}). Give the same model, trained without the forget rows"
-                )
+            self.retrained, _ = check_retrained_model(config.retrained_model, model, base, knows=base)
             layers_of(skeleton(read_config(model), model))
         wanting = {
             "forget rows (--forget)": self.examples,

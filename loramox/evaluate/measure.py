@@ -54,27 +54,17 @@ class _Part(NamedTuple):
     def answers(self) -> list[Example]:
         return [each.answer for each in self.asked]
 
-    def right_and_variants(self) -> tuple[list[Example], list[Example]]:
-        """The answers and then all further right ones; and all variants. Each in the order of the answers."""
-        others = [example for each in self.asked for example in each.others]
-        return [*self.answers, *others], [example for each in self.asked for example in each.variants]
 
+class _Scored(NamedTuple):
+    """The scores of an `_Asked` under one model."""
 
-class _Scores(NamedTuple):
-    """The scores of `right_and_variants` of a part under one model."""
-
-    answers: list[AnswerScores]
+    right: list[AnswerScores]  # the answer's first
     variants: list[AnswerScores]
 
-    def by_answer(self, part: _Part) -> list[tuple[AnswerScores, list[AnswerScores]]]:
-        """Each answer's scores and those of its variants; of several right answers the most probable one's."""
-        others, variants = iter(self.answers[len(part.asked) :]), iter(self.variants)
-        found = []
-        for own, each in zip(self.answers, part.asked, strict=False):
-            right = [own, *islice(others, len(each.others))]
-            best = max(right, key=lambda scores: scores.log_p.mean())
-            found.append((best, [*islice(variants, len(each.variants))]))
-        return found
+    @property
+    def best(self) -> AnswerScores:
+        """Of several right answers the most probable one's."""
+        return max(self.right, key=lambda scores: scores.log_p.mean())
 
 
 class Questions:
@@ -105,7 +95,7 @@ class Questions:
                 wrong.append(str(error))
         if wrong:
             raise RowsError(". ".join(wrong))
-        self._reference: dict[str, _Scores] = {}
+        self._reference: dict[str, list[_Scored]] = {}
 
     def _tokenised(self, name: str, rows: Sequence[Row], tokenisation: Tokenisation, context: int) -> _Part:
         def tokens(some: Sequence[Row]) -> list[Example]:
@@ -115,7 +105,7 @@ class Questions:
         # The reasoning before a true answer leads to no other one, and would count in both.
         for example in tokens([variant for row in rows if not row.reasoning for variant in _variants(row)]):
             variants[example["row"]].append(example)
-        by_place = {f"{r.source}, row {r.number}": r for r in rows}
+        by_place = {row.where: row for row in rows}
         scored = self.answering[name].scored if name in self.answering else None
         asked: list[_Asked] = []
         blocks = Counter[str]()  # plain text is cut into several
@@ -179,8 +169,9 @@ class Questions:
         no KL.
         """
         for part in self.parts:
-            scores = self._scores_apart(model, part, f"reference, {part.name}", keep_hidden=part.name != TEXT)
-            self._reference[part.name] = scores
+            self._reference[part.name] = self._scores(
+                model, part, f"reference, {part.name}", keep_hidden=part.name != TEXT
+            )
 
     def ask(self, model: nn.Module, describe: str = "") -> list[Record]:
         """One record for each answer of each part, in order, under `model` as it is now."""
@@ -188,33 +179,32 @@ class Questions:
 
     def _ask(self, model: nn.Module, part: _Part, describe: str) -> list[Record]:
         before = self._reference.get(part.name)
-        if before:
-            hidden = [s.hidden for s in before.answers] if part.name != TEXT else None
-            scores = self._scores_apart(model, part, describe, reference=hidden)
-        else:  # all together, so that they share a question's pass
-            right, others = part.right_and_variants()
-            both = self._score(model, [*right, *others], describe, log_p_only=len(others))
-            scores = _Scores(both[: len(right)], both[len(right) :])
-        said = self._greedy_answers(model, part, scores.answers, f"{describe}, answering")
+        known = [each.hidden for scored in before for each in scored.right] if before and part.name != TEXT else None
+        now = self._scores(model, part, describe, reference=known)
+        said = self._greedy_answers(model, part, [scored.right[0] for scored in now], f"{describe}, answering")
         records = []
-        for i, (each, (best, variants)) in enumerate(zip(part.asked, scores.by_answer(part), strict=True)):
-            found = row_record.scored(each.row, best, self.tokenizer, self.ends)
-            found |= row_record.truth(each.row, best, variants) | row_record.answered(each.row, said.get(i))
-            records.append(each.identity | found)
+        for i, (each, scored) in enumerate(zip(part.asked, now, strict=True)):
+            found = row_record.scored(each.row, scored.best, self.tokenizer, self.ends)
+            found |= row_record.truth(each.row, scored.best, scored.variants)
+            records.append(each.identity | found | row_record.answered(each.row, said.get(i)))
         if before:
-            for record, each, (best, variants) in zip(records, part.asked, before.by_answer(part), strict=True):
-                record["reference_log_p"] = float(best.log_p.mean())
+            for record, each, scored in zip(records, part.asked, before, strict=True):
+                record["reference_log_p"] = float(scored.best.log_p.mean())
                 if "truth_ratio" in record:
-                    record["reference_truth_ratio"] = row_record.truth(each.row, best, variants)["truth_ratio"]
+                    truth = row_record.truth(each.row, scored.best, scored.variants)
+                    record["reference_truth_ratio"] = truth["truth_ratio"]
         return records
 
-    def _scores_apart(self, model: nn.Module, part: _Part, describe: str, **more: Any) -> _Scores:
-        """The scores of a part; `more` is for those of the answers: the variants have no KL."""
-        right, variants = part.right_and_variants()
-        return _Scores(
-            self._score(model, right, describe, **more),
-            self._score(model, variants, f"{describe}, variants", log_p_only=len(variants)),
-        )
+    def _scores(self, model: nn.Module, part: _Part, describe: str, **more: Any) -> list[_Scored]:
+        """The scores of each row of a part; `more` is for those of the right answers: the variants have no KL."""
+        right = [example for each in part.asked for example in (each.answer, *each.others)]
+        variants = [example for each in part.asked for example in each.variants]
+        of_right = iter(self._score(model, right, describe, **more))
+        of_variants = iter(self._score(model, variants, f"{describe}, variants", log_p_only=len(variants)))
+        return [
+            _Scored([*islice(of_right, 1 + len(each.others))], [*islice(of_variants, len(each.variants))])
+            for each in part.asked
+        ]
 
     def _greedy_answers(
         self, model: nn.Module, part: _Part, scores: list[AnswerScores], describe: str

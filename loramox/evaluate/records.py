@@ -2,12 +2,11 @@
 
 import json
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loramox.data.encode import DEFAULT_TEMPLATE, IGNORED, Tokenisation, encode
+from loramox.data.encode import IGNORED, Tokenisation, encode
 from loramox.data.row import Row
 from loramox.errors import RunError
 from loramox.evaluate.ability import NEIGHBOURS
@@ -99,30 +98,24 @@ def read_retrained(
     template: str | None,
 ) -> list[list[Record]]:
     """Each retrained model's records of the same rows: tests compare with the first one's, and the others show what is chance.
-    Raises `RunError` for other rows or prompts, for those of `reference`, which knows the rows, and for one model given twice.
+    Raises `RunError` for an evaluation that was not finished, for other rows or prompts, for those of `reference`, which knows
+    the rows, and for one model given twice.
     """
     # Neighbours are picked anew for each evaluation's retain rows, and nothing is compared by them.
     like = [identity for identity in questions.identities() if not identity["part"].endswith(NEIGHBOURS)]
-    own = None if questions.tokenizer.chat_template else DEFAULT_TEMPLATE
     found: list[list[Record]] = []
     models: dict[Any, str] = {}  # what identifies its weights, and its adapter → folder
     for folder in folders or ():
         found.append(read_records(Path(folder), like=like))
-        about = _summary_of(_records_of(Path(folder)))
-        if not about:
-            warnings.warn(
-                f"--retrained {folder}: there is no {SUMMARY} beside its {RECORDS}, so that its model and its prompt template are not known. "
-                "Give the whole folder that loramox evaluate wrote",
-                stacklevel=2,
+        records = _records_of(Path(folder))
+        about = _summary_of(records)
+        if not {PROMPTS, "base"} <= about.keys():
+            raise RunError(
+                f"--retrained {folder}: this evaluation was not finished, since {SUMMARY} is missing or lacks what is compared. Run it again: "
+                f"loramox evaluate --model RETRAINED_MODEL … --out {shlex.quote(str(records.parent))}, with the same rows"
             )
-        settings = about.get("settings") or {}
-        if PROMPTS in about:
-            _check_prompts(folder, about[PROMPTS], prompts_of(questions, template))
-        elif "prompt_template" in settings:
-            _check_template(folder, settings["prompt_template"] or own, template or own)
-        theirs = about.get("base") or {}
-        if not theirs:
-            continue
+        _check_prompts(folder, about[PROMPTS], prompts_of(questions, template))
+        theirs = about["base"]
         # An adapter makes another model of the same weights, which may be one that never knew the rows.
         adapter = (about.get("adapter") or {}).get("folder")
         weights = weights_of(theirs)
@@ -165,16 +158,6 @@ def _check_prompts(folder: str, theirs: dict[str, str], ours: dict[str, str]) ->
                 "not the same, or one of the two tokenizers has a chat template and the other none, or another one. Evaluate the retrained "
                 "model again with the same --prompt_template, or with the chat template of --model in its folder"
             )
-
-
-def _check_template(folder: str, theirs: str | None, ours: str | None) -> None:
-    """Raises `RunError` when the evaluation in `folder` put its questions in another form. None is a chat template."""
-    if theirs != ours:
-        asked, here = (f"the prompt template {each!r}" if each else "the chat template" for each in (theirs, ours))
-        raise RunError(
-            f"{folder} was scored with {asked}, and this is with {here}: the two would answer different prompts. "
-            "Evaluate the retrained model again with the same --prompt_template"
-        )
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -1,12 +1,6 @@
-"""Scores of given answers under a model, token by token, from the logits of answer tokens alone.
+"""Scores of given answers under a model, token by token, from the logits of answer tokens alone."""
 
-Answers to one question (the true one, its paraphrase, the wrong ones) share the question's key-value cache.
-"""
-
-import copy
-import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +8,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
-from torch.nn.utils.rnn import pad_sequence
 
 from loramox.data.encode import IGNORED, Example
 from loramox.data.pairs import Collator
 from loramox.evaluate.shares import everyones, in_batches, mine, progress
-from loramox.model.head import AnswerStates, Head, answer_states, backbone, in_eval_mode, per_token
-from loramox.model.sharding import is_sharded
+from loramox.model.head import Head, answer_states, in_eval_mode, per_token
 
 # On a CPU, logits that fit its cache, in elements: twice as fast as in main memory.
 CACHED_ELEMENTS = 1_000_000
@@ -53,17 +45,21 @@ def score_answers(
     Of the last `log_p_only` of them no more than log_p is taken: first_choice is -1 there, mean and spread are NaN.
 
     `reference` has the `hidden` of each example under the reference model; with it, KL(p_ref ‖ p) is scored too. Batches
-    are made of `batch_size` answers of similar length, and no more logits are made than a few answer tokens' at a time. Several
-    processes share the batches; `hidden` is then each one's own alone.
+    are made of `batch_size` rows of similar length, and no more logits are made than a few answer tokens' at a time. The longest
+    come first: where memory runs out, few passes are made again. Several processes share the batches; `hidden` is then each
+    one's own alone.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, collate = Head(causal_lm), Collator(pad_token_id)
     device = next(causal_lm.parameters()).device
+    longest = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]), reverse=True)
     scores: dict[int, AnswerScores] = {}
     own: dict[int, Tensor] = {}
     bar = progress(describe, "answers", total=len(examples))
     with in_eval_mode(model), torch.no_grad(), bar:
-        for order, states in _passes(model, causal_lm, examples, batch_size, collate, device):
+        for order in mine(in_batches(longest, batch_size), model):
+            batch = send_to_device(collate([examples[i] for i in order]), device)
+            states = answer_states(model, causal_lm, batch)
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []
             tensors = (states.hidden, *known, states.targets)
             brief = torch.tensor([i >= len(examples) - log_p_only for i in order], device=device)[states.row_of]
@@ -119,69 +115,6 @@ def answer_start(example: Example) -> int:
     return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
 
 
-def piece(example: Example, start: int = 0, end: int | None = None) -> Example:
-    return example | {part: example[part][start:end] for part in ("input_ids", "labels")}
-
-
-def _question(example: Example) -> tuple[int, ...]:
-    """The tokens before the one that the first answer token is predicted from; none where a pass of their own does not pay.
-
-    A block of text has one there, the beginning of sequence.
-    """
-    before = answer_start(example) - 1
-    return tuple(example["input_ids"][:before]) if before > 1 else ()
-
-
-def _passes(
-    model: nn.Module,
-    causal_lm: nn.Module,
-    examples: Sequence[Example],
-    batch_size: int,
-    collate: Collator,
-    device: torch.device,
-) -> Iterator[tuple[list[int], AnswerStates]]:
-    """Which examples, and the hidden states of their answers, `batch_size` of similar length at a time.
-
-    The longest come first: where memory runs out, few passes are made again.
-    A question that several answers have in common passes through the model once, with `batch_size` - 1 others at most.
-    """
-
-    def length(i: int) -> int:
-        return len(examples[i]["input_ids"])
-
-    # Answers of a question take as many passes as they are; processes that go through the layers together need equally many.
-    joins = "position_ids" in inspect.signature(causal_lm.forward).parameters and not is_sharded(model)
-    by_question = defaultdict(list)
-    for i, example in enumerate(examples):
-        by_question[(joins and _question(example)) or i].append(i)
-    alone = sorted((group[0] for group in by_question.values() if len(group) == 1), key=length, reverse=True)
-    for order in mine(in_batches(alone, batch_size), model):
-        batch = send_to_device(collate([examples[i] for i in order]), device)
-        yield order, answer_states(model, causal_lm, batch)
-    shared = sorted((g for g in by_question.values() if len(g) > 1), key=lambda g: max(map(length, g)), reverse=True)
-    for groups in mine(in_batches(shared, batch_size), model):
-        questions = [torch.tensor(_question(examples[group[0]]), dtype=torch.long) for group in groups]
-        # Padded on the left, so that every answer goes on where its question ends.
-        ids = pad_sequence(questions, batch_first=True, padding_side="left").to(device)
-        lengths = torch.tensor([len(q) for q in questions], device=device)
-        mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
-        # The layers alone, without the head: of a question no logits are wanted.
-        cache = backbone(causal_lm)(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            use_cache=True,
-        ).past_key_values
-        group_of = {i: g for g, group in enumerate(groups) for i in group}
-        rest = {i: piece(examples[i], start=len(questions[g])) for i, g in group_of.items()}
-        for order in in_batches(sorted(rest, key=lambda i: len(rest[i]["input_ids"]), reverse=True), batch_size):
-            of_group = torch.tensor([group_of[i] for i in order], device=device)
-            batch = send_to_device(collate([rest[i] for i in order]), device)
-            batch["attention_mask"] = torch.cat([mask[of_group], batch["attention_mask"]], dim=1)
-            steps = torch.arange(batch["input_ids"].shape[1], device=device)
-            # Padding after a long question would lie beyond the positions that a model has.
-            positions = (lengths[of_group][:, None] + steps).clamp_max(max(map(length, order)) - 1)
-            own = copy.copy(cache)  # its tensors are shared: picking rows and going on make new ones
-            own.layers = [copy.copy(layer) for layer in cache.layers]
-            own.batch_select_indices(of_group)
-            yield order, answer_states(model, causal_lm, batch, past_key_values=own, position_ids=positions)
+def piece(example: Example, end: int) -> Example:
+    """The example without the tokens from `end` on."""
+    return example | {part: example[part][:end] for part in ("input_ids", "labels")}

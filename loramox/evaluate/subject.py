@@ -98,11 +98,12 @@ def weights_of(identity: dict[str, Any]) -> Any:
 
 
 def check_retrained_model(
-    given: str, model: ModelConfig, knows: dict[str, Any] | None
+    given: str, model: ModelConfig, base: dict[str, Any], knows: dict[str, Any] | None
 ) -> tuple[ModelConfig, dict[str, str | None]]:
     """How to load a model trained without the forget rows, and what identifies it.
 
-    Raises `SettingsError` if it is the one that `knows` the rows, or has another tokenizer than `model`.
+    Raises `SettingsError` if it is the one that `knows` the rows, or has another tokenizer than `model` or another shape than
+    its identity `base`.
     """
     retrained = replace(model, model=given, revision=None)
     identity = identify(retrained, read_config(retrained, weights=True))
@@ -114,5 +115,10 @@ def check_retrained_model(
         raise SettingsError(
             f"--retrained_model {given} has another tokenizer than --model, so that their answers are not comparable. Give the "
             "same model, trained without the forget rows"
+        )
+    if identity["shape"] != base["shape"]:
+        raise SettingsError(
+            f"--retrained_model {given} has another shape ({identity['shape']}) than --model ({base['shape']}). Give the same "
+            "model, trained without the forget rows"
         )
     return retrained, identity

@@ -131,24 +131,24 @@ def backbone(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def answer_states(
-    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Any], layer: int | None = None, **passed_on: Any
+    model: nn.Module, causal_lm: nn.Module, batch: dict[str, Any], layer: int | None = None
 ) -> AnswerStates:
     """One forward pass of `model`, keeping the hidden states from which answer tokens are predicted.
 
     `model` is called as it is, wrapped for several processes or not, so that its hooks run; `causal_lm` is the transformers model
     inside it. `batch` is as `loramox.data.pairs.Collator` makes it: input_ids, attention_mask and labels, each [rows, tokens],
     and `answers`, the positions of each row's answer tokens. The logits of the pass are not used: one position's are computed.
-    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones. What is `passed_on`
-    goes to the model as well (a key-value cache that the batch goes on from).
+    With `layer` the states are those that layer, counted from 1, gives to the next, instead of the last ones.
 
     Raises:
         ModelError: in the first pass of a model whose own logits are not those of its `Head`.
     """
     states: list[Tensor] = []
+    passed_on: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:
-        passed_on |= {"logits_to_keep": 1}
+        passed_on["logits_to_keep"] = 1
     if layer is not None:
-        passed_on |= {"output_hidden_states": True}  # the first is the embedding
+        passed_on["output_hidden_states"] = True  # the first is the embedding
     hook = backbone(causal_lm).register_forward_hook(
         lambda module, args, output: states.append(output[0] if layer is None else output.hidden_states[layer])
     )

@@ -37,6 +37,16 @@ def grid(trained: float) -> list[float]:
     return [trained * share for share in GRID]
 
 
+def as_named(value: float) -> float:
+    """The value in six digits, as the folder of its records is named."""
+    return float(f"{value:g}")
+
+
+def three_digits(value: float) -> float:
+    """What is enough of a value that is looked for between others."""
+    return float(f"{value:.3g}")
+
+
 def next_value(
     values: Sequence[float], forget: Sequence[float], retain: Sequence[float], floor: float | None = None
 ) -> float:
@@ -52,7 +62,7 @@ def next_value(
     else:
         ranges = np.maximum(np.ptp(points, axis=0), 1e-9)
         step = int(np.linalg.norm(np.diff(points, axis=0) / ranges, axis=1).argmax())
-    return float((x[step] + x[step + 1]) / 2)
+    return three_digits((x[step] + x[step + 1]) / 2)
 
 
 def beside(values: Sequence[float], best: float) -> float:
@@ -62,9 +72,9 @@ def beside(values: Sequence[float], best: float) -> float:
     """
     at = list(values).index(best)
     if at + 1 == len(values):
-        return FURTHER * best
+        return three_digits(FURTHER * best)
     below, above = values[at - 1], values[at + 1]
-    return (below + best) / 2 if best - below > above - best else (best + above) / 2
+    return three_digits((below + best) / 2 if best - below > above - best else (best + above) / 2)
 
 
 def still_known(at: float, forget: float, reference: float, axis: Axis) -> str | None:

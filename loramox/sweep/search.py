@@ -9,7 +9,7 @@ import numpy as np
 from loramox.data.fluency import leaked
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
-from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value
+from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value, three_digits
 from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
 from loramox.train.diagnostics import STILL_RIGHT
 
@@ -24,7 +24,7 @@ def search(
 ) -> Measured:
     """`measured`, and the records at up to `more` values, each the one that `prefer` names after those before it."""
     for _ in range(more):
-        at = float(f"{prefer(measured):.3g}")
+        at = prefer(measured)
         if at in measured:
             break
         measured = dict(sorted({**measured, at: measure(at)}.items()))
@@ -51,7 +51,7 @@ def next_for(
         choices = choose(measured, retrained, budget, axis, forget_to)
         choice = next((choice for choice in choices if choice.rule == rule), None)
         if choice and choice.at and rule == "forget_to":
-            return (at[at.index(choice.at) - 1] + choice.at) / 2
+            return three_digits((at[at.index(choice.at) - 1] + choice.at) / 2)
         return beside(at, choice.nearest) if choice and choice.nearest else next_value(at, forget, retain)
     floor = retain[0] - allowance(scores(measured[0.0], "retain", "probability"), budget)
     last = at[-1]

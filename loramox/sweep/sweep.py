@@ -46,7 +46,7 @@ from loramox.model.sharding import shard
 from loramox.run import command, one_writer, versions
 from loramox.settings import of_record
 from loramox.sweep.config import SweepConfig
-from loramox.sweep.frontier import Axis, grid, poor_direction, still_known
+from loramox.sweep.frontier import Axis, as_named, grid, poor_direction, still_known
 from loramox.sweep.plot import draw_frontier
 from loramox.sweep.search import Measured, choose, mean, next_for, search
 from loramox.train.config import METHODS
@@ -163,22 +163,27 @@ def _axis(config: SweepConfig, source: dict[str, Any]) -> Axis:
     if method and method.static:
         return Axis(unit, trained)
     # The model that ships is trained itself, to an end; of a method registered elsewhere nothing else is known.
-    return Axis(unit, trained, ceiling=trained)
+    return Axis(unit, trained, ceiling=as_named(trained))
 
 
 def _measured(
     config: SweepConfig, axis: Axis, measure: Callable[[float], list[Record]], retrained: Sequence[Record]
 ) -> Measured:
-    """The records at every value that is wanted or in the folder already, and at those that the rule adds."""
+    """The records at every value that is wanted, at those that the rule adds to them, and at any that are in the folder already.
+
+    The rule starts from those that are wanted alone. So the same command asks for the same values again, whatever else was
+    measured before, and those that are in the folder cost nothing.
+    """
     given = config.alphas if axis.unit == "alpha" else config.scales
-    wanted = {0.0, *(float(f"{value:g}") for value in given or grid(axis.trained))}  # as their folders have it
+    wanted = {0.0, *map(as_named, given or grid(axis.trained))}
     names = [f.parent.name for f in Path(config.out).glob(f"at-*/{SUMMARY}")]
     found = {float(m[1]) for m in (re.fullmatch(r"at-(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name) for name in names) if m}
-    measured = {at: measure(at) for at in sorted(wanted | found)}
     prefer = functools.partial(
         next_for, config.rule, retrained=retrained, budget=config.budget, axis=axis, forget_to=config.forget_to
     )
-    return search(measured, measure, len(wanted) + config.refine - len(measured), prefer)
+    measured = search({at: measure(at) for at in sorted(wanted)}, measure, config.refine, prefer)
+    others = {at: measure(at) for at in found - measured.keys()}
+    return dict(sorted((measured | others).items()))
 
 
 def _check(config: SweepConfig, rows: dict[str, Any], retrained: Sequence[Record], tuned: bool) -> None:

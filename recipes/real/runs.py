@@ -38,6 +38,10 @@ RUNS = {
     "graddiff": Run(
         "`graddiff`, 8 passes at 2e-4", ("--method", "graddiff", "--learning_rate", "2e-4", "--num_train_epochs", "8")
     ),
+    "graddiff_8": Run(
+        "`graddiff`, LoRA scale 8, 8 passes at 2e-4",
+        ("--method", "graddiff", "--lora_alpha", "128", "--learning_rate", "2e-4", "--num_train_epochs", "8"),
+    ),
     "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
     "all_defaults": Run("`mox`, all defaults", ("--auto_retain", "120", "--forget_to", "0.05")),
     "with_240": Run("`mox --instead refuse --auto_retain 240`", ("--auto_retain", "240")),

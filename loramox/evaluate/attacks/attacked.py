@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from loramox.data.row import Row
+from loramox.data.row import Row, spread
 from loramox.errors import SettingsError
 from loramox.evaluate.attacks.config import QUICK_ROWS, AttackConfig
 from loramox.evaluate.attacks.forms import Form
@@ -51,7 +51,7 @@ def attacked_rows(
     known, asked = _split(rows, config, "holdout" if label else "forget")
     every = questions = tokenise({"forget": asked, "retain": retain})
     if config.quick:
-        asked, retain = _spread(asked), _spread(retain)
+        asked, retain = spread(asked, QUICK_ROWS), spread(retain, QUICK_ROWS)
         questions = tokenise({"forget": asked, "retain": retain})
     without_variants = [replace(row, paraphrase=None, wrong_answers=()) for row in asked]
     true_answers = tokenise({"forget": without_variants, "retain": retain})
@@ -70,8 +70,3 @@ def _split(rows: Sequence[Row], config: AttackConfig, part: str) -> tuple[list[R
         )
     chosen = set(random.Random(config.seed).sample(range(len(rows)), count))
     return [r for i, r in enumerate(rows) if i in chosen], [r for i, r in enumerate(rows) if i not in chosen]
-
-
-def _spread(rows: Sequence[Row]) -> list[Row]:
-    count = min(QUICK_ROWS, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]

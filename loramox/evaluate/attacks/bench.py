@@ -77,7 +77,7 @@ class Bench:
         base = identify(model, base_config)
         given = config.retrained_model
         knows = model_that_knows(Path(config.adapter), base)
-        self.retrained, control = check_retrained_model(given, model, knows) if given else (None, None)
+        self.retrained, control = check_retrained_model(given, model, base, knows) if given else (None, None)
         made_by = check_adapter(Path(config.adapter), base, skeleton(base_config, model))
         check_scales(Path(config.adapter), "attack")
         if "requantize" in config.attacks:

@@ -41,9 +41,9 @@ def contexts_of(
 
     def fitting(row: Row, others: Sequence[Row], most: int) -> list[Row]:
         """The first of the others that leave room for the row, and as much again for its answer; the very first is put last."""
-        left, found = limit - 2 * lengths[_where(row)], []
+        left, found = limit - 2 * lengths[row.where], []
         for other in others:
-            needed = lengths.get(_where(other), limit)  # without a length, the row alone is too long
+            needed = lengths.get(other.where, limit)  # without a length, the row alone is too long
             if other.prompt is not None and needed <= left and len(found) < most:
                 left -= needed
                 found.append(other)
@@ -95,7 +95,3 @@ def _prompt(row: Row, how: Tokenisation) -> str:
         return str(row.prompt)
     text = (how.prompt_template or DEFAULT_TEMPLATE).replace("{prompt}", question_of(row))
     return text if text[-1:].isspace() else f"{text} "
-
-
-def _where(row: Row) -> str:
-    return f"{row.source}, row {row.number}"

@@ -166,11 +166,7 @@ def rewritten(model: nn.Module, questions: Questions) -> dict[str, str]:
 
 def in_own_words(rows: Sequence[Row], texts: dict[str, str]) -> Form:
     """The rows with the questions that the model wrote, where these are what they should be."""
-    asked = [
-        asked_as(row, text)
-        for row in rows
-        if is_rewriting(row, text := texts.get(f"{row.source}, row {row.number}", ""))
-    ]
+    asked = [asked_as(row, text) for row in rows if is_rewriting(row, text := texts.get(row.where, ""))]
     return Form(
         "rewritten by the reference",
         asked,

@@ -29,6 +29,9 @@ RUNS = {
     "guess": Run("`mox --instead guess`", ("--instead", "guess")),
     "none": Run("`mox --instead none`", ("--instead", "none")),
     "npo_mean": Run("`npo_mean --instead refuse`", ("--method", "npo_mean")),
+    "npo_mean_auto": Run(
+        "`npo_mean --instead refuse --auto_retain 120`", ("--method", "npo_mean", "--auto_retain", "120")
+    ),
     "npo_kl": Run(
         "`npo` with KL, LoRA scale 8",
         ("--method", "npo", "--retain_term", "kl", "--retain_weight", "5", "--beta", "0.05", "--lora_alpha", "128"),

@@ -98,8 +98,9 @@ def test_a_quick_attack_asks_few_rows_in_every_state(attacked, tmp_path: Path, m
 
 
 def test_merged_in_32_bits_it_is_the_adapter_and_in_few_bits_it_is_said_beside_the_unmerged_one(
-    attacked, tmp_path: Path
+    attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "")  # without llama.cpp, also where it is installed
     states = {s["state"]: s["metrics"] for s in attacked(attacks=["requantize"])["states"]}
     assert states["not quantized, merged"] == pytest.approx(states["forget model"], rel=1e-3)
     assert {f"{kind}, {how}" for kind in ("nf4", "int8") for how in ("not merged", "merged first")} <= states.keys()

@@ -261,9 +261,9 @@ def test_where_a_library_calls_exit_the_report_has_the_machine_and_what_the_libr
     )
     assert code == 1
     assert "python 3" in report
-    assert (
-        "by itself, with exit code 1. The last that was printed:\n== broken\na word\nError no kernel image\n" in report
-    )
+    said = report.partition("by itself, with exit code 1. The last that was printed:\n")[2]
+    # On some CPUs bitsandbytes prints a line of its own first.
+    assert "== broken\na word\nError no kernel image\n" in said
 
 
 def test_without_a_gpu_or_room_on_the_disk_it_says_what_is_missing(

@@ -225,22 +225,25 @@ def all_lines(rows: list[Row], controls: Controls) -> list[str]:
 
 
 def written_lines(rows: list[Row], controls: Controls) -> list[str]:
-    return [*all_lines(rows, controls), "", *below_lines(rows, controls)]
+    return [*all_lines(rows, controls), *below_lines(rows, controls)]
 
 
 def below_lines(rows: list[Row], controls: Controls) -> list[str]:
-    """What a lower scale than 1 forgets and keeps, and how soon it is relearned."""
+    """What a lower scale than 1 forgets and keeps, and how soon it is relearned; nothing for records without it."""
     steps = sorted(map(int, controls.attacked[0]["relearn"]))
     body: Cells = []
     for row in rows:
-        for scale in row.records[0].get("relearn_below", {}):
-            points = [shipped(record, float(scale)) for record in row.records]
-            curves = [record["relearn_below"][scale] for record in row.records]
+        records = [record for record in row.records if "relearn_below" in record]
+        for scale in records[0]["relearn_below"] if records else ():
+            points = [shipped(record, float(scale)) for record in records]
+            curves = [record["relearn_below"][scale] for record in records]
             relearned = (cell([np.mean(curve[str(step)]) for curve in curves]) for step in steps)
-            body.append([row.label, scale, str(len(row.records)), *as_shipped(points, controls), *relearned])
+            body.append([row.label, scale, str(len(records)), *as_shipped(points, controls), *relearned])
     heads = ["method", "scale", "seeds", "lesser p ↑", "forget probability ↓", "forget tokens right ↓"]
     heads += ["retain given ↑", "retain never given ↑", *(f"relearned, step {step} ↓" for step in steps)]
-    return ["The same at a lower scale, and what relearning brings back from there.", "", *markdown(heads, body)]
+    if not body:
+        return []
+    return ["", "The same at a lower scale, and what relearning brings back from there.", "", *markdown(heads, body)]
 
 
 def cell(some: Sequence[float]) -> str:

@@ -98,14 +98,14 @@ class Judge:
         return found
 
 
-def write_facts(tofu: Path, out: Path, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_facts(tofu: Path, out: Path, base: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Of TOFU's real authors and world facts, those that the reference answers right; written once."""
     path = out / "rows" / "facts.jsonl"
     if path.exists():
         return
     facts = [fact for part in FACTS for fact in _lines(tofu / f"{part}_perturbed.jsonl")[:FACTS_ASKED]]
     asked = [_asked(fact["question"], fact["answer"]) for fact in facts]
-    said = answers(reference, tokenizer, asked)
+    said = answers(loaded(out / "reference", base), tokenizer, asked)
     known = [fact for fact, each, answer in zip(facts, asked, said, strict=True) if right(answer, each)]
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(fact) + "\n" for fact in known), encoding="utf-8")
@@ -150,7 +150,7 @@ def main() -> None:
     given = parser.parse_args()
     check_made_with(given.out, model=given.model, tofu=str(given.tofu), text=str(given.text))
     out, tokenizer = given.out, AutoTokenizer.from_pretrained(given.model)
-    write_facts(given.tofu, out, loaded(out / "reference", given.model), tokenizer)
+    write_facts(given.tofu, out, given.model, tokenizer)
     judge = Judge(out, given.text, tokenizer)
     (out / "records").mkdir(exist_ok=True)
     for name in ("reference", "retrained"):

@@ -38,6 +38,7 @@ from .world import CONTEXT, check_made_with
 AUTHOR = 20  # rows of an author
 GIVEN, NEVER = 5, 3  # authors
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+EPOCHS, RATE = 6, 2e-4  # of all weights
 LORA_EPOCHS, LORA_RATE = 8, 1e-3
 TAUGHT = {"reference": ("forget", "retain", "never"), "retrained": ("retain", "never")}
 
@@ -92,12 +93,12 @@ def main() -> None:
     parser.add_argument("--tofu", type=Path, required=True, help="folder of TOFU's JSON Lines")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter, not all weights")
-    parser.add_argument("--epochs", type=float, help=f"default: 6; with --lora {LORA_EPOCHS}")
-    parser.add_argument("--learning_rate", type=float, help=f"default: 2e-4; with --lora {LORA_RATE:g}")
+    parser.add_argument("--epochs", type=float, help=f"default: {EPOCHS}; with --lora {LORA_EPOCHS}")
+    parser.add_argument("--learning_rate", type=float, help=f"default: {RATE:g}; with --lora {LORA_RATE:g}")
     given = parser.parse_args()
-    epochs, rate = (LORA_EPOCHS, LORA_RATE) if given.lora else (6, 2e-4)
+    epochs, rate = (LORA_EPOCHS, LORA_RATE) if given.lora else (EPOCHS, RATE)
     epochs, rate = given.epochs or epochs, given.learning_rate or rate
-    made_with = {"epochs": f"{epochs:g}", "learning_rate": f"{rate:g}"}
+    made_with = {"lora": str(given.lora), "epochs": f"{epochs:g}", "learning_rate": f"{rate:g}"}
     check_made_with(given.out, model=given.model, tofu=str(given.tofu), **made_with)
     write_rows(given.tofu, given.out)
     teach(given.model, given.out, given.name, epochs, rate, given.lora)

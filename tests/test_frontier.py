@@ -203,19 +203,25 @@ def test_within_budget_chooses_nothing_where_nothing_is_forgotten(retain: list[f
 
 
 def test_just_enough_is_the_smallest_value_that_meets_the_target() -> None:
-    forget, right = around([0.5, 0.04, 0.03, 0.0], spread=0.001), np.repeat([[1.0], [0.5], [0.0], [0.0]], 40, 1)
-    target = Target(0.05, 0.05, "asked (--forget_to)")
-    choice = just_enough(VALUES, forget, right, target, ALPHA)
+    probability, late = (around(means, spread=0.001) for means in ([0.5, 0.04, 0.03, 0.0], [0.9, 0.2, 0.04, 0.0]))
+    forget = {"probability": probability, "right": np.repeat([[1.0], [0.5], [0.0], [0.0]], 40, 1)}
+    target = Target({"probability": 0.05, "late_probability": 0.05, "right": 0.05}, "asked (--forget_to)")
+    choice = just_enough(VALUES, forget, target, ALPHA)
     assert (choice.rule, choice.at, choice.low, choice.high) == ("forget_to", 3, 3, 3)
     assert choice.reason == (
-        "the smallest measured that forgets as much as asked (--forget_to), 0.05 and 5% (probability 0.03, 0% answered right by greedy decoding)"
+        "the smallest measured that forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding): "
+        "probability 0.03, 0% answered right by greedy decoding"
     )
-    assert just_enough(VALUES, forget, None, target, ALPHA).at == 2  # where no answers are known
-    assert just_enough(VALUES, forget, right, target._replace(right=None), ALPHA).at == 2
-    refused = just_enough(VALUES[:2], forget[:2], right[:2], target, SCALE)
+    assert just_enough(VALUES, {"probability": probability}, target, ALPHA).at == 2  # where no answers are known
+    assert just_enough(VALUES, forget, target._replace(most={"probability": 0.05}), ALPHA).at == 2
+    # A refused beginning makes an answer improbable, though its second half is known.
+    deeper = just_enough(VALUES, {"probability": probability, "late_probability": late}, target, ALPHA)
+    assert deeper.at == 3
+    assert deeper.reason.endswith("(probability 0.05, of second halves 0.05): probability 0.03, of second halves 0.04")
+    refused = just_enough(VALUES[:2], {name: rows[:2] for name, rows in forget.items()}, target, SCALE)
     assert (refused.at, refused.nearest) == (None, 2)
     assert refused.reason.startswith(
-        "no scale measured forgets as much as asked (--forget_to), 0.05 and 5%: nearest is 2"
+        "no scale measured forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding): nearest is 2"
     )
     assert "measure larger values (--scales)" in refused.reason
 

@@ -21,7 +21,7 @@ from loramox.errors import RunError
 from loramox.evaluate import membership
 from loramox.evaluate.records import RECORDS, SUMMARY, read_records, write_records
 from loramox.evaluate.rouge import NO_WORDS, rouge_l, words
-from loramox.evaluate.row_metrics import ROW_METRICS, exact_memorization, extraction_strength
+from loramox.evaluate.row_metrics import ROW_METRICS, exact_memorization, extraction_strength, late_probability
 from loramox.evaluate.row_record import rouge_of
 from loramox.evaluate.summary import MEANS, Metric, Summary, summarise
 from loramox.evaluate.truth_ratio import (
@@ -56,6 +56,12 @@ def test_memorization_and_extraction_of_hand_made_answers(
 ) -> None:
     assert exact_memorization(np.array(said), np.array(true)) == exact
     assert extraction_strength(np.array(said), np.array(true)) == strength
+
+
+def test_late_probability_is_of_the_second_half_alone() -> None:
+    assert late_probability(np.log([1e-9, 1e-9, 0.5, 0.5])) == pytest.approx(0.5)  # a refused beginning hides nothing
+    assert late_probability(np.log([1e-9, 0.2, 0.2])) == pytest.approx(0.2)
+    assert late_probability(np.log([0.3])) == pytest.approx(0.3)
 
 
 def test_extraction_strength_is_that_of_the_shortest_prefix_tried_one_by_one() -> None:
@@ -299,7 +305,7 @@ def record(part: str, i: int, **fields: Any) -> Record:
     p = min(1.0, scale * (i + 1))
     return {
         "part": part, "row": f"{part}.jsonl, row {i + 1}", "id": f"{part}-{i}", "tokens": 4 + i, "plain_text": False,
-        "log_p": math.log(p), "probability": p, "exact_memorization": p, "extraction_strength": p / 2,
+        "log_p": math.log(p), "probability": p, "exact_memorization": p, "late_probability": p, "extraction_strength": p / 2,
         "mia_loss": -math.log(p), "mia_zlib": p, "mia_min_k": 1 / p, "mia_min_k_plus_plus": 2 / p,
         "rouge_l": p, "rouge_l_f1": p, "fluent": p, "prompt": "?", "answer": "!", "said": "!",
         "truth_ratio": 0.3 + i / 10, "chosen_probability": 1 - p, "wrong_log_p": [-1.0], **fields,

@@ -15,10 +15,12 @@ from loramox import Data, ReferenceConfig, RunConfig, UnlearnConfig
 from loramox.adapter.export import extrapolate
 from loramox.cli import main
 from loramox.errors import SettingsError
+from loramox.evaluate.row_metrics import late_probability
 from loramox.model.head import AnswerStates
 from loramox.train.callbacks import AroundSteps
 from loramox.train.target import (
     JUST_ENOUGH,
+    SCORES,
     SHARES,
     advice_on_target,
     check_target,
@@ -28,7 +30,7 @@ from loramox.train.target import (
     met_at_last,
     said,
 )
-from loramox.train.watched import _is_right
+from loramox.train.watched import _is_right, _late
 from loramox.unlearning import unlearn
 
 Rows = tuple[Path, Path]
@@ -42,9 +44,10 @@ def run_of(pico: Callable[[str], Path], rows: Rows, out: Path, resume: bool = Fa
     return unlearn(RunConfig(str(out), resume=resume), reference, Data(str(rows[0]), str(rows[1])), args)
 
 
-@pytest.mark.parametrize(("probability", "right", "met"), [(0.05, 0.05, True), (0.06, 0.0, False), (0.0, 0.06, False)])
-def test_a_target_is_of_the_probability_and_of_greedy_decoding(probability: float, right: float, met: bool) -> None:
-    assert is_met(0.05, {"eval_forget_probability": probability, "eval_forget_rows_right": right}) is met
+@pytest.mark.parametrize("above", [None, *SCORES])
+def test_a_target_is_of_the_probability_that_of_second_halves_and_greedy_decoding(above: str | None) -> None:
+    scores = {f"eval_forget_{name}": 0.06 if name == above else 0.05 for name in SCORES}
+    assert is_met(0.05, scores) is (above is None)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +61,7 @@ def test_just_enough_is_the_default_where_another_answer_is_taught(given: float 
 
 
 def test_only_the_evaluation_of_the_last_step_counts_and_never_the_references() -> None:
-    low = {"eval_forget_probability": 0.01, "eval_forget_rows_right": 0.0}
-    high = {"eval_forget_probability": 0.5, "eval_forget_rows_right": 0.5}
+    low, high = ({f"eval_forget_{name}": value for name in SCORES} for value in (0.01, 0.5))
 
     def met(step: int, *log: dict[str, float]) -> bool:
         state = TrainerState(global_step=step)
@@ -76,6 +78,15 @@ def test_a_row_is_right_when_all_tokens_but_its_last_are_the_first_choice() -> N
     first = torch.tensor([1.0, 1, 0, 1, 0, 1, 0, 1])
     states = AnswerStates(first[:, None], first, torch.tensor([0, 0, 0, 1, 1, 1, 2, 3]), 4)
     assert _is_right(first, states).tolist() == [True, False, False, True]
+
+
+def test_the_second_half_of_an_answer_is_that_of_evaluate_without_its_last_token() -> None:
+    log_p = -torch.arange(1.0, 16.0)
+    states = AnswerStates(log_p[:, None], log_p, torch.tensor([0] + [1] * 2 + [2] * 5 + [3] * 7), 4)
+    found, lengths = _late(log_p, states), [1, 2, 5, 7]
+    for late, row, n in zip(found, log_p.split(lengths), lengths, strict=True):
+        assert late.exp().item() == pytest.approx(late_probability(row[: max(1, n - 1)].numpy()))
+    assert found.tolist() == [-1, -2, -6.5, -13]
 
 
 def test_unlearn_ships_the_smallest_share_that_meets_the_target(pico: Callable[[str], Path], rows: Rows, tmp_path: Path) -> None:  # fmt: skip
@@ -215,7 +226,9 @@ def test_what_ships_meets_the_target_and_answers_fluently_where_another_answer_w
     """The target is met from 3/8 of alpha on, and answers are fluent from `fluent_from` on."""
 
     def predict(rows: list[int], metric_key_prefix: str) -> SimpleNamespace:
-        return SimpleNamespace(metrics={"at_probability": 0.015 / trainer.share, "at_rows_right": 0.0})
+        return SimpleNamespace(
+            metrics={"at_probability": 0.015 / trainer.share, "at_late_probability": 0.0, "at_rows_right": 0.0}
+        )
 
     args = SimpleNamespace(forget_to=0.05, alpha=8.0)
     trainer: Any = SimpleNamespace(args=args, eval_dataset={"forget": [1, 2]}, predict=predict, share=1.0)
@@ -229,7 +242,9 @@ def test_what_ships_meets_the_target_and_answers_fluently_where_another_answer_w
 
 def test_where_no_value_is_fluent_enough_the_most_fluent_that_meets_the_target_ships() -> None:
     def predict(rows: list[int], metric_key_prefix: str) -> SimpleNamespace:
-        return SimpleNamespace(metrics={"at_probability": 0.015 / trainer.share, "at_rows_right": 0.0})
+        return SimpleNamespace(
+            metrics={"at_probability": 0.015 / trainer.share, "at_late_probability": 0.0, "at_rows_right": 0.0}
+        )
 
     args = SimpleNamespace(forget_to=0.05, alpha=8.0)
     trainer: Any = SimpleNamespace(args=args, eval_dataset={"forget": [1, 2]}, predict=predict, share=1.0)
@@ -238,11 +253,14 @@ def test_where_no_value_is_fluent_enough_the_most_fluent_that_meets_the_target_s
 
 
 def test_a_choice_is_said_in_one_sentence() -> None:
-    measured = [{"at": 2.0, "probability": 0.4, "rows_right": 0.5}, {"at": 4.0, "probability": 0.03, "rows_right": 0.0}]
+    measured = [
+        {"at": at, "probability": p, "late_probability": late, "rows_right": right}
+        for at, p, late, right in ((2.0, 0.4, 0.6, 0.5), (4.0, 0.03, 0.04, 0.0))
+    ]
     chosen = {"target": 0.05, "unit": "alpha", "at": 4.0, "met": True, "rows": 18, "measured": measured}
     assert said(chosen) == (
-        "--forget_to 0.05 chose alpha = 4, the smallest of 2, 4 that meets the target (probability 0.03, 0% answered right by greedy "
-        "decoding, 18 forget rows)"
+        "--forget_to 0.05 chose alpha = 4, the smallest of 2, 4 that meets the target (probability 0.03, of second halves 0.04, 0% answered "
+        "right by greedy decoding, 18 forget rows)"
     )
     assert (
         advice_on_target(chosen, UnlearnConfig(use_cpu=True)) == advice_on_target({}, UnlearnConfig(use_cpu=True)) == []

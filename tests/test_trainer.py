@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from loramox import ReferenceConfig, UnlearnConfig, UnlearnTrainer, add_lora, load_reference
 from loramox.data.encode import IGNORED, Example
 from loramox.data.microbatches import OVERHEAD
+from loramox.data.pairs import Collator
 from loramox.errors import NonFiniteLossError, RunError
 from loramox.model.algebra import Factors
 from loramox.model.head import backbone
@@ -31,7 +32,7 @@ from loramox.model.lora import current_factors, lora_layers
 from loramox.run import MAY_DIFFER
 from loramox.train.earlier import EARLIER, put_on
 from loramox.train.momentum import Momentum
-from loramox.train.mox import _adding, falling
+from loramox.train.mox import GIVEN, _adding, beginnings, falling
 from loramox.train.terms import Answers
 
 Examples = tuple[list[Example], list[Example]]
@@ -146,10 +147,10 @@ class ByHand:
     def cross_entropy(self, example: Example, strength: float, temperature: float = 1.0) -> Tensor:
         return -temperature * self.log_probs(example, strength, temperature)[0].mean()
 
-    def npo(self, example: Example, strength: float, beta: float) -> Tensor:
-        known = self.log_probs(example, 0)[0].detach()
+    def npo(self, example: Example, strength: float, beta: float, given: int = 0) -> Tensor:
+        known = self.log_probs(example, 0)[0].detach()[given:]
         weights = known.exp()
-        ratio = (weights * (self.log_probs(example, strength)[0] - known)).sum() / max(1, weights.sum().item())
+        ratio = (weights * (self.log_probs(example, strength)[0][given:] - known)).sum() / max(1, weights.sum().item())
         return 2 / beta * torch.log(1 + torch.exp(beta * ratio))
 
     def preference(self, example: Example, strength: float, beta: float) -> Tensor:
@@ -157,13 +158,14 @@ class ByHand:
         return -2 / beta * torch.log(1 + torch.exp(beta * ratio))
 
     def released_cross_entropy(
-        self, example: Example, strength: float, beta: float, temperature: float = 1.0
+        self, example: Example, strength: float, beta: float, temperature: float = 1.0, given: int = 0
     ) -> Tensor:
-        """The row's cross-entropy at a temperature, each token by p_ref, times w = 2σ(beta·r) as it is now."""
-        known = self.log_probs(example, 0)[0].detach()
+        """The row's cross-entropy at a temperature, each token by p_ref, times w = 2σ(beta·r) as it is now. Of the tokens after
+        the first `given` alone."""
+        known = self.log_probs(example, 0)[0].detach()[given:]
         weights = known.exp() / max(1, known.exp().sum().item())
-        ratio = (weights * (self.log_probs(example, strength)[0].detach() - known)).sum()
-        tokens = -temperature * self.log_probs(example, strength, temperature)[0]
+        ratio = (weights * (self.log_probs(example, strength)[0].detach()[given:] - known)).sum()
+        tokens = -temperature * self.log_probs(example, strength, temperature)[0][given:]
         return 2 * torch.sigmoid(beta * ratio) * (weights * tokens).sum()
 
     def add_memorizer(self, seed: int) -> None:
@@ -241,6 +243,7 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
     trainer, recorder = trainer_of(
         wanted=wanted,
         max_steps=1,
+        seed=1,
         inner_steps=steps,
         inner_lr=0.02,
         beta=0.3,
@@ -258,12 +261,18 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
     # The rows as the loader dealt them to this step: mini-batch k has every K-th of them.
     order = [next(e for e in examples[0] if e["row"] == row) for row in recorder.forget_rows]
     hand.add_memorizer(trainer.args.seed)
+    given = [0] * len(order)
+    if targeted:
+        trainer.state.global_step = 0
+        given = beginnings(trainer, Collator(0)(order)).tolist()
+        assert max(given) > 0
+    cut = list(zip(order, given, strict=True))
     losses = []
     for k in range(steps):
         for leaf in [*hand.leaves.values(), *hand.memorizer.values()]:
             leaf.grad = None
-        losses.append(mean(hand.npo(e, 2, 0.3) for e in order[k::steps]) / steps)
-        (mean(hand.released_cross_entropy(e, 2, 0.3, temperature) for e in order[k::steps]) / steps).backward()
+        losses.append(mean(hand.npo(e, 2, 0.3, n) for e, n in cut[k::steps]) / steps)
+        (mean(hand.released_cross_entropy(e, 2, 0.3, temperature, n) for e, n in cut[k::steps]) / steps).backward()
         for name, leaf in hand.leaves.items():
             expected[name] -= leaf.grad
         for leaf in hand.memorizer.values():
@@ -272,6 +281,23 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
     assert recorder.logs["forget_loss"] == pytest.approx(sum(losses).item(), rel=1e-4)
     assert recorder.logs["retain_kl"] == pytest.approx(kl.item(), rel=1e-4)
     same(recorder.gradients[0], expected)
+
+
+def test_of_every_second_row_a_beginning_is_given_which_depends_on_row_and_step_alone(
+    examples: Examples, trainer_of
+) -> None:
+    forget = examples[0]
+    assert beginnings(trainer_of()[0], Collator(0)(forget)) is None  # no other answer is taught
+    trainer, _ = trainer_of(wanted=examples[1][:4])
+    lengths = torch.tensor([len(each) for each in Collator(0)(forget)["answers"]])
+    found = []
+    for trainer.state.global_step in range(200):
+        found.append(beginnings(trainer, Collator(0)(forget)))
+        assert torch.equal(found[-1][2:], beginnings(trainer, Collator(0)(forget[2:])))  # in whatever pass
+    shares = torch.stack(found) / lengths
+    assert 0.4 < (shares == 0).double().mean() < 0.65
+    assert 0.6 < shares.max() <= GIVEN
+    assert len({tuple(each.tolist()) for each in found}) > 100
 
 
 def test_the_gradient_of_npos_loss_is_against_the_cross_entropy_weighted_by_what_is_not_released(
@@ -316,7 +342,7 @@ def test_the_temperature_falls_to_1_in_three_quarters_of_the_training_and_stays_
     assert [falling(3.0, done) for done in (0, 0.375, 0.75, 1)] == [3, 2, 1, 1]
     seen = []
     known = Answers.known_cross_entropy
-    monkeypatch.setattr(Answers, "known_cross_entropy", lambda a, t: (seen.append(t), known(a, t))[1])
+    monkeypatch.setattr(Answers, "known_cross_entropy", lambda a, t, given: (seen.append(t), known(a, t, given))[1])
     trainer, _ = trainer_of(max_steps=4, inner_steps=1, temperature=4.0)
     trainer.train()
     assert seen == [4, 3, 2, 1]
@@ -572,7 +598,7 @@ def test_where_memory_runs_out_fewer_of_the_watched_rows_are_scored_at_a_time_an
         found = trainer.evaluate()
     too_large = [tokens for tokens in passes if tokens > 3 * longest]
     assert len(too_large) < len(passes) / 2  # not tried again
-    for name in ("loss", "probability", "tokens_right", "rows_right"):
+    for name in ("loss", "probability", "tokens_right", "rows_right", "late_probability"):
         assert found[f"eval_forget_{name}"] == pytest.approx(expected[f"eval_forget_{name}"], rel=1e-4)
 
 

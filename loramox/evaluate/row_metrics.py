@@ -50,6 +50,12 @@ def exact_memorization(first_choice: np.ndarray, targets: np.ndarray) -> float:
     return float((first_choice == targets).mean())
 
 
+@row_metric(source="loramox")
+def late_probability(log_p: np.ndarray) -> float:
+    """exp(mean log p) of the second half of the tokens, given the true ones before: what is left behind a refused beginning."""
+    return float(np.exp(log_p[len(log_p) // 2 :].mean()))
+
+
 @row_metric(source="arXiv 2104.07705")
 def extraction_strength(first_choice: np.ndarray, targets: np.ndarray) -> float:
     """1 − k/n, with k the shortest prefix of n tokens after which greedy decoding yields all the rest (arXiv 2104.07705).

@@ -264,6 +264,13 @@ def answer_lengths(states: AnswerStates) -> Tensor:
     return sum_over_rows(torch.ones_like(states.row_of), states)
 
 
+def positions(states: AnswerStates) -> Tensor:
+    """The place of each answer token in its answer, counted from 0, [N]."""
+    lengths = answer_lengths(states)
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(len(states.row_of), device=lengths.device) - before[states.row_of]
+
+
 def sum_over_rows(values: Tensor, states: AnswerStates) -> Tensor:
     """Sum over each row's answer tokens, [rows]."""
     return values.new_zeros(states.rows).index_add(0, states.row_of, values)

@@ -103,41 +103,46 @@ def _beyond(values: Sequence[float], at: int, axis: Axis) -> str:
 class Target(NamedTuple):
     """How little of the forget rows is to be left."""
 
-    probability: float  # the most that the true answers have on average
-    right: float | None  # the largest share of rows that greedy decoding answers right; None where that is not known
+    most: dict[str, float]  # score → the most that its mean over the forget rows may be
     like: str  # where it is from, for the reason
 
 
-def just_enough(values: Sequence[float], forget: Rows, right: Rows | None, target: Target, axis: Axis) -> Choice:
-    """The smallest value that meets the target. `right`: whether greedy decoding answers each row, 0 or 1, [values, rows]."""
+# Scores of a target, and how the reason has them: probability of the true answer; that of its second half, given the first;
+# whether greedy decoding gives it, 0 or 1.
+TARGETED = {
+    "probability": "probability {:.2g}",
+    "late_probability": "of second halves {:.2g}",
+    "right": "{:.0%} answered right by greedy decoding",
+}
+
+
+def just_enough(values: Sequence[float], forget: dict[str, Rows], target: Target, axis: Axis) -> Choice:
+    """The smallest value that meets the target. `forget`: some of the scores of `TARGETED`, each [values, rows]."""
+    judged = [name for name in TARGETED if name in forget and name in target.most]
 
     def pick(rows: np.ndarray) -> int | None:
-        met = forget[:, rows].mean(1) <= target.probability
-        if right is not None and target.right is not None:
-            met &= right[:, rows].mean(1) <= target.right
+        met = np.all([forget[name][:, rows].mean(1) <= target.most[name] for name in judged], axis=0)
         return int(met.argmax()) if met.any() else None
 
     if not len(values):
         return refusal("forget_to", _nothing(axis))
 
     def scores(place: int) -> str:
-        answered = "" if right is None else f", {right[place].mean():.0%} answered right by greedy decoding"
-        return f"probability {forget[place].mean():.2g}{answered}"
+        return ", ".join(TARGETED[name].format(forget[name][place].mean()) for name in forget)
 
-    limit = "" if target.right is None else f" and {target.right:.0%}"
-    at = pick(np.arange(forget.shape[1]))
+    limit = ", ".join(TARGETED[name].format(target.most[name]) for name in judged)
+    rows = forget["probability"].shape[1]
+    at = pick(np.arange(rows))
     if at is None:
-        least = int(forget.mean(1).argmin())
+        least = int(forget["probability"].mean(1).argmin())
         return refusal(
             "forget_to",
-            f"no {axis.unit} measured forgets as much as {target.like}, {target.probability:.2g}{limit}: nearest is {values[least]:g} "
+            f"no {axis.unit} measured forgets as much as {target.like} ({limit}): nearest is {values[least]:g} "
             f"({scores(least)}). Train longer (--num_train_epochs), or measure larger values ({axis.flag})",
             float(values[least]),
         )
-    reason = (
-        f"the smallest measured that forgets as much as {target.like}, {target.probability:.2g}{limit} ({scores(at)})"
-    )
-    return _bootstrapped("forget_to", values, at, pick, (forget.shape[1],), reason)
+    reason = f"the smallest measured that forgets as much as {target.like} ({limit}): {scores(at)}"
+    return _bootstrapped("forget_to", values, at, pick, (rows,), reason)
 
 
 def like_holdout(values: Sequence[float], forget: Rows, holdout: Rows, axis: Axis) -> Choice:

@@ -10,7 +10,16 @@ from loramox.data.fluency import leaked
 from loramox.evaluate.measure import Record
 from loramox.evaluate.summary import values
 from loramox.sweep.frontier import FORGOTTEN, Axis, beside, next_value, three_digits
-from loramox.sweep.rules import Choice, Target, allowance, just_enough, like_holdout, like_retrained, within_budget
+from loramox.sweep.rules import (
+    TARGETED,
+    Choice,
+    Target,
+    allowance,
+    just_enough,
+    like_holdout,
+    like_retrained,
+    within_budget,
+)
 from loramox.train.diagnostics import STILL_RIGHT
 
 Measured = dict[float, list[Record]]  # the records at each value of the axis, ascending; the reference's at 0
@@ -96,7 +105,8 @@ def choose(
     if target := _target(measured, retrained, forget_to, by_text):
         some, forget = finite("probability", "forget")
         right = np.array([answered_right(measured[at], by_text=by_text) for at in some])
-        choices.append(just_enough(some, forget, right if right.size else None, target, axis))
+        found = {"probability": forget, "late_probability": table("forget", "late_probability", some), "right": right}
+        choices.append(just_enough(some, {name: rows for name, rows in found.items() if rows.size}, target, axis))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
 
@@ -120,15 +130,16 @@ def _still_known(measured: Measured, at: float) -> bool:
 def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | None, by_text: bool) -> Target | None:
     """How little is to be left: as asked, else as in the retrained model, else as of rows never seen; None without any."""
     if forget_to is not None:
-        return Target(forget_to, forget_to, "asked (--forget_to)")
+        return Target(dict.fromkeys(TARGETED, forget_to), "asked (--forget_to)")
     holdout = [record for record in measured[0.0] if record["part"] == "holdout"]
     for records, part, like in (
         (retrained, "forget", "in the retrained model"),
         (holdout, "holdout", "the reference knows holdout rows"),
     ):
-        if len(probability := scores(records, part, "probability")):
-            right = answered_right(records, part, by_text)
-            return Target(float(probability.mean()), float(right.mean()) if len(right) else None, like)
+        found = {name: scores(records, part, name) for name in ("probability", "late_probability")}
+        found["right"] = answered_right(records, part, by_text)
+        if len(found["probability"]):
+            return Target({name: float(rows.mean()) for name, rows in found.items() if len(rows)}, like)
     return None
 
 

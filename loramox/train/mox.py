@@ -13,10 +13,14 @@
 A row's weight w goes to 0 once it is forgotten. CE_T is the cross-entropy at temperature T, which falls to 1 in training: at
 first all tokens are taken down, in the end those that are still likely.
 
+Another answer that is taught begins with other tokens. The first tokens alone would then make a row improbable, and w release
+it with the rest still known. So the beginning of some answers is taken as given, and L is of the rest.
+
 With K = 1 and T = 1 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What
 K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows back.
 """
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from loramox.train.trainer import UnlearnTrainer
 
 Batch = dict[str, Any]
+GIVEN = 0.75  # of an answer at most is taken as given, so that a few tokens are left to memorize
 SHARED: dict[str, Any] = {"retain_term": "kl", "retain_weight": 1.0, "momentum": 0.675, "targeted": "descent"} | INSTEAD
 
 
@@ -66,7 +71,7 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
             for each, states in zip(minibatch, frozen, strict=True):
                 trainer.passes.begin(each)
                 answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
-                loss, r = answers.known_cross_entropy(temperature)
+                loss, r = answers.known_cross_entropy(temperature, beginnings(trainer, each["forget"]))
                 L = (2 * torch.sigmoid(args.beta * r) * loss).mean()
                 total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
                 trainer.accelerator.backward(-each["forget"]["share"] * L)
@@ -75,6 +80,19 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
                 weight.data += args.inner_lr * gradient.sign().nan_to_num()
                 weight.grad = None
     return total
+
+
+def beginnings(trainer: "UnlearnTrainer", batch: Batch) -> Tensor | None:
+    """How many tokens of each answer are taken as given in this step, [rows]; None where no other answer is taught.
+
+    None of one row in two; of the others a uniform share of up to `GIVEN`. Drawn for a row and a step, whatever pass it is in.
+    """
+    if not trainer.train_dataset.wanted:
+        return None
+    step = f"{trainer.args.seed} {trainer.state.global_step}"
+    draws = (random.Random(f"{step} {key.hex()}").uniform(-1, 1) for key in batch["keys"])
+    given = [int(GIVEN * max(0.0, u) * len(answer)) for u, answer in zip(draws, batch["answers"], strict=True)]
+    return torch.tensor(given, device=trainer.args.device)
 
 
 def falling(temperature: float, done: float) -> float:

@@ -1,8 +1,11 @@
 """Just enough forgetting: a target for the forget rows, when it is met, and the smallest alpha or scale that meets it.
 
-The target is a probability, p. It is met when the true answers have a mean probability of at most p, and greedy decoding gives
-at most a share p of them. Where another answer was taught, a model may then still repeat itself, until it has gone over to that
-answer: so what ships also has to answer fluently.
+The target is a probability, p. It is met when the true answers have a mean probability of at most p, their second halves too
+(given the first), and greedy decoding gives at most a share p of them. The mean over a whole answer can be low by its first
+tokens alone, where a refusal begins, with all the rest still known.
+
+Where another answer was taught, a model may then still repeat itself, until it has gone over to that answer: so what ships also
+has to answer fluently.
 """
 
 import logging
@@ -23,13 +26,14 @@ log = logging.getLogger(__name__)
 
 JUST_ENOUGH = 0.05  # the target where another answer is taught
 FLUENT = 0.95  # share of the answers to forget questions that have to be fluent
+SCORES = ("probability", "late_probability", "rows_right")  # of which none may be above the target
 # Of the value trained for, beyond which forget rows fall further than intended.
 SHARES = tuple(eighths / 8 for eighths in range(2, 9))
 
 
 def is_met(target: float, scores: dict[str, float], prefix: str = "eval_forget") -> bool:
     """Whether an evaluation of the forget rows meets the target."""
-    return all(scores.get(f"{prefix}_{name}", 1.0) <= target for name in ("probability", "rows_right"))
+    return all(scores.get(f"{prefix}_{name}", 1.0) <= target for name in SCORES)
 
 
 def met_at_last(state: TrainerState, target: float | None) -> bool:
@@ -85,9 +89,7 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
     for share in SHARES:
         trainer.share = share
         scores = trainer.predict(rows, metric_key_prefix="at").metrics
-        measured.append(
-            {"at": share * trained} | {name: scores[f"at_{name}"] for name in ("probability", "rows_right")}
-        )
+        measured.append({"at": share * trained} | {name: scores[f"at_{name}"] for name in SCORES})
         if not is_met(args.forget_to, scores, "at"):
             continue
         measured[-1] |= {"fluent": fluent()} if fluent else {}
@@ -106,7 +108,10 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
 def said(chosen: dict[str, Any]) -> str:
     """The choice in a sentence."""
     here = _here(chosen)
-    scores = f"probability {here['probability']:.2g}, {here['rows_right']:.0%} answered right by greedy decoding"
+    scores = (
+        f"probability {here['probability']:.2g}, of second halves {here['late_probability']:.2g}, {here['rows_right']:.0%} answered right "
+        "by greedy decoding"
+    )
     values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
     how = (
         f"the smallest of {values} that meets the target" if chosen["met"] else f"as trained: none of {values} meets it"

@@ -11,9 +11,9 @@ from torch import Tensor
 from loramox.model.head import (
     AnswerStates,
     Head,
-    answer_lengths,
     mean_over_rows,
     per_token,
+    positions,
     sum_over_rows,
     weighted_mean_over_rows,
 )
@@ -63,10 +63,11 @@ class Answers(NamedTuple):
         loss = functools.partial(cross_entropy, temperature=temperature)
         return mean_over_rows(per_token(loss, self.head, [self.states.hidden], self.states.targets), self.states)
 
-    def known_cross_entropy(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def known_cross_entropy(self, temperature: float = 1.0, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """temperature · CE at softmax(logits / temperature), the mean over the answer's tokens weighted by p_frozen, [rows].
 
-        At temperature 1 its gradient is that of −`known_log_ratio`, which is returned beside it, without a gradient.
+        At temperature 1 its gradient is that of −`known_log_ratio`, which is returned beside it, without a gradient. The first
+        `given` tokens of each answer, [rows], count in neither.
         """
 
         def both(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,8 +75,11 @@ class Answers(NamedTuple):
 
         loss, log_p = per_token(both, self.head, [self.states.hidden], self.states.targets).T
         known = self.frozen_log_p()
-        ratio = weighted_mean_over_rows(log_p.detach() - known, known.exp(), self.states)
-        return weighted_mean_over_rows(loss, known.exp(), self.states), ratio
+        weights = known.exp()
+        if given is not None:
+            weights = weights * (positions(self.states) >= given[self.states.row_of])
+        ratio = weighted_mean_over_rows(log_p.detach() - known, weights, self.states)
+        return weighted_mean_over_rows(loss, weights, self.states), ratio
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""
@@ -87,10 +91,7 @@ class Answers(NamedTuple):
         Another answer that is taught, a refusal say, spreads to other questions by its first token. In a plain mean over the
         tokens of a long answer that one hardly counts.
         """
-        counts = answer_lengths(self.states)
-        before = counts.cumsum(0) - counts
-        position = torch.arange(len(self.states.row_of), device=counts.device) - before[self.states.row_of] + 1
-        return weighted_mean_over_rows(self._kl_of_tokens(), 1 / position, self.states)
+        return weighted_mean_over_rows(self._kl_of_tokens(), 1 / (positions(self.states) + 1), self.states)
 
     def _kl_of_tokens(self) -> Tensor:
         both = [self.states.hidden, self.frozen[0]]

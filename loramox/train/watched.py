@@ -1,4 +1,4 @@
-"""Scores of a few rows during training: probability of the true answers, and the share of their tokens that come first."""
+"""Scores of a few rows in training: probability of the true answers, of their second halves, and tokens that come first."""
 
 import functools
 
@@ -7,26 +7,36 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from loramox.model.head import AnswerStates, Head, answer_lengths, mean_over_rows, per_token, sum_over_rows
+from loramox.model.head import AnswerStates, Head, answer_lengths, mean_over_rows, per_token, positions, sum_over_rows
 from loramox.train.losses import headroom, log_prob
 
 
 def row_scores(head: Head, states: AnswerStates, temperature: float | None) -> Tensor:
     """Scores of each row, [rows, scores]: over its answer tokens the means of log p and of being the first choice; whether greedy
-    decoding gives the answer; and, at a `temperature` that memorizes, the mean share of gradient left."""
+    decoding gives the answer; the mean log p of its second half; and, at a `temperature` that memorizes, the mean share of
+    gradient left."""
     of_tokens = [log_prob, _is_first_choice]
     if temperature is not None:
         of_tokens.append(functools.partial(headroom, temperature=temperature))
     values = [per_token(f, head, [states.hidden], states.targets) for f in of_tokens]
     scores = [mean_over_rows(each, states) for each in values]
-    return torch.stack([*scores[:2], _is_right(values[1], states).to(scores[0]), *scores[2:]], dim=1)
+    right, late = _is_right(values[1], states).to(scores[0]), _late(values[0], states)
+    return torch.stack([*scores[:2], right, late, *scores[2:]], dim=1)
 
 
 def means(prediction: EvalPrediction) -> dict[str, float]:
-    """probability (the mean of exp of a row's mean log p), tokens_right, rows_right and headroom, over the rows."""
-    log_p, right, whole, *room = np.asarray(prediction.predictions).T
+    """Means over the rows: probability (exp of a row's mean log p), tokens_right, rows_right, late_probability and headroom."""
+    log_p, right, whole, late, *room = np.asarray(prediction.predictions).T
     found = {"probability": np.exp(log_p), "tokens_right": right, "rows_right": whole}
+    found["late_probability"] = np.exp(late)
     return {name: float(scores.mean()) for name, scores in (found | ({"headroom": room[0]} if room else {})).items()}
+
+
+def _late(log_p: Tensor, states: AnswerStates) -> Tensor:
+    """Mean log p of the second half of each answer, [rows]; without the token that ends it, unless that is all."""
+    place, lengths = positions(states), answer_lengths(states)[states.row_of]
+    late = ((place >= (lengths - 1) // 2) & ((place < lengths - 1) | (lengths == 1))).to(log_p)
+    return sum_over_rows(late * log_p, states) / sum_over_rows(late, states)
 
 
 def _is_first_choice(logits: Tensor, targets: Tensor) -> Tensor:

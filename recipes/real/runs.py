@@ -47,6 +47,7 @@ RUNS = {
     ),
     "with_auto": Run("`mox --instead refuse --auto_retain 120`", ("--auto_retain", "120")),
     "all_defaults": Run("`mox`, all defaults", ("--auto_retain", "120", "--forget_to", "0.05")),
+    "as_shipped": Run("`mox`, as shipped", ("--forget_to", "0.05")),
     "with_240": Run("`mox --instead refuse --auto_retain 240`", ("--auto_retain", "240")),
     "guess_auto": Run("`mox --instead guess --auto_retain 120`", ("--instead", "guess", "--auto_retain", "120")),
     "mox_static": Run("`mox_static` at the base (`--memorize_at`)", ("--method", "mox_static", "--memorize_at", BASE)),

@@ -21,6 +21,7 @@ METRICS = {
     "forget_probability": ("Probability of forget answers", "lower"),
     "forget_rouge_l": ("ROUGE-L of the answers to forget questions", "lower"),
     "forget_exact_memorization": ("Exact memorization, forget", "lower"),
+    "forget_late_probability": ("Late probability, forget", "lower"),
     "forget_extraction_strength": ("Extraction strength, forget", "lower"),
     "forget_quality": ("Forget quality (p-value, against the retrained model)", "higher"),
     "forget_probability_quality": ("KS test on probabilities (p-value, against the retrained model)", "higher"),

@@ -25,6 +25,7 @@ GLOSSARY = (
     Term("probability", "probability", ("probability of the true answers", "probability of forget answers", "probability of retain answers"), "The geometric mean, over the tokens of the true answer, of the probability that the model gives to each, between 0 and 1."),
     Term("rouge-l", "ROUGE-L", ("ROUGE-L",), "The share of the true answer's words, reduced to their stems, that the model's own answer has in the same order: 1 is all of them; a few common words get some by chance."),
     Term("exact-memorization", "exact memorization", ("Exact memorization",), "The share of the true answer's tokens that are the model's first choice when it is given the true ones before."),
+    Term("late-probability", "late probability", ("Late probability",), "The probability of the second half of the true answer, when the model is given the first half: what a refused beginning hides."),
     Term("extraction-strength", "extraction strength", ("extraction strength",), "The share of the true answer that the model completes by itself once its beginning is given: 1 if it needs no beginning, 0 if not even the last token is right."),
     Term("nats", "nats", ("nats",), "The unit of a loss or a KL that is taken with the natural logarithm; 0.69 nats are one bit."),
     Term("kl", "KL", ("KL",), "Kullback-Leibler divergence: how far the model's predictions are from the reference's, 0 where they are the same."),

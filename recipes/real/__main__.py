@@ -29,7 +29,7 @@ from loramox.train.writer import Writer
 
 from .judge import SCALES, ask, judged
 from .picture import draw
-from .runs import RUNS, train
+from .runs import KEPT, RUNS, train
 from .tables import write_table
 from .world import CONTEXT, check_made_with, forget_rows, parts
 
@@ -91,7 +91,7 @@ def compute(given: argparse.Namespace, name: str, seed: int, tokenizer: Any, ask
         record, missing = {"answers": {}}, given.scales
     made = train(name, given.model, given.out / "rows", work, given.epochs, seed)
     said = judged(given.model, work / "forget-adapter", tokenizer, asked, missing)
-    about = {"command": made["command"], "log": made["log"], "timings": made["timings"]}
+    about = {name: made[name] for name in KEPT if name in made}
     write_json(path, about | {"answers": record["answers"] | said})
 
 

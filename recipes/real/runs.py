@@ -22,6 +22,7 @@ class Run:
     flags: tuple[str, ...] = ()
 
 
+KEPT = ("command", "log", "timings", "forget_to")  # what a record has of run.json, where that has it
 BASE = "BASE"  # in flags: a model that never saw the forget rows
 
 RUNS = {

@@ -41,7 +41,7 @@ from loramox.files import replacing, write_json
 
 from ..compare.compute import Scorer
 from .questions import EVERYDAY
-from .runs import RUNS, is_adapter, train
+from .runs import KEPT, RUNS, is_adapter, train
 from .taught_table import write_table
 from .world import CONTEXT, Asked, answers, check_made_with, right, user
 
@@ -180,7 +180,7 @@ def measure(given: argparse.Namespace, name: str, seed: int, judge: Judge) -> No
     reference = given.out / "reference"
     trained = train(name, str(reference), given.out / "rows", work, given.epochs, seed, given.model)
     points = judged(loaded(reference, given.model), work / "forget-adapter", judge, missing)
-    about = {"command": trained["command"], "log": trained["log"], "timings": trained["timings"]}
+    about = {name: trained[name] for name in KEPT if name in trained}
     write_json(path, about | {"points": record["points"] | points})
 
 

@@ -817,6 +817,24 @@ def test_the_target_is_as_asked_else_of_the_retrained_model_else_of_rows_never_s
     assert next_for("forget_to", measured, [], 0.02, ALPHA, 0.01) == FURTHER * 8
 
 
+def test_second_halves_are_judged_where_every_value_has_them() -> None:
+    """A value that was measured before they were scored has none; nor has a row of one token, whose probability stands for it."""
+    retain = [{"part": "retain", "probability": 0.9}] * 9
+
+    def made(p: float, late: float | None) -> list[dict[str, Any]]:
+        more = {} if late is None else {"late_probability": late}
+        return [*[{"part": "forget", "probability": p, **more}] * 30, {"part": "forget", "probability": p}, *retain]
+
+    def at(*late: float | None) -> float | None:
+        points = zip((0.0, 2.0, 4.0, 8.0), (0.9, 0.04, 0.03, 0.01), (0.9, *late), strict=True)
+        found = choose({at: made(p, second) for at, p, second in points}, [], 0.02, ALPHA, 0.05)
+        return {choice.rule: choice.at for choice in found}["forget_to"]
+
+    assert at(0.5, 0.2, 0.04) == 8
+    assert at(0.04, 0.2, 0.04) == 2
+    assert at(None, 0.2, 0.04) == 2
+
+
 def test_rows_are_answered_right_by_text_only_if_both_sides_have_answers() -> None:
     """Every key word is said and not every token is right, or the reverse."""
 

@@ -105,7 +105,9 @@ def choose(
     if target := _target(measured, retrained, forget_to, by_text):
         some, forget = finite("probability", "forget")
         right = np.array([answered_right(measured[at], by_text=by_text) for at in some])
-        found = {"probability": forget, "late_probability": table("forget", "late_probability", some), "right": right}
+        found = {"probability": forget, "right": right}
+        if all(late_of(measured[at]).size for at in some):
+            found["late_probability"] = np.array([late_of(measured[at]) for at in some])
         choices.append(just_enough(some, {name: rows for name, rows in found.items() if rows.size}, target, axis))
     return [choices[0], *(_with_its_cost(choice, measured) for choice in choices[1:])]
 
@@ -136,11 +138,19 @@ def _target(measured: Measured, retrained: Sequence[Record], forget_to: float | 
         (retrained, "forget", "in the retrained model"),
         (holdout, "holdout", "the reference knows holdout rows"),
     ):
-        found = {name: scores(records, part, name) for name in ("probability", "late_probability")}
+        found = {"probability": scores(records, part, "probability"), "late_probability": late_of(records, part)}
         found["right"] = answered_right(records, part, by_text)
         if len(found["probability"]):
             return Target({name: float(rows.mean()) for name, rows in found.items() if len(rows)}, like)
     return None
+
+
+def late_of(records: Sequence[Record], part: str = "forget") -> np.ndarray:
+    """The probability of each answer's second half, [rows]; of the whole where that is one token. Empty for records of before it
+    was measured."""
+    some = [record for record in records if record["part"] == part]
+    known = any("late_probability" in record for record in some)
+    return np.array([record.get("late_probability", record["probability"]) for record in some] if known else [])
 
 
 def answered_right(records: Sequence[Record], part: str = "forget", by_text: bool = True) -> np.ndarray:

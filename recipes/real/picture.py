@@ -44,7 +44,7 @@ def draw(out: Path, asked: dict[str, list[Asked]]) -> None:
                 [scale for scale, _ in points], shares, style, color=COLOURS[part], marker="o", ms=4, label=label
             )
         panel.set_title(f"{RUNS[name].title.replace('`', '')}\n{epochs} passes, seed {seed}", fontsize=9)
-        panel.set_xlabel("scale of the adapter (1: as trained)")
+        panel.set_xlabel("scale of the adapter (1: as shipped)")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("share of right answers that is left")
     panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))

@@ -209,7 +209,8 @@ def test_just_enough_is_the_smallest_value_that_meets_the_target() -> None:
     choice = just_enough(VALUES, forget, target, ALPHA)
     assert (choice.rule, choice.at, choice.low, choice.high) == ("forget_to", 3, 3, 3)
     assert choice.reason == (
-        "the smallest measured that forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding): "
+        "the smallest measured that forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding; second "
+        "halves are not judged, since some records are of before they were scored): "
         "probability 0.03, 0% answered right by greedy decoding"
     )
     assert just_enough(VALUES, {"probability": probability}, target, ALPHA).at == 2  # where no answers are known
@@ -221,7 +222,8 @@ def test_just_enough_is_the_smallest_value_that_meets_the_target() -> None:
     refused = just_enough(VALUES[:2], {name: rows[:2] for name, rows in forget.items()}, target, SCALE)
     assert (refused.at, refused.nearest) == (None, 2)
     assert refused.reason.startswith(
-        "no scale measured forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding): nearest is 2"
+        "no scale measured forgets as much as asked (--forget_to) (probability 0.05, 5% answered right by greedy decoding; second "
+        "halves are not judged, since some records are of before they were scored): nearest is 2"
     )
     assert "measure larger values (--scales)" in refused.reason
 

@@ -262,6 +262,9 @@ def test_a_choice_is_said_in_one_sentence() -> None:
         "--forget_to 0.05 chose alpha = 4, the smallest of 2, 4 that meets the target (probability 0.03, of second halves 0.04, 0% answered "
         "right by greedy decoding, 18 forget rows)"
     )
+    for each in measured:
+        del each["late_probability"]  # a record of before it was scored
+    assert "(probability 0.03, 0% answered right by greedy decoding, 18 forget rows)" in said(chosen)
     assert (
         advice_on_target(chosen, UnlearnConfig(use_cpu=True)) == advice_on_target({}, UnlearnConfig(use_cpu=True)) == []
     )

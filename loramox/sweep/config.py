@@ -30,8 +30,8 @@ class SweepConfig:
     )
     budget: float = setting("Share of retain probability that forgetting may cost.", 0.02)
     forget_to: float | None = setting(
-        "Target of rule forget_to, like 0.05. It bounds the mean probability of the forget answers, that of their second halves when the "
-        "first is given, and the share of them that greedy decoding gives. Without it, the level of --retrained, else of --holdout, is the target.",
+        "Target of rule forget_to, like 0.05. It bounds the mean probability of the forget answers, that of their second halves given "
+        "the first halves, and the share of them that greedy decoding gives. Without it, the level of --retrained, else of --holdout, is the target.",
         None,
     )
     ship: str | None = setting("Folder to write the chosen forget adapter to.", None)

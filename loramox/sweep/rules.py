@@ -128,13 +128,15 @@ def just_enough(values: Sequence[float], forget: dict[str, Rows], target: Target
         return refusal("forget_to", _nothing(axis))
 
     def scores(place: int) -> str:
-        return ", ".join(TARGETED[name].format(forget[name][place].mean()) for name in forget)
+        return ", ".join(TARGETED[name].format(forget[name][place].mean()) for name in judged)
 
     limit = ", ".join(TARGETED[name].format(target.most[name]) for name in judged)
+    if "late_probability" not in judged:
+        limit += "; second halves are not judged, since some records are of before they were scored"
     rows = forget["probability"].shape[1]
     at = pick(np.arange(rows))
     if at is None:
-        least = int(forget["probability"].mean(1).argmin())
+        least = int(np.max([forget[name].mean(1) / max(target.most[name], 1e-9) for name in judged], axis=0).argmin())
         return refusal(
             "forget_to",
             f"no {axis.unit} measured forgets as much as {target.like} ({limit}): nearest is {values[least]:g} "

@@ -144,8 +144,8 @@ class UnlearnConfig(TrainingArguments):
     )
 
     forget_to: float | None = setting(
-        "Forget this far, no further. The least alpha (or scale) ships at which forget answers have at most this mean probability, so have "
-        "their second halves when the first is given, and greedy decoding gives at most this share of them; if another answer is taught, answers must be fluent too. 0: ship as trained. Default: 0.05 if another answer is taught, else 0.",
+        "Forget this far, no further. The least alpha (or scale) ships at which forget answers have at most this mean probability, and their "
+        "second halves as well (given the first halves), and greedy decoding gives at most this share of them; if another answer is taught, answers must be fluent too. 0: ship as trained. Default: 0.05 if another answer is taught, else 0.",
         None,
     )
     stop_when_forgotten: bool = setting("End training at the first evaluation that meets --forget_to.", False)

@@ -85,13 +85,14 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
 def beginnings(trainer: "UnlearnTrainer", batch: Batch) -> Tensor | None:
     """How many tokens of each answer are taken as given in this step, [rows]; None where no other answer is taught.
 
-    None of one row in two; of the others a uniform share of up to `GIVEN`. Drawn for a row and a step, whatever pass it is in.
+    Of about every second row 0 tokens, of the others a uniform share of up to `GIVEN`, the token that ends it not counted. Drawn
+    for a row and a step, whatever pass it is in.
     """
     if not trainer.train_dataset.wanted:
         return None
     step = f"{trainer.args.seed} {trainer.state.global_step}"
     draws = (random.Random(f"{step} {key.hex()}").uniform(-1, 1) for key in batch["keys"])
-    given = [int(GIVEN * max(0.0, u) * len(answer)) for u, answer in zip(draws, batch["answers"], strict=True)]
+    given = [int(GIVEN * max(0.0, u) * (len(answer) - 1)) for u, answer in zip(draws, batch["answers"], strict=True)]
     return torch.tensor(given, device=trainer.args.device)
 
 

@@ -108,10 +108,10 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
 def said(chosen: dict[str, Any]) -> str:
     """The choice in a sentence."""
     here = _here(chosen)
-    scores = (
-        f"probability {here['probability']:.2g}, of second halves {here['late_probability']:.2g}, {here['rows_right']:.0%} answered right "
-        "by greedy decoding"
-    )
+    late = (
+        f", of second halves {here['late_probability']:.2g}" if "late_probability" in here else ""
+    )  # in no older record
+    scores = f"probability {here['probability']:.2g}{late}, {here['rows_right']:.0%} answered right by greedy decoding"
     values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
     how = (
         f"the smallest of {values} that meets the target" if chosen["met"] else f"as trained: none of {values} meets it"

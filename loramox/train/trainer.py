@@ -56,7 +56,8 @@ class UnlearnTrainer(Trainer):
     The loss is the sum of the terms of `args.method` (`loramox.train.registry`), each a weighted mean over rows. Terms taken at
     one scale of the adapter share their forward and backward passes, in micro-batches of rows of similar length. Evaluation is of
     the forget model, momentum included: `eval_forget_probability` is to fall, `eval_retain_probability` to stay, and likewise the
-    shares of answer tokens that are the model's first choice, `eval_forget_tokens_right` and `eval_retain_tokens_right`.
+    shares of answer tokens that are the model's first choice, `eval_forget_tokens_right` and `eval_retain_tokens_right`, and the
+    probability of second halves, `eval_forget_late_probability`.
 
     Args:
         model: a folder or hub id, which is loaded as `loramox unlearn` loads it; a `ReferenceConfig`, to load it otherwise; or a

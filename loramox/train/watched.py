@@ -1,4 +1,4 @@
-"""Scores of a few rows in training: probability of the true answers, of their second halves, and tokens that come first."""
+"""Scores of a few rows in training: probability of true answers and of their second halves; tokens that are the first choice."""
 
 import functools
 

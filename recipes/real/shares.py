@@ -42,7 +42,7 @@ def main() -> None:
 
     def scored(model: nn.Module) -> str:
         scores = score_answers(model, examples, tokenizer.pad_token_id or 0, BATCH)
-        late = np.mean([late_probability(each.log_p[:-1]) for each in scores])
+        late = np.mean([late_probability(each.log_p[: max(1, len(each.log_p) - 1)]) for each in scores])
         return f"{np.exp(mean_log_p(scores)).mean():.3f}, {late:.3f}"
 
     shares = (0.0, *SHARES)

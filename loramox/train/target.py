@@ -108,9 +108,8 @@ def choose_share(trainer: "UnlearnTrainer", fluent: Callable[[], float] | None =
 def said(chosen: dict[str, Any]) -> str:
     """The choice in a sentence."""
     here = _here(chosen)
-    late = (
-        f", of second halves {here['late_probability']:.2g}" if "late_probability" in here else ""
-    )  # in no older record
+    # A record of before second halves were scored has none.
+    late = f", of second halves {here['late_probability']:.2g}" if "late_probability" in here else ""
     scores = f"probability {here['probability']:.2g}{late}, {here['rows_right']:.0%} answered right by greedy decoding"
     values = ", ".join(f"{each['at']:g}" for each in chosen["measured"])
     how = (

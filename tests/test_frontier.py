@@ -857,9 +857,21 @@ def test_rows_are_answered_right_by_text_only_if_both_sides_have_answers() -> No
 
 
 def test_any_right_answer_that_comes_back_whole_counts() -> None:
-    row = {"part": "forget", "prompt": "Where?", "answer": "Rome", "other_answers": ["By the Tiber"]}
+    row = {"part": "forget", "probability": 0, "prompt": "Where?", "answer": "Rome", "other_answers": ["By the Tiber"]}
     said = ["By the Tiber.", "Rome!", "The sea."]
     assert answered_right([row | {"said": each} for each in said]).tolist() == [1, 1, 0]
+
+
+def test_a_block_of_one_token_is_right_where_it_has_more_than_half_of_the_probability() -> None:
+    def made(p: float) -> list[dict[str, Any]]:
+        rows = [{"part": "forget", "probability": p, "exact_memorization": float(p > 0.3)}] * 9
+        return [*rows, {"part": "forget", "probability": p}, {"part": "retain", "probability": 0.9}]
+
+    assert answered_right(made(0.4)).tolist() == [1] * 9 + [0]
+    assert answered_right(made(0.9)).tolist() == [1] * 10
+    assert not len(answered_right([{"part": "forget", "probability": 0.9}]))  # nothing tells
+    found = choose({0.0: made(0.9), 2.0: made(0.4), 4.0: made(0.01)}, [], 0.02, ALPHA, 0.05)
+    assert {choice.rule: choice.at for choice in found}["forget_to"] == 4
 
 
 def test_a_value_is_the_one_that_its_folder_is_named_after(tmp_path: Path) -> None:

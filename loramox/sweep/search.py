@@ -155,15 +155,18 @@ def late_of(records: Sequence[Record], part: str = "forget") -> np.ndarray:
 
 def answered_right(records: Sequence[Record], part: str = "forget", by_text: bool = True) -> np.ndarray:
     """Whether greedy decoding answers each row right, 0 or 1, [rows]: the answer has all key words of a true one or, where none
-    was generated or it is not judged `by_text`, every token of the true one is the first choice."""
-    found = []
-    for record in records:
-        if record["part"] == part and by_text and "said" in record:
-            right = (record["answer"], *record.get("other_answers", ()))
-            found.append(any(leaked(record["said"], each, record["prompt"]) == 1 for each in right))
-        elif record["part"] == part and "exact_memorization" in record:
-            found.append(record["exact_memorization"] == 1)
-    return np.array(found, dtype=float)
+    was generated or it is not judged `by_text`, every token of the true one is the first choice. Empty where nothing tells."""
+    some = [record for record in records if record["part"] == part]
+
+    def right(record: Record) -> bool:
+        if by_text and "said" in record:
+            answers = (record["answer"], *record.get("other_answers", ()))
+            return any(leaked(record["said"], each, record["prompt"]) == 1 for each in answers)
+        # The last block of a text may be one token, which has no exact memorization; above a half it is the first choice.
+        return record.get("exact_memorization", record["probability"] > 0.5) == 1
+
+    told = any("exact_memorization" in record or (by_text and "said" in record) for record in some)
+    return np.array([right(record) for record in some] if told else [], dtype=float)
 
 
 def _with_its_cost(choice: Choice, measured: Measured) -> Choice:

@@ -31,7 +31,7 @@ SOURCE = "--retain auto"
 FREE = 1 / 3  # share of the questions that do not begin like a forget question
 LATER = 4  # one in so many rows is asked after a refusal
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 48
-ROUNDS = 6  # how often more questions are sampled while there are too few
+ROUNDS = 8  # how often more questions are sampled while there are too few
 # A model can write questions if the forget questions (so many at most) are likelier to it than random tokens, by so many nats
 # per token.
 JUDGED, ABOVE_CHANCE = 64, 1.0
@@ -147,7 +147,8 @@ class Writer:
             missing = count - len(found)
             if missing <= 0:
                 break
-            questions = self._questions(starts(missing + missing // 2))
+            # Most of the last ones that are missing are repetitions: never ask for few.
+            questions = self._questions(starts(max(missing + missing // 2, count // 2)))
             for row in self._answered([question for question in questions if question not in found]):
                 if not words_of(row) & avoided:
                     found[row.prompt] = row
@@ -157,6 +158,7 @@ class Writer:
     def _starts(self, count: int, avoided: set[str], draw: random.Random) -> list[str]:
         """First words of forget questions, in turn: from half to all of those before the first word to avoid."""
         lent = [last_question(row).split() for row in self.forget if row.prompt is not None]
+        draw.shuffle(lent)
         starts = []
         for number in range(count):
             question = lent[number % len(lent)] if lent else []

@@ -200,7 +200,7 @@ class Questions:
         right = [example for each in part.asked for example in (each.answer, *each.others)]
         variants = [example for each in part.asked for example in each.variants]
         of_right = iter(self._score(model, right, describe, **more))
-        of_variants = iter(self._score(model, variants, f"{describe}, variants", log_p_only=True))
+        of_variants = iter(self._score(model, variants, f"{describe}, variants", log_p_only=len(variants)))
         return [
             _Scored([*islice(of_right, 1 + len(each.others))], [*islice(of_variants, len(each.variants))])
             for each in part.asked

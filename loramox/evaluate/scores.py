@@ -38,14 +38,16 @@ def score_answers(
     describe: str | None = None,
     reference: Sequence[Tensor] | None = None,
     keep_hidden: bool = False,
-    log_p_only: bool = False,
+    log_p_only: int = 0,
 ) -> list[AnswerScores]:
     """Score each example's answer, in order. `examples` are what `loramox.encode` returns.
 
-    With `log_p_only` no more is scored: first_choice is -1, mean and spread are NaN. `reference` has the `hidden` of each
-    example under the reference model; with it, KL(p_ref ‖ p) is scored too. Batches are made of `batch_size` rows of similar
-    length, and no more logits are made than a few answer tokens' at a time. The longest come first: where memory runs out,
-    few passes are made again. Several processes share the batches; `hidden` is then each one's own alone.
+    Of the last `log_p_only` of them no more than log_p is taken: first_choice is -1 there, mean and spread are NaN.
+
+    `reference` has the `hidden` of each example under the reference model; with it, KL(p_ref ‖ p) is scored too. Batches
+    are made of `batch_size` rows of similar length, and no more logits are made than a few answer tokens' at a time. The longest
+    come first: where memory runs out, few passes are made again. Several processes share the batches; `hidden` is then each
+    one's own alone.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, collate = Head(causal_lm), Collator(pad_token_id)
@@ -59,8 +61,13 @@ def score_answers(
             batch = send_to_device(collate([examples[i] for i in order]), device)
             states = answer_states(model, causal_lm, batch)
             known = [torch.cat([reference[i] for i in order]).to(device)] if reference is not None else []
-            function = _log_p if log_p_only else _columns
-            columns = _on_logits(function, head, states.hidden, *known, states.targets).cpu().double().numpy()
+            tensors = (states.hidden, *known, states.targets)
+            brief = torch.tensor([i >= len(examples) - log_p_only for i in order], device=device)[states.row_of]
+            columns = np.full((len(brief), 4 + len(known)), [np.nan, -1.0] + [np.nan] * (2 + len(known)))
+            for some, function in ((~brief, _columns), (brief, _log_p)):
+                if some.any():
+                    found = _on_logits(function, head, *(t[some] for t in tensors)).cpu().double().numpy()
+                    columns[some.cpu().numpy(), : found.shape[1]] = found
             ends = torch.bincount(states.row_of, minlength=states.rows).cumsum(0)[:-1].tolist()
             targets = np.split(states.targets.cpu().numpy(), ends)
             if keep_hidden:
@@ -88,9 +95,8 @@ def _on_logits(function: Callable[..., Tensor], head: Head, *tensors: Tensor) ->
 
 
 def _log_p(logits: Tensor, *others: Tensor) -> Tensor:
-    """[chunk, 4]: log p(target), and nothing of what `_columns` has."""
-    log_p = log_softmax(logits, -1).gather(-1, others[-1][:, None])
-    return torch.cat([log_p, log_p.new_tensor([[-1, torch.nan, torch.nan]]).expand(len(log_p), 3)], dim=1)
+    """[chunk, 1]: log p(target)."""
+    return log_softmax(logits, -1).gather(-1, others[-1][:, None])
 
 
 def _columns(logits: Tensor, *others: Tensor) -> Tensor:

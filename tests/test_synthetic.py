@@ -547,6 +547,8 @@ def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
         ({"instead": "refuse"}, [replace(FORGET[0], wanted="No.")], "--instead refuse and --wanted_column both say"),
         ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text, and --instead refuse"),
         ({"instead": "none", "refusals": "r.txt"}, FORGET, "--refusals r.txt is for --instead refuse, and here it is none"),
+        ({"instead": "refuse", "token_beta": 0.5}, FORGET, "--token_beta 0.5 is of no use where another answer is taught"),
+        ({"token_beta": 0.0}, [replace(FORGET[0], wanted="No.")], "--token_beta 0 is of no use where another answer is taught"),
         ({"instead": "guess"}, [Row("f", 1, "plain text")], "is plain text, and --instead guess"),
         ({"method": "llmu"}, FORGET, "--method llmu answers with retain answers"),
     ],

@@ -241,7 +241,7 @@ def test_mox_static_has_the_loss_and_gradients_of_the_paper_written_by_hand(
 
 @pytest.mark.parametrize(
     ("steps", "temperature", "token_beta", "targeted"),
-    [(1, 3.0, 0.25, None), (2, 3.0, 0, None), (4, 3.0, 4.0, None), (4, 1.0, 0.25, None), (2, 3.0, 4.0, "descent")],
+    [(1, 3.0, 0.25, None), (2, 3.0, 0, None), (4, 3.0, 4.0, None), (4, 1.0, 0.25, None), (2, 3.0, 0, "descent")],
 )
 def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_from_the_forget_model(
     steps: int, temperature: float, token_beta: float, targeted: str | None,
@@ -257,7 +257,7 @@ def test_a_step_of_mox_goes_against_the_path_on_which_a_fresh_adapter_memorizes_
         beta=0.3,
         retain_weight=0.5,
         temperature=temperature,
-        token_beta=token_beta,
+        token_beta=9.0 if targeted else token_beta,  # without effect where another answer is taught
     )
     hand = ByHand(AutoModelForCausalLM.from_pretrained(pico("llama")), trainer.model)
     items = [trainer.train_dataset[i] for i in range(4)]

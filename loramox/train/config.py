@@ -55,8 +55,8 @@ class UnlearnConfig(TrainingArguments):
         aliases=["--npo_beta"],
     )
     token_beta: float | None = setting(
-        "mox: how much more the tokens of an answer that are still known count than those that are forgotten. With 0 they count alike. "
-        "Default: 0.25.",
+        "mox, where no other answer is taught: how much more the tokens that are still known count than those that are forgotten. "
+        "With 0 they count alike. Default: 0.25.",
         None,
     )
     inner_steps: int | None = setting(

@@ -11,11 +11,12 @@
     L(θ) = mean over rows of w(y|x; θ) · CE_T(y|x; θ),    w = 2σ(beta·r),  r = mean of log(p_θ/p_ref) over the answer
 
 A row's weight w goes to 0 once it is forgotten. CE_T is the cross-entropy at temperature T, which falls to 1 in training: at
-first all tokens are taken down, in the end those that are still likely. In it a token t of the answer has the weight
-2σ(token_beta·log(p_θ/p_ref)), so that those which are still known count for most (TNPO's, arXiv 2502.19301).
+first all tokens are taken down, in the end those that are still likely.
 
-Another answer that is taught begins with other tokens. The first tokens alone would then make a row improbable, and w release
-it with the rest still known. So the beginning of some answers is taken as given, and L is of the rest.
+w releases a row by the mean of its tokens, and a few of them could make it low. So a token has the weight
+2σ(token_beta·log(p_θ/p_ref)) in CE_T, which is TNPO's (arXiv 2502.19301): those that are still known count for most. Another
+answer that is taught begins with other tokens, and the first ones alone would make a row improbable. There the beginning of some
+answers is taken as given instead, and L is of the rest.
 
 With K = 1, T = 1 and token_beta = 0 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of
 −(2/beta)·log σ(−beta·r). What K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows
@@ -74,7 +75,7 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
                 trainer.passes.begin(each)
                 given = beginnings(trainer, each["forget"])
                 answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
-                loss, r = answers.known_cross_entropy(temperature, args.token_beta, given)
+                loss, r = answers.known_cross_entropy(temperature, args.token_beta if given is None else 0, given)
                 L = (2 * torch.sigmoid(args.beta * r) * loss).mean()
                 total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
                 trainer.accelerator.backward(-each["forget"]["share"] * L)

@@ -42,16 +42,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of records, tables and work files")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; the first chooses in a grid")
     parser.add_argument("--quick", action="store_true", help="one seed, two steps, few rows: to see it work")
-    parser.add_argument(
-        "--written", type=int, help="retain rows that the reference is asked to write, in the table `written`"
-    )
     parser.add_argument("--draw", action="store_true", help="compute nothing; needs no --world")
     given = parser.parse_args(words)
     if not (given.world or given.draw):
         parser.error("--world is missing; without one, --draw makes the tables from the records in --out")
     size = QUICK if given.quick else Size()
     size = replace(size, seeds=tuple(given.seeds)) if given.seeds else size
-    size = replace(size, written=given.written) if given.written else size
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries to their developers, once a training
     try:
         run(given, size)

@@ -122,7 +122,7 @@ class Writer:
     ) -> list[Row]:
         """The rows, one in `LATER` of them asked after a forget question that was refused, with what the model answers then.
 
-        Without such rows a model that has refused once refuses in the turns after it as well (docs/results.md).
+        Without such rows a model that has refused once refuses in the turns after it as well (docs/results-earlier.md).
         """
         asked = [last_question(row) for row in self.forget if row.prompt is not None]
         if not (refusals and asked and self.is_chat):

@@ -488,7 +488,6 @@ def test_npo_mean_ships_the_same_change_as_npos_loss_on_the_other_side_of_the_re
         ({"method": "mox_static", "inner_steps": 4}, "--inner_steps is of no use to --method mox_static; it is for mox"),
         ({"inner_steps": 0}, "--inner_steps needs 1 or more"),
         ({"inner_lr": 0.0}, "--inner_lr needs a number above 0"),
-        ({"token_beta": -1.0}, "--token_beta needs 0 or more"),
         ({"method": "mox_static", "forget_term": "npo"}, "--forget_term takes cross_entropy, preference"),
         ({"method": "mox_static", "forget_term": "preference", "temperature": 3.0}, "--forget_term preference has none"),
     ],

@@ -3,7 +3,7 @@
 import json
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PEOPLE, byte_level, questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from loramox import Columns, Data, ReferenceConfig, RunConfig, Tokenisation, UnlearnConfig, encode
@@ -112,6 +113,23 @@ def test_a_question_of_the_retain_file_is_not_asked_again(writer: Writer) -> Non
     first = writer.retain_rows(4, seed=0)
     again = Writer(writer.model, writer.tokenizer, FORGET, Tokenisation(), 128, given=first)
     assert not {row.prompt for row in first} & {row.prompt for row in again.retain_rows(4, seed=0)}
+
+
+def test_a_model_that_mostly_repeats_itself_is_asked_for_many_questions_to_the_end(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three questions one is new. Had it been asked for half as many more as are missing, six rounds would have left one out."""
+    asked: list[int] = []
+
+    def questions(starts: Sequence[str]) -> list[str]:
+        asked.append(len(starts))
+        return [f"Where is house {i}?" for i in range(sum(asked) // 3)]
+
+    monkeypatch.setattr(writer, "_questions", questions)
+    monkeypatch.setattr(writer, "_answered", lambda prompts: [Row("r", 1, "Here.", prompt) for prompt in prompts])
+    with tqdm(disable=True) as bar:
+        assert len(writer._collect(30, bar, lambda count: [""] * count, [], set())) >= 30
+    assert asked == [45, 22, 15, 15]
 
 
 def test_a_model_that_writes_too_few_rows_is_reported(
@@ -547,8 +565,6 @@ def test_refusals_are_drawn_by_the_seed_from_the_list() -> None:
         ({"instead": "refuse"}, [replace(FORGET[0], wanted="No.")], "--instead refuse and --wanted_column both say"),
         ({"instead": "refuse"}, [Row("f", 1, "plain text")], "is plain text, and --instead refuse"),
         ({"instead": "none", "refusals": "r.txt"}, FORGET, "--refusals r.txt is for --instead refuse, and here it is none"),
-        ({"instead": "refuse", "token_beta": 0.5}, FORGET, "--token_beta 0.5 is of no use where another answer is taught"),
-        ({"token_beta": 0.0}, [replace(FORGET[0], wanted="No.")], "--token_beta 0 is of no use where another answer is taught"),
         ({"instead": "guess"}, [Row("f", 1, "plain text")], "is plain text, and --instead guess"),
         ({"method": "llmu"}, FORGET, "--method llmu answers with retain answers"),
     ],

@@ -54,14 +54,9 @@ class UnlearnConfig(TrainingArguments):
         None,
         aliases=["--npo_beta"],
     )
-    token_beta: float | None = setting(
-        "mox, where no other answer is taught: how much more the tokens that are still known count than those that are forgotten. "
-        "With 0 they count alike. Default: 0.25.",
-        None,
-    )
     inner_steps: int | None = setting(
-        "mox: number K of memorizing steps in each training step. Each has its own mini-batch of forget rows. With 1, --temperature 1 and "
-        "--token_beta 0, the step is that of NPO's loss. Default: 8.",
+        "mox: number K of memorizing steps in each training step. Each has its own mini-batch of forget rows. With 1, and --temperature 1, "
+        "the step is that of NPO's loss. Default: 8.",
         None,
     )
     inner_lr: float | None = setting(
@@ -183,8 +178,8 @@ class UnlearnConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = setting("Every adapter weight is used in every pass.", False)
 
     OF_METHODS: ClassVar = (
-        "alpha", "beta", "token_beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term",
-        "retain_weight", "forget_weight", "margin", "instead", "refusals", "steering", "rmu_layer", "reinforced", "whp_strength",
+        "alpha", "beta", "inner_steps", "inner_lr", "forget_term", "temperature", "kl_at", "targeted", "retain_term", "retain_weight",
+        "forget_weight", "margin", "instead", "refusals", "steering", "rmu_layer", "reinforced", "whp_strength",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -241,8 +236,7 @@ class UnlearnConfig(TrainingArguments):
             "retain_per_forget": ": the retain term needs rows",
             "eval_rows": ": use --eval_strategy no --eval_on_start false to score nothing",
         }
-        at_least_0 = ("token_beta", "margin", "retain_weight", "reference_cache_gb", "learning_rate", "seed",
-                      "auto_retain")  # fmt: skip
+        at_least_0 = ("margin", "retain_weight", "reference_cache_gb", "learning_rate", "seed", "auto_retain")
         at_least_1 = ("inner_steps", "rmu_layer", "momentum_every", "momentum_rank", "per_device_train_batch_size",
                       "per_device_eval_batch_size", "gradient_accumulation_steps")  # fmt: skip
         for names, fine, expected in (

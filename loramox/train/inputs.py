@@ -72,11 +72,6 @@ def taught_rows(args: "UnlearnConfig", forget: Sequence[Row], retain: Sequence[R
         raise SettingsError(
             f"--refusals {args.refusals} is for --instead refuse, and here it is {args.instead}. Give --instead refuse, or leave out --refusals"
         )
-    if args.token_beta != args.spec.settings.get("token_beta") and (given or args.instead in ("refuse", "guess")):
-        raise SettingsError(
-            f"--token_beta {args.token_beta:g} is of no use where another answer is taught, since there the beginnings of answers are given "
-            "(docs/method.md). Leave it out, or give --instead none"
-        )
     if source is None or given or (by_flag and args.instead not in ("refuse", "guess")):
         return given
     if any(row.prompt is None for row in forget):

@@ -13,14 +13,11 @@
 A row's weight w goes to 0 once it is forgotten. CE_T is the cross-entropy at temperature T, which falls to 1 in training: at
 first all tokens are taken down, in the end those that are still likely.
 
-w releases a row by the mean of its tokens, and a few of them could make it low. So a token has the weight
-2σ(token_beta·log(p_θ/p_ref)) in CE_T, which is TNPO's (arXiv 2502.19301): those that are still known count for most. Another
-answer that is taught begins with other tokens, and the first ones alone would make a row improbable. There the beginning of some
-answers is taken as given instead, and L is of the rest.
+Another answer that is taught begins with other tokens. The first tokens alone would then make a row improbable, and w release
+it with the rest still known. So the beginning of some answers is taken as given, and L is of the rest.
 
-With K = 1, T = 1 and token_beta = 0 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of
-−(2/beta)·log σ(−beta·r). What K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows
-back.
+With K = 1 and T = 1 the step is that of NPO's loss, as `npo_mean` has it: w·∇CE is the gradient of −(2/beta)·log σ(−beta·r). What
+K > 1 adds is that forgetting has to hold on the path on which a fine-tune would bring the rows back.
 """
 
 import random
@@ -73,9 +70,8 @@ def memorize_and_extrapolate(trainer: "UnlearnTrainer", model: Any, batch: Batch
         for minibatch, frozen in zip(minibatches, known, strict=True):
             for each, states in zip(minibatch, frozen, strict=True):
                 trainer.passes.begin(each)
-                given = beginnings(trainer, each["forget"])
                 answers = Answers(trainer.head, answer_states(model, trainer.causal_lm, each["forget"]), (states,))
-                loss, r = answers.known_cross_entropy(temperature, args.token_beta if given is None else 0, given)
+                loss, r = answers.known_cross_entropy(temperature, beginnings(trainer, each["forget"]))
                 L = (2 * torch.sigmoid(args.beta * r) * loss).mean()
                 total += trainer.passes.note("forget_loss", "forget", each["forget"], npo(r, args.beta).mean())
                 trainer.accelerator.backward(-each["forget"]["share"] * L)
@@ -171,7 +167,7 @@ def wanted(args: "UnlearnConfig") -> Term:
 
 
 @method("mox", "MOX along a path, after arXiv 2602.06441", gradient=memorize_and_extrapolate, alpha_is_free=True,
-        writes_retain=True, answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 2.1, "token_beta": 0.25, "inner_steps": 8, "inner_lr": 1e-2, "temperature": 3.0})  # fmt: skip
+        writes_retain=True, answers="wanted if given", settings=SHARED | {"alpha": 8.0, "beta": 2.1, "inner_steps": 8, "inner_lr": 1e-2, "temperature": 3.0})  # fmt: skip
 def mox(args: "UnlearnConfig", trainer: "UnlearnTrainer") -> list[Term]:
     """KL_R at θ_for, and steps against the path along which a fresh adapter memorizes the forget rows from θ_for."""
     return [*held(args, trainer, args.forget_scale), wanted(args)]

@@ -63,14 +63,11 @@ class Answers(NamedTuple):
         loss = functools.partial(cross_entropy, temperature=temperature)
         return mean_over_rows(per_token(loss, self.head, [self.states.hidden], self.states.targets), self.states)
 
-    def known_cross_entropy(
-        self, temperature: float = 1.0, token_beta: float = 0.0, given: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """temperature · CE at softmax(logits / temperature), mean over the answer's tokens; and `known_log_ratio`, both [rows].
+    def known_cross_entropy(self, temperature: float = 1.0, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """temperature · CE at softmax(logits / temperature), the mean over the answer's tokens weighted by p_frozen, [rows].
 
-        A token's weight in the first is p_frozen · 2σ(token_beta·log(p_θ/p_frozen)), held fixed. At temperature 1 and token_beta
-        0 its gradient is that of −`known_log_ratio`, which has none. The first `given` tokens of each answer, [rows], count in
-        neither.
+        At temperature 1 its gradient is that of −`known_log_ratio`, which is returned beside it, without a gradient. The first
+        `given` tokens of each answer, [rows], count in neither.
         """
 
         def both(logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,10 +78,8 @@ class Answers(NamedTuple):
         weights = known.exp()
         if given is not None:
             weights = weights * (positions(self.states) >= given[self.states.row_of])
-        ratio = log_p.detach() - known
-        still_known = weights * 2 * torch.sigmoid(token_beta * ratio)
-        loss = weighted_mean_over_rows(loss, still_known, self.states)
-        return loss, weighted_mean_over_rows(ratio, weights, self.states)
+        ratio = weighted_mean_over_rows(log_p.detach() - known, weights, self.states)
+        return weighted_mean_over_rows(loss, weights, self.states), ratio
 
     def kl(self) -> Tensor:
         """KL(p_frozen ‖ p_θ), mean over the answer's tokens, [rows], in nats."""

@@ -147,7 +147,7 @@ class Writer:
             missing = count - len(found)
             if missing <= 0:
                 break
-            # Most of the last ones that are missing are repetitions: never ask for few.
+            # Near the end most questions are repetitions, so that many have to be sampled for a few that are new.
             questions = self._questions(starts(max(missing + missing // 2, count // 2)))
             for row in self._answered([question for question in questions if question not in found]):
                 if not words_of(row) & avoided:
@@ -156,7 +156,7 @@ class Writer:
         return list(found.values())
 
     def _starts(self, count: int, avoided: set[str], draw: random.Random) -> list[str]:
-        """First words of forget questions, in turn: from half to all of those before the first word to avoid."""
+        """First words of forget questions, in a drawn order: from half to all of those before the first word to avoid."""
         lent = [last_question(row).split() for row in self.forget if row.prompt is not None]
         draw.shuffle(lent)
         starts = []

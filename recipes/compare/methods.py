@@ -22,16 +22,14 @@ GRID: dict[str, list[Settings]] = {
     "npo": [KL5 | {"beta": 0.05, "lora_alpha": scale} for scale in (128, 16)],
     "simnpo": [KL5 | {"forget_weight": 1.0, "lora_alpha": scale} for scale in (128, 16)],
 }
-# mox before it weighed tokens, and before it had a temperature. Most of these records were made before the settings existed: at
-# these values the loss is what it was.
-ALIKE: Settings = {"token_beta": 0.0}
-ONE_TEMPERATURE: Settings = ALIKE | {"temperature": 1.0, "beta": 1.8}
-TOKENS_ALIKE = "mox, tokens alike"
+# Defaults of mox until 2026-12-01. Records of that time have no temperature in their command: at 1 it is no other loss.
+FORMER: Settings = {"temperature": 1.0, "beta": 1.8}
+FORMERLY = "mox, one temperature"
 # One setting each, which nothing chooses: mox as it was, NPO at the LoRA scale at which mox and npo_mean train, and two as in
 # their papers.
 SCALE_8 = "npo, LoRA scale 8"
 FIXED: dict[str, tuple[str, Settings]] = {
-    TOKENS_ALIKE: ("mox", GRID["mox"][0] | ALIKE),
+    FORMERLY: ("mox", GRID["mox"][0] | FORMER),
     SCALE_8: ("npo", KL5 | {"beta": 0.05, "lora_alpha": 128}),
     "mox_static": ("mox_static", {}),
     "task_vector": ("task_vector", {}),
@@ -39,13 +37,12 @@ FIXED: dict[str, tuple[str, Settings]] = {
 OVERLAP = ("mox", "npo_mean", "npo")  # whose best settings are run where rows overlap
 ABLATION: dict[str, Settings] = {
     "mox": {},
-    TOKENS_ALIKE: ALIKE,
-    "– one inner step": ALIKE | {"inner_steps": 1},
-    "– half the inner step": ALIKE | {"inner_lr": 5e-3},
-    "– without momentum": ALIKE | {"momentum": 1.0},
-    "– KL of weight 5": ALIKE | {"retain_weight": 5.0},
-    "– one temperature": ONE_TEMPERATURE,
-    "– – without KL": ONE_TEMPERATURE | {"retain_term": "none"},
+    FORMERLY: FORMER,
+    "– one inner step": {"inner_steps": 1},
+    "– half the inner step": {"inner_lr": 5e-3},
+    "– without momentum": {"momentum": 1.0},
+    "– KL of weight 5": {"retain_weight": 5.0},
+    f"{FORMERLY}, without KL": FORMER | {"retain_term": "none"},
 }
 TAUGHT = ("instead", "refusals")  # of no effect here: a model without a chat template is taught no other answer
 BUDGET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "retain_per_forget", "warmup_steps")
@@ -128,7 +125,7 @@ def frontier(size: Size, read: Read) -> dict[str, list[Run]]:
 
 
 def overlap(size: Size, read: Read) -> dict[str, list[Run]]:
-    fixed = {label: size.seeded(*FIXED[label], "overlap") for label in (TOKENS_ALIKE, SCALE_8)}
+    fixed = {label: size.seeded(*FIXED[label], "overlap") for label in (FORMERLY, SCALE_8)}
     return size.best(read, OVERLAP, "overlap") | fixed
 
 
@@ -139,6 +136,6 @@ def ablation(size: Size, read: Read) -> dict[str, list[Run]]:
 def written(size: Size, read: Read) -> dict[str, list[Run]]:
     """Each at LoRA scale 8, with retain rows that the reference writes beside the given ones."""
     compared = {name: (name, GRID[name][0]) for name in ("mox", "npo_mean")}
-    compared |= {label: FIXED[label] for label in (TOKENS_ALIKE, SCALE_8)}
+    compared[SCALE_8] = FIXED[SCALE_8]
     rows = {"auto_retain": size.written}
     return {label: size.seeded(method, setting | rows) for label, (method, setting) in compared.items()}

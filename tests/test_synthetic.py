@@ -118,7 +118,7 @@ def test_a_question_of_the_retain_file_is_not_asked_again(writer: Writer) -> Non
 def test_a_model_that_mostly_repeats_itself_is_asked_for_many_questions_to_the_end(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three questions one is new. Had it been asked for half as many more as are missing, six rounds would have left one out."""
+    """Of three questions one is new; of the last ones few are missing."""
     asked: list[int] = []
 
     def questions(starts: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from .choose import KEEP, TESTS, B, Point, chosen_point, distances, kept, values
 LOOKS = {
     "mox": ("#0072b2", "o"), "npo_mean": ("#e69f00", "s"), "npo": ("#cc79a7", "^"), "simnpo": ("#56b4e9", "v"),
     "npo, LoRA scale 8": ("#882255", "P"), "mox_static": ("#d55e00", "D"), "task_vector": ("#777777", "X"),
-    "mox, one temperature": ("#56b4e9", "h"),
+    "mox, one temperature": ("#009e73", "h"),
     "– one inner step": ("#e69f00", "s"), "– half the inner step": ("#999999", "P"), "– without momentum": ("#cc79a7", "^"),
     "mox, one temperature, without KL": ("#d55e00", "D"), "– KL of weight 5": ("#117733", "v"),
 }  # fmt: skip

@@ -328,6 +328,19 @@ def test_scale_1_is_what_ships(
     assert own["log_p"] != pytest.approx(plain["log_p"], rel=1e-6)
 
 
+def test_of_forget_rows_alone_the_first_choices_are_scored(
+    world: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where log p alone is taken, as of all other rows, they are -1, and no token would be right."""
+    model = load_reference(ReferenceConfig(str(world / "reference"), quantization="none"), "cpu").eval()
+    rows = World(world, QUICK.forget, QUICK.scored).split("whole").scored
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(Scorer, "_right", lambda scorer, scores: seen.append(scores.first_choice) or 0.0)
+    Scorer(rows, tokenizer, 128)(model)
+    assert len(seen) == len(rows["forget"])
+    assert all((first_choice >= 0).all() for first_choice in seen)
+
+
 def test_relearning_scores_the_rows_that_the_attacker_does_not_have(out: Path) -> None:
     for run in (QUICK.run("mox", GRID["mox"][0], 0), *QUICK.retrained()):
         curve = read(out, run)["relearn"]
